@@ -1,0 +1,80 @@
+#pragma once
+
+// Block-sparse attention for callers in C++17. Nothing here needs PyTorch or CUDA headers.
+//
+// All pointers are device pointers; all work goes to `stream` of the current device and nothing waits for it. The
+// library allocates no device memory: a call says how much it needs. A mask is packed and planned once and then used
+// by any number of calls:
+//
+//   make_sequences -> pack_mask -> plan_items -> forward, forward, ...
+
+#include <string>
+#include <vector>
+
+#include "hbsattn/params.h"
+#include "hbsattn/status.h"
+
+#if defined(_WIN32)
+#define HBSATTN_API
+#else
+#define HBSATTN_API __attribute__((visibility("default")))
+#endif
+
+namespace hbsattn {
+
+// Fills the table of sequences from cumulative lengths (packed) or from fixed lengths (batched).
+HBSATTN_API Status make_sequences(const SequencesParams& params, Stream stream);
+
+// The same in host memory, for host pointers.
+HBSATTN_API Status make_sequences_on_host(const SequencesParams& params);
+
+// Packs a bool mask, index lists or CSR into bits, trimmed to what each sequence and causality leave visible.
+HBSATTN_API Status pack_mask(const PackParams& params, Stream stream);
+
+// Number of records that plan_items writes; depends on shapes alone.
+HBSATTN_API int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads);
+
+// Builds the work list of a mask.
+HBSATTN_API Status plan_items(const PlanParams& params, Stream stream);
+
+// Bytes of `workspace` that one forward call needs.
+HBSATTN_API size_t forward_workspace_size();
+
+// Block-sparse attention, out = softmax(scale * q k^T over the visible pairs) v, and its log-sum-exp. Rows with
+// nothing to attend get 0 and -inf.
+HBSATTN_API Status forward(const ForwardParams& params, Stream stream);
+
+// The checks of `forward` that hold on every backend, without those that ask for a compiled kernel and a GPU.
+HBSATTN_API Status validate_forward(const ForwardParams& params);
+HBSATTN_API Status validate_mask(const MaskShape& shape);
+
+// All checks of `forward` but those of pointers and of `addressable`: whether the problem is valid and this build has a
+// kernel for it on the current device.
+HBSATTN_API Status supported(const ForwardParams& params);
+
+// Whether the tensor memory accelerator can address this view: 16-byte aligned data and strides, and batch strides
+// that are whole multiples of the row stride. `forward` refuses other views; a copy of the tensor always qualifies.
+HBSATTN_API bool addressable(const TensorView& view, DType dtype);
+
+// One compiled kernel, as `forward` would choose it.
+struct KernelInfo {
+  std::string name;  // e.g. "sm90_forward_bf16_hd128"
+  std::string arch;  // e.g. "sm_90a"
+  DType dtype;
+  int32_t head_dim;      // head dims up to this one, and above the next smaller, use it
+  int32_t tile_m;        // query rows of a tile
+  int32_t tile_n;        // keys of a stage
+  int32_t stages;        // key stages and value stages, each
+  int32_t shared_bytes;  // shared memory of a CTA
+};
+
+struct BuildInfo {
+  bool cuda;                    // false: a host-only build
+  std::string cuda_version;     // of the compiler, e.g. "13.0"
+  std::string cutlass_version;  // e.g. "4.2.0"
+  std::vector<KernelInfo> kernels;
+};
+
+HBSATTN_API BuildInfo build_info();
+
+}  // namespace hbsattn

@@ -1,0 +1,160 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace hbsattn {
+
+// The type of cudaStream_t, declared here so that no CUDA header is needed to include this one.
+using Stream = CUstream_st*;
+
+enum class DType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
+
+// Where one sequence of the batch lies. Row of an int32 (batch, 6) device table.
+//
+// Packed (varlen) tensors: q_begin and k_begin are rows of the packed tensors. Batched tensors: both are 0, and
+// the position in the table is the batch index.
+struct Sequence {
+  int32_t q_begin;
+  int32_t q_len;
+  int32_t k_begin;
+  int32_t k_len;
+  int32_t row_begin;  // first row of the bit matrix: that of query block 0
+  int32_t col_begin;  // first column of a flat dense mask: key blocks of all sequences before this one
+};
+
+// Sizes that the host knows without waiting for the device.
+struct MaskShape {
+  int32_t batch = 0;         // sequences
+  int32_t heads = 0;         // mask heads: 1, heads_k or heads_q
+  int64_t rows = 0;          // query blocks of all sequences (an upper bound where padded)
+  int64_t cols = 0;          // key blocks of the longest sequence (an upper bound)
+  int32_t q_block_size = 0;  // queries in a block
+  int32_t k_block_size = 0;  // keys in a block
+  bool causal = false;       // key j counts for query i if j <= i + k_len - q_len
+
+  constexpr int64_t words() const { return (cols + 31) / 32; }
+};
+
+// A packed mask. Bit c % 32 of bits[h][row][c / 32] says whether the query block of this row attends to key block
+// c of its own sequence; columns past the sequence's end and, if causal, past the diagonal are 0.
+struct MaskView {
+  MaskShape shape;
+  const uint32_t* bits = nullptr;       // (heads, rows, words), contiguous
+  const Sequence* sequences = nullptr;  // (batch)
+};
+
+// Packed: cu_seqlens_* point to int32 (batch + 1) on the device. Batched: they are null and seqlen_* hold.
+struct SequencesParams {
+  MaskShape shape;
+  const int32_t* cu_seqlens_q = nullptr;
+  const int32_t* cu_seqlens_k = nullptr;
+  int64_t seqlen_q = 0;
+  int64_t seqlen_k = 0;
+  // Rows of the bit matrix between two sequences; 0: all sequences share their rows; -1: rows lie without gaps.
+  int64_t row_stride = -1;
+  Sequence* sequences = nullptr;  // out, (batch)
+};
+
+// Any of the three forms of a block mask, as the user has it. Two layouts. Flat: no batch dimension, rows of all
+// sequences one after another. Batched: (batch or 1, heads, blocks per sequence, ...).
+struct PackSource {
+  enum class Form : int32_t { kDense, kIndices, kCsr };
+  Form form = Form::kDense;
+  bool flat = false;
+
+  // kDense: bool. flat (heads, rows, columns of all sequences, on the block diagonal); batched (batch or 1, heads,
+  // q blocks, k blocks). Strides in elements; batch_stride is 0 for a mask that all sequences share.
+  const uint8_t* dense = nullptr;
+  int64_t dense_rows = 0;  // rows of one head: the extent of the row dimension
+  int64_t dense_cols = 0;  // the extent of the column dimension
+  int64_t batch_stride = 0, head_stride = 0, row_stride = 0, col_stride = 0;
+
+  // kIndices: int32, contiguous. flat: counts (heads, rows), indices (heads, rows, width); batched: counts
+  // (batch or 1, heads, q blocks), indices (batch or 1, heads, q blocks, width). Entries are key blocks of the row's
+  // own sequence; entries past the count are not read, those out of range are dropped. Of the strides above only
+  // batch_stride matters: counts of one sequence (heads * q blocks), or 0 for lists that all sequences share.
+  const int32_t* counts = nullptr;
+  int64_t width = 0;
+
+  // kCsr: int32, contiguous. indptr (heads, rows + 1) holds positions in indices (nnz).
+  const int32_t* indptr = nullptr;
+  int64_t nnz = 0;
+
+  const int32_t* indices = nullptr;  // kIndices and kCsr
+};
+
+struct PackParams {
+  MaskShape shape;
+  const Sequence* sequences = nullptr;  // (batch)
+  PackSource source;
+  uint32_t* bits = nullptr;  // out, (heads, rows, words)
+};
+
+// One stationary tile of the forward kernel: up to 128 "virtual rows" of one query block. When `packed_heads` query
+// heads share the mask, virtual row v of a query block stands for row v % q_block_size of head v / q_block_size.
+struct alignas(16) WorkItem {
+  int32_t bit_row;    // row of the bit matrix over all heads: mask head * rows + row
+  int32_t sequence;   // batch index
+  int32_t head;       // first query head of the tile's group
+  int32_t block_row;  // first query of the block, in its sequence
+  int32_t first_row;  // first virtual row of the tile within the block
+  int32_t blocks;     // active key blocks
+  int32_t masked;     // of these, the last ones (largest columns), which need element masks
+  int32_t col_end;    // columns from here on are not visible to any row of the tile
+  int32_t q_begin;    // copied from Sequence
+  int32_t q_len;
+  int32_t k_begin;
+  int32_t k_len;
+};
+
+// The work list of one mask for one (heads_q, heads_k, head_dim, element size): a record per tile, heaviest first
+// within sections whose keys and values fit the L2 cache.
+struct PlanParams {
+  MaskView mask;
+  int32_t heads_q = 0;
+  int32_t heads_k = 0;
+  int32_t head_dim = 0;
+  int32_t element_size = 2;   // bytes
+  bool pack_heads = true;     // let query heads that share a mask and a key head share tiles
+  void* scratch = nullptr;    // 8 * num_items bytes, aligned to 4
+  WorkItem* items = nullptr;  // out, (num_items)
+};
+
+// A tensor of (batch, rows, heads, head_dim) or, packed, (rows, heads, head_dim). Strides in elements; the last
+// dimension is contiguous.
+struct TensorView {
+  void* data = nullptr;
+  int64_t batch_stride = 0;  // 0 when packed
+  int64_t row_stride = 0;
+  int64_t head_stride = 0;
+};
+
+struct ForwardParams {
+  TensorView q;          // (batch, seqlen_q, heads_q, head_dim) or (total_q, heads_q, head_dim)
+  TensorView k;          // (batch, seqlen_k, heads_k, head_dim) or (total_k, heads_k, head_dim)
+  TensorView v;          // as k
+  TensorView out;        // as q
+  float* lse = nullptr;  // natural log; (batch, heads_q, seqlen_q) or (heads_q, total_q), contiguous
+
+  bool packed = false;
+  int64_t rows_q = 0;  // seqlen_q, or total_q when packed
+  int64_t rows_k = 0;  // seqlen_k, or total_k when packed
+  int32_t heads_q = 0;
+  int32_t heads_k = 0;
+  int32_t head_dim = 0;
+  DType dtype = DType::kBFloat16;
+  float softmax_scale = 0.f;
+
+  MaskView mask;
+  bool pack_heads = true;           // as in PlanParams
+  const WorkItem* items = nullptr;  // (num_items)
+  int64_t num_items = 0;
+
+  void* workspace = nullptr;  // device, forward_workspace_size() bytes; not shared by concurrent calls
+  int64_t* cycles = nullptr;  // optional, (multiprocessors, 2): SM clock at the start and end of each CTA
+};
+
+}  // namespace hbsattn

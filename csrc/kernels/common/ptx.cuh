@@ -1,0 +1,97 @@
+#pragma once
+
+// The few instructions that CuTe has no word for, or wraps without the memory clobber that ordinary shared-memory
+// accesses around a barrier need.
+
+#include <cstdint>
+
+namespace hbsattn {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Tells the compiler that a value is the same in all lanes, so that it may live in a uniform register.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+// Hides where a value comes from, so that the compiler keeps it in a register and does not compute it anew.
+__device__ __forceinline__ uint32_t opaque(uint32_t value) {
+  uint32_t copy;
+  asm volatile("mov.u32 %0, %1;" : "=r"(copy) : "r"(value));
+  return copy;
+}
+
+// Keeps ptxas from moving a later wait for the tensor cores above the computation of `value`: a store to `address`
+// that depends on it and never happens, which the compiler cannot know.
+__device__ __forceinline__ void hold_back_waits(float value, uint32_t address) {
+  asm volatile(
+      "{\n"
+      ".reg .pred never;\n"
+      "setp.lt.f32 never, %0, 0fff7fffff;\n"
+      "@never st.shared.f32 [%1], %0;\n"
+      "}\n" ::"f"(value),
+      "r"(address)
+      : "memory");
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive(shared_address(barrier)); }
+
+__device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "RETRY:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "bra RETRY;\n"
+      "DONE:\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  mbarrier_wait(shared_address(barrier), parity);
+}
+
+// A position in a ring of stages, with the parity of the phase that it waits for.
+template <int kStages>
+struct RingPosition {
+  int index = 0;
+  uint32_t parity;
+
+  // The reader of a ring starts with parity 0, its writer with 1: the first pass over an empty ring must not wait.
+  __device__ __forceinline__ explicit RingPosition(uint32_t first_parity) : parity(first_parity) {}
+
+  __device__ __forceinline__ void advance() {
+    if (++index == kStages) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace hbsattn

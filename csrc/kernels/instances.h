@@ -1,0 +1,27 @@
+#pragma once
+
+// The border between core/ and the translation units that nvcc compiles: declarations only, so that host code never
+// parses CuTe.
+
+#include "hbsattn/params.h"
+#include "hbsattn/status.h"
+
+namespace hbsattn::kernels {
+
+// mask/
+void make_sequences_on_host(const SequencesParams& params);  // in every build
+Status make_sequences(const SequencesParams& params, Stream stream);
+Status pack_mask(const PackParams& params, Stream stream);
+Status plan_items(const PlanParams& params, int64_t num_items, Stream stream);
+
+// sm90/, one explicit instantiation per file in sm90/instantiations/
+template <class Config>
+Status run_forward(const ForwardParams& params, Stream stream);
+
+template <class Config>
+int forward_shared_bytes();
+
+// Compute capability (major * 10 + minor) and multiprocessors of the current device.
+Status current_device(int* compute_capability, int* multiprocessors);
+
+}  // namespace hbsattn::kernels

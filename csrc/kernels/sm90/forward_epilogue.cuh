@@ -1,0 +1,79 @@
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/atom/copy_traits_sm90.hpp>
+
+#include "kernels/sm90/forward_mainloop.cuh"
+#include "kernels/sm90/forward_producer.cuh"
+
+// What leaves a tile: the normalized output, through the buffer that held the queries, and the log-sum-exp.
+
+namespace hbsattn::sm90 {
+
+__device__ __forceinline__ float* lse_of_row(const ForwardArguments& args, const WorkItem& item, const RowSpan& span) {
+  const int64_t head_row = static_cast<int64_t>(item.sequence) * args.lse_batch_stride_rows * args.heads_q +
+                           static_cast<int64_t>(span.head) * args.rows_q;
+  return args.lse + head_row + item.q_begin + span.row;
+}
+
+template <class Traits>
+__device__ __forceinline__ void finish_tile(const ForwardArguments& args, typename Traits::Storage& storage,
+                                            ForwardMainloop<Traits>& mainloop, const WorkItem& item, int buffer,
+                                            int warp) {
+  using namespace cute;
+  using Element = typename Traits::Element;
+  const int unit = mainloop.unit, lane = mainloop.lane;
+
+  float lse[2];
+  mainloop.softmax.finish(mainloop.output, args.scale, lse);
+  const RowSpan span(args, item, unit * kUnitRows + warp * 16);
+  if ((lane & 3) == 0) {
+    float* destination = lse_of_row(args, item, span);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int in_span = lane / 4 + 8 * row;
+      if (in_span < span.count) destination[in_span] = lse[row];
+    }
+  }
+
+  auto converted = make_tensor<Element>(mainloop.output.layout());
+  auto registers = recast<uint32_t>(converted);
+  CUTE_UNROLL
+  for (int i = 0; i < size(registers); ++i) {
+    registers(i) = pack_pair<Element>(mainloop.output(2 * i), mainloop.output(2 * i + 1));
+  }
+
+  // Every warp must be past its last use of the queries before any writes output over them.
+  cutlass::arch::NamedBarrier::sync(128, kUnit0 + unit);
+  auto tiled_copy = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaPV{});
+  auto thread_copy = tiled_copy.get_thread_slice(warp * 32 + lane);
+  Tensor sO = make_tensor(make_smem_ptr(&storage.queries[0][0][0]), typename Traits::SmemLayoutQ{});
+  copy(tiled_copy, thread_copy.retile_S(converted),
+       thread_copy.partition_D(sO(_, _, buffer * kConsumerWarpgroups + unit)));
+  cutlass::arch::fence_view_async_shared();
+  __syncwarp();
+  if (lane == 0) mbarrier_arrive(&storage.output_full[buffer][unit]);
+}
+
+// A tile with nothing to attend: output 0, log-sum-exp -inf, straight to global memory. It holds no query buffer.
+template <class Traits>
+__device__ __forceinline__ void write_empty_tile(const ForwardArguments& args, const WorkItem& item, int unit, int warp,
+                                                 int lane) {
+  using Element = typename Traits::Element;
+  const RowSpan span(args, item, unit * kUnitRows + warp * 16);
+  const int count = min(span.count, 16);
+  if (count <= 0) return;
+  Element* out = static_cast<Element*>(args.out) + item.sequence * args.out_batch_stride +
+                 (static_cast<int64_t>(item.q_begin) + span.row) * args.out_row_stride +
+                 span.head * args.out_head_stride;
+  const int vectors = args.head_dim / 8;
+  for (int i = lane; i < count * vectors; i += 32) {
+    const int row = i / vectors;
+    *reinterpret_cast<uint4*>(out + row * args.out_row_stride + (i - row * vectors) * 8) = make_uint4(0, 0, 0, 0);
+  }
+  if (lane < count) lse_of_row(args, item, span)[lane] = -INFINITY;
+}
+
+}  // namespace hbsattn::sm90

@@ -1,0 +1,121 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <string>
+
+#include "kernels/common/tensor_map.h"
+#include "kernels/instances.h"
+#include "kernels/sm90/forward_kernel.cuh"
+
+namespace hbsattn::kernels {
+
+inline Status cuda_status(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return Status::Ok();
+  return Status::CudaError(std::string(what) + " failed: " + cudaGetErrorString(error));
+}
+
+// A batched tensor's entries are runs of rows of one long matrix: `batch_rows` apart.
+struct RowsOfTensor {
+  MatrixRows matrix;
+  int batch_rows;
+};
+
+inline RowsOfTensor rows_of(const TensorView& view, const ForwardParams& params, int64_t rows, int heads) {
+  const bool batched = !params.packed && params.mask.shape.batch > 1;
+  const int64_t batch_rows = batched ? view.batch_stride / view.row_stride : 0;
+  const int64_t all_rows = batched ? (params.mask.shape.batch - 1) * batch_rows + rows : rows;
+  // The stride of a dimension of one is arbitrary in torch; the copy engine wants a sane one.
+  const int64_t head_stride = heads > 1 ? view.head_stride : params.head_dim;
+  const int64_t row_stride = all_rows > 1 ? view.row_stride : params.head_dim;
+  return {{view.data, all_rows, row_stride, heads, head_stride, params.head_dim, params.dtype},
+          static_cast<int>(batch_rows)};
+}
+
+template <class Config>
+int forward_shared_bytes() {
+  return static_cast<int>(sizeof(typename sm90::ForwardTraits<Config>::Storage));
+}
+
+template <class Config>
+Status run_forward(const ForwardParams& params, Stream stream) {
+  using Traits = sm90::ForwardTraits<Config>;
+  const MaskShape& shape = params.mask.shape;
+  const RowsOfTensor q = rows_of(params.q, params, params.rows_q, params.heads_q);
+  const RowsOfTensor out = rows_of(params.out, params, params.rows_q, params.heads_q);
+  RowsOfTensor k = rows_of(params.k, params, params.rows_k, params.heads_k);
+  RowsOfTensor v = rows_of(params.v, params, params.rows_k, params.heads_k);
+  if (params.rows_k == 0) {
+    // Nothing will be loaded, but a tensor map needs an address and a row.
+    k = v = {q.matrix, 0};
+    k.matrix.heads = v.matrix.heads = 1;
+  }
+  for (const RowsOfTensor& tensor : {q, k, v}) {
+    if (tensor.matrix.rows >= sm90::kOutOfBounds) {
+      return Status::NotSupported("q, k or v spans " + std::to_string(tensor.matrix.rows) +
+                                  " rows over its batch; expected fewer than 2^30");
+    }
+  }
+
+  sm90::ForwardArguments args{};
+  const int granule = std::gcd(shape.q_block_size, sm90::kUnitRows);
+  const int segment = std::min(shape.k_block_size & -shape.k_block_size, Config::kTileN);
+  HBSATTN_RETURN_IF_ERROR(encode_rows(q.matrix, granule, &args.map_q));
+  HBSATTN_RETURN_IF_ERROR(encode_rows(out.matrix, granule, &args.map_out));
+  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, &args.map_k_clipped));
+  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, &args.map_v_clipped));
+  // Whole rows would take columns past head_dim from the next head.
+  args.whole_rows = params.head_dim == Config::kHeadDim;
+  if (args.whole_rows) {
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, segment, &args.map_k));
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, segment, &args.map_v));
+  }
+
+  const int group = params.heads_q / params.heads_k;
+  args.bits = reinterpret_cast<const uint8_t*>(params.mask.bits);
+  args.items = params.items;
+  args.num_items = static_cast<int>(params.num_items);
+  args.ticket = static_cast<int*>(params.workspace);
+  args.cycles = reinterpret_cast<long long*>(params.cycles);
+  args.out = params.out.data;
+  args.out_batch_stride = params.packed ? 0 : params.out.batch_stride;
+  args.out_row_stride = params.out.row_stride;
+  args.out_head_stride = params.out.head_stride;
+  args.lse = params.lse;
+  args.rows_q = static_cast<int>(params.rows_q);
+  args.rows_k = static_cast<int>(params.rows_k);
+  args.q_batch_rows = q.batch_rows;
+  args.k_batch_rows = k.batch_rows;
+  args.v_batch_rows = v.batch_rows;
+  args.out_batch_rows = out.batch_rows;
+  args.lse_batch_stride_rows = params.packed ? 0 : args.rows_q;
+  args.heads_q = params.heads_q;
+  args.head_dim = params.head_dim;
+  args.heads_per_key_head = group;
+  args.row_bytes = static_cast<int>(shape.words() * sizeof(uint32_t));
+  args.q_block_size = shape.q_block_size;
+  args.packed_heads = !params.pack_heads || (group > 1 && shape.heads == params.heads_q) ? 1 : group;
+  args.query_piece = granule;
+  args.k_block_size = shape.k_block_size;
+  args.segments_per_block = shape.k_block_size / segment;
+  while ((1 << args.segment_log2) < segment) ++args.segment_log2;
+  args.causal = shape.causal;
+  args.scale = params.softmax_scale;
+  args.scale_log2 = static_cast<float>(params.softmax_scale * M_LOG2E);
+
+  int device_capability = 0, multiprocessors = 0;
+  HBSATTN_RETURN_IF_ERROR(current_device(&device_capability, &multiprocessors));
+  auto kernel = sm90::forward_kernel<Config>;
+  constexpr int kSharedBytes = sizeof(typename Traits::Storage);
+  HBSATTN_RETURN_IF_ERROR(cuda_status(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "cudaFuncSetAttribute"));
+  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.ticket, 0, sizeof(int), stream), "cudaMemsetAsync"));
+  const int grid = static_cast<int>(std::min<int64_t>(multiprocessors, params.num_items));
+  kernel<<<grid, sm90::kForwardThreads, kSharedBytes, stream>>>(args);
+  return cuda_status(cudaGetLastError(), "the launch of the forward kernel");
+}
+
+}  // namespace hbsattn::kernels

@@ -1,0 +1,266 @@
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/tensor.hpp>
+
+#include "kernels/common/ptx.cuh"
+#include "kernels/common/softmax.cuh"
+#include "kernels/sm90/forward_traits.cuh"
+
+// What one consumer warpgroup does with the stages of a tile: scores of 64 query rows against 128 keys, softmax, and
+// the product with the values of the stage before, which overlaps the softmax.
+
+namespace hbsattn::sm90 {
+
+template <class Element>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  if constexpr (std::is_same_v<Element, cutlass::bfloat16_t>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+}
+
+// The last key, in the sequence, that each of a thread's two rows may attend to, less the thread's own column offset
+// in a group of 8 columns: what a granule's key position is compared with.
+struct KeyLimits {
+  int value[2];
+
+  __device__ __forceinline__ KeyLimits(const ForwardArguments& args, const WorkItem& item, int warp_row, int lane) {
+    const int virtual_row = item.first_row + warp_row;
+    const int first = item.block_row + virtual_row % args.q_block_size + lane / 4;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int diagonal = first + 8 * row + item.k_len - item.q_len;
+      value[row] = (args.causal ? min(diagonal, item.k_len - 1) : item.k_len - 1) - 2 * (lane & 3);
+    }
+  }
+};
+
+// Ping-pong between the two consumer warpgroups: one computes its softmax while the other has the tensor cores.
+struct Turn {
+  static constexpr uint32_t kThreads = 128 * kConsumerWarpgroups;
+  uint32_t mine, others;
+
+  __device__ __forceinline__ explicit Turn(int unit)
+      : mine(unit == 0 ? kTurn0 : kTurn1), others(unit == 0 ? kTurn1 : kTurn0) {
+    if (unit == 1) cutlass::arch::NamedBarrier::arrive(kThreads, kTurn0);  // the first turn is unit 0's
+  }
+  __device__ __forceinline__ void take() const { cutlass::arch::NamedBarrier::sync(kThreads, mine); }
+  __device__ __forceinline__ void pass() const { cutlass::arch::NamedBarrier::arrive(kThreads, others); }
+};
+
+template <class Traits>
+struct ForwardMainloop {
+  using Element = typename Traits::Element;
+  using Storage = typename Traits::Storage;
+  using MmaQK = typename Traits::MmaQK;
+  using MmaPV = typename Traits::MmaPV;
+  using Stage = RingPosition<Traits::kStages>;
+
+  static constexpr int kValueSteps = Traits::kTileN / 16;
+
+  using Scores =
+      decltype(cute::partition_fragment_C(MmaQK{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<Traits::kTileN>>{}));
+  using Output =
+      decltype(cute::partition_fragment_C(MmaPV{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<Traits::kHeadDim>>{}));
+  // The scores' registers, in order, are those of the second product's first operand.
+  using Probabilities = decltype(cute::make_tensor<Element>(
+      cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<kValueSteps>>{}));
+
+  const ForwardArguments& args;
+  Storage& storage;
+  const int unit;  // which consumer warpgroup
+  const int lane;
+  const Turn turn;
+  // The stages' barriers, from keys_full on. Opaque: recomputing the address in the loop costs issue slots and moves
+  // the wait for the second product to a worse place.
+  const uint32_t barriers;
+  Stage key_stage{0}, value_stage{0};
+
+  Output output;
+  OnlineSoftmax softmax;
+
+  __device__ __forceinline__ ForwardMainloop(const ForwardArguments& args, Storage& storage, int unit, int lane)
+      : args(args),
+        storage(storage),
+        unit(unit),
+        lane(lane),
+        turn(unit),
+        barriers(opaque(shared_address(&storage.keys_full[0]))) {}
+
+  // Address of barrier `index` of an array of barriers that lies `offset` bytes into Storage.
+  __device__ __forceinline__ uint32_t barrier(size_t offset, int index) const {
+    return barriers + static_cast<uint32_t>(offset - offsetof(Storage, keys_full)) + index * sizeof(uint64_t);
+  }
+  __device__ __forceinline__ uint32_t keys_full() const {
+    return barrier(offsetof(Storage, keys_full), key_stage.index);
+  }
+  __device__ __forceinline__ uint32_t keys_empty() const {
+    return barrier(offsetof(Storage, keys_empty), key_stage.index);
+  }
+  __device__ __forceinline__ uint32_t values_full() const {
+    return barrier(offsetof(Storage, values_full), value_stage.index);
+  }
+  __device__ __forceinline__ uint32_t values_empty() const {
+    return barrier(offsetof(Storage, values_empty), value_stage.index);
+  }
+
+  // scores = Q K^T for the current key stage; asynchronous.
+  __device__ __forceinline__ void issue_scores(Scores& scores, int query_index) const {
+    using namespace cute;
+    MmaQK mma;
+    auto thread_mma = mma.get_thread_slice(_0{});
+    Tensor sQ = make_tensor(make_smem_ptr(&storage.queries[0][0][0]), typename Traits::SmemLayoutQ{});
+    Tensor sK = make_tensor(make_smem_ptr(&storage.keys[0][0]), typename Traits::SmemLayoutK{});
+    Tensor rQ = thread_mma.partition_fragment_A(sQ);
+    Tensor rK = thread_mma.partition_fragment_B(sK);
+    warpgroup_fence_operand(scores);
+    warpgroup_arrive();
+    mma.accumulate_ = GMMA::ScaleOut::Zero;
+    CUTE_UNROLL
+    for (int step = 0; step < size<2>(rQ); ++step) {
+      cute::gemm(mma, rQ(_, _, step, query_index), rK(_, _, step, key_stage.index), scores);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+    warpgroup_fence_operand(scores);
+  }
+
+  // output (+)= P V for the current value stage; asynchronous.
+  __device__ __forceinline__ void issue_values(Probabilities& probabilities, bool accumulate) {
+    using namespace cute;
+    MmaPV mma;
+    auto thread_mma = mma.get_thread_slice(_0{});
+    Tensor sVt = make_tensor(make_smem_ptr(&storage.values[0][0]), typename Traits::SmemLayoutVt{});
+    Tensor rV = thread_mma.partition_fragment_B(sVt);
+    warpgroup_fence_operand(output);
+    fence_probabilities(probabilities);
+    warpgroup_arrive();
+    mma.accumulate_ = accumulate ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero;
+    CUTE_UNROLL
+    for (int step = 0; step < kValueSteps; ++step) {
+      cute::gemm(mma, probabilities(_, _, step), rV(_, _, step, value_stage.index), output);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+    warpgroup_fence_operand(output);
+    fence_probabilities(probabilities);
+  }
+
+  static __device__ __forceinline__ void fence_probabilities(Probabilities& probabilities) {
+    auto registers = cute::recast<uint32_t>(probabilities);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(registers); ++i) cute::warpgroup_fence_operand(registers(i));
+  }
+
+  static __device__ __forceinline__ void convert(const Scores& scores, Probabilities& probabilities) {
+    auto registers = cute::recast<uint32_t>(probabilities);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(registers); ++i) {
+      registers(i) = pack_pair<Element>(scores(2 * i), scores(2 * i + 1));
+    }
+  }
+
+  // One rule for causality, the sequence's end and padding: a key past the row's limit does not count.
+  __device__ __forceinline__ void mask(Scores& scores, const KeyLimits& limits) const {
+    const int32_t* granules = storage.granule_keys[key_stage.index];
+    CUTE_UNROLL
+    for (int granule = 0; granule < Traits::kGranules; ++granule) {
+      const int first_key = granules[granule];
+      CUTE_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        const int row = (i >> 1) & 1;
+        const int key = first_key + (i >> 2) * 8 + (i & 1);
+        float& score = scores(8 * granule + i);
+        score = key > limits.value[row] ? -INFINITY : score;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void release_keys() {
+    if (lane == 0) mbarrier_arrive(keys_empty());
+    key_stage.advance();
+  }
+
+  __device__ __forceinline__ void release_values() {
+    if (lane == 0) mbarrier_arrive(values_empty());
+    value_stage.advance();
+  }
+
+  // Scores of the next stage while the tensor cores also multiply the last one's probabilities with its values.
+  template <bool kMasked>
+  __device__ __forceinline__ void step(Scores& scores, Probabilities& probabilities, const KeyLimits& limits,
+                                       int query_index, bool accumulate) {
+    mbarrier_wait(keys_full(), key_stage.parity);
+    turn.take();
+    issue_scores(scores, query_index);
+    mbarrier_wait(values_full(), value_stage.parity);
+    issue_values(probabilities, accumulate);
+    turn.pass();
+
+    cute::warpgroup_wait<1>();
+    cute::warpgroup_fence_operand(scores);
+    if constexpr (kMasked) {
+      mask(scores, limits);
+      __syncwarp();
+    }
+    release_keys();
+    // The second product still runs while the maxima are found. Waiting for it before the exponentials, not after,
+    // lets ptxas mix the conversion and the rescaling with them; see benchmarks/NOTES.md.
+    softmax.update_max<false, kMasked>(scores, args.scale_log2);
+    hold_back_waits(softmax.offset[0] + softmax.offset[1], barriers);
+    cute::warpgroup_wait<0>();
+    softmax.exponentiate(scores, args.scale_log2);
+    cute::warpgroup_fence_operand(output);
+    fence_probabilities(probabilities);
+    release_values();
+    convert(scores, probabilities);
+    softmax.rescale_output(output);
+  }
+
+  // All stages of a tile. Masked stages come first; the loop after them has no mask code.
+  __device__ __forceinline__ void run(const WorkItem& item, int stages, int masked_stages, int warp_row,
+                                      int query_index) {
+    const KeyLimits limits(args, item, warp_row, lane);
+    Scores scores;
+    Probabilities probabilities;
+
+    mbarrier_wait(keys_full(), key_stage.parity);
+    issue_scores(scores, query_index);
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(scores);
+    mask(scores, limits);
+    __syncwarp();
+    release_keys();
+    softmax.update_max<true, true>(scores, args.scale_log2);
+    softmax.exponentiate(scores, args.scale_log2);
+    convert(scores, probabilities);
+
+    bool accumulate = false;
+    int stage = 1;
+#pragma unroll 1
+    for (; stage < masked_stages; ++stage) {
+      step<true>(scores, probabilities, limits, query_index, accumulate);
+      accumulate = true;
+    }
+#pragma unroll 1
+    for (; stage < stages; ++stage) {
+      step<false>(scores, probabilities, limits, query_index, accumulate);
+      accumulate = true;
+    }
+
+    mbarrier_wait(values_full(), value_stage.parity);
+    issue_values(probabilities, accumulate);
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(output);
+    fence_probabilities(probabilities);
+    release_values();
+  }
+};
+
+}  // namespace hbsattn::sm90

@@ -1,0 +1,145 @@
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cutlass/numeric_types.h>
+
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/tensor.hpp>
+
+#include "hbsattn/params.h"
+#include "kernels/common/bit_row.cuh"
+#include "kernels/config.h"
+
+namespace hbsattn::sm90 {
+
+// Warps of the producer warpgroup. Keys and values are issued by different warps: one warp alone cannot issue
+// 16-row boxes fast enough for both.
+enum ProducerWarp : int { kKeyWarp = 0, kQueryWarp = 1, kValueWarp = 2, kOutputWarp = 3 };
+
+// Named barriers (CUTLASS keeps the first eight of the sixteen for itself).
+enum ForwardBarrier : uint32_t {
+  kTurn0 = 0,  // ping-pong: the tensor cores are consumer warpgroup 0's
+  kTurn1 = 1,  //                                       warpgroup 1's
+  kUnit0 = 2,  // the four warps of consumer warpgroup 0
+  kUnit1 = 3,  //                                      1
+};
+
+inline constexpr int kConsumerWarpgroups = 2;
+inline constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
+inline constexpr int kForwardThreads = 128 * (1 + kConsumerWarpgroups);
+inline constexpr int kUnitRows = 64;  // query rows of one consumer warpgroup
+inline constexpr int kTileSlots = 4;  // a ring; the slowest reader may be some tiles behind
+// A CTA takes its next tile off the work list when this many key stages of the current one are still to be loaded:
+// enough to hide the three dependent loads that it takes, and late enough that work goes to whoever is free.
+inline constexpr int kTileLead = 4;
+
+// Row coordinate that lies outside every tensor: the box is zero-filled and still counts its bytes.
+inline constexpr int kOutOfBounds = 1 << 30;
+// Key position of a granule that holds no key: above every limit.
+inline constexpr int kNoKey = 0x3fffffff;
+
+// A tile as the query warp announces it to the other warps.
+struct TileSlot {
+  WorkItem item;      // bit_row < 0: no more tiles
+  int stages;         // key stages
+  int masked_stages;  // of these, the first ones that need element masks, the first stage always among them
+  int padding;        // segments at the front of the first stage that hold no keys
+  int key_end;        // keys from here on, in the sequence, are visible to no row of the tile
+  uint8_t first_chunk[BitRow::kChunkBytes];  // first chunk of the bit row, as BitRow::load gives it to each lane
+};
+
+template <class Config>
+struct ForwardTraits {
+  using Element = std::conditional_t<Config::kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
+  static constexpr int kHeadDim = Config::kHeadDim;
+  static constexpr int kTileN = Config::kTileN;
+  static constexpr int kStages = Config::kStages;
+  static constexpr int kQueryBuffers = Config::kQueryBuffers;
+  static constexpr int kChunks = kHeadDim / 64;  // 128-byte column chunks of a row: what one swizzle atom spans
+  static constexpr int kGranules = kTileN / kGranule;
+  static_assert(Config::kTileM == kConsumerWarpgroups * kUnitRows);
+  static_assert(kHeadDim % 64 == 0);
+
+  using AtomK = cute::GMMA::Layout_K_SW128_Atom<Element>;    // 8 rows x 64 columns
+  using AtomMN = cute::GMMA::Layout_MN_SW128_Atom<Element>;  // the same bytes, transposed
+
+  // Queries, and later the output: [unit and buffer][chunk][64 rows][64 columns].
+  using SmemLayoutQ = decltype(cute::tile_to_shape(
+      AtomK{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<kHeadDim>, cute::Int<2 * kQueryBuffers>>{}));
+
+  // Keys and values: [stage][group of 8 keys][chunk][8 keys][64 columns], so that one box brings whole rows.
+  using SmemLayoutK =
+      decltype(cute::tile_to_shape(AtomK{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kStages>>{},
+                                   cute::Step<cute::_2, cute::_1, cute::_3>{}));
+  using SmemLayoutVt =
+      decltype(cute::tile_to_shape(AtomMN{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kStages>>{},
+                                   cute::Step<cute::_1, cute::_2, cute::_3>{}));
+
+  using MmaQK = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float,
+                                 cute::Shape<cute::Int<kUnitRows>, cute::Int<kTileN>, cute::Int<kHeadDim>>>()));
+  using MmaPV = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float,
+                                 cute::Shape<cute::Int<kUnitRows>, cute::Int<kHeadDim>, cute::Int<kTileN>>,
+                                 cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+
+  static constexpr uint32_t kStageBytes = kTileN * kHeadDim * sizeof(Element);
+  static constexpr uint32_t kUnitBytes = kUnitRows * kHeadDim * sizeof(Element);
+  static constexpr uint32_t kAtomBytes = 8 * 64 * sizeof(Element);
+
+  struct alignas(1024) Storage {
+    Element keys[kStages][kTileN * kHeadDim];
+    Element values[kStages][kTileN * kHeadDim];
+    Element queries[kQueryBuffers][kConsumerWarpgroups][kUnitRows * kHeadDim];  // the output leaves from here too
+    int32_t key_columns[BitRow::kEntries];                                      // active blocks, as the key warp
+    int32_t value_columns[BitRow::kEntries];                                    // and the value warp expand them
+    int32_t granule_keys[kStages][kGranules];  // first key of each granule of a key stage
+    TileSlot tiles[kTileSlots];
+    uint64_t keys_full[kStages], keys_empty[kStages];
+    uint64_t values_full[kStages], values_empty[kStages];
+    uint64_t queries_full[kQueryBuffers][kConsumerWarpgroups], queries_empty[kQueryBuffers][kConsumerWarpgroups];
+    uint64_t output_full[kQueryBuffers][kConsumerWarpgroups];
+    uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
+    uint64_t tile_wanted;
+  };
+  static_assert(sizeof(Storage) <= kSm90SharedLimit, "a CTA's shared memory");
+};
+
+// What the kernel gets, by value. Row coordinates of batched tensors are batch * *_batch_rows + row.
+struct ForwardArguments {
+  CUtensorMap map_q;    // (head_dim, rows, heads), box 64 x query_piece x 1
+  CUtensorMap map_out;  // the same
+  // Whole rows: (64 columns, rows, chunks, groups of 8 rows, heads), box of one segment.
+  CUtensorMap map_k, map_v;
+  // 8 rows x 64 columns that end at any row, see tensor_map.h: (head_dim, rows before the end, wrap, end, heads).
+  CUtensorMap map_k_clipped, map_v_clipped;
+
+  const uint8_t* bits;
+  const WorkItem* items;
+  int num_items;
+  int* ticket;
+  long long* cycles;  // optional
+
+  void* out;
+  int64_t out_batch_stride, out_row_stride, out_head_stride;  // elements
+  float* lse;
+
+  int rows_q, rows_k;  // per batch entry; all, when packed
+  int q_batch_rows, k_batch_rows, v_batch_rows, out_batch_rows;
+  int lse_batch_stride_rows;  // 0 when packed
+  int heads_q, head_dim, heads_per_key_head;
+  int row_bytes;  // of a bit row
+  int q_block_size;
+  int packed_heads;  // query heads that share a tile's block list
+  int query_piece;   // rows that one query or output box moves
+  int k_block_size;
+  int segment_log2;  // a segment is the largest power of two rows, up to kTileN, that divides k_block_size
+  int segments_per_block;
+  bool whole_rows;  // map_k and map_v can be used; otherwise every stage goes through the clipped maps
+  bool causal;
+  float scale, scale_log2;
+};
+
+}  // namespace hbsattn::sm90
