@@ -44,9 +44,11 @@ HBSATTN_API size_t forward_workspace_size();
 // nothing to attend get 0 and -inf.
 HBSATTN_API Status forward(const ForwardParams& params, Stream stream);
 
-// The checks of `forward` that hold on every backend, without those that ask for a compiled kernel and a GPU.
-HBSATTN_API Status validate_forward(const ForwardParams& params);
+// The checks of sizes that hold on every backend, without those of pointers and those that ask for a compiled kernel
+// and a GPU.
 HBSATTN_API Status validate_mask(const MaskShape& shape);
+HBSATTN_API Status validate_plan(const PlanParams& params);
+HBSATTN_API Status validate_forward(const ForwardParams& params);
 
 // All checks of `forward` but those of pointers and of `addressable`: whether the problem is valid and this build has a
 // kernel for it on the current device.

@@ -7,16 +7,12 @@
 #include <numeric>
 #include <string>
 
+#include "kernels/common/cuda_status.h"
 #include "kernels/common/tensor_map.h"
 #include "kernels/instances.h"
 #include "kernels/sm90/forward_kernel.cuh"
 
 namespace hbsattn::kernels {
-
-inline Status cuda_status(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return Status::Ok();
-  return Status::CudaError(std::string(what) + " failed: " + cudaGetErrorString(error));
-}
 
 // A batched tensor's entries are runs of rows of one long matrix: `batch_rows` apart.
 struct RowsOfTensor {

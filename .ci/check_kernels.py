@@ -1,0 +1,85 @@
+"""Compiles the kernels through CMake and fails on what makes one slow: a register spill, a serialized wgmma pipeline
+(ptxas warns and inserts waits), or a translation unit that takes too long to compile.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS_ALLOWED = 180
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+SERIALIZED = re.compile(r".*(?:\(C75\d\d\)|wgmma\.mma_async instructions are serialized).*")
+
+
+def run(command: list[str], log: Path) -> str:
+    """Runs a command, shows a line per compiled file, and returns all it printed."""
+    lines = []
+    with log.open("w") as file, subprocess.Popen(command, stdout=-1, stderr=-2, text=True) as process:
+        for line in process.stdout:
+            lines.append(line)
+            file.write(line)
+            if re.match(r"\[\d+/\d+\]", line):
+                print(line.rstrip()[:120], flush=True)
+    if process.returncode:
+        sys.exit("".join(lines[-60:]) + f"error: {command[0]} failed")
+    return "".join(lines)
+
+
+def seconds_per_source(build_dir: Path) -> dict[str, float]:
+    """Wall time of each compilation, from ninja's own log."""
+    times = {}
+    for line in (build_dir / ".ninja_log").read_text().splitlines()[1:]:
+        start, end, _, output, _ = line.split("\t")
+        if output.endswith(".cu.o"):
+            times[output.partition(".dir/")[2]] = (int(end) - int(start)) / 1000
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--build-dir", type=Path, default=ROOT / "build" / "ci-core")
+    parser.add_argument("--prefix", type=Path, help="also install the library there")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    build_dir = options.build_dir.resolve()
+
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", "--fresh", "-DHBSATTN_CUDA=ON"]
+    configure += ["-DCMAKE_CUDA_FLAGS=-Xptxas=-v", f"-DPython3_EXECUTABLE={sys.executable}"]
+    if options.prefix:
+        configure.append(f"-DCMAKE_INSTALL_PREFIX={options.prefix.resolve()}")
+    build_dir.mkdir(parents=True, exist_ok=True)
+    run(configure, build_dir / "configure.log")
+    run(["cmake", "--build", str(build_dir), "--target", "clean"], build_dir / "clean.log")
+    text = run(["cmake", "--build", str(build_dir), "-j", str(options.jobs)], build_dir / "build.log")
+
+    problems = [f"serialized wgmma: {match[0].strip()}" for match in SERIALIZED.finditer(text)]
+    kernels = list(ENTRY.finditer(text))
+    for kernel in kernels:
+        stores, loads = int(kernel["stores"]), int(kernel["loads"])
+        print(f"{kernel['registers']:>4} registers, {stores + loads} bytes spilled: {kernel['name'][:90]}")
+        if stores or loads:
+            problems.append(f"{kernel['name']} spills {stores} bytes and reloads {loads}")
+    forwards = [kernel for kernel in kernels if "forward" in kernel["name"]]
+    if not forwards:
+        problems.append("the build log names no forward kernel: nothing was checked")
+    for source, seconds in sorted(seconds_per_source(build_dir).items()):
+        print(f"{seconds:6.1f} s {source}")
+        if seconds > SECONDS_ALLOWED:
+            problems.append(f"{source} took {seconds:.0f} s; allowed {SECONDS_ALLOWED} s")
+    if problems:
+        sys.exit("\n".join(f"error: {problem}" for problem in problems))
+    print(f"{len(kernels)} kernels: no spills, no serialized wgmma, every file within {SECONDS_ALLOWED} s")
+    if options.prefix:
+        run(["cmake", "--install", str(build_dir)], build_dir / "install.log")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""hbsattn as the benchmark runs it: the mask, the call, and the parts of the way there on their own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import hbsattn
+from workloads import Workload
+
+
+class Ours:
+    """One workload, ready to launch. Raises ValueError or TypeError if hbsattn does not support it."""
+
+    def __init__(self, workload: Workload, q: Tensor, k: Tensor, v: Tensor, block_mask: Tensor) -> None:
+        self._workload = workload
+        self._qkv = (q, k, v)
+        self._block_mask = block_mask
+        self.mask = self.pack()
+        self.items = self.plan()
+        self.attend()
+
+    def pack(self) -> hbsattn.BlockMask:
+        """From booleans to bits."""
+        work = self._workload
+        lengths = {"seqlen_q": work.seqlen, "seqlen_k": work.seqlen}
+        return hbsattn.BlockMask.from_dense(self._block_mask, work.q_block, work.k_block, causal=work.causal, **lengths)
+
+    def plan(self) -> Tensor:
+        """From bits to the work list, which the mask keeps after its first call."""
+        work, mask = self._workload, self.mask
+        return torch.ops.hbsattn.plan_items(
+            mask.bits,
+            mask.sequences,
+            mask.cols,
+            mask.q_block_size,
+            mask.k_block_size,
+            mask.causal,
+            work.heads,
+            work.heads_k,
+            work.head_dim,
+            work.dtype.itemsize,
+            True,
+        )
+
+    def attend(self) -> Tensor:
+        return hbsattn.block_sparse_attention(*self._qkv, self.mask)
+
+    def attend_with_lse(self) -> tuple[Tensor, Tensor]:
+        return hbsattn.block_sparse_attention(*self._qkv, self.mask, return_lse=True)
+
+    def end_to_end(self) -> Tensor:
+        """From booleans to the result, with nothing kept from earlier calls."""
+        return hbsattn.block_sparse_attention(*self._qkv, self.pack())
+
+    def clocks(self) -> Tensor:
+        """The attention kernel alone: int64 (SMs, 2), each SM's clock at the begin and at the end of its work."""
+        mask = self.mask
+        _, _, clocks = torch.ops.hbsattn.forward(
+            *self._qkv,
+            mask.bits,
+            mask.sequences,
+            self.items,
+            mask.cols,
+            mask.q_block_size,
+            mask.k_block_size,
+            mask.causal,
+            True,
+            self._workload.head_dim**-0.5,
+            profile=True,
+        )
+        return clocks

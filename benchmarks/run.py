@@ -1,0 +1,349 @@
+"""Times hbsattn beside other attention libraries: python benchmarks/run.py --help. README.md explains the columns."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import bars
+import baselines
+import environment
+import gate
+import timing
+import workloads
+from ours import Ours
+from workloads import Group, Workload
+
+OURS = "hbsattn"
+SEED = 20261121
+MEMORY_ALLOWANCE = 32 << 20  # bytes, beside a quarter of the bool mask
+SPAN_BELOW_MS = 0.5  # attention shorter than this gets the columns span and host: there the host's time matters
+SPAN_ITERATIONS = 40
+COLUMNS = (  # heading, field, format
+    ("TF/s", "tflops", "{:.1f}"),
+    ("ms", "ms", "{:.4f}"),
+    ("spread", "spread", "{:.1%}"),
+    ("cyc", "cycle_share", "{:.3f}"),
+    ("b2b TF/s", "back_to_back_tflops", "{:.1f}"),
+    ("x cuDNN", "speedup_over_cudnn", "{:.2f}"),
+    ("pack ms", "pack_ms", "{:.4f}"),
+    ("plan ms", "plan_ms", "{:.4f}"),
+    ("all ms", "end_to_end_ms", "{:.4f}"),
+    ("span ms", "span_ms", "{:.4f}"),
+    ("host ms", "host_ms", "{:.4f}"),
+)
+
+
+@dataclass
+class Entry:
+    """A contestant on a workload: the call to time, or why there is none."""
+
+    workload: Workload
+    contestant: str
+    label: str
+    flops: int
+    launch: Callable[[], Tensor] | None = None
+    ours: Ours | None = None
+    block_mask: Tensor | None = None
+    verdict: gate.Verdict | None = None
+    problem: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.workload.name, self.contestant
+
+
+class Bench:
+    """Runs groups and collects rows, one for each workload and contestant."""
+
+    def __init__(self, rivals: list[baselines.Rival], samples: int, quick: bool, say: Callable[[str], None]) -> None:
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._rivals = rivals
+        self._samples = samples
+        self._quick = quick
+        self._say = say
+        self._timer = timing.Timer(self._device)
+        self._began = time.perf_counter()
+        properties = torch.cuda.get_device_properties(self._device)
+        per_cycle = timing.TENSOR_FLOPS_PER_CYCLE.get((properties.major, properties.minor))
+        self._peak_per_cycle = per_cycle and per_cycle * properties.multi_processor_count
+        self.rows: dict[tuple[str, str], dict[str, object]] = {}
+        self.wrong = 0  # results of ours that the gate refused
+
+    def measure_empty(self) -> float:
+        """The time of no launch at all, in milliseconds: what an event pair adds to each time."""
+        return self._timer.spaced({"": lambda: None}, 15)[""].ms
+
+    def run(self, group: Group) -> None:
+        """Times one group and says its table."""
+        entries = self._prepare(group)
+        ready = {" ".join(entry.key): entry for entry in entries if entry.launch}
+        self._progress(f"{group.name}: times {len(ready)} contestants in turns")
+        times = self._timer.spaced({name: entry.launch for name, entry in ready.items()}, self._samples)
+        for entry in entries:
+            self.rows[entry.key] = self._row(entry, group, times.get(" ".join(entry.key)))
+        self._progress(f"{group.name}: times their parts and back-to-back rates")
+        for entry in ready.values():
+            self._add_details(entry, self.rows[entry.key])
+        for entry in entries:
+            self._add_speedup(entry)
+        self._say(_table([self.rows[entry.key] for entry in entries]))
+
+    def _prepare(self, group: Group) -> list[Entry]:
+        """Tensors, masks, compiled calls; each result through the gate."""
+        entries: list[Entry] = []
+        tensors: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
+        dense: dict[str, Workload] = {}
+        for number, workload in enumerate(group.workloads):
+            self._progress(f"{group.name}: prepares and checks {workload.name}")
+            if workload.problem not in tensors:
+                tensors[workload.problem] = workloads.make_tensors(workload, self._device, SEED)
+            qkv = tensors[workload.problem]
+            dense.setdefault(workload.dense().name, workload.dense())
+            block_mask = workloads.make_mask(workload, self._device, SEED + 1 + number)
+            flops = workloads.count_flops(workload, workloads.count_pairs(workload, block_mask))
+            entry = self._prepare_ours(workload, qkv, block_mask, flops)
+            entries.append(entry)
+            if entry.verdict and not entry.verdict.passed:
+                continue
+            if group.compares(workload):
+                rivals = [rival for rival in self._rivals if not rival.dense]
+                entries += [self._prepare_rival(rival, workload, qkv, block_mask, flops) for rival in rivals]
+        for workload in dense.values():
+            self._progress(f"{group.name}: prepares and checks {workload.name}")
+            block_mask = workloads.make_mask(workload, self._device, SEED)
+            flops = workloads.count_flops(workload, workloads.count_pairs(workload, block_mask))
+            rivals = [rival for rival in self._rivals if rival.dense]
+            qkv = tensors[workload.problem]
+            entries += [self._prepare_rival(rival, workload, qkv, block_mask, flops) for rival in rivals]
+        return entries
+
+    def _prepare_ours(self, workload: Workload, qkv: tuple, block_mask: Tensor, flops: int) -> Entry:
+        entry = Entry(workload, OURS, OURS, flops, block_mask=block_mask)
+        try:
+            ours = Ours(workload, *qkv, block_mask)
+        except (ValueError, TypeError) as error:
+            entry.problem = f"not supported: {error}"
+            return entry
+        if ours.mask.flops(workload.head_dim, workload.heads) != flops:
+            entry.problem = f"BlockMask.flops says {ours.mask.flops(workload.head_dim, workload.heads)}, not {flops}"
+            self.wrong += 1
+            return entry
+        out, lse = ours.attend_with_lse()
+        entry.verdict = gate.check(workload, *qkv, block_mask, out, lse)
+        if entry.verdict.passed:
+            entry.ours, entry.launch = ours, ours.attend
+        else:
+            entry.problem = f"WRONG RESULT, no times: {entry.verdict}"
+            self.wrong += 1
+        return entry
+
+    def _prepare_rival(
+        self, rival: baselines.Rival, workload: Workload, qkv: tuple, block_mask: Tensor, flops: int
+    ) -> Entry:
+        entry = Entry(workload, rival.name, rival.label, flops, problem=rival.refusal(workload))
+        if entry.problem:
+            return entry
+        begin = time.perf_counter()
+        try:
+            launch = rival.prepare(workload, *qkv, block_mask)
+            entry.verdict = gate.check(workload, *qkv, block_mask, launch())
+        except Exception as error:  # whatever a library raises, the others still run
+            entry.problem = f"fails: {type(error).__name__}: {error}".splitlines()[0]
+            torch.cuda.empty_cache()
+            return entry
+        if entry.verdict.passed:
+            entry.launch = launch
+        else:
+            entry.problem = f"wrong result, no times: {entry.verdict}"
+        if (seconds := time.perf_counter() - begin) > 2:
+            self._progress(f"{rival.label} took {seconds:.0f} s to compile")
+        return entry
+
+    def _row(self, entry: Entry, group: Group, times: timing.Times | None) -> dict[str, object]:
+        row: dict[str, object] = {
+            "workload": entry.workload.name,
+            "contestant": entry.contestant,
+            "label": entry.label,
+            "group": group.name,
+            "shape": entry.workload.describe(),
+            "flops": entry.flops,
+            "problem": entry.problem,
+        }
+        if entry.verdict:
+            row["gate"] = {"rows": entry.verdict.rows, "error": entry.verdict.error, "allowed": entry.verdict.allowed}
+        if times:
+            row |= {
+                "ms": times.ms,
+                "ms_best": times.best,
+                "spread": times.spread,
+                "samples": len(times.samples),
+                "host_time_included": times.exposed,
+                "tflops": entry.flops / times.ms * 1e-9,
+            }
+        return row
+
+    def _add_details(self, entry: Entry, row: dict[str, object]) -> None:
+        if not self._quick:
+            row["back_to_back_ms"] = self._timer.back_to_back(entry.launch)
+            row["back_to_back_tflops"] = entry.flops / row["back_to_back_ms"] * 1e-9
+        if ours := entry.ours:
+            few = 5 if self._quick else 11
+            parts = {"pack": ours.pack, "plan": ours.plan, "end_to_end": ours.end_to_end}
+            for part, times in self._timer.spaced(parts, few).items():
+                row[f"{part}_ms"] = times.ms
+                row["host_time_included"] |= times.exposed
+            row["pack_and_plan_ms"] = row["pack_ms"] + row["plan_ms"]
+            if self._peak_per_cycle and entry.workload.dtype.itemsize == 2:
+                cycles = self._timer.cycles(ours.clocks, 3 if self._quick else 7)
+                row["cycles"] = cycles
+                row["cycle_share"] = entry.flops / (self._peak_per_cycle * cycles)
+            if row["ms"] < SPAN_BELOW_MS:
+                span = self._timer.span(ours.end_to_end, SPAN_ITERATIONS, 3 if self._quick else 9)
+                if span:
+                    row["span_ms"], row["host_ms"] = span
+            row["extra_bytes"] = timing.measure_memory(ours.end_to_end)
+            row["extra_bytes_allowed"] = entry.block_mask.numel() // 4 + MEMORY_ALLOWANCE
+
+    def _add_speedup(self, entry: Entry) -> None:
+        """How many times faster than dense attention of the same shape."""
+        row = self.rows[entry.key]
+        dense = self.rows.get((entry.workload.dense().name, "cudnn"), {}).get("ms")
+        if dense and "ms" in row:
+            row["speedup_over_cudnn"] = dense / row["ms"]
+
+    def _progress(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self._began:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def _table(rows: list[dict[str, object]]) -> str:
+    """The rows for people. Columns that all rows lack are left out; a row without times says why."""
+    columns = [column for column in COLUMNS if any(column[1] in row for row in rows)]
+    cells = [["workload", "contestant", *(heading for heading, _, _ in columns)]]
+    notes = [""]
+    for row in rows:
+        name = f"{row['label']} *" if row.get("host_time_included") else row["label"]
+        values = (
+            [] if row["problem"] else [style.format(row[field]) if field in row else "" for _, field, style in columns]
+        )
+        cells.append([row["workload"], name, *values])
+        notes.append(textwrap.shorten(row["problem"] or "", 160))
+    lines = [f"{line}  {note}".rstrip() for line, note in zip(_align(cells, right_from=2), notes, strict=True)]
+    if any(row.get("host_time_included") for row in rows):
+        lines.append("* waits for the GPU within the call or its preparation, so host time is included")
+    return "\n".join([*lines, ""])
+
+
+def _align(cells: list[list[str]], right_from: int) -> list[str]:
+    """The lines of a table, columns from `right_from` on aligned to the right. Rows may be shorter than the first."""
+    widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(cells[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i >= right_from else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        )
+        for row in cells
+    ]
+
+
+def _write(path: Path | None, results: dict[str, object], said: list[str]) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        path.with_suffix(".txt").write_text("\n".join(said))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Times hbsattn beside other attention libraries.")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--bars", action="store_true", help="the workloads of the bars, and the bars (the default)")
+    what.add_argument("--grid", choices=("anchors", "predecessor"), help="a grid of workloads")
+    what.add_argument("--workloads", nargs="+", metavar="NAME", help="workloads by name")
+    what.add_argument("--list", action="store_true", help="print the names of all workloads and stop")
+    parser.add_argument("--match", metavar="TEXT", help="of these, only the workloads with TEXT in their name")
+    parser.add_argument("--quick", action="store_true", help="7 samples, nothing back to back")
+    parser.add_argument("--samples", type=int, default=None, help="spaced samples of each contestant (default 21)")
+    parser.add_argument(
+        "--rivals", default=",".join(baselines.FILES), metavar="NAMES", help="comma-separated; default %(default)s"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here, and beside it as .txt")
+    parser.add_argument("--commit", help="what to record as commit where git cannot tell")
+    return parser.parse_args()
+
+
+def _select(arguments: argparse.Namespace) -> list[Group]:
+    if arguments.grid:
+        groups = workloads.anchor_groups() if arguments.grid == "anchors" else workloads.predecessor_groups()
+    elif arguments.workloads:
+        groups = workloads.named_groups(arguments.workloads)
+    else:
+        groups = workloads.bar_groups()
+    return workloads.matching(groups, arguments.match) if arguments.match else groups
+
+
+def main() -> int:
+    arguments = _parse()
+    if arguments.list:
+        print("\n".join(workloads.all_workloads()))
+        return 0
+    if not torch.cuda.is_available():
+        print("benchmarks/run.py needs a CUDA GPU; torch sees none", file=sys.stderr)
+        return 2
+    torch.set_grad_enabled(False)
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        print(text, flush=True)
+
+    try:
+        groups = _select(arguments)
+        rivals, missing = baselines.load([name for name in arguments.rivals.split(",") if name])
+    except ValueError as error:
+        print(f"benchmarks/run.py: {error}", file=sys.stderr)
+        return 2
+
+    described = environment.describe(arguments.commit)
+    say("\n".join(environment.lines(described)))
+    for name, reason in missing.items():
+        say(f"left out: {name} ({reason})")
+    samples = arguments.samples or (7 if arguments.quick else 21)
+    bench = Bench(rivals, samples, arguments.quick, say)
+    empty_ms = bench.measure_empty()
+    say(f"spaced, {samples} samples (fewer of long calls); an empty launch reads {empty_ms:.4f} ms\n")
+
+    results: dict[str, object] = {
+        "environment": described,
+        "left_out": missing,
+        "protocol": {
+            "samples": samples,
+            "idle_seconds": timing.IDLE_SECONDS,
+            "flush_bytes": timing.FLUSH_BYTES,
+            "empty_ms": empty_ms,
+        },
+    }
+    for group in groups:
+        bench.run(group)
+        torch.cuda.empty_cache()
+        results["rows"] = list(bench.rows.values())
+        _write(arguments.json, results, said)  # after every group: a long run may be cut short
+    if not (arguments.grid or arguments.workloads):
+        results["bars"] = bars.evaluate(bench.rows)
+        say("\n".join(line.rstrip() for line in _align(bars.table(results["bars"]), right_from=9)))
+        _write(arguments.json, results, said)
+    if bench.wrong:
+        print(f"{bench.wrong} results of hbsattn are wrong", file=sys.stderr)
+    return 1 if bench.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

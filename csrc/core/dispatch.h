@@ -1,0 +1,43 @@
+#pragma once
+
+// The kernels of this build, as one list: what selection chooses from, what dispatch calls and what build_info reports.
+
+#include "kernels/config.h"
+#include "kernels/instances.h"
+
+namespace hbsattn {
+
+// The build says with 0 or 1 which kernels it compiles.
+template <bool kCompiled_, class Config_>
+struct KernelEntry {
+  static constexpr bool kCompiled = kCompiled_;
+  using Config = Config_;
+};
+
+template <class... Entries>
+struct KernelTable {
+  // Calls visit(Config{}) for every compiled kernel, in order, until one returns true. Whether one did.
+  template <class Visitor>
+  static bool any(Visitor&& visit) {
+    return (visit_entry<Entries>(visit) || ...);
+  }
+
+ private:
+  template <class Entry, class Visitor>
+  static bool visit_entry(Visitor&& visit) {
+    if constexpr (Entry::kCompiled) {
+      return visit(typename Entry::Config{});
+    } else {
+      return false;
+    }
+  }
+};
+
+// Head dims ascend for each dtype: the first that is large enough is the cheapest.
+using Sm90ForwardKernels = KernelTable<
+    KernelEntry<HBSATTN_SM90 && HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_64, Sm90Forward<DType::kBFloat16, 64>>,
+    KernelEntry<HBSATTN_SM90 && HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_128, Sm90Forward<DType::kBFloat16, 128>>,
+    KernelEntry<HBSATTN_SM90 && HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_64, Sm90Forward<DType::kFloat16, 64>>,
+    KernelEntry<HBSATTN_SM90 && HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_128, Sm90Forward<DType::kFloat16, 128>>>;
+
+}  // namespace hbsattn

@@ -1,0 +1,25 @@
+// What stands for the kernels in a build without CUDA: every call fails with one sentence.
+
+#if !HBSATTN_WITH_CUDA
+
+#include "kernels/instances.h"
+
+namespace hbsattn::kernels {
+namespace {
+
+Status no_cuda() {
+  return Status::NotSupported(
+      "this build of hbsattn has no CUDA kernels, so CUDA tensors are not accepted; expected CPU tensors, or a "
+      "reinstalled hbsattn built with nvcc (set CUDA_HOME to a CUDA toolkit)");
+}
+
+}  // namespace
+
+Status current_device(int*, int*) { return no_cuda(); }
+Status make_sequences(const SequencesParams&, Stream) { return no_cuda(); }
+Status pack_mask(const PackParams&, Stream) { return no_cuda(); }
+Status plan_items(const PlanParams&, int64_t, Stream) { return no_cuda(); }
+
+}  // namespace hbsattn::kernels
+
+#endif

@@ -1,0 +1,216 @@
+#include "core/validate.h"
+
+#include <cmath>
+#include <string>
+
+#include "hbsattn/hbsattn.h"
+#include "kernels/config.h"
+
+namespace hbsattn {
+namespace {
+
+constexpr int64_t kInt32Limit = int64_t{1} << 31;
+constexpr int64_t kBlockLimit = int64_t{1} << 30;  // of block sizes and columns: their sums fit int32
+constexpr int kMaxHeadDim = 256;
+
+template <class T>
+Status wrong_value(const char* name, T value, const std::string& expected) {
+  return Status::InvalidValue(std::string(name) + " is " + std::to_string(value) + "; expected " + expected);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Status check_range(const char* name, int64_t value, int64_t low, int64_t limit) {
+  if (value >= low && value < limit) return Status::Ok();
+  return wrong_value(name, value, "at least " + std::to_string(low) + " and less than " + std::to_string(limit));
+}
+
+Status check_pointer(const char* name, const void* pointer, int64_t elements) {
+  if (pointer != nullptr || elements == 0) return Status::Ok();
+  return Status::InvalidValue(std::string(name) + " is null; expected a pointer to " + std::to_string(elements) +
+                              " elements");
+}
+
+Status check_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k) {
+  HBSATTN_RETURN_IF_ERROR(check_range("heads_q", heads_q, 1, kInt32Limit));
+  HBSATTN_RETURN_IF_ERROR(check_range("heads_k", heads_k, 1, kInt32Limit));
+  if (heads_q % heads_k != 0) {
+    return wrong_value("heads_q", heads_q, "a multiple of heads_k, " + std::to_string(heads_k));
+  }
+  if (shape.heads != 1 && shape.heads != heads_k && shape.heads != heads_q) {
+    return wrong_value("the mask's number of heads", shape.heads,
+                       "1, heads_k = " + std::to_string(heads_k) + " or heads_q = " + std::to_string(heads_q));
+  }
+  if (int64_t{heads_q} * shape.q_block_size >= kInt32Limit) {
+    return wrong_value("heads_q * q_block_size", int64_t{heads_q} * shape.q_block_size,
+                       "less than " + std::to_string(kInt32Limit));
+  }
+  return Status::Ok();
+}
+
+// Of the work list; heads are valid.
+Status check_num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads) {
+  return check_range("the number of tiles", num_items(shape, heads_q, heads_k, pack_heads), 0, kInt32Limit);
+}
+
+// Whether a mask of this shape can belong to packed tensors. Its rows are those of each sequence without gaps, or as
+// many for every sequence.
+Status check_packed_sizes(const ForwardParams& params) {
+  const MaskShape& shape = params.mask.shape;
+  const int64_t at_least = ceil_div(params.rows_q, shape.q_block_size);
+  const int64_t at_most = params.rows_q / shape.q_block_size + shape.batch;
+  const bool padded = shape.batch > 0 && shape.rows % shape.batch == 0;
+  if (shape.batch == 0 && params.rows_q > 0) {
+    return wrong_value("the number of rows of q", params.rows_q, "0, as the mask has no sequences");
+  }
+  if (shape.rows < at_least || (shape.rows > at_most && !padded)) {
+    return wrong_value("the mask's number of query block rows", shape.rows,
+                       std::to_string(at_least) + " to " + std::to_string(at_most) +
+                           " (or a multiple of the batch) for q with " + std::to_string(params.rows_q) +
+                           " packed rows in " + std::to_string(shape.batch) + " sequences, cut into blocks of " +
+                           std::to_string(shape.q_block_size));
+  }
+  const int64_t keys = shape.cols * shape.k_block_size;
+  if (keys == 0 ? params.rows_k > 0 : ceil_div(params.rows_k, keys) > shape.batch) {
+    return wrong_value("the mask's number of key block columns", shape.cols,
+                       "enough for k with " + std::to_string(params.rows_k) + " packed rows in " +
+                           std::to_string(shape.batch) + " sequences, cut into blocks of " +
+                           std::to_string(shape.k_block_size));
+  }
+  return Status::Ok();
+}
+
+Status check_batched_sizes(const ForwardParams& params) {
+  const MaskShape& shape = params.mask.shape;
+  const int64_t rows = shape.batch * ceil_div(params.rows_q, shape.q_block_size);
+  if (shape.rows != rows) {
+    return wrong_value("the mask's number of query block rows", shape.rows,
+                       std::to_string(rows) + ", " + std::to_string(shape.batch) + " sequences of " +
+                           std::to_string(params.rows_q) + " queries in blocks of " +
+                           std::to_string(shape.q_block_size));
+  }
+  const int64_t cols = ceil_div(params.rows_k, shape.k_block_size);
+  if (shape.cols != cols) {
+    return wrong_value("the mask's number of key block columns", shape.cols,
+                       std::to_string(cols) + ", " + std::to_string(params.rows_k) + " keys in blocks of " +
+                           std::to_string(shape.k_block_size));
+  }
+  return Status::Ok();
+}
+
+}  // namespace
+
+Status validate_mask(const MaskShape& shape) {
+  HBSATTN_RETURN_IF_ERROR(check_range("batch", shape.batch, 0, kInt32Limit));
+  HBSATTN_RETURN_IF_ERROR(check_range("q_block_size", shape.q_block_size, 1, kBlockLimit));
+  HBSATTN_RETURN_IF_ERROR(check_range("k_block_size", shape.k_block_size, 1, kBlockLimit));
+  HBSATTN_RETURN_IF_ERROR(check_range("the mask's number of heads", shape.heads, 1, kInt32Limit));
+  HBSATTN_RETURN_IF_ERROR(check_range("the mask's number of query block rows", shape.rows, 0, kInt32Limit));
+  HBSATTN_RETURN_IF_ERROR(check_range("the mask's number of key block columns", shape.cols, 0, kBlockLimit));
+  return check_range("the mask's number of rows over all heads", shape.heads * shape.rows, 0, kInt32Limit);
+}
+
+Status validate_sequences(const SequencesParams& params) {
+  const MaskShape& shape = params.shape;
+  HBSATTN_RETURN_IF_ERROR(check_range("batch", shape.batch, 0, kInt32Limit));
+  HBSATTN_RETURN_IF_ERROR(check_range("q_block_size", shape.q_block_size, 1, kBlockLimit));
+  HBSATTN_RETURN_IF_ERROR(check_range("k_block_size", shape.k_block_size, 1, kBlockLimit));
+  HBSATTN_RETURN_IF_ERROR(check_range("seqlen_q", params.seqlen_q, 0, kInt32Limit));
+  HBSATTN_RETURN_IF_ERROR(check_range("seqlen_k", params.seqlen_k, 0, kInt32Limit));
+  HBSATTN_RETURN_IF_ERROR(check_range("row_stride", params.row_stride, -1, kInt32Limit));
+  if ((params.cu_seqlens_q == nullptr) != (params.cu_seqlens_k == nullptr)) {
+    return Status::InvalidValue(std::string("cu_seqlens_") + (params.cu_seqlens_q == nullptr ? "q" : "k") +
+                                " is null and the other is not; expected both or neither");
+  }
+  return check_pointer("sequences", params.sequences, shape.batch);
+}
+
+Status validate_pack(const PackParams& params) {
+  const MaskShape& shape = params.shape;
+  const PackSource& source = params.source;
+  HBSATTN_RETURN_IF_ERROR(validate_mask(shape));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", params.sequences, shape.batch));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("bits", params.bits, shape.heads * shape.rows * shape.words()));
+  if (!source.flat && source.form != PackSource::Form::kCsr && shape.rows > 0 &&
+      (shape.batch == 0 || shape.rows % shape.batch != 0)) {
+    return wrong_value("the mask's number of query block rows", shape.rows,
+                       "a multiple of the batch, " + std::to_string(shape.batch));
+  }
+  switch (source.form) {
+    case PackSource::Form::kDense: {
+      const int64_t rows = source.flat || shape.batch == 0 ? shape.rows : shape.rows / shape.batch;
+      if (source.dense_rows != rows && shape.rows > 0) {
+        return wrong_value("block_mask's number of rows", source.dense_rows, std::to_string(rows));
+      }
+      if (!source.flat && source.dense_cols < shape.cols) {
+        return wrong_value("block_mask's number of columns", source.dense_cols,
+                           "at least " + std::to_string(shape.cols));
+      }
+      return check_pointer("block_mask", source.dense, shape.heads * source.dense_rows * source.dense_cols);
+    }
+    case PackSource::Form::kIndices:
+      HBSATTN_RETURN_IF_ERROR(check_range("the width of indices", source.width, 0, kInt32Limit));
+      HBSATTN_RETURN_IF_ERROR(check_pointer("counts", source.counts, shape.heads * shape.rows));
+      return check_pointer("indices", source.indices, shape.heads * shape.rows * source.width);
+    case PackSource::Form::kCsr:
+      HBSATTN_RETURN_IF_ERROR(check_range("the number of indices", source.nnz, 0, kInt32Limit));
+      HBSATTN_RETURN_IF_ERROR(check_pointer("indptr", source.indptr, shape.heads * (shape.rows + 1)));
+      return check_pointer("indices", source.indices, source.nnz);
+  }
+  return wrong_value("source.form", static_cast<int>(source.form), "kDense, kIndices or kCsr");
+}
+
+Status validate_plan(const PlanParams& params) {
+  const MaskShape& shape = params.mask.shape;
+  HBSATTN_RETURN_IF_ERROR(validate_mask(shape));
+  HBSATTN_RETURN_IF_ERROR(check_heads(shape, params.heads_q, params.heads_k));
+  HBSATTN_RETURN_IF_ERROR(check_range("head_dim", params.head_dim, 1, kMaxHeadDim + 1));
+  HBSATTN_RETURN_IF_ERROR(check_range("element_size", params.element_size, 1, 9));
+  return check_num_items(shape, params.heads_q, params.heads_k, params.pack_heads);
+}
+
+Status check_pointers(const PlanParams& params) {
+  const MaskShape& shape = params.mask.shape;
+  const int64_t items = num_items(shape, params.heads_q, params.heads_k, params.pack_heads);
+  HBSATTN_RETURN_IF_ERROR(check_pointer("bits", params.mask.bits, shape.heads * shape.rows * shape.words()));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", params.mask.sequences, shape.batch));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("scratch", params.scratch, items));
+  return check_pointer("items", params.items, items);
+}
+
+Status validate_forward(const ForwardParams& params) {
+  const MaskShape& shape = params.mask.shape;
+  HBSATTN_RETURN_IF_ERROR(validate_mask(shape));
+  HBSATTN_RETURN_IF_ERROR(check_heads(shape, params.heads_q, params.heads_k));
+  HBSATTN_RETURN_IF_ERROR(check_range("head_dim", params.head_dim, 1, kMaxHeadDim + 1));
+  HBSATTN_RETURN_IF_ERROR(check_range("the number of rows of q", params.rows_q, 0, kInt32Limit));
+  HBSATTN_RETURN_IF_ERROR(check_range("the number of rows of k", params.rows_k, 0, kInt32Limit));
+  if (!std::isfinite(params.softmax_scale) || params.softmax_scale <= 0.f) {
+    return wrong_value("softmax_scale", params.softmax_scale, "a finite number above 0");
+  }
+  HBSATTN_RETURN_IF_ERROR(params.packed ? check_packed_sizes(params) : check_batched_sizes(params));
+  HBSATTN_RETURN_IF_ERROR(check_num_items(shape, params.heads_q, params.heads_k, params.pack_heads));
+  const int64_t items = num_items(shape, params.heads_q, params.heads_k, params.pack_heads);
+  if (params.num_items != items) {
+    return wrong_value("the number of work items", params.num_items,
+                       std::to_string(items) + ", as plan_items makes for this mask, heads_q = " +
+                           std::to_string(params.heads_q) + " and heads_k = " + std::to_string(params.heads_k));
+  }
+  return Status::Ok();
+}
+
+Status check_pointers(const ForwardParams& params) {
+  const MaskShape& shape = params.mask.shape;
+  const int64_t batch = params.packed ? 1 : shape.batch;
+  const int64_t queries = batch * params.rows_q * params.heads_q, keys = batch * params.rows_k * params.heads_k;
+  HBSATTN_RETURN_IF_ERROR(check_pointer("q", params.q.data, queries * params.head_dim));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("k", params.k.data, keys * params.head_dim));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("v", params.v.data, keys * params.head_dim));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("out", params.out.data, queries * params.head_dim));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("lse", params.lse, queries));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("bits", params.mask.bits, shape.heads * shape.rows * shape.words()));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("items", params.items, params.num_items));
+  return check_pointer("workspace", params.workspace, static_cast<int64_t>(forward_workspace_size()));
+}
+
+}  // namespace hbsattn

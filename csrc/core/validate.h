@@ -1,0 +1,17 @@
+#pragma once
+
+#include "hbsattn/params.h"
+#include "hbsattn/status.h"
+
+// The checks that the public header does not have.
+
+namespace hbsattn {
+
+Status validate_sequences(const SequencesParams& params);
+Status validate_pack(const PackParams& params);
+
+// What is behind the sizes of a valid problem; a forward call needs it only where there are queries.
+Status check_pointers(const PlanParams& params);
+Status check_pointers(const ForwardParams& params);
+
+}  // namespace hbsattn

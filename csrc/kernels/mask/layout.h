@@ -1,0 +1,177 @@
+#pragma once
+
+// Where things lie: sequences, rows of the bit matrix, tiles and their limits. Every decision of the mask kernels that
+// is not about threads is here, in constexpr functions, which nvcc compiles for host and device alike.
+//
+// Nothing here trusts what comes from the device: lengths that lie, or a table that does not fit the mask, give wrong
+// places, but never places outside the buffers.
+
+#include <cstdint>
+
+#include "hbsattn/params.h"
+#include "kernels/config.h"
+
+namespace hbsattn::mask {
+
+template <class T>
+constexpr T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+
+template <class T>
+constexpr T larger(T a, T b) {
+  return a < b ? b : a;
+}
+
+template <class T>
+constexpr T clamp(T x, T low, T high) {
+  return smaller(larger(x, low), high);
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
+
+constexpr int32_t saturate(int64_t x) { return static_cast<int32_t>(clamp<int64_t>(x, 0, INT32_MAX)); }
+
+// Begin and length of sequence b. row_begin and col_begin are still 0.
+constexpr Sequence read_lengths(const SequencesParams& params, int64_t b) {
+  if (params.cu_seqlens_q == nullptr) return {0, saturate(params.seqlen_q), 0, saturate(params.seqlen_k), 0, 0};
+  const int64_t q_begin = params.cu_seqlens_q[b], q_end = params.cu_seqlens_q[b + 1];
+  const int64_t k_begin = params.cu_seqlens_k[b], k_end = params.cu_seqlens_k[b + 1];
+  return {saturate(q_begin), saturate(q_end - q_begin), saturate(k_begin), saturate(k_end - k_begin), 0, 0};
+}
+
+constexpr int64_t count_q_blocks(const Sequence& sequence, const MaskShape& shape) {
+  return ceil_div(sequence.q_len, shape.q_block_size);
+}
+
+constexpr int64_t count_k_blocks(const Sequence& sequence, const MaskShape& shape) {
+  return ceil_div(sequence.k_len, shape.k_block_size);
+}
+
+// Sets where the blocks of sequence b begin, given the query and key blocks of all sequences before it.
+constexpr void place_blocks(const SequencesParams& params, int64_t b, int64_t q_blocks_before, int64_t k_blocks_before,
+                            Sequence& sequence) {
+  sequence.row_begin = saturate(params.row_stride < 0 ? q_blocks_before : b * params.row_stride);
+  sequence.col_begin = saturate(k_blocks_before);
+}
+
+// What a row of the bit matrix stands for.
+struct RowPlace {
+  int32_t index;      // of its sequence
+  Sequence sequence;  // of zeros where there are no sequences
+  int64_t block;      // query block in the sequence
+  bool used;          // false: padding, the sequence has no such block
+};
+
+constexpr RowPlace locate_row(const MaskShape& shape, const Sequence* sequences, int64_t row) {
+  if (shape.batch == 0) return {0, {}, row, false};
+  // The last sequence that begins at or before the row: one without blocks begins where the next one does.
+  int32_t first = 0, end = shape.batch;
+  while (end - first > 1) {
+    const int32_t middle = first + (end - first) / 2;
+    if (sequences[middle].row_begin <= row) {
+      first = middle;
+    } else {
+      end = middle;
+    }
+  }
+  const Sequence sequence = sequences[first];
+  const int64_t block = row - sequence.row_begin;
+  return {first, sequence, block, block >= 0 && block * shape.q_block_size < sequence.q_len};
+}
+
+// The last key that a query of a sequence may attend to; negative: none.
+constexpr int64_t last_key(const MaskShape& shape, const Sequence& sequence, int64_t query) {
+  const int64_t end = int64_t{sequence.k_len} - 1;
+  return shape.causal ? smaller(end, query + sequence.k_len - sequence.q_len) : end;
+}
+
+// Key blocks that hold keys up to this one.
+constexpr int32_t columns_up_to(const MaskShape& shape, int64_t key) {
+  return static_cast<int32_t>(clamp<int64_t>(floor_div(key, shape.k_block_size) + 1, 0, shape.cols));
+}
+
+// Key blocks, from the first on, that some query of the row can see.
+constexpr int32_t visible_columns(const MaskShape& shape, const RowPlace& place) {
+  if (!place.used) return 0;
+  const int64_t last_query = smaller<int64_t>((place.block + 1) * shape.q_block_size, place.sequence.q_len) - 1;
+  return columns_up_to(shape, last_key(shape, place.sequence, last_query));
+}
+
+// The work list before it is put in order: groups of packed heads, their bit rows, the tiles of a row.
+struct ItemGrid {
+  MaskShape shape;
+  const Sequence* sequences;
+  int32_t heads_q;
+  int32_t packed_heads;
+  int32_t tiles;  // of one row
+};
+
+struct Item {
+  WorkItem record;    // without counts of blocks
+  int32_t clean_end;  // columns before this one are visible to all rows of the tile, to their last key
+};
+
+constexpr Item make_item(const ItemGrid& grid, int64_t index) {
+  const MaskShape& shape = grid.shape;
+  const int32_t item_row = static_cast<int32_t>(index) / grid.tiles;
+  const int32_t tile = static_cast<int32_t>(index) % grid.tiles;
+  const int32_t rows = static_cast<int32_t>(shape.rows);
+  const int32_t row = item_row % rows;
+  const int32_t head = item_row / rows * grid.packed_heads;
+  const int32_t mask_head = static_cast<int32_t>(int64_t{head} * shape.heads / grid.heads_q);
+  const RowPlace place = locate_row(shape, grid.sequences, row);
+  const Sequence& sequence = place.sequence;
+
+  Item item{};
+  WorkItem& record = item.record;
+  record.bit_row = mask_head * rows + row;
+  record.sequence = place.index;
+  record.head = head;
+  // Tensors have fewer than 2^30 rows, so this is past every end, and still leaves room for sums.
+  constexpr int64_t kPastEnd = 1 << 30;
+  int64_t block_row = smaller(larger<int64_t>(place.block, 0) * shape.q_block_size, kPastEnd);
+  if (!place.used) block_row = larger(block_row, smaller<int64_t>(sequence.q_len, kPastEnd));
+  record.block_row = static_cast<int32_t>(block_row);
+  record.first_row = tile * kTileRows;
+  record.q_begin = sequence.q_begin;
+  record.q_len = sequence.q_len;
+  record.k_begin = sequence.k_begin;
+  record.k_len = sequence.k_len;
+  if (!place.used) return item;
+
+  // First and last query of the tile, in the block. A tile that goes on into the next head of its group starts over at
+  // the block's first query and covers [start, block size) and [0, end - block size).
+  const int64_t block_size = shape.q_block_size;
+  const int64_t queries = smaller<int64_t>(block_size, sequence.q_len - block_row);
+  const int64_t start = record.first_row % block_size;
+  const int64_t end = start + smaller<int64_t>(kTileRows, grid.packed_heads * block_size - record.first_row);
+  int64_t first = start, last = smaller(end, queries) - 1;
+  if (end > block_size) {
+    first = 0;
+    last = start < queries ? queries - 1 : smaller(end - block_size, queries) - 1;
+  }
+  if (first > last) return item;
+
+  record.col_end = columns_up_to(shape, last_key(shape, sequence, block_row + last));
+  const int64_t clean = floor_div(last_key(shape, sequence, block_row + first) + 1, shape.k_block_size);
+  item.clean_end = static_cast<int32_t>(clamp<int64_t>(clean, 0, record.col_end));
+  return item;
+}
+
+// Bits of word w of a bit row that belong to columns before `end`.
+constexpr uint32_t bits_before(int32_t end, int32_t word) {
+  const int32_t count = end - 32 * word;
+  return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1u;
+}
+
+// One bit for each of eight bytes, the lowest for the first: whether it is not 0.
+constexpr uint32_t nonzero_bytes(uint64_t bytes) {
+  constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7full;
+  const uint64_t flags = ((((bytes & kLow) + kLow) | bytes) >> 7) & 0x0101010101010101ull;
+  return static_cast<uint32_t>((flags * 0x0102040810204080ull) >> 56);
+}
+
+}  // namespace hbsattn::mask

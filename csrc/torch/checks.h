@@ -1,0 +1,99 @@
+#pragma once
+
+// What only a tensor knows: device, dtype, rank, strides. Checks of the problem itself are the core's.
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
+
+#include <limits>
+#include <string>
+
+#include "hbsattn/params.h"
+#include "hbsattn/status.h"
+
+namespace hbsattn {
+
+inline void raise_if_error(const Status& status) {
+  switch (status.code) {
+    case StatusCode::kOk:
+      return;
+    case StatusCode::kInvalidType:
+      TORCH_CHECK_TYPE(false, status.message);
+    case StatusCode::kCudaError:
+      TORCH_CHECK(false, status.message);
+    case StatusCode::kInvalidValue:
+    case StatusCode::kNotSupported:
+      break;
+  }
+  TORCH_CHECK_VALUE(false, status.message);
+}
+
+inline std::string dtype_name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
+
+inline void check_dtype(const char* name, const at::Tensor& tensor, at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " has dtype ", dtype_name(tensor.scalar_type()), "; expected ",
+                   dtype_name(dtype));
+}
+
+inline void check_device(const char* name, const at::Tensor& tensor, at::Device device) {
+  TORCH_CHECK_VALUE(tensor.device() == device, name, " is on ", tensor.device(), "; expected ", device,
+                    ", where the other tensors are");
+}
+
+inline void check_dims(const char* name, const at::Tensor& tensor, int64_t dims) {
+  TORCH_CHECK_VALUE(tensor.dim() == dims, name, " has ", tensor.dim(), " dimensions, shape ", tensor.sizes(),
+                    "; expected ", dims);
+}
+
+inline void check_shape(const char* name, const at::Tensor& tensor, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), "; expected ", shape);
+}
+
+// An int32 table of the library's own making, or one that looks like it.
+inline void check_table(const char* name, const at::Tensor& tensor, int64_t dims, at::Device device) {
+  check_dtype(name, tensor, at::kInt);
+  check_device(name, tensor, device);
+  check_dims(name, tensor, dims);
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " has strides ", tensor.strides(), "; expected a contiguous tensor");
+}
+
+inline int32_t to_int32(const char* name, int64_t value) {
+  TORCH_CHECK_VALUE(value >= std::numeric_limits<int32_t>::min() && value <= std::numeric_limits<int32_t>::max(), name,
+                    " is ", value, "; expected less than 2^31");
+  return static_cast<int32_t>(value);
+}
+
+inline DType to_dtype(const char* name, const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    default:
+      TORCH_CHECK_TYPE(false, name, " has dtype ", dtype_name(tensor.scalar_type()),
+                       "; expected float16, bfloat16, float32 or float64");
+  }
+}
+
+// A tensor (batch, rows, heads, head_dim) or (rows, heads, head_dim). Strides of dimensions of one, which are
+// arbitrary in PyTorch, are those of a contiguous tensor.
+inline TensorView to_view(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.stride(-1) == 1 || tensor.size(-1) <= 1, name, " has strides ", tensor.strides(),
+                    "; expected a contiguous last dimension");
+  TensorView view;
+  view.data = tensor.data_ptr();
+  view.head_stride = tensor.size(-2) > 1 ? tensor.stride(-2) : tensor.size(-1);
+  view.row_stride = tensor.size(-3) > 1 ? tensor.stride(-3) : tensor.size(-2) * view.head_stride;
+  if (tensor.dim() == 4 && tensor.size(0) > 1) {
+    view.batch_stride = tensor.stride(0);
+    if (tensor.size(1) == 1) view.row_stride = view.batch_stride;
+  }
+  return view;
+}
+
+}  // namespace hbsattn

@@ -1,0 +1,12 @@
+"""Block-sparse attention with independent query and key block sizes.
+
+mask = hbsattn.BlockMask.from_dense(block_mask, 128, 64, cu_seqlens_q=cu, cu_seqlens_k=cu, causal=True)
+out = hbsattn.block_sparse_attention(q, k, v, mask)
+"""
+
+from hbsattn._ops import build_info
+from hbsattn.attention import block_sparse_attention
+from hbsattn.hbsa_interface import HBSAttention
+from hbsattn.mask import BlockMask, set_debug
+
+__all__ = ["BlockMask", "HBSAttention", "block_sparse_attention", "build_info", "set_debug"]

@@ -1,0 +1,77 @@
+"""The layout of a packed mask, in torch ops for any device.
+
+``bits`` is int32 (heads, rows, words): bit ``c % 32`` of word ``c // 32`` tells whether the query block of this row
+attends to key block ``c`` of its own sequence. ``sequences`` is int32 (batch, 6) with the columns below.
+"""
+
+import torch
+from torch import Tensor
+
+# Columns of the table of sequences.
+Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN = range(6)
+
+TILE_ROWS = 128  # query rows of a work item, as csrc/kernels/config.h has it
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The number of blocks of ``b`` in ``a``."""
+    return -(-a // b)
+
+
+def count_packed_heads(mask_heads: int, heads_q: int, heads_k: int, pack_heads: bool) -> int:
+    """Query heads that share a tile: those of a key head, if they have one mask."""
+    group = heads_q // heads_k if 0 < heads_k <= heads_q else 1
+    return group if pack_heads and (mask_heads != heads_q or group == 1) else 1
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Packs bool (..., cols) into int32 (..., ceil(cols / 32)), lowest bit first."""
+    cols = mask.shape[-1]
+    words = ceil_div(cols, 32)
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, words * 32 - cols))
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
+    octets = (padded.unflatten(-1, (words * 4, 8)) * weights).sum(-1, dtype=torch.uint8)
+    bits = torch.empty((*mask.shape[:-1], words), dtype=torch.int32, device=mask.device)
+    bits.view(torch.uint8).copy_(octets)
+    return bits
+
+
+def unpack_bits(bits: Tensor, cols: int) -> Tensor:
+    """Unpacks int32 (..., words) into bool (..., cols)."""
+    octets = bits.contiguous().view(torch.uint8).unsqueeze(-1)
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((octets >> shifts) & 1).flatten(-2)[..., :cols].to(torch.bool)
+
+
+def locate_rows(sequences: Tensor, rows: int, q_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tells where each row of the bit matrix lies.
+
+    Returns int64 (rows) the sequence, int64 (rows) the query block in that sequence, and bool (rows) whether the
+    sequence has that block; a row without a block is padding.
+    """
+    row = torch.arange(rows, device=sequences.device)
+    if sequences.shape[0] == 0:
+        return torch.zeros_like(row), row, torch.zeros_like(row, dtype=torch.bool)
+    # Sequences without queries begin where the next one begins, so the last candidate is the one with blocks.
+    begin = sequences[:, ROW_BEGIN].to(torch.int64).contiguous()
+    sequence = (torch.searchsorted(begin, row, right=True) - 1).clamp_(0, sequences.shape[0] - 1)
+    block = row - begin[sequence]
+    lengths = sequences[:, Q_LEN].to(torch.int64)[sequence]
+    used = (block >= 0) & (block * q_block_size < lengths)
+    return sequence, block, used
+
+
+def visible_columns(
+    sequences: Tensor, rows: int, cols: int, q_block_size: int, k_block_size: int, causal: bool
+) -> Tensor:
+    """Counts the key blocks that each row of the bit matrix can see: int64 (rows); they are the first ones."""
+    sequence, block, used = locate_rows(sequences, rows, q_block_size)
+    if sequences.shape[0] == 0:
+        return torch.zeros_like(block)
+    table = sequences.to(torch.int64)[sequence]
+    limit = table[:, K_LEN] - 1
+    if causal:
+        last_row = torch.minimum((block + 1) * q_block_size, table[:, Q_LEN]) - 1
+        limit = torch.minimum(limit, last_row + table[:, K_LEN] - table[:, Q_LEN])
+    columns = (torch.div(limit, k_block_size, rounding_mode="floor") + 1).clamp_(0, cols)
+    return torch.where(used, columns, 0)

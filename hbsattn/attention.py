@@ -1,0 +1,68 @@
+"""The attention call: defaults, the mask's work list, one op."""
+
+from torch import Tensor
+
+from hbsattn._ops import ops
+from hbsattn.mask import BlockMask
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Computes softmax(softmax_scale * q k^T) v over the pairs of a query and a key that `mask` lets attend.
+
+    Args:
+        q: packed (total_q, heads_q, head_dim) or batched (batch, seqlen_q, heads_q, head_dim), as the mask is.
+            float16, bfloat16 or float32 (float64 too on a CPU); any strides with a contiguous last dimension.
+        k, v: (total_k, heads_k, head_dim) or (batch, seqlen_k, heads_k, head_dim), dtype and device of q. heads_q is
+            a multiple of heads_k, and query head h reads key head h // (heads_q // heads_k).
+        mask: on the same device; it may serve any number of calls.
+        softmax_scale: 1 / sqrt(head_dim) by default.
+        return_lse: return the log-sum-exp, too.
+
+    Returns:
+        out, shape and dtype of q; with `return_lse` (out, lse). lse holds natural logarithms in float32 (float64 for
+        float64), (heads_q, total_q) or (batch, heads_q, seqlen_q). A query with nothing to attend gets 0 and -inf.
+
+    Raises:
+        ValueError, TypeError: for an argument that does not fit; the message says which, its value, and what does.
+        NotImplementedError: from backward, which this version does not have.
+    """
+    return _attend(q, k, v, mask, softmax_scale, return_lse, True)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    softmax_scale: float | None,
+    return_lse: bool,
+    pack_heads: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    mask._check_use(q, k)
+    heads_q, head_dim = q.shape[-2:]
+    items = mask._items(heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)
+    if softmax_scale is None:
+        softmax_scale = head_dim**-0.5
+    out, lse, _ = ops.forward.default(
+        q,
+        k,
+        v,
+        mask.bits,
+        mask.sequences,
+        items,
+        mask.cols,
+        mask.q_block_size,
+        mask.k_block_size,
+        mask.causal,
+        pack_heads,
+        softmax_scale,
+    )
+    return (out, lse) if return_lse else out

@@ -1,0 +1,30 @@
+"""Helpers beside the attention call."""
+
+import torch
+from torch import Tensor
+
+
+def calculate_blocks(cu_seqlens: Tensor, block_size: int) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Tells where the blocks of packed sequences lie. Waits for the device; `HBSAttention` does not need it.
+
+    Args:
+        cu_seqlens: int32 (batch + 1).
+        block_size: at least 1.
+
+    Returns:
+        num_block: blocks of all sequences.
+        cu_block: int32 (num_block + 1), the first row of each block in the packed tensor, then the end.
+        block_to_batch: int32 (num_block), the sequence of each block.
+        cu_num_block: int32 (batch + 1), blocks of all sequences before each one.
+    """
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; expected at least 1")
+    begins, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    counts = (ends - begins + block_size - 1) // block_size
+    cu_num_block = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    num_block = int(cu_num_block[-1])
+    batch = torch.arange(counts.shape[0], dtype=torch.int32, device=cu_seqlens.device)
+    block_to_batch = torch.repeat_interleave(batch, counts, output_size=num_block)
+    block = torch.arange(num_block, dtype=torch.int32, device=cu_seqlens.device) - cu_num_block[block_to_batch]
+    cu_block = torch.cat([begins[block_to_batch] + block * block_size, cu_seqlens[-1:]]).to(torch.int32)
+    return num_block, cu_block, block_to_batch, cu_num_block

@@ -1,0 +1,197 @@
+"""Builds hbsattn._C. Environment variables (README.md, "Build switches"):
+
+HBSATTN_CUDA         AUTO (default: if nvcc and a CUDA build of PyTorch are here), ON or OFF
+TORCH_CUDA_ARCH_LIST architectures; default: the visible GPU, with none all that have kernels
+HBSATTN_HEAD_DIMS    default: all, "64,128"
+HBSATTN_DTYPES       default: all, "fp16,bf16"
+MAX_JOBS             compilers at a time; default: what cores and memory allow
+NVCC_THREADS         threads of one nvcc, useful with several architectures; default 1
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "third_party"))
+
+from find_cutlass import CutlassError, find_cutlass  # noqa: E402
+
+ARCHES = {"9.0": "9.0a", "9.0a": "9.0a"}  # what TORCH_CUDA_ARCH_LIST may name, and what has kernels
+GIB_PER_JOB = 3  # a kernel's translation unit peaks below this
+
+
+def fail(message: str) -> None:
+    sys.exit(f"error: {message}")
+
+
+def note(message: str) -> None:
+    print(f"hbsattn: {message}", file=sys.stderr, flush=True)
+
+
+class Source(NamedTuple):
+    """A line of csrc/sources.txt, which says what the fields mean."""
+
+    group: str
+    path: str
+    dtype: str | None = None
+    head_dim: str | None = None
+
+
+def read_sources() -> list[Source]:
+    lines = (line.partition("#")[0].split() for line in (ROOT / "csrc" / "sources.txt").read_text().splitlines())
+    return [Source(*line) for line in lines if line]
+
+
+def choices(variable: str, known: Iterable[str | None]) -> dict[str, int]:
+    """Which of the known names a comma-separated environment variable selects; by default all."""
+    known = sorted(filter(None, set(known)))
+    names = [name.strip() for name in (os.environ.get(variable) or ",".join(known)).split(",")]
+    if not set(names) <= set(known):
+        fail(f"{variable} is {os.environ[variable]!r}; expected a comma-separated subset of {','.join(known)}")
+    return {name: int(name in names) for name in known}
+
+
+def find_nvcc() -> Path | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=str(Path(home) / "bin") if home else None) or shutil.which(
+        "nvcc", path="/usr/local/cuda/bin"
+    )
+    return Path(found) if found else None
+
+
+def toolkit_of(nvcc: Path) -> Path:
+    """The toolkit's root as nvcc itself sees it: the nvcc on PATH may be a wrapper in another place."""
+    dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", dryrun, re.MULTILINE)
+    return Path(top[1].strip()).resolve() if top else nvcc.resolve().parent.parent
+
+
+def use_cuda() -> bool:
+    """Whether to build for CUDA. Sets CUDA_HOME, which PyTorch reads at import."""
+    mode = os.environ.get("HBSATTN_CUDA", "AUTO").upper()
+    if mode not in ("AUTO", "ON", "OFF"):
+        fail(f"HBSATTN_CUDA is {mode!r}; expected AUTO, ON or OFF")
+    if mode == "OFF":
+        note("HBSATTN_CUDA=OFF: building without CUDA")
+        return False
+    nvcc = find_nvcc()
+    if nvcc is not None:
+        os.environ["CUDA_HOME"] = str(toolkit_of(nvcc))
+    import torch
+
+    missing = "nvcc was not found" if nvcc is None else "" if torch.version.cuda else "this PyTorch has no CUDA"
+    if missing and mode == "ON":
+        fail(f"HBSATTN_CUDA is ON but {missing}")
+    if missing:
+        note(f"{missing}: building without CUDA, for CPU tensors only")
+    return not missing
+
+
+def arch_flags() -> list[str]:
+    """nvcc's flags for the architectures to build."""
+    import torch
+
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if wanted and wanted != "native":
+        names = re.split(r"[;,\s]+", wanted.strip().replace("Hopper", "9.0"))
+    else:
+        names = ["{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())]
+    arches = sorted({ARCHES[name.split("+")[0]] for name in names if name.split("+")[0] in ARCHES})
+    others = sorted({name for name in names if name.split("+")[0] not in ARCHES})
+    if wanted and not arches:
+        fail(f"TORCH_CUDA_ARCH_LIST is {wanted!r}, for which hbsattn has no kernels; expected 9.0a in it")
+    if others:
+        note(f"no kernels for compute capability {', '.join(others)}: CUDA tensors there are refused")
+    numbers = [arch.replace(".", "") for arch in arches or sorted(set(ARCHES.values()))]
+    return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+
+
+def default_jobs(threads: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = []
+    for file, pattern, scale in (
+        ("/proc/meminfo", r"MemAvailable:\s+(\d+)", 1 << 10),
+        ("/sys/fs/cgroup/memory.max", r"^(\d+)", 1),
+    ):
+        if Path(file).is_file() and (match := re.search(pattern, Path(file).read_text())):
+            memory.append(int(match[1]) * scale)
+    by_memory = min(memory) // (GIB_PER_JOB << 30) if memory else cores
+    return max(1, min(cores, by_memory) // threads)
+
+
+def extension():
+    """Returns (the extension, its build command)."""
+    if importlib.util.find_spec("torch") is None:
+        fail("PyTorch is not in the build environment; use: pip install --no-build-isolation .")
+    cuda = use_cuda()
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    sources = read_sources()
+    head_dims = choices("HBSATTN_HEAD_DIMS", (source.head_dim for source in sources))
+    dtypes = choices("HBSATTN_DTYPES", (source.dtype for source in sources))
+    groups = ("core", "torch", "cuda", "sm90") if cuda else ("core", "torch")
+    selected = [
+        f"csrc/{source.path}"
+        for source in sources
+        if source.group in groups and head_dims.get(source.head_dim, 1) and dtypes.get(source.dtype, 1)
+    ]
+    macros = {"HBSATTN_WITH_CUDA": int(cuda), "HBSATTN_SM90": int(cuda)}
+    macros |= {"HBSATTN_CUDA_VERSION": '""', "HBSATTN_CUTLASS_VERSION": '""'}
+    macros |= {f"HBSATTN_HEAD_DIM_{name}": built for name, built in head_dims.items()}
+    macros |= {f"HBSATTN_DTYPE_{name.upper()}": built for name, built in dtypes.items()}
+    include_dirs = [str(ROOT / "csrc" / "include"), str(ROOT / "csrc")]
+    cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"]
+    nvcc = []
+    if cuda:
+        try:
+            cutlass = find_cutlass()
+        except CutlassError as error:
+            fail(str(error))
+        version = subprocess.check_output([Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc", "--version"], text=True)
+        macros["HBSATTN_CUTLASS_VERSION"] = f'"{cutlass.version}"'
+        macros["HBSATTN_CUDA_VERSION"] = '"{}"'.format(re.search(r"release (\d+\.\d+)", version)[1])
+        threads = int(os.environ.get("NVCC_THREADS", "1"))
+        nvcc = ["-O3", "-std=c++17", "-Xptxas=-v", "-Xcompiler=-fvisibility=hidden", f"--threads={threads}"]
+        nvcc += [f"-isystem={cutlass.include}", *arch_flags()]
+        # PyTorch removes the operators of half types, which CUTLASS uses.
+        for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS"):
+            nvcc.append(f"-U__CUDA_NO_{name}__")
+        os.environ.setdefault("MAX_JOBS", str(default_jobs(threads)))
+
+    make = CUDAExtension if cuda else CppExtension
+    module = make(
+        "hbsattn._C",
+        selected,
+        include_dirs=include_dirs,
+        define_macros=[("NDEBUG", None), *((name, str(value)) for name, value in macros.items())],
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+    )
+
+    class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # Outside pip's temporary directories, so that an editable install compiles only what changed.
+            kind = "cuda" if cuda else "host"
+            self.build_temp = str(ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{kind}")
+
+        def build_extensions(self) -> None:
+            jobs = f", {os.environ['MAX_JOBS']} at a time; a kernel takes about a minute" if cuda else ""
+            note(f"compiling {len(module.sources)} sources{jobs}")
+            super().build_extensions()
+
+    return module, Build
+
+
+building = not {"egg_info", "dist_info", "sdist", "clean", "--version", "--name"} & set(sys.argv)
+module, build = extension() if building else (None, None)
+setup(ext_modules=[module] if module else [], cmdclass={"build_ext": build} if build else {})

@@ -1,0 +1,195 @@
+"""Named shapes and masks to test with, the nasty ones included. problems.py makes tensors of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICE_DTYPES = [
+    pytest.param("cpu", torch.float32, id="cpu-float32"),
+    pytest.param("cuda", torch.bfloat16, id="cuda-bfloat16", marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.float16, id="cuda-float16", marks=pytest.mark.gpu),
+]
+BLOCK_SIZES = [16, 32, 48, 64, 80, 96, 112, 128, 192, 256]
+HEAD_DIMS = [8, 16, 40, 64, 72, 96, 128]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem. `lens_k` defaults to `lens_q`; batched cases have equal lengths."""
+
+    name: str
+    lens_q: tuple[int, ...] = (100, 37, 200)
+    lens_k: tuple[int, ...] | None = None
+    heads_q: int = 4
+    heads_k: int = 2
+    mask_heads: int = 4
+    head_dim: int = 64
+    q_block: int = 64
+    k_block: int = 64
+    causal: bool = False
+    packed: bool = True
+    pattern: str = "random"  # see problems.block_masks
+    density: float = 0.4
+    layout: str = "contiguous"  # see problems.arrange
+    form: str = "flat"  # of the mask: flat, batched, or shared (batched with a batch dimension of 1)
+    source: str = "dense"  # dense, indices or csr
+    values: str = "normal"  # normal, negative (very negative logits) or hidden (masked-out logits of +1e4)
+    scale: float | None = None
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        return self.lens_q if self.lens_k is None else self.lens_k
+
+    @property
+    def mask_form(self) -> str:
+        return self.form if self.packed or self.form != "flat" else "batched"
+
+    def blocks(self, b: int) -> tuple[int, int]:
+        return -(-self.lens_q[b] // self.q_block), -(-self.keys[b] // self.k_block)
+
+    @property
+    def max_blocks(self) -> tuple[int, int]:
+        sizes = [self.blocks(b) for b in range(len(self.lens_q))]
+        return max((s[0] for s in sizes), default=0), max((s[1] for s in sizes), default=0)
+
+
+def case(name: str, **changes) -> Case:
+    return Case(name, **changes)
+
+
+CASES = [
+    case("packed"),
+    case("packed_causal", causal=True),
+    case("batched", lens_q=(150, 150), lens_k=(130, 130), packed=False),
+    case("batched_causal", lens_q=(150, 150), lens_k=(210, 210), packed=False, causal=True),
+    case("batched_shared_mask", lens_q=(96, 96, 96), packed=False, form="shared"),
+    case("packed_batched_mask", lens_q=(90, 200, 1), lens_k=(200, 64, 100), form="batched"),
+    case("packed_shared_mask", lens_q=(90, 200, 1), lens_k=(200, 64, 100), form="shared"),
+    case("zero_length", lens_q=(0, 70, 0, 50, 33, 0), lens_k=(40, 70, 0, 0, 90, 0)),
+    case("zero_length_causal", lens_q=(0, 70, 0, 50, 33, 0), lens_k=(40, 70, 0, 0, 90, 0), causal=True),
+    case("all_zero_length", lens_q=(0, 0, 0)),
+    case("no_sequences", lens_q=()),
+    case("batched_no_keys", lens_q=(40, 40), lens_k=(0, 0), packed=False),
+    case("batched_no_queries", lens_q=(0, 0), lens_k=(40, 40), packed=False),
+    case("empty_rows", pattern="empty_rows", q_block=16),
+    case("empty_heads", pattern="empty_heads"),
+    case("empty_heads_packed_group", pattern="empty_heads", mask_heads=2, heads_q=8),
+    case("empty_mask", pattern="none"),
+    case("density_0.05", density=0.05, lens_q=(300, 257), q_block=32, k_block=16),
+    case("density_1", density=1.0, lens_q=(129, 255)),
+    case("density_1_causal", density=1.0, lens_q=(129, 255), causal=True),
+    case("q_longer_causal", lens_q=(200, 130, 64), lens_k=(90, 129, 10), causal=True, density=0.7),
+    case("k_longer_causal", lens_q=(1, 17, 64), lens_k=(200, 130, 300), causal=True, density=0.7),
+    case("one_token", lens_q=(1, 1), lens_k=(1, 1), density=1.0, causal=True),
+    case("single_block", lens_q=(50, 64, 3), q_block=64, k_block=64, density=1.0),
+    case("blocks_larger_than_sequences", lens_q=(50, 100), q_block=256, k_block=192, density=1.0, causal=True),
+    case("tails", lens_q=(127, 129, 65), lens_k=(63, 255, 131), q_block=128, k_block=48),
+    case("diagonal", pattern="diagonal", causal=True, lens_q=(300, 100), q_block=48, k_block=48),
+    case("one_column", pattern="one_column", lens_q=(300, 100), q_block=16, k_block=80),
+    case("last_column", pattern="last_column", lens_q=(300, 100), q_block=32, k_block=16, causal=True),
+    case("many_columns", lens_q=(40, 20), lens_k=(1100, 530), k_block=16, q_block=32, density=0.3),
+    case("33_columns", lens_q=(40,), lens_k=(16 * 33,), k_block=16, q_block=16, density=0.5),
+    case("32_columns", lens_q=(40,), lens_k=(16 * 32,), k_block=16, q_block=16, density=0.5),
+    case("one_head", heads_q=1, heads_k=1, mask_heads=1),
+    case("gqa_4_shared", heads_q=8, heads_k=2, mask_heads=1, q_block=48, causal=True),
+    case("gqa_4_group", heads_q=8, heads_k=2, mask_heads=2, q_block=16),
+    case("gqa_4_query", heads_q=8, heads_k=2, mask_heads=8, causal=True),
+    case("gqa_8_group", heads_q=16, heads_k=2, mask_heads=2, q_block=16, k_block=32, causal=True),
+    case("gqa_8_tails", heads_q=8, heads_k=1, mask_heads=1, q_block=112, k_block=96, lens_q=(111, 113)),
+    case("gqa_3", heads_q=6, heads_k=2, mask_heads=2, q_block=80, k_block=112, causal=True),
+    case("gqa_2_unequal", heads_q=4, heads_k=2, mask_heads=2, q_block=96, k_block=16),
+    case("qkv_packed", layout="qkv", heads_q=2, heads_k=2, mask_heads=2),
+    case("qkv_packed_gqa_batched", layout="qkv", lens_q=(90, 90), packed=False, causal=True),
+    case("heads_first", layout="heads_first"),
+    case("heads_first_batched", layout="heads_first", lens_q=(90, 90), packed=False),
+    case("padded", layout="padded"),
+    case("padded_batched", layout="padded", lens_q=(90, 90), lens_k=(70, 70), packed=False, causal=True),
+    case("odd_strides", layout="odd"),
+    case("odd_strides_batched", layout="odd", lens_q=(90, 90), packed=False),
+    case("odd_offset", layout="offset"),
+    case("expanded_heads", layout="expanded_heads", mask_heads=4),
+    case("expanded_batch", layout="expanded_batch", lens_q=(90, 90, 90), packed=False),
+    case("negative_logits", values="negative", scale=1.0),
+    case("negative_logits_causal", values="negative", scale=1.0, causal=True, lens_q=(128, 64)),
+    case("hidden_logits_causal", values="hidden", scale=1.0, causal=True, density=1.0),
+    case("hidden_logits_batched", values="hidden", scale=1.0, causal=True, lens_q=(200, 200), packed=False),
+    case("indices_packed", source="indices", causal=True, k_block=16),
+    case("indices_packed_batched_mask", source="indices", form="batched", lens_q=(90, 20), lens_k=(20, 300)),
+    case("indices_batched", source="indices", lens_q=(150, 150), packed=False),
+    case("csr_packed", source="csr", causal=True, k_block=16),
+    case("csr_batched", source="csr", lens_q=(150, 150), packed=False),
+    case("large_scale", scale=2.0, lens_q=(100, 200)),
+    case("small_scale", scale=1e-3),
+]
+CASES += [case(f"head_dim_{d}", head_dim=d, causal=d % 16 == 0, q_block=32, k_block=48) for d in HEAD_DIMS]
+
+
+def block_size_pairs() -> list[Case]:
+    """Every q block beside every k block; the other properties take turns."""
+    cases = []
+    for i, q_block in enumerate(BLOCK_SIZES):
+        for j, k_block in enumerate(BLOCK_SIZES):
+            n = 10 * i + j
+            group = (1, 2, 4, 8)[n % 4]
+            heads_k = 1 if group == 8 else 2
+            heads_q = group * heads_k
+            cases.append(
+                case(
+                    f"blocks_{q_block}x{k_block}",
+                    q_block=q_block,
+                    k_block=k_block,
+                    lens_q=(q_block + 17, 3 * q_block, 5),
+                    lens_k=(2 * k_block + 1, 300 + n, k_block),
+                    heads_q=heads_q,
+                    heads_k=heads_k,
+                    mask_heads=(1, heads_k, heads_q)[n % 3],
+                    head_dim=HEAD_DIMS[n % 7],
+                    causal=n % 2 == (i % 2),
+                    density=(0.3, 0.6, 0.9)[(i + j) % 3],
+                )
+            )
+    return cases
+
+
+def random_case(seed: int, *, any_block_size: bool, max_len: int) -> Case:
+    """A case drawn at random; `any_block_size` allows sizes and head dims that only the CPU backend takes."""
+    rng = random.Random(seed)
+    packed = rng.random() < 0.7
+    batch = rng.randint(1, 4)
+    heads_k = rng.choice([1, 2, 3])
+    heads_q = heads_k * rng.choice([1, 2, 3, 4, 8])
+    if packed:
+        lens_q = tuple(rng.choice([0, 1, rng.randint(1, max_len)]) for _ in range(batch))
+        lens_k = tuple(rng.choice([0, 1, n, rng.randint(1, max_len)]) for n in lens_q)
+    else:
+        lens_q = (rng.randint(1, max_len),) * batch
+        lens_k = (rng.randint(1, max_len),) * batch
+    sizes = [1, 7, 13, 100, *BLOCK_SIZES] if any_block_size else BLOCK_SIZES
+    dims = [1, 18, 32, 80, *HEAD_DIMS] if any_block_size else [24, 32, 48, 56, 80, 88, 104, 112, 120, *HEAD_DIMS]
+    source = rng.choice(["dense", "dense", "indices", "csr"])
+    forms = {True: ["flat"] if source == "csr" else ["flat", "batched"], False: ["batched", "shared"]}[packed]
+    return Case(
+        f"random_{seed}",
+        lens_q=lens_q,
+        lens_k=lens_k,
+        heads_q=heads_q,
+        heads_k=heads_k,
+        mask_heads=rng.choice([1, heads_k, heads_q]),
+        head_dim=rng.choice(dims),
+        q_block=rng.choice(sizes),
+        k_block=rng.choice(sizes),
+        causal=rng.random() < 0.5,
+        packed=packed,
+        pattern=rng.choice(["random", "random", "random", "empty_rows", "diagonal", "one_column"]),
+        density=rng.choice([0.0, 0.05, 0.3, 0.6, 1.0]),
+        layout=rng.choice(["contiguous", "heads_first", "padded", "odd", "offset"]),
+        form="batched" if source == "csr" and not packed else rng.choice(forms),
+        source=source,
+        values=rng.choice(["normal", "normal", "hidden"]),
+        scale=rng.choice([None, 0.3]),
+    )

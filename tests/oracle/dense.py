@@ -1,0 +1,98 @@
+"""Block-sparse attention straight from its definition: one dense score matrix per sequence and head.
+
+Judges the product, so it imports nothing from it. The float64 evaluation is the reference; the same formula at the
+dtype of its inputs (`compute_dtype=None`) says what error that dtype makes unavoidable.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def element_mask(
+    block_mask: Tensor, len_q: int, len_k: int, q_block_size: int, k_block_size: int, causal: bool
+) -> Tensor:
+    """Which (query, key) pairs of one sequence count.
+
+    block_mask: bool (heads, >= q blocks, >= k blocks), on any device. Returns bool (heads, len_q, len_k) there.
+    """
+    query = torch.arange(len_q, device=block_mask.device)
+    key = torch.arange(len_k, device=block_mask.device)
+    allowed = block_mask[:, query // q_block_size][:, :, key // k_block_size]
+    if causal:
+        allowed = allowed & (key[None, :] <= query[:, None] + (len_k - len_q))
+    return allowed
+
+
+def one_sequence(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The formula at the dtype of q, k (Lk, Hk, D) and v, for q (Lq, Hq, D) and allowed (1 | Hk | Hq, Lq, Lk).
+
+    Returns out (Lq, Hq, D) and lse (Hq, Lq), both at that dtype. Keys that no query of a head attends to never enter:
+    they are replaced by zeros, so NaN and Inf in them cannot spread.
+    """
+    heads_q, heads_k = q.shape[1], k.shape[1]
+    allowed = allowed.repeat_interleave(heads_q // allowed.shape[0], dim=0)
+    queries = q.transpose(0, 1)
+    keys = k.transpose(0, 1).repeat_interleave(heads_q // heads_k, dim=0)
+    values = v.transpose(0, 1).repeat_interleave(heads_q // heads_k, dim=0)
+    attended = allowed.any(dim=1)[..., None]
+    keys = torch.where(attended, keys, torch.zeros((), dtype=keys.dtype, device=keys.device))
+    values = torch.where(attended, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+    scores = torch.matmul(queries, keys.transpose(1, 2)) * scale
+    scores = scores.masked_fill(~allowed, -math.inf)
+    nonempty = allowed.any(dim=2)
+    probabilities = torch.softmax(scores, dim=-1).masked_fill(~nonempty[..., None], 0.0)
+    out = torch.matmul(probabilities, values)
+    if scores.shape[2] == 0:
+        lse = torch.full(scores.shape[:2], -math.inf, dtype=scores.dtype, device=scores.device)
+    else:
+        lse = torch.logsumexp(scores, dim=-1)
+    return out.transpose(0, 1), lse
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_masks: Sequence[Tensor],
+    q_block_size: int,
+    k_block_size: int,
+    *,
+    lens_q: Sequence[int],
+    lens_k: Sequence[int],
+    causal: bool,
+    scale: float | None = None,
+    compute_dtype: torch.dtype | None = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a whole batch.
+
+    q: (total_q, Hq, D) or (B, Sq, Hq, D); k, v likewise. block_masks: per sequence, bool (1 | Hk | Hq, q blocks,
+    k blocks). lens_q, lens_k: the lengths of the sequences, also for batched tensors. compute_dtype: None for the
+    dtype of q.
+    Returns out, shaped as q, and lse (Hq, total_q) or (B, Hq, Sq), at compute_dtype.
+    """
+    dtype = compute_dtype or q.dtype
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    packed = q.dim() == 3
+    begins_q = [0, *itertools.accumulate(lens_q)]
+    begins_k = [0, *itertools.accumulate(lens_k)]
+    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    heads_q = q.shape[-2]
+    lse_shape = (heads_q, q.shape[0]) if packed else (q.shape[0], heads_q, q.shape[1])
+    lse = torch.full(lse_shape, -math.inf, dtype=dtype, device=q.device)
+    for b, (len_q, len_k) in enumerate(zip(lens_q, lens_k, strict=True)):
+        if len_q == 0:
+            continue
+        rows_q = slice(begins_q[b], begins_q[b] + len_q) if packed else (b, slice(0, len_q))
+        rows_k = slice(begins_k[b], begins_k[b] + len_k) if packed else (b, slice(0, len_k))
+        allowed = element_mask(block_masks[b].to(q.device), len_q, len_k, q_block_size, k_block_size, causal)
+        out_b, lse_b = one_sequence(q[rows_q].to(dtype), k[rows_k].to(dtype), v[rows_k].to(dtype), allowed, scale)
+        out[rows_q] = out_b
+        lse[(slice(None), rows_q) if packed else b] = lse_b
+    return out, lse

@@ -1,0 +1,56 @@
+"""A dozen small problems for compute-sanitizer (`make sanitize`), each checked against the formula.
+
+The formula is evaluated on the CPU, so that the product's kernels are nearly all that the sanitizer sees.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+import hbsattn
+from cases import case
+from problems import dense_mask, judge, make_problem
+
+CASES = [
+    case("packed_causal", causal=True, q_block=64, k_block=16),
+    case("batched", lens_q=(150, 150), lens_k=(130, 130), packed=False, k_block=48, head_dim=128),
+    case("batched_causal_shared", lens_q=(96, 96), packed=False, form="shared", causal=True),
+    case("group_fills_a_tile", heads_q=8, heads_k=2, mask_heads=2, q_block=16, k_block=80, causal=True),
+    case("group_of_tails", heads_q=8, heads_k=1, mask_heads=1, q_block=112, k_block=96, lens_q=(111, 113), head_dim=72),
+    case("wide_blocks", q_block=256, k_block=192, lens_q=(300, 20), head_dim=128, causal=True),
+    case("zero_length", lens_q=(0, 70, 0, 50), lens_k=(40, 70, 0, 0), causal=True),
+    case("empty", pattern="none"),
+    case("many_columns", lens_q=(40, 20), lens_k=(1100, 530), k_block=16, q_block=32, density=0.3),
+    case("padded", layout="padded", lens_q=(90, 90), lens_k=(70, 70), packed=False, head_dim=40),
+    case("indices", source="indices", causal=True, k_block=32),
+    case("csr", source="csr", k_block=128, q_block=128, lens_q=(400,)),
+]
+
+
+def main() -> None:
+    names = sys.argv[1:]
+    for number, spec in enumerate(CASES):
+        if names and spec.name not in names:
+            continue
+        problem = make_problem(spec, "cuda", (torch.bfloat16, torch.float16)[number % 2])
+        out, lse = problem.run()
+        torch.cuda.synchronize()
+        for field in ("q", "k", "v"):
+            setattr(problem, field, getattr(problem, field).cpu())
+        judge(problem, out.cpu(), lse.cpu())
+        print(f"{spec.name}: ok", flush=True)
+    # Lengths that lie, within the tensors.
+    problem = make_problem(case("lies", mask_heads=1), "cuda", torch.bfloat16)
+    block_mask = dense_mask(problem.case, problem.block_masks, "flat").cuda()
+    for lie in ((0, 337, 0, 337), (337, 200, 100, 0), (0, 0, 0, 337)):
+        lens = torch.tensor(lie, dtype=torch.int32).cuda()
+        mask = hbsattn.BlockMask.from_dense(block_mask, 64, 64, cu_seqlens_q=lens, cu_seqlens_k=lens, causal=True)
+        hbsattn.block_sparse_attention(problem.q, problem.k, problem.v, mask)
+        torch.cuda.synchronize()
+    print("lies: ok", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""A C++ project without torch finds the installed core, links it and calls it.
+
+HBSATTN_CORE_PREFIX names an installed core to use; otherwise one is built here, without CUDA (seconds) unless
+HBSATTN_TEST_CMAKE_CUDA=1 (minutes).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def cmake() -> str:
+    beside_python = Path(sys.executable).with_name("cmake")
+    found = str(beside_python) if beside_python.exists() else shutil.which("cmake")
+    if found is None:
+        pytest.skip("cmake was not found")
+    return found
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def install_core(folder: Path, *options: str) -> Path:
+    run(cmake(), "-S", ROOT, "-B", folder / "build", f"-DCMAKE_INSTALL_PREFIX={folder / 'prefix'}", *options)
+    run(cmake(), "--build", folder / "build", "--parallel", "2")
+    run(cmake(), "--install", folder / "build")
+    return folder / "prefix"
+
+
+def run_consumer(prefix: Path, folder: Path) -> str:
+    run(cmake(), "-S", ROOT / "tests/cpp", "-B", folder / "consumer", f"-DCMAKE_PREFIX_PATH={prefix}")
+    run(cmake(), "--build", folder / "consumer")
+    return run(folder / "consumer/consumer")
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if prefix := os.environ.get("HBSATTN_CORE_PREFIX"):
+        return Path(prefix)
+    cuda = "ON" if os.environ.get("HBSATTN_TEST_CMAKE_CUDA") == "1" else "OFF"
+    return install_core(tmp_path_factory.mktemp("core"), f"-DHBSATTN_CUDA={cuda}")
+
+
+def test_consumer(core: Path, tmp_path: Path):
+    """On a GPU the numbers are checked; without one every call says why it cannot run."""
+    said = run_consumer(core, tmp_path)
+    assert "GPU: out within" in said or said.count("no GPU: ") == 4, said
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not os.environ.get("HBSATTN_CORE_PREFIX") and os.environ.get("HBSATTN_TEST_CMAKE_CUDA") != "1",
+    reason="needs a core built for CUDA: set HBSATTN_CORE_PREFIX or HBSATTN_TEST_CMAKE_CUDA=1",
+)
+def test_consumer_on_the_gpu(core: Path, tmp_path: Path):
+    assert "GPU: out within" in run_consumer(core, tmp_path)
+
+
+@pytest.mark.slow
+def test_shared_library(tmp_path: Path):
+    if os.environ.get("HBSATTN_CORE_PREFIX"):
+        pytest.skip("HBSATTN_CORE_PREFIX names the core to test")
+    prefix = install_core(tmp_path, "-DHBSATTN_CUDA=OFF", "-DBUILD_SHARED_LIBS=ON")
+    assert list(prefix.glob("lib*/libhbsattn.so*"))
+    assert "no GPU: " in run_consumer(prefix, tmp_path)
+
+
+def test_public_headers_stand_alone(core: Path, tmp_path: Path):
+    """Each installed header compiles alone, as C++17, with warnings as errors and nothing else to include."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler was found")
+    headers = sorted((core / "include/hbsattn").iterdir())
+    assert {h.name for h in headers} == {"hbsattn.h", "params.h", "status.h"}
+    for header in headers:
+        source = tmp_path / "alone.cpp"
+        source.write_text(f"#include <hbsattn/{header.name}>\nint main() {{ return 0; }}\n")
+        flags = ("-std=c++17", "-pedantic", "-Wall", "-Wextra", "-Werror", "-fsyntax-only")
+        run(compiler, *flags, "-I", core / "include", source)

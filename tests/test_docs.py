@@ -1,0 +1,89 @@
+"""What the documents say is true: README code runs, named files and make targets exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hbsattn
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "csrc/README.md", "benchmarks/README.md"]
+FILE_SUFFIXES = "h|cuh|cu|cpp|py|md|txt|toml|cmake|json|yaml|svg|png"
+
+
+def read(name: str) -> str:
+    path = ROOT / name
+    assert path.is_file(), f"{name} is missing"
+    return path.read_text()
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", read("README.md"), flags=re.DOTALL | re.MULTILINE)
+
+
+def test_readme_code_runs():
+    """All Python of the README, in order, as one program; on a machine without a GPU its CUDA tensors are CPU ones."""
+    blocks = python_blocks()
+    assert blocks, "README.md shows no Python"
+    program = "\n".join(blocks)
+    if not torch.cuda.is_available():
+        program = re.sub(r"([\"'])cuda\1", '"cpu"', program).replace(".cuda()", "")
+    environment = {**os.environ, "PYTHONPATH": str(Path(hbsattn.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.stderr}\nof\n{program}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_files_exist(document: str):
+    """Files and folders in backticks or in a listing; a bare name may lie in any room."""
+    text = read(document)
+    code = re.findall(r"`([^`\n]+)`", text) + re.findall(r"^```[a-z]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    tracked = {p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if p.is_file() and ".git" not in p.parts}
+    missing = []
+    for token in {t for piece in code for t in re.findall(rf"[\w./*<>-]+\.(?:{FILE_SUFFIXES})\b(?![\w.])", piece)}:
+        # Placeholders, the user's own files, and what a build makes or another project holds.
+        if re.search(r"[<>]|^/|^~|://|^my_|^build/|^cuda|^torch/|^cute/|^cutlass/", token) or f"<{token}>" in text:
+            continue
+        pattern = re.escape(token.removeprefix("./")).replace(r"\*", "[^/]*")
+        if not any(re.search(rf"(^|/){pattern}$", name) for name in tracked):
+            missing.append(token)
+    assert not missing, f"{document} names {sorted(missing)}, which do not exist"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_make_targets_exist(document: str):
+    targets = set(re.findall(r"^([a-z][\w-]*):", read("Makefile"), flags=re.MULTILINE))
+    text = read(document)
+    commands = re.findall(r"`make ([^`\n]+)`", text)
+    for block in re.findall(r"^```[a-z]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        block = re.sub(r"#.*", "", block)
+        commands += re.findall(r"(?:^|&&|;)\s*make ([^&|;\n]+)", block, re.MULTILINE)
+    named = {w for c in commands for w in shlex.split(c) if not w.startswith("-") and "=" not in w}
+    assert named <= targets, f"{document} names make targets that do not exist: {sorted(named - targets)}"
+
+
+def test_readme_shows_both_commands():
+    text = read("README.md")
+    for command in ("make demo", "make test"):
+        assert command in text
+
+
+def test_links_inside_the_repository():
+    for document in DOCUMENTS:
+        folder = (ROOT / document).parent
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", read(document)):
+            assert (folder / target).exists(), f"{document} links to {target}"
+
+
+def test_public_names_are_documented():
+    for name in hbsattn.__all__:
+        documented = getattr(hbsattn, name)
+        assert (documented.__doc__ or "").strip(), f"hbsattn.{name} has no docstring"

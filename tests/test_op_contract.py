@@ -1,0 +1,281 @@
+"""The ops as PyTorch sees them: schemas, fake kernels, tracing, compilation, export, autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import cases
+import hbsattn
+from cases import DEVICE_DTYPES, Case, case
+from problems import (
+    Problem,
+    block_lists,
+    block_masks,
+    build_mask,
+    csr_lists,
+    cu_seqlens,
+    dense_mask,
+    judge,
+    local_rows,
+    make_problem,
+    same,
+)
+
+ops = torch.ops.hbsattn
+OPS = (
+    "make_sequences",
+    "pack_dense",
+    "pack_indices",
+    "pack_csr",
+    "plan_items",
+    "forward",
+    "check_forward",
+    "check_mask",
+)
+
+SPECS = [
+    case("packed", q_block=48, k_block=16, causal=True, heads_q=8, mask_heads=2),
+    case("batched", lens_q=(90, 90), lens_k=(70, 70), packed=False),
+    case("empty", pattern="none"),
+    case("zero_length", lens_q=(0, 70, 50), lens_k=(40, 0, 90)),
+]
+
+
+def dtype_of(device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def op_arguments(name: str, spec: Case, device: str) -> tuple[Any, ...]:
+    problem = make_problem(spec, device, dtype_of(device))
+    mask = problem.mask()
+    sizes = (spec.q_block, spec.k_block)
+    if name == "make_sequences":
+        if not spec.packed:
+            return (None, None, torch.device(device), 2, spec.lens_q[0], spec.keys[0], *sizes, spec.blocks(0)[0])
+        lens = (cu_seqlens(spec.lens_q, device), cu_seqlens(spec.keys, device))
+        return (*lens, torch.device(device), len(spec.lens_q), 0, 0, *sizes, -1)
+    flat = spec.mask_form == "flat"
+    table = (mask.rows, mask.cols, *sizes, spec.causal)
+    if name == "pack_dense":
+        return (dense_mask(spec, problem.block_masks, spec.mask_form).to(device), mask.sequences, flat, *table)
+    if name == "pack_indices":
+        lists = local_rows(spec, problem.block_masks)
+        lists = lists if flat else dense_mask(spec, problem.block_masks, "batched")
+        return (*(x.to(device) for x in block_lists(lists, 0)), mask.sequences, flat, *table)
+    if name == "pack_csr":
+        lists = csr_lists(local_rows(spec, problem.block_masks), 0)
+        return (*(x.to(device) for x in lists), mask.sequences, *table)
+    if name == "check_mask":
+        return (mask.batch, mask.heads, mask.rows, mask.cols, *sizes)
+    if name == "plan_items":
+        return (mask.bits, mask.sequences, mask.cols, *sizes, spec.causal, spec.heads_q, spec.heads_k, 64, 2, True)
+    items = mask._items(spec.heads_q, spec.heads_k, spec.head_dim, problem.q.element_size(), True)
+    tensors = (problem.q, problem.k, problem.v, mask.bits, mask.sequences, items)
+    return (*tensors, mask.cols, *sizes, spec.causal, True, 0.125)
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name: str, spec: Case, device: str):
+    torch.library.opcheck(getattr(ops, name).default, op_arguments(name, spec, device))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_opcheck_with_gradients(device: str):
+    q, k, v, *rest = op_arguments("forward", SPECS[0], device)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    # Tracing the backward would need one.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.forward.default, (*leaves, *rest), test_utils=checks)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_arguments_are_tensors_and_constants(name: str):
+    schema = getattr(ops, name).default._schema
+    kinds = {str(argument.type) for argument in schema.arguments}
+    assert kinds <= {"Tensor", "Optional[Tensor]", "int", "bool", "float", "Device"}
+    assert not schema.is_mutable
+    assert all(result.alias_info is None for result in schema.returns)
+
+
+@pytest.mark.parametrize("device,dtype", DEVICE_DTYPES)
+def test_outputs_are_fresh(device: str, dtype: torch.dtype):
+    """Contiguous outputs, whatever the inputs' layout, in memory of their own."""
+    problem = make_problem(case("fresh", layout="heads_first"), device, dtype)
+    out, lse = problem.run()
+    assert out.is_contiguous() and lse.is_contiguous()
+    storages = {x.untyped_storage().data_ptr() for x in (problem.q, problem.k, problem.v)}
+    assert out.untyped_storage().data_ptr() not in storages
+
+
+# Inductor's first C++ compilation alone takes a minute, so on the CPU the tracers must do.
+@pytest.mark.parametrize(
+    "device,backend",
+    [
+        ("cpu", "aot_eager"),
+        pytest.param("cuda", "aot_eager", marks=pytest.mark.gpu),
+        pytest.param("cuda", "inductor", marks=[pytest.mark.gpu, pytest.mark.slow]),
+    ],
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(device: str, dynamic: bool, backend: str):
+    """One graph, for a mask made before and, with new lengths, without recompiling into another result."""
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend=backend)
+    def attend(q, k, v, mask):
+        return hbsattn.block_sparse_attention(q * 1.0, k, v, mask, return_lse=True)
+
+    for lens in ((100, 37, 200), (64, 130, 11)):
+        problem = make_problem(case("compile", lens_q=lens, causal=True), device, dtype_of(device))
+        mask = problem.mask()
+        out, lse = attend(problem.q, problem.k, problem.v, mask)
+        judge(problem, out, lse)
+        # The plan was not left behind by the tracer.
+        judge(problem, *problem.run(mask))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_compile_the_mask_too(device: str):
+    torch._dynamo.reset()
+    problem = make_problem(case("compile", causal=True), device, dtype_of(device))
+    lens = cu_seqlens(problem.case.lens_q, device)
+    block_mask = dense_mask(problem.case, problem.block_masks, "flat").to(device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def attend(q, k, v, block_mask, lens):
+        mask = hbsattn.BlockMask.from_dense(block_mask, 64, 64, cu_seqlens_q=lens, cu_seqlens_k=lens, causal=True)
+        return hbsattn.block_sparse_attention(q, k, v, mask, return_lse=True)
+
+    out, lse = attend(problem.q, problem.k, problem.v, block_mask, lens)
+    judge(problem, out, lse)
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_export(device: str):
+    problem = make_problem(case("export", causal=True), device, dtype_of(device))
+    mask = problem.mask()
+
+    class Attend(torch.nn.Module):
+        def forward(self, q, k, v):
+            return hbsattn.block_sparse_attention(q, k, v, mask, return_lse=True)
+
+    inputs = (problem.q, problem.k, problem.v)
+    program = torch.export.export(Attend(), inputs)
+    judge(problem, *program.module()(*inputs))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_backward_says_that_there_is_none(device: str):
+    problem = make_problem(case("backward"), device, dtype_of(device))
+    q = problem.q.requires_grad_()
+    out = hbsattn.block_sparse_attention(q, problem.k, problem.v, problem.mask())
+    with pytest.raises(NotImplementedError, match=r"(?i)backward|gradient"):
+        out.float().sum().backward()
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_inference_modes(device: str):
+    problem = make_problem(case("modes"), device, dtype_of(device))
+    expected = problem.run()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            out, lse = problem.run()
+        assert same(out, expected[0]) and same(lse, expected[1])
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_profile(device: str):
+    """`profile` adds the SM clock at the start and end of each CTA, on CUDA, and changes nothing else."""
+    arguments = op_arguments("forward", SPECS[0], device)
+    plain, profiled = ops.forward(*arguments), ops.forward(*arguments, True)
+    assert same(plain[0], profiled[0]) and same(plain[1], profiled[1])
+    assert plain[2].shape == (0,) and plain[2].dtype == torch.int64
+    if device == "cuda":
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        assert profiled[2].shape == (processors, 2) and profiled[2].dtype == torch.int64
+        used = profiled[2][profiled[2][:, 1] > 0]
+        assert used.shape[0] > 0 and bool((used[:, 1] > used[:, 0]).all())
+    else:
+        assert profiled[2].shape == (0,)
+
+
+# The doors of the Triton predecessor
+
+
+def door_arguments(problem: Problem) -> tuple[Any, ...]:
+    spec, device = problem.case, str(problem.q.device)
+    lens = (cu_seqlens(spec.lens_q, device), cu_seqlens(spec.keys, device))
+    block_mask = dense_mask(spec, problem.block_masks, "flat").to(device)
+    scale = spec.head_dim**-0.5
+    return (problem.q, problem.k, problem.v, *lens, block_mask, spec.q_block, spec.k_block, spec.causal, scale)
+
+
+@pytest.mark.parametrize("device,dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_drop_in(causal: bool, device: str, dtype: torch.dtype):
+    from hbsattn import HBSAttention
+    from hbsattn.hbsa_interface import HBSAttention as from_interface
+    from hbsattn.utils import calculate_blocks
+
+    assert HBSAttention is from_interface
+    spec = case("door", heads_q=8, heads_k=2, mask_heads=2, q_block=32, k_block=48, causal=causal)
+    problem = make_problem(spec, device, dtype)
+    arguments = door_arguments(problem)
+    judge(problem, HBSAttention(*arguments), None)
+    for tile_mode in ("auto", "fix"):
+        judge(problem, HBSAttention(*arguments, tile_mode), None)
+    plans = (*calculate_blocks(arguments[3], 32), *calculate_blocks(arguments[4], 48))
+    judge(problem, HBSAttention(*arguments, "fix", *plans), None)
+    names = ("num_q_block", "cu_q_block", "q_block_to_batch", "cu_num_q_block")
+    names += ("num_k_block", "cu_k_block", "k_block_to_batch", "cu_num_k_block")
+    judge(problem, HBSAttention(*arguments, tile_mode="auto", **dict(zip(names, plans, strict=True))), None)
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("tile_mode", ["", "AUTO", "both", None, 3])
+def test_tile_mode(tile_mode: object, device: str):
+    from hbsattn import HBSAttention
+
+    problem = make_problem(case("door"), device, dtype_of(device))
+    with pytest.raises(ValueError, match=r"(?s)tile_mode.*auto.*fix"):
+        HBSAttention(*door_arguments(problem), tile_mode)
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_calculate_blocks(device: str):
+    from hbsattn.utils import calculate_blocks
+
+    num_block, cu_block, block_to_batch, cu_num_block = calculate_blocks(cu_seqlens((100, 0, 64, 1), device), 32)
+    assert num_block == 7
+    assert cu_block.tolist() == [0, 32, 64, 96, 100, 132, 164, 165]
+    assert block_to_batch.tolist() == [0, 0, 0, 0, 2, 2, 3]
+    assert cu_num_block.tolist() == [0, 4, 4, 6, 7]
+    for x in (cu_block, block_to_batch, cu_num_block):
+        assert x.dtype == torch.int32 and x.device.type == device
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_pack_heads_is_a_hint(device: str):
+    """Tiles shared by a group or not: the same function."""
+    spec = case("hint", heads_q=8, heads_k=2, mask_heads=1, q_block=16, causal=True)
+    problem = make_problem(spec, device, dtype_of(device))
+    mask = build_mask(spec, block_masks(spec, 0), device)
+    for pack_heads in (True, False):
+        items = mask._items(8, 2, 64, problem.q.element_size(), pack_heads)
+        inputs = (problem.q, problem.k, problem.v, mask.bits, mask.sequences, items)
+        out, lse, _ = ops.forward(*inputs, mask.cols, 16, 64, True, pack_heads, 64**-0.5)
+        judge(problem, out, lse)
+
+
+def test_build_info():
+    info = hbsattn.build_info()
+    assert {"cuda", "cuda_version", "cutlass_version", "kernels"} <= set(info)
+    assert isinstance(info["cuda"], bool)
+    assert bool(info["kernels"]) == info["cuda"]
+    for kernel in info["kernels"]:
+        assert {"name", "arch", "dtype", "head_dim", "tile_m", "tile_n", "stages", "shared_bytes"} <= set(kernel)
