@@ -275,8 +275,8 @@ def _attend(
     clear = int((item[:, BLOCKS] - item[:, MASKED]).min()) * k_block_size
 
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    queries = q[batch, q_row, head].to(compute).mul_(softmax_scale)
-    scores = queries @ k[batch, k_row, k_head].to(compute).mT
+    scores = q[batch, q_row, head].to(compute) @ k[batch, k_row, k_head].to(compute).mT
+    scores.mul_(softmax_scale)
     # A select, so that a NaN in a key outside a row's reach stays outside.
     scores[..., clear:].masked_fill_(key[:, clear:].unsqueeze(1) > limit.unsqueeze(-1), -torch.inf)
     largest = scores.amax(-1, keepdim=True)

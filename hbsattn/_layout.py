@@ -24,6 +24,11 @@ def count_packed_heads(mask_heads: int, heads_q: int, heads_k: int, pack_heads: 
     return group if pack_heads and (mask_heads != heads_q or group == 1) else 1
 
 
+def count_blocks(sequences: Tensor, column: int, block_size: int) -> Tensor:
+    """Blocks of each sequence, int64 (batch)."""
+    return -(-sequences[:, column].to(torch.int64) // block_size)
+
+
 def pack_bits(mask: Tensor) -> Tensor:
     """Packs bool (..., cols) into int32 (..., ceil(cols / 32)), lowest bit first."""
     cols = mask.shape[-1]

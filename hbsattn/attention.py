@@ -46,6 +46,8 @@ def _attend(
     return_lse: bool,
     pack_heads: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    if not isinstance(mask, BlockMask):
+        raise TypeError(f"mask is a {type(mask).__name__}; expected a BlockMask")
     mask._check_use(q, k)
     heads_q, head_dim = q.shape[-2:]
     items = mask._items(heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)

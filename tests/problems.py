@@ -291,9 +291,7 @@ def compare_lse(lse: Tensor, reference: Tensor, same_precision: Tensor, dtype: t
     magnitude = reference[~empty].abs()
     if dtype == torch.float32:
         bound += 2 * (same_precision.to(reference.dtype) - reference)[~empty].abs().max()
-    elif dtype == torch.float64:
-        bound += 1e-13 * magnitude
-    else:
-        # The log-sum-exp is float32 there; sums of large products leave fewer bits behind the point than it asks for.
-        bound += torch.where(magnitude > 64, 4e-6 * magnitude, 0.0)
+    # Sums of large products leave fewer bits behind the point than the bound asks for.
+    resolution = 1e-13 if dtype == torch.float64 else 4e-6
+    bound += torch.where(magnitude > 64, resolution * magnitude, 0.0)
     assert bool((error <= bound).all()), f"log-sum-exp error {error.max():.3e} exceeds {bound.max():.3e}"

@@ -23,7 +23,15 @@ import problems
 pytest.importorskip("triton", reason="the Triton oracle needs triton")
 
 PACKED = [c for c in cases.CASES if c.packed and c.head_dim >= 8]
-INTERPRETED = [(c, dtype) for c in PACKED for dtype in ("float32", "float16") if dtype == "float32" or c.causal]
+HALVES = {
+    "packed_causal",
+    "zero_length_causal",
+    "gqa_8_group",
+    "hidden_logits_causal",
+    "negative_logits",
+    "head_dim_96",
+}
+INTERPRETED = [(c, d) for c in PACKED for d in ("float32", "float16") if d == "float32" or c.name in HALVES]
 
 
 def run_case(spec: cases.Case, device: str, dtype: torch.dtype) -> None:
@@ -68,7 +76,7 @@ def test_interpreter(interpreted: dict[str, str], spec: cases.Case, dtype: str):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("spec", PACKED, ids=lambda c: c.name)
+@pytest.mark.parametrize("spec", PACKED[::3], ids=lambda c: c.name)
 def test_cuda(spec: cases.Case):
     run_case(spec, "cuda", torch.bfloat16)
 

@@ -25,12 +25,15 @@ struct Sm90Forward {
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
 
   static constexpr int kTileM = kTileRows;
-  static constexpr int kTileN = 128;
-  // Two stages for keys and two for values saturate the tensor cores at head dim 128 (a third is within noise).
-  // Head dim 64 halves a stage, so twice as many keep the same number of bytes in flight.
-  static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
+  // Above 128, the output alone takes 96 or 128 registers a thread: 64 keys a stage leave room for the scores.
+  static constexpr int kTileN = kHeadDim <= 128 ? 128 : 64;
+  // As many stages for keys and for values, each, as fit beside the queries. Two suffice at head dim 128 (a third is
+  // within noise); smaller head dims have more to keep the same number of bytes in flight.
+  static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim == 128 || kHeadDim == 256 ? 2 : 3;
   // Two query buffers let the next tile's queries arrive while the last output still leaves from the other.
-  static constexpr int kQueryBuffers = 2;
+  static constexpr int kQueryBuffers = kHeadDim <= 128 ? 2 : 1;
+  // Columns that one swizzle pattern spans: 128 bytes, or 64 where the head dim is no multiple of that.
+  static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;
 
   // 40 * 128 + 232 * 256 registers = 168 * 384, what a CTA of three warpgroups is launched with.
   static constexpr int kProducerRegisters = 40;

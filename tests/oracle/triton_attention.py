@@ -16,7 +16,27 @@ from torch import Tensor
 TILE_COLUMNS = 6  # of the table of tiles, see `_tile_table`
 
 
-@triton.jit
+# One compilation serves many shapes: sizes and strides are not specialized, and tiles are few.
+_SIZES = [
+    "total_q",
+    "rows",
+    "width",
+    "mask_group",
+    "key_group",
+    "head_dim",
+    "k_block_size",
+    "q_row_stride",
+    "q_head_stride",
+    "k_row_stride",
+    "k_head_stride",
+    "v_row_stride",
+    "v_head_stride",
+    "out_row_stride",
+    "out_head_stride",
+]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
     q,
     k,
@@ -32,6 +52,8 @@ def _forward_kernel(
     width,
     mask_group,
     key_group,
+    head_dim,
+    k_block_size,
     q_row_stride,
     q_head_stride,
     k_row_stride,
@@ -40,8 +62,6 @@ def _forward_kernel(
     v_head_stride,
     out_row_stride,
     out_head_stride,
-    HEAD_DIM: tl.constexpr,
-    K_BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -60,7 +80,7 @@ def _forward_kernel(
     d_index = tl.arange(0, TILE_D)
     query = first + m_index
     in_rows = query < last
-    in_dims = d_index < HEAD_DIM
+    in_dims = d_index < head_dim
     q_tile = tl.load(
         q + query[:, None] * q_row_stride + head * q_head_stride + d_index[None, :],
         mask=in_rows[:, None] & in_dims[None, :],
@@ -73,15 +93,16 @@ def _forward_kernel(
     row_max = tl.full((TILE_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((TILE_M,), tl.float32)
     acc = tl.zeros((TILE_M, TILE_D), tl.float32)
-    # A while loop: the interpreter cannot make a range of a loaded number.
+    # While loops: the interpreter cannot make a range of a number that is not a constant.
     i = 0
     count = tl.load(counts + list_index)
     while i < count:
         block = tl.load(indices + list_index * width + i).to(tl.int64)
-        for offset in range(0, K_BLOCK, TILE_N):
+        offset = 0
+        while offset < k_block_size:
             in_block = offset + tl.arange(0, TILE_N)
-            key = block * K_BLOCK + in_block
-            valid = (in_block < K_BLOCK) & (key < k_len)
+            key = block * k_block_size + in_block
+            valid = (in_block < k_block_size) & (key < k_len)
             load_mask = valid[:, None] & in_dims[None, :]
             k_tile = tl.load(k_base + key[:, None] * k_row_stride + d_index[None, :], mask=load_mask, other=0.0)
             v_tile = tl.load(v_base + key[:, None] * v_row_stride + d_index[None, :], mask=load_mask, other=0.0)
@@ -98,6 +119,7 @@ def _forward_kernel(
             row_sum = row_sum * rescale + tl.sum(weights, 1)
             acc = acc * rescale[:, None] + tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
             row_max = new_max
+            offset += TILE_N
         i += 1
 
     empty = row_sum == 0.0
@@ -165,8 +187,10 @@ def attention(
     """
     total_q, heads_q, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
-    tile_m = min(64, max(16, triton.next_power_of_2(q_block_size)))
-    tile_n = min(64, max(16, triton.next_power_of_2(k_block_size)))
+    # Products of float32 without TF32 are unrolled; larger tiles would compile for long.
+    largest = 32 if q.dtype == torch.float32 else 64
+    tile_m = 16 if q_block_size <= 16 else largest
+    tile_n = 16 if k_block_size <= 16 else largest
     table = _tile_table(lens_q, lens_k, q_block_size, tile_m)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = torch.full((heads_q, total_q), float("-inf"), dtype=torch.float32, device=q.device)
@@ -190,6 +214,8 @@ def attention(
         indices.shape[2],
         heads_q // counts.shape[0],
         heads_q // k.shape[1],
+        head_dim,
+        k_block_size,
         q.stride(0),
         q.stride(1),
         k.stride(0),
@@ -198,11 +224,9 @@ def attention(
         v.stride(1),
         out.stride(0),
         out.stride(1),
-        HEAD_DIM=head_dim,
-        K_BLOCK=k_block_size,
         CAUSAL=causal,
         TILE_M=tile_m,
         TILE_N=tile_n,
-        TILE_D=max(16, triton.next_power_of_2(head_dim)),
+        TILE_D=max(64, triton.next_power_of_2(head_dim)),
     )
     return out, lse

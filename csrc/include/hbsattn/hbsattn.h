@@ -54,8 +54,9 @@ HBSATTN_API Status validate_forward(const ForwardParams& params);
 // kernel for it on the current device.
 HBSATTN_API Status supported(const ForwardParams& params);
 
-// Whether the tensor memory accelerator can address this view: 16-byte aligned data and strides, and batch strides
-// that are whole multiples of the row stride. `forward` refuses other views; a copy of the tensor always qualifies.
+// Whether the tensor memory accelerator can address this view: 16-byte aligned data, strides above 0 that are multiples
+// of 16 bytes, and batch strides that are whole multiples of the row stride. `forward` refuses other views; a copy of
+// the tensor qualifies.
 HBSATTN_API bool addressable(const TensorView& view, DType dtype);
 
 // One compiled kernel, as `forward` would choose it.

@@ -33,9 +33,10 @@ Status encode(const MatrixRows& tensor, const cuuint64_t (&sizes)[kRank], const 
   }
   cuuint32_t element_strides[kRank];
   for (cuuint32_t& stride : element_strides) stride = 1;
-  const CUresult result = encode_tiled(map, data_type(tensor.dtype), kRank, tensor.data, sizes, byte_strides, box,
-                                       element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode_tiled(map, data_type(tensor.dtype), kRank, tensor.data, sizes, byte_strides, box, element_strides,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     return Status::CudaError("cuTensorMapEncodeTiled failed with code " + std::to_string(result));
   }
@@ -44,29 +45,29 @@ Status encode(const MatrixRows& tensor, const cuuint64_t (&sizes)[kRank], const 
 
 }  // namespace
 
-Status encode_rows(const MatrixRows& tensor, int box_rows, CUtensorMap* map) {
+Status encode_rows(const MatrixRows& tensor, int chunk, int box_rows, CUtensorMap* map) {
   const cuuint64_t row = tensor.row_stride * kElementSize, head = tensor.head_stride * kElementSize;
   return encode<3>(tensor,
                    {static_cast<cuuint64_t>(tensor.head_dim), static_cast<cuuint64_t>(tensor.rows),
                     static_cast<cuuint64_t>(tensor.heads)},
-                   {row, head}, {64, static_cast<cuuint32_t>(box_rows), 1}, map);
+                   {row, head}, {static_cast<cuuint32_t>(chunk), static_cast<cuuint32_t>(box_rows), 1}, map);
 }
 
-Status encode_whole_rows(const MatrixRows& tensor, int box_rows, CUtensorMap* map) {
+Status encode_whole_rows(const MatrixRows& tensor, int chunk, int box_rows, CUtensorMap* map) {
   const cuuint64_t row = tensor.row_stride * kElementSize, head = tensor.head_stride * kElementSize;
-  const cuuint64_t chunks = tensor.head_dim / 64, groups = box_rows / 8;
-  return encode<5>(tensor,
-                   {64, static_cast<cuuint64_t>(tensor.rows), chunks, groups, static_cast<cuuint64_t>(tensor.heads)},
-                   {row, 64 * kElementSize, 8 * row, head},
-                   {64, 8, static_cast<cuuint32_t>(chunks), static_cast<cuuint32_t>(groups), 1}, map);
+  const cuuint64_t columns = chunk, chunks = tensor.head_dim / chunk, groups = box_rows / 8;
+  return encode<5>(
+      tensor, {columns, static_cast<cuuint64_t>(tensor.rows), chunks, groups, static_cast<cuuint64_t>(tensor.heads)},
+      {row, columns * kElementSize, 8 * row, head},
+      {static_cast<cuuint32_t>(chunk), 8, static_cast<cuuint32_t>(chunks), static_cast<cuuint32_t>(groups), 1}, map);
 }
 
-Status encode_clipped_rows(const MatrixRows& tensor, CUtensorMap* map) {
+Status encode_clipped_rows(const MatrixRows& tensor, int chunk, CUtensorMap* map) {
   const cuuint64_t row = tensor.row_stride * kElementSize, head = tensor.head_stride * kElementSize;
   constexpr cuuint64_t kAny = cuuint64_t{1} << 31;
   return encode<5>(
       tensor, {static_cast<cuuint64_t>(tensor.head_dim), kRunEnd, kAny, kAny, static_cast<cuuint64_t>(tensor.heads)},
-      {row, (cuuint64_t{1} << 34) - row, row, head}, {64, 8, 1, 1, 1}, map);
+      {row, (cuuint64_t{1} << 34) - row, row, head}, {static_cast<cuuint32_t>(chunk), 8, 1, 1, 1}, map);
 }
 
 }  // namespace hbsattn

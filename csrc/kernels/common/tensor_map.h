@@ -20,21 +20,23 @@ struct MatrixRows {
   DType dtype;
 };
 
-// (head_dim, rows, heads) with a box of 64 columns x `box_rows` rows, 128-byte swizzle. Columns from head_dim on read
-// as zeros and are not written.
-Status encode_rows(const MatrixRows& tensor, int box_rows, CUtensorMap* map);
+// Boxes are `chunk` = 64 or 32 columns wide, which is also the width of their swizzle.
 
-// (64 columns, rows, chunks of 64 columns, groups of 8 rows, heads) with a box of `box_rows` whole rows, which arrive
-// as [group of 8][chunk][8][64]. Needs head_dim % 64 == 0 and box_rows % 8 == 0.
-Status encode_whole_rows(const MatrixRows& tensor, int box_rows, CUtensorMap* map);
+// (head_dim, rows, heads) with a box of a chunk of `box_rows` rows. Columns from head_dim on read as zeros and are not
+// written.
+Status encode_rows(const MatrixRows& tensor, int chunk, int box_rows, CUtensorMap* map);
 
-// 8 rows x 64 columns of a run of rows that may end anywhere; rows past the end read as zeros although the tensor goes
+// (columns of a chunk, rows, chunks, groups of 8 rows, heads) with a box of `box_rows` whole rows, which arrive as
+// [group of 8][chunk][8][columns]. Needs head_dim % chunk == 0 and box_rows % 8 == 0.
+Status encode_whole_rows(const MatrixRows& tensor, int chunk, int box_rows, CUtensorMap* map);
+
+// 8 rows of a chunk of a run of rows that may end anywhere; rows past the end read as zeros although the tensor goes
 // on. A box that starts `r` rows into a run of `n` rows that begins at row `b` has the coordinates
 //   (column, kRunEnd - n + r, kRunEnd, b + n, head).
 // The second coordinate makes the hardware's bounds check stop at the run's end. The other two undo its effect on the
 // address: the third dimension's stride is 2^34 - row_stride bytes, so kRunEnd = 2^30 of them are
 // -2^30 rows modulo 2^64.
 inline constexpr int kRunEnd = 1 << 30;
-Status encode_clipped_rows(const MatrixRows& tensor, CUtensorMap* map);
+Status encode_clipped_rows(const MatrixRows& tensor, int chunk, CUtensorMap* map);
 
 }  // namespace hbsattn

@@ -30,8 +30,6 @@ constexpr T clamp(T x, T low, T high) {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
-
 constexpr int32_t saturate(int64_t x) { return static_cast<int32_t>(clamp<int64_t>(x, 0, INT32_MAX)); }
 
 // Begin and length of sequence b. row_begin and col_begin are still 0.
@@ -88,9 +86,15 @@ constexpr int64_t last_key(const MaskShape& shape, const Sequence& sequence, int
   return shape.causal ? smaller(end, query + sequence.k_len - sequence.q_len) : end;
 }
 
+// Whole key blocks in `keys` keys. Not a 64-bit division: that is a subroutine on a GPU.
+constexpr int32_t whole_blocks(const MaskShape& shape, int64_t keys) {
+  if (keys <= 0) return 0;
+  return static_cast<int32_t>(smaller<int64_t>(static_cast<uint32_t>(keys) / shape.k_block_size, shape.cols));
+}
+
 // Key blocks that hold keys up to this one.
 constexpr int32_t columns_up_to(const MaskShape& shape, int64_t key) {
-  return static_cast<int32_t>(clamp<int64_t>(floor_div(key, shape.k_block_size) + 1, 0, shape.cols));
+  return key < 0 ? 0 : whole_blocks(shape, key + shape.k_block_size);
 }
 
 // Key blocks, from the first on, that some query of the row can see.
@@ -146,7 +150,7 @@ constexpr Item make_item(const ItemGrid& grid, int64_t index) {
   // the block's first query and covers [start, block size) and [0, end - block size).
   const int64_t block_size = shape.q_block_size;
   const int64_t queries = smaller<int64_t>(block_size, sequence.q_len - block_row);
-  const int64_t start = record.first_row % block_size;
+  const int64_t start = record.first_row % shape.q_block_size;
   const int64_t end = start + smaller<int64_t>(kTileRows, grid.packed_heads * block_size - record.first_row);
   int64_t first = start, last = smaller(end, queries) - 1;
   if (end > block_size) {
@@ -156,8 +160,7 @@ constexpr Item make_item(const ItemGrid& grid, int64_t index) {
   if (first > last) return item;
 
   record.col_end = columns_up_to(shape, last_key(shape, sequence, block_row + last));
-  const int64_t clean = floor_div(last_key(shape, sequence, block_row + first) + 1, shape.k_block_size);
-  item.clean_end = static_cast<int32_t>(clamp<int64_t>(clean, 0, record.col_end));
+  item.clean_end = whole_blocks(shape, last_key(shape, sequence, block_row + first) + 1);
   return item;
 }
 

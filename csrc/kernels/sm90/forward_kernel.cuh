@@ -11,7 +11,7 @@ namespace hbsattn::sm90 {
 template <class Traits>
 __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage) {
   for (int i = 0; i < Traits::kStages; ++i) {
-    mbarrier_init(&storage.keys_full[i], 1);
+    mbarrier_init(&storage.keys_full[i], 1 + Traits::kGranules);  // the loads' bytes, the granules
     mbarrier_init(&storage.keys_empty[i], kConsumerWarps);
     mbarrier_init(&storage.values_full[i], 1);
     mbarrier_init(&storage.values_empty[i], kConsumerWarps);
@@ -24,7 +24,7 @@ __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage)
     }
   }
   for (int i = 0; i < kTileSlots; ++i) {
-    mbarrier_init(&storage.tile_full[i], 1);
+    mbarrier_init(&storage.tile_full[i], 32);
     mbarrier_init(&storage.tile_empty[i], kTileReaders);
   }
   mbarrier_init(&storage.tile_wanted, 1);

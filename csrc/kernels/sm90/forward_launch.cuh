@@ -59,15 +59,15 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   sm90::ForwardArguments args{};
   const int granule = std::gcd(shape.q_block_size, sm90::kUnitRows);
   const int segment = std::min(shape.k_block_size & -shape.k_block_size, Config::kTileN);
-  HBSATTN_RETURN_IF_ERROR(encode_rows(q.matrix, granule, &args.map_q));
-  HBSATTN_RETURN_IF_ERROR(encode_rows(out.matrix, granule, &args.map_out));
-  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, &args.map_k_clipped));
-  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, &args.map_v_clipped));
+  HBSATTN_RETURN_IF_ERROR(encode_rows(q.matrix, Config::kChunkColumns, granule, &args.map_q));
+  HBSATTN_RETURN_IF_ERROR(encode_rows(out.matrix, Config::kChunkColumns, granule, &args.map_out));
+  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, Config::kChunkColumns, &args.map_k_clipped));
+  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, Config::kChunkColumns, &args.map_v_clipped));
   // Whole rows would take columns past head_dim from the next head.
   args.whole_rows = params.head_dim == Config::kHeadDim;
   if (args.whole_rows) {
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, segment, &args.map_k));
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, segment, &args.map_v));
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, Config::kChunkColumns, segment, &args.map_k));
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, segment, &args.map_v));
   }
 
   const int group = params.heads_q / params.heads_k;
@@ -93,7 +93,7 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   args.heads_per_key_head = group;
   args.row_bytes = static_cast<int>(shape.words() * sizeof(uint32_t));
   args.q_block_size = shape.q_block_size;
-  args.packed_heads = !params.pack_heads || (group > 1 && shape.heads == params.heads_q) ? 1 : group;
+  args.packed_heads = count_packed_heads(shape.heads, params.heads_q, params.heads_k, params.pack_heads);
   args.query_piece = granule;
   args.k_block_size = shape.k_block_size;
   args.segments_per_block = shape.k_block_size / segment;

@@ -171,7 +171,8 @@ struct ForwardMainloop {
     const int32_t* granules = storage.granule_keys[key_stage.index];
     CUTE_UNROLL
     for (int granule = 0; granule < Traits::kGranules; ++granule) {
-      const int first_key = granules[granule];
+      // Lane 0 alone reads, because its arrival at keys_empty is what lets the producer overwrite them.
+      const int first_key = __shfl_sync(0xffffffffu, lane == 0 ? granules[granule] : 0, 0);
       CUTE_UNROLL
       for (int i = 0; i < 8; ++i) {
         const int row = (i >> 1) & 1;
@@ -205,10 +206,7 @@ struct ForwardMainloop {
 
     cute::warpgroup_wait<1>();
     cute::warpgroup_fence_operand(scores);
-    if constexpr (kMasked) {
-      mask(scores, limits);
-      __syncwarp();
-    }
+    if constexpr (kMasked) mask(scores, limits);
     release_keys();
     // The second product still runs while the maxima are found. Waiting for it before the exponentials, not after,
     // lets ptxas mix the conversion and the rescaling with them; see benchmarks/NOTES.md.
@@ -235,7 +233,6 @@ struct ForwardMainloop {
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
     mask(scores, limits);
-    __syncwarp();
     release_keys();
     softmax.update_max<true, true>(scores, args.scale_log2);
     softmax.exponentiate(scores, args.scale_log2);

@@ -79,8 +79,9 @@ __device__ __forceinline__ void load_queries(const ForwardArguments& args, typen
       const int tensor_row = item.q_begin + item.sequence * args.q_batch_rows + span.row;
       const int first_row = span.count > 0 ? tensor_row : int{kOutOfBounds};
       uint8_t* destination = reinterpret_cast<uint8_t*>(storage.queries[buffer.index][unit]) +
-                             (chunk * kUnitRows + piece * args.query_piece) * 128;
-      cute::SM90_TMA_LOAD_3D::copy(&args.map_q, full, kPassThroughL2, destination, chunk * 64, first_row, span.head);
+                             (chunk * kUnitRows + piece * args.query_piece) * Traits::kChunkBytes;
+      cute::SM90_TMA_LOAD_3D::copy(&args.map_q, full, kPassThroughL2, destination, chunk * Traits::kChunkColumns,
+                                   first_row, span.head);
     }
   }
 }
@@ -120,8 +121,8 @@ __device__ __forceinline__ void run_query_warp(const ForwardArguments& args, typ
           min(stages, max(1, (padding + item.masked * args.segments_per_block + segments - 1) / segments));
       announced.key_end = key_end_of_tile(args, item);
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&storage.tile_full[slot.index]);
+    // Every lane has written, so every lane arrives: its arrival orders its own stores for the readers.
+    mbarrier_arrive(&storage.tile_full[slot.index]);
     slot.advance();
     if (last) break;
 
@@ -150,7 +151,6 @@ __device__ __forceinline__ int segment_key(const ForwardArguments& args, const B
 template <class Traits>
 struct StagePlan {
   int key;      // first key of the segment that this lane loads; -1: none
-  int row;      // first key of the 8-row box that this lane loads if `clip`
   int granule;  // first key of this lane's granule
   bool clip;    // some segment reaches past the last visible key
 
@@ -161,7 +161,6 @@ struct StagePlan {
     key = lane < segments ? segment_key(args, blocks, first + lane) : -1;
     clip = !args.whole_rows || __any_sync(0xffffffffu, key >= 0 && key + segment_rows > tile.key_end);
     granule = key_of_row(args, (lane % Traits::kGranules) * kGranule, kNoKey);
-    row = clip ? key_of_row(args, lane / Traits::kChunks * 8 % Traits::kTileN, tile.key_end) : 0;
   }
 
   // Key in row `in_stage` of the stage.
@@ -177,22 +176,31 @@ __device__ __forceinline__ void fill_stage(const ForwardArguments& args, const S
                                            int run_begin, int key_end, const CUtensorMap* whole,
                                            const CUtensorMap* clipped, uint8_t* stage, uint64_t* full,
                                            int32_t* granule_keys, int lane) {
-  if (granule_keys != nullptr && lane < Traits::kGranules) granule_keys[lane] = plan.granule;
-  // The consumers may read the granules once the barrier completes, so its arrival comes after those stores.
-  __syncwarp();
   if (lane == 0) mbarrier_arrive_expect(full, Traits::kStageBytes);
   __syncwarp();
   if (!plan.clip) {
     if (lane < Traits::kTileN >> args.segment_log2) {
       const int first_row = plan.key < 0 ? int{kOutOfBounds} : run_begin + plan.key;
       cute::SM90_TMA_LOAD_5D::copy(whole, full, kKeepInL2,
-                                   stage + (lane << args.segment_log2) * (Traits::kChunks * 128), 0, first_row, 0, 0,
-                                   head);
+                                   stage + (lane << args.segment_log2) * (Traits::kChunks * Traits::kChunkBytes), 0,
+                                   first_row, 0, 0, head);
     }
-  } else if (lane < Traits::kTileN / 8 * Traits::kChunks) {
-    cute::SM90_TMA_LOAD_5D::copy(clipped, full, kKeepInL2, stage + lane * Traits::kAtomBytes,
-                                 lane % Traits::kChunks * 64, kRunEnd - key_end + plan.row, int{kRunEnd},
-                                 run_begin + key_end, head);
+  } else {
+    constexpr int kBoxes = Traits::kTileN / 8 * Traits::kChunks;  // of 8 rows and one chunk
+    for (int first_box = 0; first_box < kBoxes; first_box += 32) {
+      const int box = first_box + lane;
+      const int row = plan.key_of_row(args, box / Traits::kChunks * 8 % Traits::kTileN, key_end);
+      if (box < kBoxes) {
+        cute::SM90_TMA_LOAD_5D::copy(clipped, full, kKeepInL2, stage + box * Traits::kAtomBytes,
+                                     box % Traits::kChunks * Traits::kChunkColumns, kRunEnd - key_end + row,
+                                     int{kRunEnd}, run_begin + key_end, head);
+      }
+    }
+  }
+  if (granule_keys != nullptr && lane < Traits::kGranules) {
+    // The lane that writes a granule arrives for it. Neither is on the way of the loads, which take far longer.
+    granule_keys[lane] = plan.granule;
+    mbarrier_arrive(full);
   }
 }
 
@@ -200,7 +208,6 @@ __device__ __forceinline__ void fill_stage(const ForwardArguments& args, const S
 template <class Traits, bool kKeys>
 __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, typename Traits::Storage& storage,
                                                 int lane) {
-  static_assert(Traits::kTileN / 8 * Traits::kChunks <= 32, "one 8-row box per lane");
   const int segments = Traits::kTileN >> args.segment_log2;
   const CUtensorMap* whole = kKeys ? &args.map_k : &args.map_v;
   const CUtensorMap* clipped = kKeys ? &args.map_k_clipped : &args.map_v_clipped;
@@ -257,9 +264,9 @@ __device__ __forceinline__ void run_output_warp(const ForwardArguments& args, ty
         if (span.count <= 0) continue;
         if (span.count >= args.query_piece) {
           const int row = item.q_begin + item.sequence * args.out_batch_rows + span.row;
-          if (lane < Traits::kChunks && lane * 64 < args.head_dim) {
-            cute::SM90_TMA_STORE_3D::copy(&args.map_out, source + (lane * kUnitRows + first) * 128, lane * 64, row,
-                                          span.head);
+          if (lane < Traits::kChunks && lane * Traits::kChunkColumns < args.head_dim) {
+            cute::SM90_TMA_STORE_3D::copy(&args.map_out, source + (lane * kUnitRows + first) * Traits::kChunkBytes,
+                                          lane * Traits::kChunkColumns, row, span.head);
           }
           continue;
         }
@@ -271,8 +278,11 @@ __device__ __forceinline__ void run_output_warp(const ForwardArguments& args, ty
         for (int i = lane; i < span.count * vectors; i += 32) {
           const int row = i / vectors, vector = i - row * vectors;
           const int in_unit = first + row;
-          // The 128-byte swizzle moves 16-byte vector c of row r to c ^ (r % 8).
-          const uint8_t* from = source + (vector / 8 * kUnitRows + in_unit) * 128 + ((vector ^ in_unit) & 7) * 16;
+          // The swizzle exchanges the 16-byte vectors of a row by the row's place in the pattern of 1 KB.
+          constexpr int kVectors = Traits::kChunkBytes / 16;
+          const int swizzled = (vector ^ (in_unit * static_cast<int>(Traits::kChunkBytes) / 128)) % kVectors;
+          const uint8_t* from =
+              source + (vector / kVectors * kUnitRows + in_unit) * Traits::kChunkBytes + swizzled * 16;
           *reinterpret_cast<uint4*>(out + row * args.out_row_stride + vector * 8) =
               *reinterpret_cast<const uint4*>(from);
         }

@@ -57,19 +57,23 @@ struct ForwardTraits {
   static constexpr int kTileN = Config::kTileN;
   static constexpr int kStages = Config::kStages;
   static constexpr int kQueryBuffers = Config::kQueryBuffers;
-  static constexpr int kChunks = kHeadDim / 64;  // 128-byte column chunks of a row: what one swizzle atom spans
+  static constexpr int kChunkColumns = Config::kChunkColumns;  // of a row, what one swizzle atom spans
+  static constexpr int kChunks = kHeadDim / kChunkColumns;
   static constexpr int kGranules = kTileN / kGranule;
   static_assert(Config::kTileM == kConsumerWarpgroups * kUnitRows);
-  static_assert(kHeadDim % 64 == 0);
+  static_assert(kHeadDim % kChunkColumns == 0);
 
-  using AtomK = cute::GMMA::Layout_K_SW128_Atom<Element>;    // 8 rows x 64 columns
-  using AtomMN = cute::GMMA::Layout_MN_SW128_Atom<Element>;  // the same bytes, transposed
+  // 8 rows x kChunkColumns columns, and the same bytes transposed.
+  using AtomK = std::conditional_t<kChunkColumns == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
+                                   cute::GMMA::Layout_K_SW64_Atom<Element>>;
+  using AtomMN = std::conditional_t<kChunkColumns == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
+                                    cute::GMMA::Layout_MN_SW64_Atom<Element>>;
 
-  // Queries, and later the output: [unit and buffer][chunk][64 rows][64 columns].
+  // Queries, and later the output: [unit and buffer][chunk][64 rows][columns].
   using SmemLayoutQ = decltype(cute::tile_to_shape(
       AtomK{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<kHeadDim>, cute::Int<2 * kQueryBuffers>>{}));
 
-  // Keys and values: [stage][group of 8 keys][chunk][8 keys][64 columns], so that one box brings whole rows.
+  // Keys and values: [stage][group of 8 keys][chunk][8 keys][columns], so that one box brings whole rows.
   using SmemLayoutK =
       decltype(cute::tile_to_shape(AtomK{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kStages>>{},
                                    cute::Step<cute::_2, cute::_1, cute::_3>{}));
@@ -87,7 +91,8 @@ struct ForwardTraits {
 
   static constexpr uint32_t kStageBytes = kTileN * kHeadDim * sizeof(Element);
   static constexpr uint32_t kUnitBytes = kUnitRows * kHeadDim * sizeof(Element);
-  static constexpr uint32_t kAtomBytes = 8 * 64 * sizeof(Element);
+  static constexpr uint32_t kChunkBytes = kChunkColumns * sizeof(Element);
+  static constexpr uint32_t kAtomBytes = 8 * kChunkBytes;
 
   struct alignas(1024) Storage {
     Element keys[kStages][kTileN * kHeadDim];
@@ -109,11 +114,11 @@ struct ForwardTraits {
 
 // What the kernel gets, by value. Row coordinates of batched tensors are batch * *_batch_rows + row.
 struct ForwardArguments {
-  CUtensorMap map_q;    // (head_dim, rows, heads), box 64 x query_piece x 1
+  CUtensorMap map_q;    // (head_dim, rows, heads), box kChunkColumns x query_piece x 1
   CUtensorMap map_out;  // the same
-  // Whole rows: (64 columns, rows, chunks, groups of 8 rows, heads), box of one segment.
+  // Whole rows: (columns of a chunk, rows, chunks, groups of 8 rows, heads), box of one segment.
   CUtensorMap map_k, map_v;
-  // 8 rows x 64 columns that end at any row, see tensor_map.h: (head_dim, rows before the end, wrap, end, heads).
+  // 8 rows of a chunk that end at any row, see tensor_map.h: (head_dim, rows before the end, wrap, end, heads).
   CUtensorMap map_k_clipped, map_v_clipped;
 
   const uint8_t* bits;
