@@ -2,8 +2,8 @@
 
 HBSATTN_CUDA         AUTO (default: if nvcc and a CUDA build of PyTorch are here), ON or OFF
 TORCH_CUDA_ARCH_LIST architectures; default: the visible GPU, with none all that have kernels
-HBSATTN_HEAD_DIMS    default: all, "64,128"
-HBSATTN_DTYPES       default: all, "fp16,bf16"
+HBSATTN_HEAD_DIMS    kernels to compile, e.g. "64,128"; default: all
+HBSATTN_DTYPES       likewise, e.g. "bf16"; default: all
 MAX_JOBS             compilers at a time; default: what cores and memory allow
 NVCC_THREADS         threads of one nvcc, useful with several architectures; default 1
 """
@@ -54,7 +54,7 @@ def read_sources() -> list[Source]:
 
 def choices(variable: str, known: Iterable[str | None]) -> dict[str, int]:
     """Which of the known names a comma-separated environment variable selects; by default all."""
-    known = sorted(filter(None, set(known)))
+    known = sorted(filter(None, set(known)), key=lambda name: (len(name), name))
     names = [name.strip() for name in (os.environ.get(variable) or ",".join(known)).split(",")]
     if not set(names) <= set(known):
         fail(f"{variable} is {os.environ[variable]!r}; expected a comma-separated subset of {','.join(known)}")
@@ -185,7 +185,7 @@ def extension():
             self.build_temp = str(ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{kind}")
 
         def build_extensions(self) -> None:
-            jobs = f", {os.environ['MAX_JOBS']} at a time; a kernel takes about a minute" if cuda else ""
+            jobs = f", {os.environ['MAX_JOBS']} at a time; a kernel takes half a minute or more" if cuda else ""
             note(f"compiling {len(module.sources)} sources{jobs}")
             super().build_extensions()
 

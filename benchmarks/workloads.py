@@ -1,4 +1,4 @@
-"""What is timed: named problems, their random block masks, and the exact count of the work in them."""
+"""What is timed: named problems, in groups. masks.py makes their block masks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LONGEST_DENSE = 131072  # beyond, dense attention takes seconds
+
+# Block sizes that should run at the rate of 128 x 128, and those whose rows share too few keys for that.
+WIDE = ((128, 128), (128, 64), (128, 32), (128, 16), (256, 64), (192, 48), (128, 80))
+NARROW = ((64, 16), (64, 128), (80, 48), (112, 64), (32, 32), (32, 128), (16, 16), (16, 128))
 
 @dataclass(frozen=True)
 class Workload:
-    """Self-attention over `batch` sequences of `seqlen` under a random block mask.
+    """Self-attention over `batch` sequences of `seqlen` under a block mask.
 
-    Each block is on with probability `density`, independently for every (sequence, head, query block), and the first
-    key block always is; a causal mask is cut at the diagonal. `density` 1 is the all-true mask.
+    density: each block is on with this probability, independently for every (sequence, mask head, query block); the
+        first key block always is, and a causal mask is cut at the diagonal. 1 is the all-true mask.
+    per_row: instead of a density, this many blocks of each row, of those that causality leaves visible.
+    pattern: "random"; "local", the first 4 of `per_row` blocks and the last before the diagonal; or "half-dense",
+        random, but with every second head all true.
+    alike: so many neighbouring query blocks draw from one list; each keeps 90% of it and adds 10% of its own.
+    shared: one mask head for each key head, for the whole group of query heads, rather than one for each query head.
+    listed: the mask comes as lists of key blocks rather than as booleans.
     """
 
     name: str
@@ -28,11 +39,20 @@ class Workload:
     heads_k: int = 32
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
+    per_row: int | None = None
+    pattern: str = "random"
+    alike: int = 1
+    shared: bool = False
+    listed: bool = False
 
     @property
     def blocks(self) -> tuple[int, int]:
         """Query blocks and key blocks of a sequence."""
         return -(-self.seqlen // self.q_block), -(-self.seqlen // self.k_block)
+
+    @property
+    def mask_heads(self) -> int:
+        return self.heads_k if self.shared else self.heads
 
     @property
     def problem(self) -> tuple[int, int, int, int, int, torch.dtype]:
@@ -41,13 +61,19 @@ class Workload:
 
     def dense(self) -> Workload:
         """The same tensors without a mask: what dense attention computes."""
-        return dataclasses.replace(
-            self,
-            name=_name("dense", self.batch, self.seqlen, self.head_dim, self.causal),
-            q_block=128,
-            k_block=128,
+        batch, seqlen, heads, heads_k, head_dim, dtype = self.problem
+        workload = Workload(
+            "",
+            seqlen,
             density=1.0,
+            causal=self.causal,
+            batch=batch,
+            heads=heads,
+            heads_k=heads_k,
+            head_dim=head_dim,
+            dtype=dtype,
         )
+        return _named("dense", workload)
 
     def describe(self) -> dict[str, object]:
         return {**dataclasses.asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
@@ -57,16 +83,25 @@ class Workload:
 class Group:
     """Workloads that are timed in turns, so that any two of their rates can be compared.
 
-    Rivals that compute the block mask run on `compared` (on every workload if it is None), as each costs a compilation;
-    dense rivals run on every shape of q, k and v.
+    Rivals that compute the block mask run on `compared` (on every workload if it is None), as each costs a compilation.
+    Dense rivals run on `dense` (if it is None, on every shape of q, k and v but the longest).
+    brief: fewer samples of packing and planning, nothing back to back.
     """
 
     name: str
     workloads: tuple[Workload, ...]
     compared: frozenset[str] | None = None
+    dense: tuple[Workload, ...] | None = None
+    brief: bool = False
 
     def compares(self, workload: Workload) -> bool:
         return self.compared is None or workload.name in self.compared
+
+    def dense_workloads(self) -> tuple[Workload, ...]:
+        if self.dense is not None:
+            return self.dense
+        shapes = [workload.dense() for workload in self.workloads if workload.seqlen <= LONGEST_DENSE]
+        return tuple({workload.name: workload for workload in shapes}.values())
 
 
 def make_tensors(workload: Workload, device: torch.device | str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,73 +115,35 @@ def make_tensors(workload: Workload, device: torch.device | str, seed: int) -> t
     return normal(workload.heads), normal(workload.heads_k), normal(workload.heads_k)
 
 
-def make_mask(workload: Workload, device: torch.device | str, seed: int) -> Tensor:
-    """The block mask: bool (batch, heads, query blocks, key blocks), not cut at the diagonal."""
-    shape = (workload.batch, workload.heads, *workload.blocks)
-    if workload.density >= 1:
-        return torch.ones(shape, dtype=torch.bool, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    mask = torch.empty(shape, dtype=torch.bool, device=device)
-    for sequence in mask:  # one at a time: the random numbers need four times the mask's memory
-        torch.lt(torch.rand(shape[1:], device=device, generator=generator), workload.density, out=sequence)
-    mask[..., 0] = True
-    return mask
+def _named(kind: str, workload: Workload, mask: str = "") -> Workload:
+    """The workload with a name made of all that is not usual about it."""
+    work = workload
+    parts = [kind]
+    parts += [f"batch{work.batch}"] if work.batch > 1 else []
+    parts += [f"s{work.seqlen}"]
+    parts += [f"heads{work.heads}"] if work.heads != 32 else []
+    parts += [f"kv{work.heads_k}"] if work.heads_k != work.heads else []
+    parts += [f"dim{work.head_dim}"] if work.head_dim != 128 else []
+    parts += [mask] if mask else []
+    parts += ["shared"] if work.shared else []
+    parts += [f"alike{work.alike}"] if work.alike > 1 else []
+    parts += ["causal"] if work.causal else []
+    return dataclasses.replace(work, name="-".join(parts))
 
 
-def visible_blocks(workload: Workload, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Which blocks hold a pair that attends, and which hold no other: bool (query blocks, key blocks) twice."""
-    q_blocks, k_blocks = workload.blocks
-    first_query = torch.arange(q_blocks, device=device)[:, None] * workload.q_block
-    first_key = torch.arange(k_blocks, device=device)[None] * workload.k_block
-    if not workload.causal:
-        visible = torch.ones(q_blocks, k_blocks, dtype=torch.bool, device=device)
-        return visible, visible
-    last_query = (first_query + workload.q_block).clamp(max=workload.seqlen) - 1
-    last_key = (first_key + workload.k_block).clamp(max=workload.seqlen) - 1
-    return first_key <= last_query, last_key <= first_query
+def _sparse(q_block: int, k_block: int, seqlen: int, density: float, causal: bool, **others: object) -> Workload:
+    workload = Workload("", seqlen, q_block, k_block, density, causal, **others)
+    return _named(f"{q_block}x{k_block}", workload, f"density{density:g}")
 
 
-def count_pairs(workload: Workload, mask: Tensor) -> int:
-    """Pairs of a query and a key that attend, over all heads and sequences."""
-    q_blocks, k_blocks = workload.blocks
-    query = torch.arange(q_blocks, device=mask.device)[:, None] * workload.q_block
-    end = (query + workload.q_block).clamp(max=workload.seqlen)
-    key = torch.arange(k_blocks, device=mask.device)[None] * workload.k_block
-    width = (key + workload.k_block).clamp(max=workload.seqlen) - key
-    # Query i attends to the first i + 1 - key of the block's keys, if causal; else to all.
-    pairs = _sum_to(end - key, width) - _sum_to(query - key, width) if workload.causal else (end - query) * width
-    active = mask.sum((0, 1), dtype=torch.int64)
-    return int((active * pairs).sum()) * (workload.heads // mask.shape[1]) * (workload.batch // mask.shape[0])
+def _rows(q_block: int, k_block: int, seqlen: int, per_row: int, causal: bool, **others: object) -> Workload:
+    """A mask with as many blocks in each row."""
+    workload = Workload("", seqlen, q_block, k_block, causal=causal, per_row=per_row, **others)
+    return _named(f"{q_block}x{k_block}", workload, f"{workload.pattern}{per_row}")
 
 
-def count_flops(workload: Workload, pairs: int) -> int:
-    """Floating-point operations of the forward: two products of a multiplication and an addition for each pair."""
-    return 4 * workload.head_dim * pairs
-
-
-def _sum_to(end: Tensor, width: Tensor) -> Tensor:
-    """The sum of min(max(t, 0), width) over all t <= end."""
-    rising = end.clamp(min=0).minimum(width)
-    return rising * (rising + 1) // 2 + (end - width).clamp(min=0) * width
-
-
-def _name(kind: str, batch: int, seqlen: int, head_dim: int, causal: bool, density: float | None = None) -> str:
-    name = kind + (f"-batch{batch}" if batch > 1 else "") + f"-s{seqlen}"
-    if head_dim != 128:
-        name += f"-dim{head_dim}"
-    if density is not None:
-        name += f"-density{density:g}"
-    return name + ("-causal" if causal else "")
-
-
-def _sparse(q_block: int, k_block: int, seqlen: int, density: float, causal: bool, batch: int = 1) -> Workload:
-    name = _name(f"{q_block}x{k_block}", batch, seqlen, 128, causal, density)
-    return Workload(name, seqlen, q_block, k_block, density, causal, batch)
-
-
-def _all_true(seqlen: int, causal: bool, batch: int = 1, head_dim: int = 128) -> Workload:
-    name = _name("all-true", batch, seqlen, head_dim, causal)
-    return Workload(name, seqlen, density=1.0, causal=causal, batch=batch, head_dim=head_dim)
+def _all_true(seqlen: int, causal: bool, **others: object) -> Workload:
+    return _named("all-true", Workload("", seqlen, density=1.0, causal=causal, **others))
 
 
 def bar_groups() -> list[Group]:
@@ -160,6 +157,42 @@ def bar_groups() -> list[Group]:
         ),
         Group("causal", (*causal, _all_true(8192, True)), frozenset({causal[0].name})),
         Group("batch", (batch,)),
+    ]
+
+
+def shape_groups() -> list[Group]:
+    """The workloads of the bars on block sizes, head dims, skew and length; what their bars compare is in one group."""
+    full = [_sparse(*size, 32768, 0.1, False) for size in [*WIDE, (64, 64)]]
+    full += [_sparse(*size, 16384, 0.1, False) for size in [(128, 64), (128, 32), (128, 16), *NARROW]]
+    full += [
+        _sparse(size, size, 16384, 0.1, False, heads_k=32 // group, shared=True)
+        for size, group in ((64, 2), (32, 4), (16, 8))
+    ]
+    full += [_sparse(16, 16, 16384, 0.1, False, alike=alike) for alike in (4, 8)]
+    tokens = {"heads": 64, "heads_k": 4, "shared": True, "listed": True}
+    full += [_rows(1, 128, 65536, 16, True, alike=alike, **tokens) for alike in (1, 16)]
+
+    causal = [_sparse(*size, 32768, 0.1, True) for size in WIDE]
+    causal += [_rows(128, 128, 32768, 4, True, pattern="half-dense")]
+    causal += [_all_true(32768, True, heads=16, heads_k=16), _rows(128, 128, 32768, 4, True, heads=16, heads_k=16)]
+
+    dims = (64, 96, 192, 256)
+    long = [
+        _rows(128, 128, seqlen, 64, True, heads=8, heads_k=8, pattern=pattern, listed=True)
+        for seqlen in (65536, 1048576)
+        for pattern in ("local", "random")
+    ]
+    dense = {is_causal: _all_true(8192, is_causal).dense() for is_causal in (False, True)}
+    return [
+        _brief("shapes", full, [dense[False]]),
+        _brief("shapes-causal", causal, [dense[True]]),
+        _brief(
+            "head-dims",
+            [_sparse(128, 128, 16384, 0.1, False, head_dim=dim) for dim in dims],
+            [_all_true(8192, False, head_dim=dim).dense() for dim in dims],
+        ),
+        _brief("short", [_sparse(128, 128, 1024, 0.1, True, batch=8)], []),
+        _brief("long", long, []),
     ]
 
 
@@ -206,8 +239,13 @@ def matching(groups: list[Group], text: str) -> list[Group]:
 
 
 def all_workloads() -> dict[str, Workload]:
-    groups = [*bar_groups(), *anchor_groups(), *predecessor_groups()]
+    groups = [*bar_groups(), *shape_groups(), *anchor_groups(), *predecessor_groups()]
     return {workload.name: workload for group in groups for workload in group.workloads}
+
+
+def _brief(name: str, members: list[Workload], dense: list[Workload]) -> Group:
+    """A group without rivals that compute the mask."""
+    return Group(name, tuple(members), frozenset(), tuple(dense), brief=True)
 
 
 def _grouped(workloads: list[Workload]) -> list[Group]:

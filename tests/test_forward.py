@@ -13,7 +13,18 @@ import cases
 import hbsattn
 from cases import CASES, DEVICE_DTYPES, Case, case
 from oracle import dense
-from problems import Problem, block_masks, build_mask, compare, compare_lse, cu_seqlens, judge, make_problem, same
+from problems import (
+    Problem,
+    block_masks,
+    build_mask,
+    compare,
+    compare_lse,
+    cu_seqlens,
+    dense_mask,
+    judge,
+    make_problem,
+    same,
+)
 
 CUDA_DTYPES = [torch.bfloat16, torch.float16]
 
@@ -408,6 +419,38 @@ def test_lying_lengths(queries: str, keys: str, device: str, dtype: torch.dtype)
         assert bool((band == 7.0).all()), "memory outside the output was written"
     for before, after in zip(inputs, (problem.q, problem.k, problem.v), strict=True):
         assert same(before, after), "an input was modified"
+
+
+@pytest.mark.parametrize("device,dtype", DEVICE_DTYPES)
+def test_max_seqlen_k_too_small(device: str, dtype: torch.dtype):
+    """Blocks past the bound that the caller gave do not exist, whatever the lists and the lengths say."""
+    spec = case("short_bound", lens_q=(100, 37, 200), mask_heads=1, causal=True)
+    problem = make_problem(spec, device, dtype)
+    rows = sum(spec.blocks(b)[0] for b in range(3))
+    mask = hbsattn.BlockMask.from_indices(
+        torch.full((1, rows), 4, dtype=torch.int32, device=device),
+        torch.arange(4, dtype=torch.int32, device=device).expand(1, rows, 4),
+        64,
+        64,
+        cu_seqlens_q=cu_seqlens(spec.lens_q, device),
+        cu_seqlens_k=cu_seqlens(spec.keys, device),
+        max_seqlen_q=200,
+        max_seqlen_k=128,
+        causal=True,
+    )
+    problem.block_masks = [(torch.arange(spec.blocks(b)[1]) < 2).expand(1, *spec.blocks(b)) for b in range(3)]
+    judge(problem, *problem.run(mask))
+
+
+@pytest.mark.parametrize("device,dtype", DEVICE_DTYPES)
+def test_rows_to_spare(device: str, dtype: torch.dtype):
+    """A flat mask with more rows and columns than the sequences have blocks."""
+    spec = case("spare", lens_q=(100, 37, 200), heads_q=8, mask_heads=2)
+    problem = make_problem(spec, device, dtype)
+    block_mask = torch.nn.functional.pad(dense_mask(spec, problem.block_masks, "flat"), (0, 3, 0, 1), value=True)
+    lens = cu_seqlens(spec.lens_q, device)
+    mask = hbsattn.BlockMask.from_dense(block_mask.to(device), 64, 64, cu_seqlens_q=lens, cu_seqlens_k=lens)
+    judge(problem, *problem.run(mask))
 
 
 # Sizes

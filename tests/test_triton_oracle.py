@@ -69,6 +69,7 @@ def interpreted() -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec,dtype", INTERPRETED, ids=lambda x: x if isinstance(x, str) else x.name)
 def test_interpreter(interpreted: dict[str, str], spec: cases.Case, dtype: str):
     problem = interpreted[f"{spec.name} {dtype}"]

@@ -34,10 +34,18 @@ struct KernelTable {
 };
 
 // Head dims ascend for each dtype: the first that is large enough is the cheapest.
-using Sm90ForwardKernels = KernelTable<
-    KernelEntry<HBSATTN_SM90 && HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_64, Sm90Forward<DType::kBFloat16, 64>>,
-    KernelEntry<HBSATTN_SM90 && HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_128, Sm90Forward<DType::kBFloat16, 128>>,
-    KernelEntry<HBSATTN_SM90 && HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_64, Sm90Forward<DType::kFloat16, 64>>,
-    KernelEntry<HBSATTN_SM90 && HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_128, Sm90Forward<DType::kFloat16, 128>>>;
+template <bool kCompiled, DType kDType, int kHeadDim>
+using Sm90Entry = KernelEntry<HBSATTN_SM90 && kCompiled, Sm90Forward<kDType, kHeadDim>>;
+
+using Sm90ForwardKernels = KernelTable<Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_64, DType::kBFloat16, 64>,
+                                       Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_96, DType::kBFloat16, 96>,
+                                       Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_128, DType::kBFloat16, 128>,
+                                       Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_192, DType::kBFloat16, 192>,
+                                       Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_256, DType::kBFloat16, 256>,
+                                       Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_64, DType::kFloat16, 64>,
+                                       Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_96, DType::kFloat16, 96>,
+                                       Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_128, DType::kFloat16, 128>,
+                                       Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_192, DType::kFloat16, 192>,
+                                       Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_256, DType::kFloat16, 256>>;
 
 }  // namespace hbsattn
