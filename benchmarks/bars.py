@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,19 @@ class Quantity:
 
 
 @dataclass(frozen=True)
+class OneByOne:
+    """The rate of a contestant that runs several workloads one after another: all their work over all their time."""
+
+    workloads: tuple[str, ...]
+    contestant: str
+
+    def read(self, rows: Rows) -> float | None:
+        flops = [Quantity(workload, self.contestant, "flops").read(rows) for workload in self.workloads]
+        ms = [Quantity(workload, self.contestant, "ms").read(rows) for workload in self.workloads]
+        return None if None in flops or None in ms else sum(flops) / sum(ms) * 1e-9
+
+
+@dataclass(frozen=True)
 class Bar:
     """`ours`, divided by `reference` if there is one, has to be at least (or `at_most`) `target`.
 
@@ -31,7 +45,7 @@ class Bar:
 
     what: str
     ours: Quantity
-    reference: Quantity | None
+    reference: Quantity | OneByOne | None
     target: float
     unit: str
     at_most: bool = False
@@ -56,6 +70,7 @@ def _ours(workload: str, field: str = "tflops") -> Quantity:
 C = Quantity("dense-s8192", "cudnn", "tflops")
 CC = Quantity("dense-s8192-causal", "cudnn", "tflops")
 SPARSE = "128x128-s32768-density0.1"
+TOKENS = "1x128-s65536-heads64-kv4-random16-shared"
 BATCH = "128x128-batch8-s1024-density0.1-causal"
 
 
@@ -66,7 +81,7 @@ def _small_blocks(k_block: int, target: float, others: str = "") -> Bar:
     )
 
 
-BARS = (
+BASICS = (
     Bar(
         "128x128, s 32768, density 0.1",
         _ours(SPARSE),
@@ -129,20 +144,112 @@ BARS = (
 )
 
 
-def evaluate(rows: Rows) -> list[dict[str, object]]:
-    """The bars with what was measured, ready for JSON; `measured` and `met` are None where a row is missing."""
+def _of_c(what: str, workload: str, target: float, others: str = "", unit: str = "C") -> Bar:
+    return Bar(what, _ours(workload), CC if unit == "Cc" else C, target, unit, others=others)
+
+
+def _wide(size: str, target: float, others: str = "") -> tuple[Bar, Bar]:
+    """Key blocks of any size at the rate of 128x128, not causal and causal."""
+    workload = f"{size}-s32768-density0.1"
+    return (
+        Bar(f"{size}, s 32768", _ours(workload), _ours(SPARSE), target, "of 128x128"),
+        Bar("the same, causal", _ours(f"{workload}-causal"), _ours(f"{SPARSE}-causal"), 0.94, "of it", others=others),
+    )
+
+
+def _packed(size: int, group: int, others: str = "") -> Bar:
+    """A group of heads fills a tile of 128 rows."""
+    what = f"{size}x{size}, mask shared by {group} heads"
+    workload = f"{size}x{size}-s16384-kv{32 // group}-density0.1-shared"
+    reference = _ours(f"128x{size}-s16384-density0.1")
+    return Bar(what, _ours(workload), reference, 0.93, f"of 128x{size}", others=others)
+
+
+def _head_dim(dim: int, target: float) -> Bar:
+    ours = _ours(f"128x128-s16384-dim{dim}-density0.1")
+    dense = Quantity(f"dense-s8192-dim{dim}", "cudnn", "tflops")
+    return Bar(f"128x128, head dim {dim}", ours, dense, target, "of cuDNN dense")
+
+
+def _long(pattern: str, target: float) -> Bar:
+    workload, reference = (f"128x128-s{seqlen}-heads8-{pattern}64-causal" for seqlen in (1048576, 65536))
+    return Bar(f"1,048,576 tokens, 64 blocks a row, {pattern}", _ours(workload), _ours(reference), target, "of s 65536")
+
+
+# s 16384, density 0.1, 32 heads, not causal, unless it says otherwise
+SHAPES = (
+    _of_c("128x128, s 32768", SPARSE, 1.03, "FlashAttention-4 611"),
+    _of_c("the same, causal", f"{SPARSE}-causal", 1.10, "FlashAttention-4 575", "Cc"),
+    *_wide("128x64", 0.98, "FlashAttention-4 441"),
+    *_wide("128x32", 0.98, "FlashAttention-4 367"),
+    *_wide("128x16", 0.98, "FlashInfer 398, not causal"),
+    *_wide("256x64", 0.98, "443"),
+    *_wide("192x48", 0.93),
+    *_wide("128x80", 0.93),
+    _of_c("64x64, s 32768", "64x64-s32768-density0.1", 0.80, "519"),
+    _of_c("64x16", "64x16-s16384-density0.1", 0.72, "168"),
+    _of_c("64x128", "64x128-s16384-density0.1", 0.80),
+    _packed(64, 2, "402"),
+    _packed(32, 4),
+    _packed(16, 8),
+    _of_c("80x48", "80x48-s16384-density0.1", 0.50, "257"),
+    _of_c("112x64", "112x64-s16384-density0.1", 0.70),
+    _of_c("32x32", "32x32-s16384-density0.1", 0.33, "85; 295 is the limit of L2"),
+    _of_c("32x128", "32x128-s16384-density0.1", 0.33, "85; 295 is the limit of L2"),
+    _of_c("16x16", "16x16-s16384-density0.1", 0.16, "55; 147 is the limit of L2"),
+    _of_c("16x128", "16x128-s16384-density0.1", 0.16, "55; 147 is the limit of L2"),
+    _of_c("16x16, 4 neighbours draw from one list", "16x16-s16384-density0.1-alike4", 0.50, "52"),
+    _of_c("16x16, 8 neighbours draw from one list", "16x16-s16384-density0.1-alike8", 0.50, "52"),
+    _of_c("1x128, groups of 16 heads, top 16, causal, s 65536", f"{TOKENS}-causal", 0.15),
+    _of_c("the same, 16 neighbours draw from one list", f"{TOKENS}-alike16-causal", 0.45),
+    _head_dim(64, 1.0),
+    _head_dim(96, 1.0),
+    _head_dim(192, 0.85),
+    _head_dim(256, 0.85),
+    Bar(
+        "half the heads dense, half 4 blocks a row, causal, s 32768",
+        _ours("128x128-s32768-half-dense4-causal"),
+        OneByOne(("all-true-s32768-heads16-causal", "128x128-s32768-heads16-random4-causal"), "hbsattn"),
+        0.95,
+        "of the halves alone",
+    ),
+    _long("local", 0.9),
+    _long("random", 0.7),
+    Bar(
+        "batch 8, s 1024, causal: bool mask to result, GPU span",
+        _ours(BATCH, "span_ms"),
+        None,
+        0.10,
+        "ms",
+        at_most=True,
+        beside=_ours(BATCH, "host_ms"),
+        others="FlashAttention-4 0.104 ms, attention alone",
+    ),
+)
+
+SETS = {"basics": BASICS, "shapes": SHAPES}
+
+
+def evaluate(name: str, rows: Rows) -> list[dict[str, object]]:
+    """A set of bars with what was measured, ready for JSON.
+
+    `measured` is None where a number is missing. `met` is then None, too, unless our row says what the problem is.
+    """
     results = []
-    for bar in BARS:
+    for bar in SETS[name]:
         value = bar.measure(rows)
         beside = bar.beside.read(rows) if bar.beside else None
+        problem = rows.get((bar.ours.workload, bar.ours.contestant), {}).get("problem")
         results.append(
             {
+                "set": name,
                 "what": bar.what,
                 "target": bar.target,
                 "at_most": bar.at_most,
                 "unit": bar.unit,
                 "measured": value,
-                "met": None if value is None else bar.met(value),
+                "met": bar.met(value) if value is not None else False if problem else None,
+                "problem": problem,
                 "ours": bar.ours.read(rows),
                 "reference": bar.reference.read(rows) if bar.reference else None,
                 "beside": {bar.beside.field: beside} if bar.beside else None,
@@ -156,7 +263,7 @@ def table(results: list[dict[str, object]]) -> list[list[str]]:
     """Cells of the table, headings first."""
     cells = [["bar", "target", "measured", "", "others, in other runs"]]
     for result in results:
-        measured = "not measured"
+        measured = textwrap.shorten(result["problem"] or "not measured", 60)
         if result["measured"] is not None:
             measured = f"{result['measured']:.3f}"
             if result["reference"] is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import hbsattn
+import masks
 from workloads import Workload
 
 
@@ -16,15 +17,19 @@ class Ours:
         self._workload = workload
         self._qkv = (q, k, v)
         self._block_mask = block_mask
+        self._lists = masks.block_lists(block_mask) if workload.listed else None
         self.mask = self.pack()
         self.items = self.plan()
         self.attend()
 
     def pack(self) -> hbsattn.BlockMask:
-        """From booleans to bits."""
+        """From booleans, or lists of blocks, to bits."""
         work = self._workload
         lengths = {"seqlen_q": work.seqlen, "seqlen_k": work.seqlen}
-        return hbsattn.BlockMask.from_dense(self._block_mask, work.q_block, work.k_block, causal=work.causal, **lengths)
+        build, mask = hbsattn.BlockMask.from_dense, (self._block_mask,)
+        if self._lists:
+            build, mask = hbsattn.BlockMask.from_indices, self._lists
+        return build(*mask, work.q_block, work.k_block, causal=work.causal, **lengths)
 
     def plan(self) -> Tensor:
         """From bits to the work list, which the mask keeps after its first call."""
@@ -50,7 +55,7 @@ class Ours:
         return hbsattn.block_sparse_attention(*self._qkv, self.mask, return_lse=True)
 
     def end_to_end(self) -> Tensor:
-        """From booleans to the result, with nothing kept from earlier calls."""
+        """From booleans or lists to the result, with nothing kept from earlier calls."""
         return hbsattn.block_sparse_attention(*self._qkv, self.pack())
 
     def clocks(self) -> Tensor:

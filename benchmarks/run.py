@@ -18,12 +18,14 @@ import bars
 import baselines
 import environment
 import gate
+import masks
 import timing
 import workloads
 from ours import Ours
 from workloads import Group, Workload
 
 OURS = "hbsattn"
+Rows = dict[tuple[str, str], dict[str, object]]  # by workload and contestant
 SEED = 20261121
 MEMORY_ALLOWANCE = 32 << 20  # bytes, beside a quarter of the bool mask
 SPAN_BELOW_MS = 0.5  # attention shorter than this gets the columns span and host: there the host's time matters
@@ -63,7 +65,7 @@ class Entry:
 
 
 class Bench:
-    """Runs groups and collects rows, one for each workload and contestant."""
+    """Runs groups; each gives rows, one for each workload and contestant."""
 
     def __init__(self, rivals: list[baselines.Rival], samples: int, quick: bool, say: Callable[[str], None]) -> None:
         self._device = torch.device("cuda", torch.cuda.current_device())
@@ -76,54 +78,56 @@ class Bench:
         properties = torch.cuda.get_device_properties(self._device)
         per_cycle = timing.TENSOR_FLOPS_PER_CYCLE.get((properties.major, properties.minor))
         self._peak_per_cycle = per_cycle and per_cycle * properties.multi_processor_count
-        self.rows: dict[tuple[str, str], dict[str, object]] = {}
         self.wrong = 0  # results of ours that the gate refused
 
     def measure_empty(self) -> float:
         """The time of no launch at all, in milliseconds: what an event pair adds to each time."""
         return self._timer.spaced({"": lambda: None}, 15)[""].ms
 
-    def run(self, group: Group) -> None:
-        """Times one group and says its table."""
+    def run(self, group: Group) -> Rows:
+        """Times one group, says its table, and returns its rows by workload and contestant."""
         entries = self._prepare(group)
         ready = {" ".join(entry.key): entry for entry in entries if entry.launch}
         self._progress(f"{group.name}: times {len(ready)} contestants in turns")
         times = self._timer.spaced({name: entry.launch for name, entry in ready.items()}, self._samples)
-        for entry in entries:
-            self.rows[entry.key] = self._row(entry, group, times.get(" ".join(entry.key)))
+        rows = {entry.key: self._row(entry, group, times.get(" ".join(entry.key))) for entry in entries}
         self._progress(f"{group.name}: times their parts and back-to-back rates")
         for entry in ready.values():
-            self._add_details(entry, self.rows[entry.key])
+            self._add_details(entry, rows[entry.key], self._quick or group.brief)
         for entry in entries:
-            self._add_speedup(entry)
-        self._say(_table([self.rows[entry.key] for entry in entries]))
+            _add_speedup(entry, rows)
+        self._say(_table(list(rows.values())))
+        return rows
 
     def _prepare(self, group: Group) -> list[Entry]:
         """Tensors, masks, compiled calls; each result through the gate."""
         entries: list[Entry] = []
         tensors: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
-        dense: dict[str, Workload] = {}
-        for number, workload in enumerate(group.workloads):
-            self._progress(f"{group.name}: prepares and checks {workload.name}")
+
+        def tensors_of(workload: Workload) -> tuple[Tensor, Tensor, Tensor]:
             if workload.problem not in tensors:
                 tensors[workload.problem] = workloads.make_tensors(workload, self._device, SEED)
-            qkv = tensors[workload.problem]
-            dense.setdefault(workload.dense().name, workload.dense())
-            block_mask = workloads.make_mask(workload, self._device, SEED + 1 + number)
-            flops = workloads.count_flops(workload, workloads.count_pairs(workload, block_mask))
+            return tensors[workload.problem]
+
+        for number, workload in enumerate(group.workloads):
+            self._progress(f"{group.name}: prepares and checks {workload.name}")
+            qkv = tensors_of(workload)
+            block_mask = masks.make_mask(workload, self._device, SEED + 1 + number)
+            flops = masks.count_flops(workload, masks.count_pairs(workload, block_mask))
             entry = self._prepare_ours(workload, qkv, block_mask, flops)
             entries.append(entry)
             if entry.verdict and not entry.verdict.passed:
                 continue
             if group.compares(workload):
                 rivals = [rival for rival in self._rivals if not rival.dense]
+                block_mask = block_mask.repeat_interleave(workload.heads // workload.mask_heads, 1)
                 entries += [self._prepare_rival(rival, workload, qkv, block_mask, flops) for rival in rivals]
-        for workload in dense.values():
+        for workload in group.dense_workloads():
             self._progress(f"{group.name}: prepares and checks {workload.name}")
-            block_mask = workloads.make_mask(workload, self._device, SEED)
-            flops = workloads.count_flops(workload, workloads.count_pairs(workload, block_mask))
+            block_mask = masks.make_mask(workload, self._device, SEED)
+            flops = masks.count_flops(workload, masks.count_pairs(workload, block_mask))
             rivals = [rival for rival in self._rivals if rival.dense]
-            qkv = tensors[workload.problem]
+            qkv = tensors_of(workload)
             entries += [self._prepare_rival(rival, workload, qkv, block_mask, flops) for rival in rivals]
         return entries
 
@@ -133,6 +137,10 @@ class Bench:
             ours = Ours(workload, *qkv, block_mask)
         except (ValueError, TypeError) as error:
             entry.problem = f"not supported: {error}"
+            return entry
+        except torch.OutOfMemoryError as error:
+            entry.problem = f"out of memory: {error}".splitlines()[0]
+            torch.cuda.empty_cache()
             return entry
         if ours.mask.flops(workload.head_dim, workload.heads) != flops:
             entry.problem = f"BlockMask.flops says {ours.mask.flops(workload.head_dim, workload.heads)}, not {flops}"
@@ -192,19 +200,19 @@ class Bench:
             }
         return row
 
-    def _add_details(self, entry: Entry, row: dict[str, object]) -> None:
-        if not self._quick:
+    def _add_details(self, entry: Entry, row: dict[str, object], brief: bool) -> None:
+        if not brief:
             row["back_to_back_ms"] = self._timer.back_to_back(entry.launch)
             row["back_to_back_tflops"] = entry.flops / row["back_to_back_ms"] * 1e-9
         if ours := entry.ours:
-            few = 5 if self._quick else 11
+            few = 5 if brief else 11
             parts = {"pack": ours.pack, "plan": ours.plan, "end_to_end": ours.end_to_end}
             for part, times in self._timer.spaced(parts, few).items():
                 row[f"{part}_ms"] = times.ms
                 row["host_time_included"] |= times.exposed
             row["pack_and_plan_ms"] = row["pack_ms"] + row["plan_ms"]
             if self._peak_per_cycle and entry.workload.dtype.itemsize == 2:
-                cycles = self._timer.cycles(ours.clocks, 3 if self._quick else 7)
+                cycles = self._timer.cycles(ours.clocks, 3 if brief else 7)
                 row["cycles"] = cycles
                 row["cycle_share"] = entry.flops / (self._peak_per_cycle * cycles)
             if row["ms"] < SPAN_BELOW_MS:
@@ -212,17 +220,19 @@ class Bench:
                 if span:
                     row["span_ms"], row["host_ms"] = span
             row["extra_bytes"] = timing.measure_memory(ours.end_to_end)
-            row["extra_bytes_allowed"] = entry.block_mask.numel() // 4 + MEMORY_ALLOWANCE
-
-    def _add_speedup(self, entry: Entry) -> None:
-        """How many times faster than dense attention of the same shape."""
-        row = self.rows[entry.key]
-        dense = self.rows.get((entry.workload.dense().name, "cudnn"), {}).get("ms")
-        if dense and "ms" in row:
-            row["speedup_over_cudnn"] = dense / row["ms"]
+            if not entry.workload.listed:
+                row["extra_bytes_allowed"] = entry.block_mask.numel() // 4 + MEMORY_ALLOWANCE
 
     def _progress(self, text: str) -> None:
         print(f"[{time.perf_counter() - self._began:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def _add_speedup(entry: Entry, rows: Rows) -> None:
+    """How many times faster than dense attention of the same shape."""
+    row = rows[entry.key]
+    dense = rows.get((entry.workload.dense().name, "cudnn"), {}).get("ms")
+    if dense and "ms" in row:
+        row["speedup_over_cudnn"] = dense / row["ms"]
 
 
 def _table(rows: list[dict[str, object]]) -> str:
@@ -265,7 +275,13 @@ def _write(path: Path | None, results: dict[str, object], said: list[str]) -> No
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Times hbsattn beside other attention libraries.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--bars", action="store_true", help="the workloads of the bars, and the bars (the default)")
+    what.add_argument(
+        "--bars",
+        nargs="?",
+        const="basics",
+        choices=(*bars.SETS, "all"),
+        help="the workloads of a set of bars, and the bars (the default: basics)",
+    )
     what.add_argument("--grid", choices=("anchors", "predecessor"), help="a grid of workloads")
     what.add_argument("--workloads", nargs="+", metavar="NAME", help="workloads by name")
     what.add_argument("--list", action="store_true", help="print the names of all workloads and stop")
@@ -280,14 +296,21 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _select(arguments: argparse.Namespace) -> list[Group]:
+def _select(arguments: argparse.Namespace) -> dict[str, list[Group]]:
+    """Groups by the name of their set of bars, or of the grid."""
     if arguments.grid:
         groups = workloads.anchor_groups() if arguments.grid == "anchors" else workloads.predecessor_groups()
+        chosen = {arguments.grid: groups}
     elif arguments.workloads:
-        groups = workloads.named_groups(arguments.workloads)
+        chosen = {"workloads": workloads.named_groups(arguments.workloads)}
     else:
-        groups = workloads.bar_groups()
-    return workloads.matching(groups, arguments.match) if arguments.match else groups
+        chosen = {"basics": workloads.bar_groups(), "shapes": workloads.shape_groups()}
+        if arguments.bars != "all":
+            wanted = arguments.bars or "basics"
+            chosen = {wanted: chosen[wanted]}
+    if arguments.match:
+        chosen = {name: workloads.matching(groups, arguments.match) for name, groups in chosen.items()}
+    return chosen
 
 
 def main() -> int:
@@ -306,7 +329,7 @@ def main() -> int:
         print(text, flush=True)
 
     try:
-        groups = _select(arguments)
+        chosen = _select(arguments)
         rivals, missing = baselines.load([name for name in arguments.rivals.split(",") if name])
     except ValueError as error:
         print(f"benchmarks/run.py: {error}", file=sys.stderr)
@@ -330,15 +353,22 @@ def main() -> int:
             "flush_bytes": timing.FLUSH_BYTES,
             "empty_ms": empty_ms,
         },
+        "rows": [],
+        "bars": [],
     }
-    for group in groups:
-        bench.run(group)
-        torch.cuda.empty_cache()
-        results["rows"] = list(bench.rows.values())
-        _write(arguments.json, results, said)  # after every group: a long run may be cut short
-    if not (arguments.grid or arguments.workloads):
-        results["bars"] = bars.evaluate(bench.rows)
+    for name, groups in chosen.items():
+        rows: Rows = {}
+        for group in groups:
+            rows |= (found := bench.run(group))
+            torch.cuda.empty_cache()
+            results["rows"] += found.values()
+            _write(arguments.json, results, said)  # after every group: a long run may be cut short
+        if name in bars.SETS:
+            results["bars"] += bars.evaluate(name, rows)
+    if results["bars"]:
         say("\n".join(line.rstrip() for line in _align(bars.table(results["bars"]), right_from=9)))
+        met = sum(result["met"] is True for result in results["bars"])
+        say(f"\n{met} of {len(results['bars'])} bars met")
         _write(arguments.json, results, said)
     if bench.wrong:
         print(f"{bench.wrong} results of hbsattn are wrong", file=sys.stderr)

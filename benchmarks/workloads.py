@@ -14,6 +14,7 @@ LONGEST_DENSE = 131072  # beyond, dense attention takes seconds
 WIDE = ((128, 128), (128, 64), (128, 32), (128, 16), (256, 64), (192, 48), (128, 80))
 NARROW = ((64, 16), (64, 128), (80, 48), (112, 64), (32, 32), (32, 128), (16, 16), (16, 128))
 
+
 @dataclass(frozen=True)
 class Workload:
     """Self-attention over `batch` sequences of `seqlen` under a block mask.

@@ -11,8 +11,8 @@ from hbsattn._layout import (
     COL_BEGIN,
     K_LEN,
     Q_LEN,
-    TILE_ROWS,
     ceil_div,
+    choose_tile_rows,
     count_packed_heads,
     locate_rows,
     pack_bits,
@@ -152,7 +152,9 @@ def plan_items(
     _check_heads(mask_heads, heads_q, heads_k, head_dim)
     packed_heads = count_packed_heads(mask_heads, heads_q, heads_k, pack_heads)
     groups = heads_q // packed_heads
-    tiles = ceil_div(q_block_size * packed_heads, TILE_ROWS)
+    block_rows = q_block_size * packed_heads
+    tile_rows = choose_tile_rows(block_rows, head_dim)
+    tiles = ceil_div(block_rows, tile_rows)
     if groups * rows * tiles == 0 or sequences.shape[0] == 0:
         return torch.zeros(groups * rows * tiles, 12, dtype=torch.int32)
 
@@ -164,9 +166,9 @@ def plan_items(
     # The first and last query row of each tile, (rows, tiles). A tile that reaches into the next head of its group
     # starts over at row 0 of the block and covers [0, end) and [start, q_block_size).
     queries = (q_len - block_row).clamp(0, q_block_size).unsqueeze(-1)
-    first_row = torch.arange(tiles) * TILE_ROWS
+    first_row = torch.arange(tiles) * tile_rows
     start = first_row % q_block_size
-    end = start + (q_block_size * packed_heads - first_row).clamp(max=TILE_ROWS)
+    end = start + (block_rows - first_row).clamp(max=tile_rows)
     wraps = end > q_block_size
     end = torch.where(wraps, end - q_block_size, end)
     first = torch.where(wraps, 0, start)
@@ -251,10 +253,11 @@ def _attend(
     q_begin, q_len, k_begin, k_len = (item[:, ITEM_Q_BEGIN + n] for n in range(4))
 
     # Query rows: (items, tile rows).
-    virtual_row = item[:, FIRST_ROW] + torch.arange(min(TILE_ROWS, packed_heads * q_block_size))
+    block_rows = packed_heads * q_block_size
+    virtual_row = item[:, FIRST_ROW] + torch.arange(min(choose_tile_rows(block_rows, q.shape[-1]), block_rows))
     row = item[:, BLOCK_ROW] + virtual_row % q_block_size
     head = item[:, HEAD] + virtual_row // q_block_size
-    live = (virtual_row < packed_heads * q_block_size) & (row < q_len) & (q_begin + row < q.shape[1])
+    live = (virtual_row < block_rows) & (row < q_len) & (q_begin + row < q.shape[1])
     limit = row + k_len - q_len if causal else k_len - 1
     limit = torch.where(live, torch.minimum(limit, torch.minimum(k_len, k.shape[1] - k_begin) - 1), -1)
     q_row = torch.where(live, q_begin + row, 0)
@@ -326,7 +329,8 @@ def forward(
     items = items[items[:, BLOCKS].argsort(descending=True, stable=True)]
     blocks = items[:, BLOCKS].tolist()
     views = [t.unsqueeze(0) if packed else t for t in (q, k, v, out, lse)]
-    tile_rows = min(TILE_ROWS, packed_heads * q_block_size)
+    block_rows = packed_heads * q_block_size
+    tile_rows = min(choose_tile_rows(block_rows, head_dim), block_rows)
     done = 0
     while done < len(blocks) and k.numel() > 0:
         keys = blocks[done] * k_block_size

@@ -10,8 +10,6 @@ from torch import Tensor
 # Columns of the table of sequences.
 Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN = range(6)
 
-TILE_ROWS = 128  # query rows of a work item, as csrc/kernels/config.h has it
-
 
 def ceil_div(a: int, b: int) -> int:
     """The number of blocks of ``b`` in ``a``."""
@@ -22,6 +20,14 @@ def count_packed_heads(mask_heads: int, heads_q: int, heads_k: int, pack_heads: 
     """Query heads that share a tile: those of a key head, if they have one mask."""
     group = heads_q // heads_k if 0 < heads_k <= heads_q else 1
     return group if pack_heads and (mask_heads != heads_q or group == 1) else 1
+
+
+def choose_tile_rows(rows: int, head_dim: int) -> int:
+    """Query rows of a work item, for query blocks that have ``rows`` rows over the heads that share them.
+
+    The rule, and its reason, are those of csrc/kernels/config.h.
+    """
+    return 64 if head_dim <= 128 and 5 * 64 * ceil_div(rows, 64) < 4 * 128 * ceil_div(rows, 128) else 128
 
 
 def count_blocks(sequences: Tensor, column: int, block_size: int) -> Tensor:

@@ -16,7 +16,7 @@ except ImportError as error:
     ) from error
 
 from hbsattn import _cpu  # noqa: F401  (registers the CPU kernels)
-from hbsattn._layout import TILE_ROWS, ceil_div, count_packed_heads
+from hbsattn._layout import ceil_div, choose_tile_rows, count_packed_heads
 
 build_info = _C.build_info
 ops = torch.ops.hbsattn
@@ -100,7 +100,8 @@ def _(
 ) -> Tensor:
     mask_heads, rows, _ = bits.shape
     packed_heads = count_packed_heads(mask_heads, heads_q, heads_k, pack_heads)
-    tiles = ceil_div(q_block_size * packed_heads, TILE_ROWS)
+    block_rows = q_block_size * packed_heads
+    tiles = ceil_div(block_rows, choose_tile_rows(block_rows, head_dim))
     return bits.new_empty((heads_q // packed_heads * rows * tiles, 12))
 
 

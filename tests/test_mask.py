@@ -17,7 +17,12 @@ from cases import Case, case
 from oracle import dense
 from problems import block_lists, block_masks, build_mask, cu_seqlens, dense_mask, local_rows, make_problem, same
 
-TILE_ROWS = 128
+
+def tile_rows(rows: int, head_dim: int) -> int:
+    """Of a query block of `rows` rows: tiles of 64 if those of 128 would be more than a fifth emptier."""
+    filled_64, filled_128 = (-(-rows // n) * n for n in (64, 128))
+    return 64 if head_dim <= 128 and filled_64 / filled_128 < 0.8 else 128
+
 
 SPECS = [
     case("packed"),
@@ -313,18 +318,21 @@ class Item:
     k_len: int
 
 
-def expected_items(spec: Case, mask: hbsattn.BlockMask, rows: Tensor, pack_heads: bool) -> set[Item]:
+def expected_items(
+    spec: Case, mask: hbsattn.BlockMask, rows: Tensor, pack_heads: bool, head_dim: int = 64
+) -> set[Item]:
     """The records of all tiles that hold queries, from the definition of WorkItem. rows: the trimmed bits as bool."""
     group = spec.heads_q // spec.heads_k
     packed = group if pack_heads and not (spec.mask_heads == spec.heads_q and group > 1) else 1
+    tile = tile_rows(packed * spec.q_block, head_dim)
     items = set()
     for head in range(0, spec.heads_q, packed):
         mask_head = head * spec.mask_heads // spec.heads_q
         for b, line in enumerate(mask.sequences.tolist()):
             q_begin, q_len, k_begin, k_len, row_begin, _ = line
             for i in range(-(-q_len // spec.q_block)):
-                for first in range(0, packed * spec.q_block, TILE_ROWS):
-                    virtual = range(first, min(first + TILE_ROWS, packed * spec.q_block))
+                for first in range(0, packed * spec.q_block, tile):
+                    virtual = range(first, min(first + tile, packed * spec.q_block))
                     queries = {i * spec.q_block + v % spec.q_block for v in virtual}
                     queries = {q for q in queries if q < q_len}
                     if not queries:
@@ -352,7 +360,8 @@ def test_plan(spec: Case, pack_heads: bool, device: str):
     assert items.dtype == torch.int32 and items.device.type == device
     group = spec.heads_q // spec.heads_k
     packed = group if pack_heads and not (spec.mask_heads == spec.heads_q and group > 1) else 1
-    tiles = -(-spec.q_block * packed // TILE_ROWS)
+    tile = tile_rows(packed * spec.q_block, 64)
+    tiles = -(-spec.q_block * packed // tile)
     assert items.shape == (spec.heads_q // packed * mask.rows * tiles, 12)
 
     got = [Item(*line) for line in items.tolist()]
@@ -360,16 +369,14 @@ def test_plan(spec: Case, pack_heads: bool, device: str):
     assert want <= set(got)
     for item in set(got) - want:
         assert (item.blocks, item.masked) == (0, 0), f"{item} holds no query, yet has blocks"
-    check_order(got, mask.rows, tiles, packed)
+    check_order(got, mask.rows, tiles, packed, tile)
     # So small a problem is one section.
     assert [i.blocks for i in got] == sorted((i.blocks for i in got), reverse=True)
 
 
-def check_order(items: list[Item], rows: int, tiles: int, packed: int) -> None:
+def check_order(items: list[Item], rows: int, tiles: int, packed: int, tile: int) -> None:
     """Items with blocks are sorted by weight, stably, within sections of the natural order (group, row, tile)."""
-    natural = [
-        ((item.head // packed) * rows + item.bit_row % rows) * tiles + item.first_row // TILE_ROWS for item in items
-    ]
+    natural = [((item.head // packed) * rows + item.bit_row % rows) * tiles + item.first_row // tile for item in items]
     assert sorted(natural) == list(range(len(items)))
     begin = 0
     for end, highest in enumerate(itertools.accumulate(natural, max), start=1):
@@ -385,7 +392,7 @@ def test_plan_of_several_sections(device: str):
     spec = case("sections", lens_q=(20000,), heads_q=16, heads_k=16, mask_heads=16, q_block=128, k_block=128)
     mask = build_mask(spec, block_masks(spec, 0), device)
     items = [Item(*line) for line in mask._items(16, 16, 128, 2, True).tolist()]
-    check_order(items, mask.rows, 1, 1)
+    check_order(items, mask.rows, 1, 1, 128)
     assert sum(item.blocks for item in items) == int(mask.to_dense().sum())
     heads_in_front = {item.head for item in items[: len(items) // 4]}
     assert len(heads_in_front) < 16, "tiles of all heads come first, so their keys cannot stay in the cache"

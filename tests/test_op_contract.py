@@ -278,4 +278,14 @@ def test_build_info():
     assert isinstance(info["cuda"], bool)
     assert bool(info["kernels"]) == info["cuda"]
     for kernel in info["kernels"]:
-        assert {"name", "arch", "dtype", "head_dim", "tile_m", "tile_n", "stages", "shared_bytes"} <= set(kernel)
+        assert {
+            "name",
+            "arch",
+            "dtype",
+            "head_dim",
+            "tile_m",
+            "tile_n",
+            "key_stages",
+            "value_stages",
+            "shared_bytes",
+        } <= set(kernel)

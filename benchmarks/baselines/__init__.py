@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from workloads import Workload, visible_blocks
+from masks import visible_blocks
+from workloads import Workload
 
 # In the order in which their columns are shown.
 FILES = (
@@ -46,7 +47,8 @@ class Rival(Protocol):
     def prepare(self, workload: Workload, q: Tensor, k: Tensor, v: Tensor, block_mask: Tensor) -> Callable[[], Tensor]:
         """Converts the mask, compiles what needs compiling, and returns the call to time.
 
-        The call returns (batch, seqlen, heads, head_dim), as q is; layouts are converted here, not in the call.
+        block_mask: bool (batch, query heads, query blocks, key blocks). The call returns (batch, seqlen, heads,
+        head_dim), as q is; layouts are converted here, not in the call.
         """
 
 

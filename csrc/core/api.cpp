@@ -18,7 +18,8 @@ Status run_forward(const KernelKey& key, const ForwardParams& params, [[maybe_un
                            " and head_dim " + std::to_string(params.head_dim));
   Sm90ForwardKernels::any([&](auto config) {
     using Config = decltype(config);
-    const bool chosen = Config::kDType == key.dtype && Config::kHeadDim == key.head_dim;
+    const bool chosen =
+        Config::kDType == key.dtype && Config::kHeadDim == key.head_dim && Config::kTileM == key.tile_rows;
     if (chosen) status = kernels::run_forward<Config>(params, stream);
     return chosen;
   });
@@ -45,11 +46,13 @@ Status pack_mask(const PackParams& params, Stream stream) {
   return kernels::pack_mask(params, stream);
 }
 
-int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads) {
+int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim, bool pack_heads) {
   if (heads_k < 1) return 0;
   const int64_t packed_heads = count_packed_heads(shape.heads, heads_q, heads_k, pack_heads);
   if (packed_heads < 1) return 0;
-  const int64_t tiles = (packed_heads * shape.q_block_size + kTileRows - 1) / kTileRows;
+  const int64_t block_rows = packed_heads * shape.q_block_size;
+  const int64_t tile_rows = choose_tile_rows(block_rows, head_dim);
+  const int64_t tiles = (block_rows + tile_rows - 1) / tile_rows;
   return heads_q / packed_heads * shape.rows * tiles;
 }
 
@@ -57,7 +60,8 @@ Status plan_items(const PlanParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(check_device());
   HBSATTN_RETURN_IF_ERROR(validate_plan(params));
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
-  const int64_t items = num_items(params.mask.shape, params.heads_q, params.heads_k, params.pack_heads);
+  const int64_t items =
+      num_items(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads);
   return kernels::plan_items(params, items, stream);
 }
 
@@ -84,9 +88,10 @@ BuildInfo build_info() {
   Sm90ForwardKernels::any([&](auto config) {
     using Config = decltype(config);
     const std::string dtype = Config::kDType == DType::kBFloat16 ? "bf16" : "fp16";
-    info.kernels.push_back({"sm90_forward_" + dtype + "_hd" + std::to_string(Config::kHeadDim), "sm_90a",
-                            Config::kDType, Config::kHeadDim, Config::kTileM, Config::kTileN, Config::kStages,
-                            kernels::forward_shared_bytes<Config>()});
+    const std::string name =
+        "sm90_forward_" + dtype + "_hd" + std::to_string(Config::kHeadDim) + "_m" + std::to_string(Config::kTileM);
+    info.kernels.push_back({name, "sm_90a", Config::kDType, Config::kHeadDim, Config::kTileM, Config::kTileN,
+                            Config::kKeyStages, Config::kValueStages, kernels::forward_shared_bytes<Config>()});
     return false;
   });
   return info;

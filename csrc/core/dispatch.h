@@ -34,18 +34,25 @@ struct KernelTable {
 };
 
 // Head dims ascend for each dtype: the first that is large enough is the cheapest.
-template <bool kCompiled, DType kDType, int kHeadDim>
-using Sm90Entry = KernelEntry<HBSATTN_SM90 && kCompiled, Sm90Forward<kDType, kHeadDim>>;
+template <bool kCompiled, DType kDType, int kHeadDim, int kTileM>
+using Sm90Entry = KernelEntry<HBSATTN_SM90 && kCompiled, Sm90Forward<kDType, kHeadDim, kTileM>>;
 
-using Sm90ForwardKernels = KernelTable<Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_64, DType::kBFloat16, 64>,
-                                       Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_96, DType::kBFloat16, 96>,
-                                       Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_128, DType::kBFloat16, 128>,
-                                       Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_192, DType::kBFloat16, 192>,
-                                       Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_256, DType::kBFloat16, 256>,
-                                       Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_64, DType::kFloat16, 64>,
-                                       Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_96, DType::kFloat16, 96>,
-                                       Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_128, DType::kFloat16, 128>,
-                                       Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_192, DType::kFloat16, 192>,
-                                       Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_256, DType::kFloat16, 256>>;
+using Sm90ForwardKernels =
+    KernelTable<Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_64, DType::kBFloat16, 64, 64>,
+                Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_64, DType::kBFloat16, 64, 128>,
+                Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_96, DType::kBFloat16, 96, 64>,
+                Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_96, DType::kBFloat16, 96, 128>,
+                Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_128, DType::kBFloat16, 128, 64>,
+                Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_128, DType::kBFloat16, 128, 128>,
+                Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_192, DType::kBFloat16, 192, 128>,
+                Sm90Entry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_256, DType::kBFloat16, 256, 128>,
+                Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_64, DType::kFloat16, 64, 64>,
+                Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_64, DType::kFloat16, 64, 128>,
+                Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_96, DType::kFloat16, 96, 64>,
+                Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_96, DType::kFloat16, 96, 128>,
+                Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_128, DType::kFloat16, 128, 64>,
+                Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_128, DType::kFloat16, 128, 128>,
+                Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_192, DType::kFloat16, 192, 128>,
+                Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_256, DType::kFloat16, 256, 128>>;
 
 }  // namespace hbsattn

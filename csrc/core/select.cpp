@@ -108,9 +108,11 @@ Status select_forward(const ForwardParams& params, KernelKey* key) {
     return Status::NotSupported("head_dim is " + std::to_string(params.head_dim) + "; expected a multiple of " +
                                 std::to_string(kHeadDimMultiple) + " up to " + std::to_string(largest) + " on CUDA");
   }
-  *key = {params.dtype, chosen};
-  HBSATTN_RETURN_IF_ERROR(check_block_size("q_block_size", params.mask.shape.q_block_size));
-  return check_block_size("k_block_size", params.mask.shape.k_block_size);
+  const MaskShape& shape = params.mask.shape;
+  const int64_t packed_heads = count_packed_heads(shape.heads, params.heads_q, params.heads_k, params.pack_heads);
+  *key = {params.dtype, chosen, choose_tile_rows(packed_heads * shape.q_block_size, params.head_dim)};
+  HBSATTN_RETURN_IF_ERROR(check_block_size("q_block_size", shape.q_block_size));
+  return check_block_size("k_block_size", shape.k_block_size);
 }
 
 }  // namespace hbsattn

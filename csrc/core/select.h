@@ -9,6 +9,7 @@ namespace hbsattn {
 struct KernelKey {
   DType dtype;
   int head_dim;  // that it is compiled for
+  int tile_rows;
 };
 
 // Whether this build has device code for the current device.

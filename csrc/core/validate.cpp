@@ -49,8 +49,8 @@ Status check_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k) {
 }
 
 // Of the work list; heads are valid.
-Status check_num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads) {
-  return check_range("the number of tiles", num_items(shape, heads_q, heads_k, pack_heads), 0, kInt32Limit);
+Status check_num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim, bool pack_heads) {
+  return check_range("the number of tiles", num_items(shape, heads_q, heads_k, head_dim, pack_heads), 0, kInt32Limit);
 }
 
 // Whether a mask of this shape can belong to packed tensors. Its rows are those of each sequence without gaps, or as
@@ -166,12 +166,12 @@ Status validate_plan(const PlanParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_heads(shape, params.heads_q, params.heads_k));
   HBSATTN_RETURN_IF_ERROR(check_range("head_dim", params.head_dim, 1, kMaxHeadDim + 1));
   HBSATTN_RETURN_IF_ERROR(check_range("element_size", params.element_size, 1, 9));
-  return check_num_items(shape, params.heads_q, params.heads_k, params.pack_heads);
+  return check_num_items(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads);
 }
 
 Status check_pointers(const PlanParams& params) {
   const MaskShape& shape = params.mask.shape;
-  const int64_t items = num_items(shape, params.heads_q, params.heads_k, params.pack_heads);
+  const int64_t items = num_items(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads);
   HBSATTN_RETURN_IF_ERROR(check_pointer("bits", params.mask.bits, shape.heads * shape.rows * shape.words()));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", params.mask.sequences, shape.batch));
   HBSATTN_RETURN_IF_ERROR(check_pointer("scratch", params.scratch, items));
@@ -189,8 +189,8 @@ Status validate_forward(const ForwardParams& params) {
     return wrong_value("softmax_scale", params.softmax_scale, "a finite number above 0");
   }
   HBSATTN_RETURN_IF_ERROR(params.packed ? check_packed_sizes(params) : check_batched_sizes(params));
-  HBSATTN_RETURN_IF_ERROR(check_num_items(shape, params.heads_q, params.heads_k, params.pack_heads));
-  const int64_t items = num_items(shape, params.heads_q, params.heads_k, params.pack_heads);
+  HBSATTN_RETURN_IF_ERROR(check_num_items(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads));
+  const int64_t items = num_items(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads);
   if (params.num_items != items) {
     return wrong_value("the number of work items", params.num_items,
                        std::to_string(items) + ", as plan_items makes for this mask, heads_q = " +

@@ -8,39 +8,53 @@
 
 namespace hbsattn {
 
-// Query rows of a work item: the stationary tile of every forward kernel.
-inline constexpr int kTileRows = 128;
-
 // Query heads that share a tile: those of one key head, if they have one mask.
 constexpr int32_t count_packed_heads(int32_t mask_heads, int32_t heads_q, int32_t heads_k, bool pack_heads) {
   const int32_t group = heads_q / heads_k;
   return pack_heads && (mask_heads != heads_q || group == 1) ? group : 1;
 }
 
-// A forward kernel for sm_90a. A CTA owns kTileM query rows, half for each of two consumer warpgroups, and streams
-// the keys of the active blocks in stages of kTileN, each filled from as many key blocks as fit.
-template <DType kDType_, int kHeadDim_>
+// Query rows of a tile, for query blocks that have `rows` rows over the heads that share them. A tile of 128 rows reads
+// keys and values once for twice as many rows, so L2 does not hold it back; two CTAs with tiles of 64 reach about 0.8
+// of its rate, which pays where a tile of 128 would be emptier than that. Above head dim 128 two CTAs do not fit.
+constexpr int32_t choose_tile_rows(int64_t rows, int32_t head_dim) {
+  const int64_t of_128 = (rows + 127) / 128 * 128, of_64 = (rows + 63) / 64 * 64;
+  return head_dim <= 128 && 5 * of_64 < 4 * of_128 ? 64 : 128;
+}
+
+// A forward kernel for sm_90a. A CTA owns kTileM query rows, 64 for each consumer warpgroup, and streams the keys of
+// the active blocks in stages of kTileN, each filled from as many key blocks as fit.
+template <DType kDType_, int kHeadDim_, int kTileM_>
 struct Sm90Forward {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
+  static constexpr int kTileM = kTileM_;
+  static constexpr int kCtasPerSm = 128 / kTileM;
 
-  static constexpr int kTileM = kTileRows;
-  // Above 128, the output alone takes 96 or 128 registers a thread: 64 keys a stage leave room for the scores.
-  static constexpr int kTileN = kHeadDim <= 128 ? 128 : 64;
-  // As many stages for keys and for values, each, as fit beside the queries. Two suffice at head dim 128 (a third is
-  // within noise); smaller head dims have more to keep the same number of bytes in flight.
-  static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim == 128 || kHeadDim == 256 ? 2 : 3;
+  // Above head dim 128, the output alone takes 96 or 128 registers a thread: 64 keys a stage leave room for the scores.
+  // With two CTAs it is shared memory that leaves no more.
+  static constexpr int kTileN = kHeadDim <= 64 || (kHeadDim <= 128 && kTileM == 128) ? 128 : 64;
+  // As many as fit beside the queries. For tiles of 128 rows, two of each suffice at head dim 128 (a third is within
+  // noise). Tiles of 64 rows wait for L2, and a value stage is held longer than a key stage: until after the softmax.
+  static constexpr int kKeyStages = kTileM == 64     ? (kHeadDim == 64   ? 3
+                                                        : kHeadDim == 96 ? 3
+                                                                         : 2)
+                                    : kHeadDim <= 64 ? 4
+                                                     : (kHeadDim == 128 || kHeadDim == 256 ? 2 : 3);
+  static constexpr int kValueStages = kTileM == 64 ? (kHeadDim == 96 ? 4 : 3) : kKeyStages;
   // Two query buffers let the next tile's queries arrive while the last output still leaves from the other.
-  static constexpr int kQueryBuffers = kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kQueryBuffers = kHeadDim <= 128 && kTileM == 128 ? 2 : 1;
   // Columns that one swizzle pattern spans: 128 bytes, or 64 where the head dim is no multiple of that.
   static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;
 
-  // 40 * 128 + 232 * 256 registers = 168 * 384, what a CTA of three warpgroups is launched with.
+  // 40 * 128 + 232 * 256 registers = 168 * 384, what a CTA of three warpgroups is launched with; 40 + 216 = 2 * 128,
+  // what one of two warpgroups is.
   static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kConsumerRegisters = kTileM == 128 ? 232 : 216;
 };
 
-inline constexpr int kSm90SharedLimit = 232448;  // bytes of shared memory that one CTA may use
+// Bytes of shared memory that a CTA may use when that many share a multiprocessor, of which each CTA costs 1 KB more.
+constexpr int sm90_shared_limit(int ctas) { return 228 * 1024 / ctas - 1024; }
 
 // Block sizes are multiples of this: one warp's rows of the tensor core, one 16-key step of the second product.
 inline constexpr int kGranule = 16;

@@ -42,7 +42,8 @@ py::dict build_info() {
     entry["head_dim"] = kernel.head_dim;
     entry["tile_m"] = kernel.tile_m;
     entry["tile_n"] = kernel.tile_n;
-    entry["stages"] = kernel.stages;
+    entry["key_stages"] = kernel.key_stages;
+    entry["value_stages"] = kernel.value_stages;
     entry["shared_bytes"] = kernel.shared_bytes;
     kernels.append(entry);
   }

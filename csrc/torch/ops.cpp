@@ -248,7 +248,7 @@ Tensor plan_items_op(const Tensor& bits, const Tensor& sequences, int64_t cols, 
   params.element_size = to_int32("element_size", element_size);
   params.pack_heads = pack_heads;
   raise_if_error(validate_plan(params));
-  const int64_t count = num_items(params.mask.shape, params.heads_q, params.heads_k, pack_heads);
+  const int64_t count = num_items(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, pack_heads);
   const Tensor scratch = empty_ints({2, count}, device);
   Tensor items = empty_ints({count, kItemInts}, device);
   params.scratch = scratch.mutable_data_ptr();
@@ -289,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& q, const Tensor& k, 
   if (profile) {
     int multiprocessors = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.index()));
-    profiled = multiprocessors;
+    profiled = 2 * multiprocessors;
   }
   Tensor cycles =
       profile ? at::zeros({profiled, 2}, q.options().dtype(at::kLong)) : at::empty({0}, q.options().dtype(at::kLong));

@@ -197,7 +197,7 @@ hbsattn::ForwardParams forward_params(const Buffers& buffers) {
   params.softmax_scale = kScale;
   params.mask = mask_view(buffers);
   params.items = static_cast<hbsattn::WorkItem*>(buffers.items);
-  params.num_items = hbsattn::num_items(mask_shape(), kHeadsQ, kHeadsK, true);
+  params.num_items = hbsattn::num_items(mask_shape(), kHeadsQ, kHeadsK, kHeadDim, true);
   params.workspace = buffers.workspace;
   return params;
 }
@@ -264,7 +264,7 @@ cudaError_t poisoned(size_t bytes, void** device) {
 
 int run_with_gpu() {
   const Problem problem;
-  const int64_t items = hbsattn::num_items(mask_shape(), kHeadsQ, kHeadsK, true);
+  const int64_t items = hbsattn::num_items(mask_shape(), kHeadsQ, kHeadsK, kHeadDim, true);
   Buffers buffers{};
   CHECK_CUDA(upload(problem.q, &buffers.q));
   CHECK_CUDA(upload(problem.k, &buffers.k));

@@ -32,7 +32,8 @@ HBSATTN_API Status make_sequences_on_host(const SequencesParams& params);
 HBSATTN_API Status pack_mask(const PackParams& params, Stream stream);
 
 // Number of records that plan_items writes; depends on shapes alone.
-HBSATTN_API int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads);
+HBSATTN_API int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
+                              bool pack_heads);
 
 // Builds the work list of a mask.
 HBSATTN_API Status plan_items(const PlanParams& params, Stream stream);

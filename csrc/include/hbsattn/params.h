@@ -93,8 +93,8 @@ struct PackParams {
   uint32_t* bits = nullptr;  // out, (heads, rows, words)
 };
 
-// One stationary tile of the forward kernel: up to 128 "virtual rows" of one query block. When `packed_heads` query
-// heads share the mask, virtual row v of a query block stands for row v % q_block_size of head v / q_block_size.
+// One stationary tile of the forward kernel: up to 64 or 128 "virtual rows" of one query block. When `packed_heads`
+// query heads share the mask, virtual row v of a query block stands for row v % q_block_size of head v / q_block_size.
 struct alignas(16) WorkItem {
   int32_t bit_row;    // row of the bit matrix over all heads: mask head * rows + row
   int32_t sequence;   // batch index
@@ -154,7 +154,7 @@ struct ForwardParams {
   int64_t num_items = 0;
 
   void* workspace = nullptr;  // device, forward_workspace_size() bytes; not shared by concurrent calls
-  int64_t* cycles = nullptr;  // optional, (multiprocessors, 2): SM clock at the start and end of each CTA
+  int64_t* cycles = nullptr;  // optional, (2 x multiprocessors, 2): SM clock at the start and end of each CTA
 };
 
 }  // namespace hbsattn

@@ -110,6 +110,7 @@ struct ItemGrid {
   const Sequence* sequences;
   int32_t heads_q;
   int32_t packed_heads;
+  int32_t tile_rows;
   int32_t tiles;  // of one row
 };
 
@@ -139,7 +140,7 @@ constexpr Item make_item(const ItemGrid& grid, int64_t index) {
   int64_t block_row = smaller(larger<int64_t>(place.block, 0) * shape.q_block_size, kPastEnd);
   if (!place.used) block_row = larger(block_row, smaller<int64_t>(sequence.q_len, kPastEnd));
   record.block_row = static_cast<int32_t>(block_row);
-  record.first_row = tile * kTileRows;
+  record.first_row = tile * grid.tile_rows;
   record.q_begin = sequence.q_begin;
   record.q_len = sequence.q_len;
   record.k_begin = sequence.k_begin;
@@ -151,7 +152,7 @@ constexpr Item make_item(const ItemGrid& grid, int64_t index) {
   const int64_t block_size = shape.q_block_size;
   const int64_t queries = smaller<int64_t>(block_size, sequence.q_len - block_row);
   const int64_t start = record.first_row % shape.q_block_size;
-  const int64_t end = start + smaller<int64_t>(kTileRows, grid.packed_heads * block_size - record.first_row);
+  const int64_t end = start + smaller<int64_t>(grid.tile_rows, grid.packed_heads * block_size - record.first_row);
   int64_t first = start, last = smaller(end, queries) - 1;
   if (end > block_size) {
     first = 0;

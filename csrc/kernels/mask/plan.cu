@@ -110,8 +110,10 @@ Status plan_items(const PlanParams& params, int64_t num_items, Stream stream) {
   if (num_items == 0) return Status::Ok();
   const MaskShape& shape = params.mask.shape;
   const int32_t packed_heads = count_packed_heads(shape.heads, params.heads_q, params.heads_k, params.pack_heads);
-  const auto tiles = static_cast<int32_t>(mask::ceil_div(int64_t{packed_heads} * shape.q_block_size, kTileRows));
-  const ItemGrid grid{shape, params.mask.sequences, params.heads_q, packed_heads, tiles};
+  const int64_t block_rows = int64_t{packed_heads} * shape.q_block_size;
+  const int32_t tile_rows = choose_tile_rows(block_rows, params.head_dim);
+  const auto tiles = static_cast<int32_t>(mask::ceil_div(block_rows, tile_rows));
+  const ItemGrid grid{shape, params.mask.sequences, params.heads_q, packed_heads, tile_rows, tiles};
   int32_t* blocks = static_cast<int32_t*>(params.scratch);
   int32_t* masked = blocks + num_items;
 

@@ -50,8 +50,7 @@ __device__ __forceinline__ void finish_tile(const ForwardArguments& args, typena
   auto tiled_copy = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaPV{});
   auto thread_copy = tiled_copy.get_thread_slice(warp * 32 + lane);
   Tensor sO = make_tensor(make_smem_ptr(&storage.queries[0][0][0]), typename Traits::SmemLayoutQ{});
-  copy(tiled_copy, thread_copy.retile_S(converted),
-       thread_copy.partition_D(sO(_, _, buffer * kConsumerWarpgroups + unit)));
+  copy(tiled_copy, thread_copy.retile_S(converted), thread_copy.partition_D(sO(_, _, buffer * Traits::kUnits + unit)));
   cutlass::arch::fence_view_async_shared();
   __syncwarp();
   if (lane == 0) mbarrier_arrive(&storage.output_full[buffer][unit]);

@@ -10,14 +10,16 @@ namespace hbsattn::sm90 {
 
 template <class Traits>
 __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage) {
-  for (int i = 0; i < Traits::kStages; ++i) {
+  for (int i = 0; i < Traits::kKeyStages; ++i) {
     mbarrier_init(&storage.keys_full[i], 1 + Traits::kGranules);  // the loads' bytes, the granules
-    mbarrier_init(&storage.keys_empty[i], kConsumerWarps);
+    mbarrier_init(&storage.keys_empty[i], Traits::kConsumerWarps);
+  }
+  for (int i = 0; i < Traits::kValueStages; ++i) {
     mbarrier_init(&storage.values_full[i], 1);
-    mbarrier_init(&storage.values_empty[i], kConsumerWarps);
+    mbarrier_init(&storage.values_empty[i], Traits::kConsumerWarps);
   }
   for (int i = 0; i < Traits::kQueryBuffers; ++i) {
-    for (int unit = 0; unit < kConsumerWarpgroups; ++unit) {
+    for (int unit = 0; unit < Traits::kUnits; ++unit) {
       mbarrier_init(&storage.queries_full[i][unit], 1);
       mbarrier_init(&storage.queries_empty[i][unit], 1);
       mbarrier_init(&storage.output_full[i][unit], 4);
@@ -25,7 +27,7 @@ __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage)
   }
   for (int i = 0; i < kTileSlots; ++i) {
     mbarrier_init(&storage.tile_full[i], 32);
-    mbarrier_init(&storage.tile_empty[i], kTileReaders);
+    mbarrier_init(&storage.tile_empty[i], Traits::kTileReaders);
   }
   mbarrier_init(&storage.tile_wanted, 1);
   mbarrier_init_fence();
@@ -48,15 +50,16 @@ __device__ __forceinline__ void run_consumer(const ForwardArguments& args, typen
       continue;
     }
     mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
-    mainloop.run(item, stages, masked_stages, unit * kUnitRows + warp * 16, buffer.index * kConsumerWarpgroups + unit);
+    mainloop.run(item, stages, masked_stages, unit * kUnitRows + warp * 16, buffer.index * Traits::kUnits + unit);
     finish_tile<Traits>(args, storage, mainloop, item, buffer.index, warp);
     buffer.advance();
   }
 }
 
-// A persistent CTA: four producer warps and two consumer warpgroups, which meet at the barriers of Storage only.
+// A persistent CTA: four producer warps and one or two consumer warpgroups, which meet at the barriers of Storage only.
 template <class Config>
-__global__ void __launch_bounds__(kForwardThreads, 1) forward_kernel(const __grid_constant__ ForwardArguments args) {
+__global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, Config::kCtasPerSm)
+    forward_kernel(const __grid_constant__ ForwardArguments args) {
   using Traits = ForwardTraits<Config>;
   extern __shared__ __align__(1024) uint8_t shared[];
   auto& storage = *reinterpret_cast<typename Traits::Storage*>(shared);

@@ -109,8 +109,8 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(cuda_status(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "cudaFuncSetAttribute"));
   HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.ticket, 0, sizeof(int), stream), "cudaMemsetAsync"));
-  const int grid = static_cast<int>(std::min<int64_t>(multiprocessors, params.num_items));
-  kernel<<<grid, sm90::kForwardThreads, kSharedBytes, stream>>>(args);
+  const int grid = static_cast<int>(std::min<int64_t>(multiprocessors * Config::kCtasPerSm, params.num_items));
+  kernel<<<grid, Traits::kThreads, kSharedBytes, stream>>>(args);
   return cuda_status(cudaGetLastError(), "the launch of the forward kernel");
 }
 

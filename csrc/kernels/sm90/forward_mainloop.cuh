@@ -41,17 +41,24 @@ struct KeyLimits {
   }
 };
 
-// Ping-pong between the two consumer warpgroups: one computes its softmax while the other has the tensor cores.
+// Ping-pong between two consumer warpgroups: one computes its softmax while the other has the tensor cores. With one
+// warpgroup, the other CTA of the multiprocessor fills the gaps.
+template <int kUnits>
 struct Turn {
-  static constexpr uint32_t kThreads = 128 * kConsumerWarpgroups;
+  static constexpr uint32_t kThreads = 128 * kUnits;
   uint32_t mine, others;
 
   __device__ __forceinline__ explicit Turn(int unit)
       : mine(unit == 0 ? kTurn0 : kTurn1), others(unit == 0 ? kTurn1 : kTurn0) {
-    if (unit == 1) cutlass::arch::NamedBarrier::arrive(kThreads, kTurn0);  // the first turn is unit 0's
+    // The first turn is unit 0's.
+    if (kUnits > 1 && unit == 1) cutlass::arch::NamedBarrier::arrive(kThreads, kTurn0);
   }
-  __device__ __forceinline__ void take() const { cutlass::arch::NamedBarrier::sync(kThreads, mine); }
-  __device__ __forceinline__ void pass() const { cutlass::arch::NamedBarrier::arrive(kThreads, others); }
+  __device__ __forceinline__ void take() const {
+    if constexpr (kUnits > 1) cutlass::arch::NamedBarrier::sync(kThreads, mine);
+  }
+  __device__ __forceinline__ void pass() const {
+    if constexpr (kUnits > 1) cutlass::arch::NamedBarrier::arrive(kThreads, others);
+  }
 };
 
 template <class Traits>
@@ -60,7 +67,6 @@ struct ForwardMainloop {
   using Storage = typename Traits::Storage;
   using MmaQK = typename Traits::MmaQK;
   using MmaPV = typename Traits::MmaPV;
-  using Stage = RingPosition<Traits::kStages>;
 
   static constexpr int kValueSteps = Traits::kTileN / 16;
 
@@ -76,11 +82,12 @@ struct ForwardMainloop {
   Storage& storage;
   const int unit;  // which consumer warpgroup
   const int lane;
-  const Turn turn;
+  const Turn<Traits::kUnits> turn;
   // The stages' barriers, from keys_full on. Opaque: recomputing the address in the loop costs issue slots and moves
   // the wait for the second product to a worse place.
   const uint32_t barriers;
-  Stage key_stage{0}, value_stage{0};
+  RingPosition<Traits::kKeyStages> key_stage{0};
+  RingPosition<Traits::kValueStages> value_stage{0};
 
   Output output;
   OnlineSoftmax softmax;

@@ -29,9 +29,7 @@ struct RowSpan {
   }
 };
 
-// Reads the tile that a slot announces and frees the slot: one of kTileReaders arrivals.
-inline constexpr int kTileReaders = kConsumerWarps + 3;
-
+// Reads the tile that a slot announces, and frees the slot: one of kTileReaders arrivals.
 template <class Storage>
 __device__ __forceinline__ TileSlot const& wait_tile(Storage& storage, RingPosition<kTileSlots> const& position) {
   mbarrier_wait(&storage.tile_full[position.index], position.parity);
@@ -53,10 +51,10 @@ __device__ __forceinline__ void clamp_to_tensors(const ForwardArguments& args, W
   item.k_len = min(item.k_len, args.rows_k - item.k_begin);
 }
 
-__device__ __forceinline__ int key_end_of_tile(const ForwardArguments& args, const WorkItem& item) {
+__device__ __forceinline__ int key_end_of_tile(const ForwardArguments& args, const WorkItem& item, int tile_rows) {
   if (!args.causal) return item.k_len;
   // The last row of a tile that spans several heads is the block's last row.
-  const int last_virtual = item.first_row + kConsumerWarpgroups * kUnitRows - 1;
+  const int last_virtual = item.first_row + tile_rows - 1;
   const bool one_head = item.first_row / args.q_block_size == last_virtual / args.q_block_size;
   const int last_in_block = one_head ? last_virtual % args.q_block_size : args.q_block_size - 1;
   const int last_row = min(item.block_row + last_in_block, item.q_len - 1);
@@ -67,7 +65,7 @@ template <class Traits>
 __device__ __forceinline__ void load_queries(const ForwardArguments& args, typename Traits::Storage& storage,
                                              const WorkItem& item, const RingPosition<Traits::kQueryBuffers>& buffer,
                                              int lane) {
-  for (int unit = 0; unit < kConsumerWarpgroups; ++unit) {
+  for (int unit = 0; unit < Traits::kUnits; ++unit) {
     mbarrier_wait(&storage.queries_empty[buffer.index][unit], buffer.parity);
     uint64_t* full = &storage.queries_full[buffer.index][unit];
     if (lane == 0) mbarrier_arrive_expect(full, Traits::kUnitBytes);
@@ -119,7 +117,7 @@ __device__ __forceinline__ void run_query_warp(const ForwardArguments& args, typ
       announced.padding = padding;
       announced.masked_stages =
           min(stages, max(1, (padding + item.masked * args.segments_per_block + segments - 1) / segments));
-      announced.key_end = key_end_of_tile(args, item);
+      announced.key_end = key_end_of_tile(args, item, Traits::kTileM);
     }
     // Every lane has written, so every lane arrives: its arrival orders its own stores for the readers.
     mbarrier_arrive(&storage.tile_full[slot.index]);
@@ -216,7 +214,7 @@ __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, ty
   uint64_t* empty = kKeys ? storage.keys_empty : storage.values_empty;
 
   RingPosition<kTileSlots> slot(0);
-  RingPosition<Traits::kStages> stage(1);
+  RingPosition<kKeys ? Traits::kKeyStages : Traits::kValueStages> stage(1);
   while (true) {
     const TileSlot tile = wait_tile(storage, slot);
     const uint32_t first_byte = storage.tiles[slot.index].first_chunk[lane];
@@ -256,7 +254,7 @@ __device__ __forceinline__ void run_output_warp(const ForwardArguments& args, ty
     if (item.bit_row < 0) break;
     if (stages == 0) continue;
 
-    for (int unit = 0; unit < kConsumerWarpgroups; ++unit) {
+    for (int unit = 0; unit < Traits::kUnits; ++unit) {
       mbarrier_wait(&storage.output_full[buffer.index][unit], buffer.parity);
       const uint8_t* source = reinterpret_cast<const uint8_t*>(storage.queries[buffer.index][unit]);
       for (int first = 0; first < kUnitRows; first += args.query_piece) {

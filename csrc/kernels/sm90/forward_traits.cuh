@@ -26,9 +26,6 @@ enum ForwardBarrier : uint32_t {
   kUnit1 = 3,  //                                      1
 };
 
-inline constexpr int kConsumerWarpgroups = 2;
-inline constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
-inline constexpr int kForwardThreads = 128 * (1 + kConsumerWarpgroups);
 inline constexpr int kUnitRows = 64;  // query rows of one consumer warpgroup
 inline constexpr int kTileSlots = 4;  // a ring; the slowest reader may be some tiles behind
 // A CTA takes its next tile off the work list when this many key stages of the current one are still to be loaded:
@@ -55,12 +52,18 @@ struct ForwardTraits {
   using Element = std::conditional_t<Config::kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kTileN = Config::kTileN;
-  static constexpr int kStages = Config::kStages;
+  static constexpr int kKeyStages = Config::kKeyStages;
+  static constexpr int kValueStages = Config::kValueStages;
+  static constexpr int kTileM = Config::kTileM;
+  static constexpr int kUnits = kTileM / kUnitRows;  // consumer warpgroups
+  static constexpr int kConsumerWarps = 4 * kUnits;
+  static constexpr int kTileReaders = kConsumerWarps + 3;  // warps that read what the query warp announces
+  static constexpr int kThreads = 128 * (1 + kUnits);
   static constexpr int kQueryBuffers = Config::kQueryBuffers;
   static constexpr int kChunkColumns = Config::kChunkColumns;  // of a row, what one swizzle atom spans
   static constexpr int kChunks = kHeadDim / kChunkColumns;
   static constexpr int kGranules = kTileN / kGranule;
-  static_assert(Config::kTileM == kConsumerWarpgroups * kUnitRows);
+  static_assert(kTileM == kUnits * kUnitRows);
   static_assert(kHeadDim % kChunkColumns == 0);
 
   // 8 rows x kChunkColumns columns, and the same bytes transposed.
@@ -71,15 +74,15 @@ struct ForwardTraits {
 
   // Queries, and later the output: [unit and buffer][chunk][64 rows][columns].
   using SmemLayoutQ = decltype(cute::tile_to_shape(
-      AtomK{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<kHeadDim>, cute::Int<2 * kQueryBuffers>>{}));
+      AtomK{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<kHeadDim>, cute::Int<kUnits * kQueryBuffers>>{}));
 
   // Keys and values: [stage][group of 8 keys][chunk][8 keys][columns], so that one box brings whole rows.
-  using SmemLayoutK =
-      decltype(cute::tile_to_shape(AtomK{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kStages>>{},
-                                   cute::Step<cute::_2, cute::_1, cute::_3>{}));
-  using SmemLayoutVt =
-      decltype(cute::tile_to_shape(AtomMN{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kStages>>{},
-                                   cute::Step<cute::_1, cute::_2, cute::_3>{}));
+  using SmemLayoutK = decltype(cute::tile_to_shape(
+      AtomK{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kKeyStages>>{},
+      cute::Step<cute::_2, cute::_1, cute::_3>{}));
+  using SmemLayoutVt = decltype(cute::tile_to_shape(
+      AtomMN{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kValueStages>>{},
+      cute::Step<cute::_1, cute::_2, cute::_3>{}));
 
   using MmaQK = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float,
@@ -95,21 +98,21 @@ struct ForwardTraits {
   static constexpr uint32_t kAtomBytes = 8 * kChunkBytes;
 
   struct alignas(1024) Storage {
-    Element keys[kStages][kTileN * kHeadDim];
-    Element values[kStages][kTileN * kHeadDim];
-    Element queries[kQueryBuffers][kConsumerWarpgroups][kUnitRows * kHeadDim];  // the output leaves from here too
-    int32_t key_columns[BitRow::kEntries];                                      // active blocks, as the key warp
-    int32_t value_columns[BitRow::kEntries];                                    // and the value warp expand them
-    int32_t granule_keys[kStages][kGranules];  // first key of each granule of a key stage
+    Element keys[kKeyStages][kTileN * kHeadDim];
+    Element values[kValueStages][kTileN * kHeadDim];
+    Element queries[kQueryBuffers][kUnits][kUnitRows * kHeadDim];  // the output leaves from here too
+    int32_t key_columns[BitRow::kEntries];                         // active blocks, as the key warp
+    int32_t value_columns[BitRow::kEntries];                       // and the value warp expand them
+    int32_t granule_keys[kKeyStages][kGranules];                   // first key of each granule of a key stage
     TileSlot tiles[kTileSlots];
-    uint64_t keys_full[kStages], keys_empty[kStages];
-    uint64_t values_full[kStages], values_empty[kStages];
-    uint64_t queries_full[kQueryBuffers][kConsumerWarpgroups], queries_empty[kQueryBuffers][kConsumerWarpgroups];
-    uint64_t output_full[kQueryBuffers][kConsumerWarpgroups];
+    uint64_t keys_full[kKeyStages], keys_empty[kKeyStages];
+    uint64_t values_full[kValueStages], values_empty[kValueStages];
+    uint64_t queries_full[kQueryBuffers][kUnits], queries_empty[kQueryBuffers][kUnits];
+    uint64_t output_full[kQueryBuffers][kUnits];
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     uint64_t tile_wanted;
   };
-  static_assert(sizeof(Storage) <= kSm90SharedLimit, "a CTA's shared memory");
+  static_assert(sizeof(Storage) <= sm90_shared_limit(Config::kCtasPerSm), "a CTA's shared memory");
 };
 
 // What the kernel gets, by value. Row coordinates of batched tensors are batch * *_batch_rows + row.

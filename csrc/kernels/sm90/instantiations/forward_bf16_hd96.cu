@@ -2,7 +2,7 @@
 
 namespace hbsattn::kernels {
 
-using Config = Sm90Forward<DType::kBFloat16, 96>;
+using Config = Sm90Forward<DType::kBFloat16, 96, 128>;
 
 template Status run_forward<Config>(const ForwardParams& params, Stream stream);
 template int forward_shared_bytes<Config>();

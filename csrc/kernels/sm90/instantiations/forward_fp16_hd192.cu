@@ -2,7 +2,7 @@
 
 namespace hbsattn::kernels {
 
-using Config = Sm90Forward<DType::kFloat16, 192>;
+using Config = Sm90Forward<DType::kFloat16, 192, 128>;
 
 template Status run_forward<Config>(const ForwardParams& params, Stream stream);
 template int forward_shared_bytes<Config>();
