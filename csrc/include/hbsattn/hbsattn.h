@@ -68,7 +68,8 @@ struct KernelInfo {
   int32_t head_dim;      // head dims up to this one, and above the next smaller, use it
   int32_t tile_m;        // query rows of a tile
   int32_t tile_n;        // keys of a stage
-  int32_t stages;        // key stages and value stages, each
+  int32_t key_stages;
+  int32_t value_stages;
   int32_t shared_bytes;  // shared memory of a CTA
 };
 
