@@ -153,7 +153,14 @@ def _wide(size: str, target: float, others: str = "") -> tuple[Bar, Bar]:
     workload = f"{size}-s32768-density0.1"
     return (
         Bar(f"{size}, s 32768", _ours(workload), _ours(SPARSE), target, "of 128x128"),
-        Bar("the same, causal", _ours(f"{workload}-causal"), _ours(f"{SPARSE}-causal"), 0.94, "of it", others=others),
+        Bar(
+            "the same, causal",
+            _ours(f"{workload}-causal"),
+            _ours(f"{SPARSE}-causal"),
+            0.94,
+            "of 128x128 causal",
+            others=others,
+        ),
     )
 
 

@@ -1,7 +1,8 @@
 """Draws a figure from results: python benchmarks/figure.py results/bars.json -o figure.svg
 
-Rates over block sizes: hbsattn and the rivals that compute the mask as bars, dense attention as lines. It needs Python
-alone. Lines and text are mid-tones, readable on a light and on a dark page.
+Rates over block sizes: hbsattn and the rivals that compute the mask as bars, dense attention as lines; for the shape
+with most block sizes, or with --all for every shape, from one file of results or several. It needs Python alone. Lines
+and text are mid-tones, readable on a light and on a dark page.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from pathlib import Path
 TEXT = "#768390"
 BAR_COLORS = ("#2f7de1", "#e0872d", "#8f63d2", "#2ba38f", "#c94f7c", "#8a8f3c", "#7a6f66")
 LINE_COLORS = ("#2c9c52", "#d0483f", "#a9762a")
-WIDTH, PANEL_HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 270, 58, 24, 34, 40
+WIDTH, PANEL_HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 276, 58, 24, 34, 46
 LEGEND_ROW = 20
 FONT = "font-family='Helvetica, Arial, sans-serif'"
 
 Row = dict[str, object]
+Size = tuple[int, int, str]  # query block, key block, and what is not usual about the mask
 
 
 @dataclass
@@ -29,19 +31,24 @@ class Panel:
     """One set of axes: for each block size the rates of some contestants, and rates that do not depend on it."""
 
     title: str
-    sizes: list[tuple[int, int]]
-    rates: dict[str, dict[tuple[int, int], float]]  # by contestant and block size
+    sizes: list[Size]
+    rates: dict[str, dict[Size, float]]  # by contestant and block size
     lines: dict[str, float]
     labels: dict[str, str]
 
 
-def panels_of(rows: list[Row]) -> list[Panel]:
-    """The shape that was timed at most block sizes, not causal and causal; raises ValueError if there is none."""
-    timed = [row for row in rows if row.get("tflops")]
+def panels_of(rows: list[Row], all_shapes: bool = False) -> list[Panel]:
+    """The shape that was timed at most block sizes, or all shapes with several, not causal and causal.
+
+    Of a workload and contestant that was timed more than once, the first row is shown. Raises ValueError if nothing is
+    to be shown.
+    """
+    timed = list({(row["workload"], row["contestant"]): row for row in reversed(rows) if row.get("tflops")}.values())
+    timed.reverse()
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in timed:
         shape = row["shape"]
-        if shape["density"] < 1:
+        if shape["density"] < 1 and shape.get("per_row") is None:
             groups[(*_tensors(shape), shape["density"])].append(row)
     if not groups:
         raise ValueError("the results hold no timed workload with a block mask")
@@ -49,24 +56,29 @@ def panels_of(rows: list[Row]) -> list[Panel]:
     def variety(key: tuple) -> int:
         return len({_size(row) for row in groups[key]})
 
-    best = max(groups, key=variety)
     panels = []
-    for causal in (False, True):
-        chosen = [row for row in groups[best] if row["shape"]["causal"] == causal]
-        if len({_size(row) for row in chosen}) < 2:
-            continue
-        rates: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
-        for row in chosen:
-            rates[row["contestant"]][_size(row)] = row["tflops"]
-        lines = _dense_rates(timed, chosen[0]["shape"])
-        batch, seqlen, heads, _, head_dim, dtype, density = best
-        title = f"{'causal' if causal else 'not causal'}, s {seqlen}, density {density:g}, {heads} heads of {head_dim}"
-        title += f", {dtype}" + (f", batch {batch}" if batch > 1 else "")
-        sizes = sorted({_size(row) for row in chosen}, key=lambda size: (-size[0], -size[1]))
-        panels.append(Panel(title, sizes, rates, lines, {row["contestant"]: row["label"] for row in timed}))
+    for key in sorted(groups, key=variety, reverse=True)[: None if all_shapes else 1]:
+        for causal in (False, True):
+            chosen = [row for row in groups[key] if row["shape"]["causal"] == causal]
+            if len({_size(row) for row in chosen}) >= 2:
+                panels.append(_panel(key, causal, chosen, timed))
     if not panels:
         raise ValueError("the results hold no shape with two block sizes")
     return panels
+
+
+def _panel(key: tuple, causal: bool, chosen: list[Row], timed: list[Row]) -> Panel:
+    rates: dict[str, dict[Size, float]] = defaultdict(dict)
+    for row in chosen:
+        rates[row["contestant"]][_size(row)] = row["tflops"]
+    batch, seqlen, heads, head_dim, dtype, density = key
+    title = f"{'causal' if causal else 'not causal'}, s {seqlen}, density {density:g}, {heads} heads of {head_dim}"
+    title += f", {dtype}" + (f", batch {batch}" if batch > 1 else "")
+    lines, line_seqlen = _dense_rates(timed, chosen[0]["shape"])
+    if lines and line_seqlen != seqlen:
+        title += f" (dense: s {line_seqlen})"
+    sizes = sorted({_size(row) for row in chosen}, key=lambda size: (size[2], -size[0], -size[1]))
+    return Panel(title, sizes, rates, lines, {row["contestant"]: row["label"] for row in timed})
 
 
 def draw(panels: list[Panel], caption: str) -> str:
@@ -109,9 +121,13 @@ def _draw_panel(panel: Panel, y: int, top_rate: float, contestants: list[str], c
     slot = (right - LEFT) / len(panel.sizes)
     shown = [name for name in contestants if name in panel.rates]
     width = min(44.0, slot * 0.8 / len(shown))
+    font_size = 12 if slot > 60 else 10
     for i, size in enumerate(panel.sizes):
         center = LEFT + (i + 0.5) * slot
-        parts.append(f"<text x='{center:.1f}' y='{bottom + 17}' text-anchor='middle'>{size[0]} x {size[1]}</text>")
+        for text, y, font in ((f"{size[0]} x {size[1]}", bottom + 15, font_size), (size[2], bottom + 26, 9)):
+            if text:
+                at = f"x='{center:.1f}' y='{y}' font-size='{font}'"
+                parts.append(f"<text {at} text-anchor='middle'>{escape(text)}</text>")
         present = [name for name in shown if size in panel.rates[name]]
         for j, name in enumerate(present):
             rate = panel.rates[name][size]
@@ -136,7 +152,7 @@ def _draw_panel(panel: Panel, y: int, top_rate: float, contestants: list[str], c
             f"fill='{colors[name]}'>{rate:.0f}</text>"
         )
     middle = (LEFT + right) / 2
-    parts.append(f"<text x='{middle:.1f}' y='{bottom + 33}' text-anchor='middle'>query block x key block</text>")
+    parts.append(f"<text x='{middle:.1f}' y='{bottom + 40}' text-anchor='middle'>query block x key block</text>")
     return parts
 
 
@@ -163,47 +179,54 @@ def _legend(
     return parts, row + 1
 
 
-def _dense_rates(timed: list[Row], shape: Row) -> dict[str, float]:
-    """Rates of dense attention with these tensors: of rivals that ignore the mask."""
-    rates = {}
+def _dense_rates(timed: list[Row], shape: Row) -> tuple[dict[str, float], int]:
+    """Rates of dense attention with these heads, from rivals that ignore the mask, and the length of its sequences:
+    this one, or else the longest that was timed.
+    """
+    rates: dict[int, dict[str, float]] = defaultdict(dict)
     for row in timed:
         other = row["shape"]
-        if (
-            row["workload"].startswith("dense-")
-            and _tensors(other) == _tensors(shape)
-            and other["causal"] == shape["causal"]
-        ):
-            rates[row["contestant"]] = row["tflops"]
-    return rates
+        alike = all(other[key] == shape[key] for key in ("batch", "heads", "head_dim", "dtype", "causal"))
+        if row["workload"].startswith("dense-") and alike and other["heads_k"] == other["heads"]:
+            rates[other["seqlen"]][row["contestant"]] = row["tflops"]
+    seqlen = shape["seqlen"] if shape["seqlen"] in rates else max(rates, default=0)
+    return rates.get(seqlen, {}), seqlen
 
 
 def _tensors(shape: Row) -> tuple:
-    return tuple(shape[key] for key in ("batch", "seqlen", "heads", "heads_k", "head_dim", "dtype"))
+    return tuple(shape[key] for key in ("batch", "seqlen", "heads", "head_dim", "dtype"))
 
 
-def _size(row: Row) -> tuple[int, int]:
-    return row["shape"]["q_block"], row["shape"]["k_block"]
+def _size(row: Row) -> Size:
+    shape = row["shape"]
+    notes = []
+    if shape["heads_k"] != shape["heads"]:
+        notes.append(f"group {shape['heads'] // shape['heads_k']}")
+    if shape.get("alike", 1) > 1:
+        notes.append(f"alike {shape['alike']}")
+    return shape["q_block"], shape["k_block"], ", ".join(notes)
 
 
-def _all_rates(rates: dict[str, dict[tuple[int, int], float]]) -> list[float]:
+def _all_rates(rates: dict[str, dict[Size, float]]) -> list[float]:
     return [rate for by_size in rates.values() for rate in by_size.values()]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Draws rates over block sizes from the results of run.py.")
-    parser.add_argument("results", type=Path, help="JSON that run.py wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON that run.py wrote; of several, the first counts")
+    parser.add_argument("--all", action="store_true", help="all shapes with several block sizes, not only the largest")
     parser.add_argument("-o", "--output", type=Path, required=True, help="SVG to write")
     arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text())
-    described = results["environment"]
+    results = [json.loads(path.read_text()) for path in arguments.results]
+    described = results[0]["environment"]
     caption = (
         f"{described['gpu']}, CUDA {described['cuda']}, torch {described['versions']['torch']}, "
         f"{described['date'][:10]}; forward, spaced and alternating, every result checked"
     )
     try:
-        svg = draw(panels_of(results["rows"]), caption)
+        svg = draw(panels_of([row for result in results for row in result["rows"]], arguments.all), caption)
     except ValueError as error:
-        print(f"{arguments.results}: {error}", file=sys.stderr)
+        print(f"{', '.join(map(str, arguments.results))}: {error}", file=sys.stderr)
         return 1
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(svg)

@@ -26,7 +26,7 @@ def make_mask(workload: Workload, device: torch.device | str, seed: int) -> Tens
 
 
 def block_lists(block_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The mask as lists: counts int32 (..., rows) and indices int32 (..., rows, largest count), those that are on first."""
+    """The mask as lists: counts int32 (..., rows) and indices int32 (..., rows, the longest list)."""
     counts = block_mask.sum(-1, dtype=torch.int32)
     indices = block_mask.to(torch.uint8).topk(int(counts.max())).indices.to(torch.int32)
     return counts, indices

@@ -59,7 +59,7 @@ class Ours:
         return hbsattn.block_sparse_attention(*self._qkv, self.pack())
 
     def clocks(self) -> Tensor:
-        """The attention kernel alone: int64 (SMs, 2), each SM's clock at the begin and at the end of its work."""
+        """The attention kernel alone: int64 (thread blocks, 2), the SM's clock at the begin and the end of each."""
         mask = self.mask
         _, _, clocks = torch.ops.hbsattn.forward(
             *self._qkv,

@@ -10,8 +10,10 @@ from torch import Tensor
 
 LONGEST_DENSE = 131072  # beyond, dense attention takes seconds
 
-# Block sizes that should run at the rate of 128 x 128, and those whose rows share too few keys for that.
+# Block sizes that should run at the rate of 128 x 128, what smaller ones are compared with, and those whose rows share
+# too few keys for that rate.
 WIDE = ((128, 128), (128, 64), (128, 32), (128, 16), (256, 64), (192, 48), (128, 80))
+TILES = ((128, 128), (128, 64), (128, 32), (128, 16))
 NARROW = ((64, 16), (64, 128), (80, 48), (112, 64), (32, 32), (32, 128), (16, 16), (16, 128))
 
 
@@ -164,7 +166,7 @@ def bar_groups() -> list[Group]:
 def shape_groups() -> list[Group]:
     """The workloads of the bars on block sizes, head dims, skew and length; what their bars compare is in one group."""
     full = [_sparse(*size, 32768, 0.1, False) for size in [*WIDE, (64, 64)]]
-    full += [_sparse(*size, 16384, 0.1, False) for size in [(128, 64), (128, 32), (128, 16), *NARROW]]
+    full += [_sparse(*size, 16384, 0.1, False) for size in [*TILES, *NARROW]]
     full += [
         _sparse(size, size, 16384, 0.1, False, heads_k=32 // group, shared=True)
         for size, group in ((64, 2), (32, 4), (16, 8))

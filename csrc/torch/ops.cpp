@@ -9,7 +9,6 @@
 
 #include <optional>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "hbsattn/hbsattn.h"
@@ -118,11 +117,13 @@ ForwardParams read_problem(const Tensor& q, const Tensor& k, const Tensor& v, co
   ForwardParams params;
   params.packed = q.dim() == 3;
   params.dtype = to_dtype("q", q);
-  for (const auto& [name, tensor] : {std::pair("k", k), std::pair("v", v)}) {
+  auto check_like_q = [&](const char* name, const Tensor& tensor) {
     check_dtype(name, tensor, q.scalar_type());
     check_device(name, tensor, device);
     check_dims(name, tensor, q.dim());
-  }
+  };
+  check_like_q("k", k);
+  check_like_q("v", v);
   TORCH_CHECK_VALUE(k.size(-1) == q.size(-1), "k has a head_dim of ", k.size(-1), "; expected ", q.size(-1),
                     ", that of q");
   TORCH_CHECK_VALUE(v.sizes() == k.sizes(), "v has shape ", v.sizes(), "; expected ", k.sizes(), ", that of k");
