@@ -1,9 +1,10 @@
 """Builds hbsattn._C. Environment variables (README.md, "Build switches"):
 
 HBSATTN_CUDA         AUTO (default: if nvcc and a CUDA build of PyTorch are here), ON or OFF
-TORCH_CUDA_ARCH_LIST architectures; default: the visible GPU, with none all that have kernels
-HBSATTN_HEAD_DIMS    kernels to compile, e.g. "64,128"; default: all
-HBSATTN_DTYPES       likewise, e.g. "bf16"; default: all
+TORCH_CUDA_ARCH_LIST architectures, of which 9.0a alone has kernels: the others are left out with a note, and a list
+                     without it is an error; default, and "native": those of the visible GPUs, or else 9.0a
+HBSATTN_HEAD_DIMS    kernels to compile; default: all, "64,96,128,192,256"
+HBSATTN_DTYPES       likewise; default: all, "fp16,bf16"
 MAX_JOBS             compilers at a time; default: what cores and memory allow
 NVCC_THREADS         threads of one nvcc, useful with several architectures; default 1
 """
@@ -132,7 +133,9 @@ def default_jobs(threads: int) -> int:
 def extension():
     """Returns (the extension, its build command)."""
     if importlib.util.find_spec("torch") is None:
-        fail("PyTorch is not in the build environment; use: pip install --no-build-isolation .")
+        fail(
+            "PyTorch is not in the build environment; install it, then use pip install --no-build-isolation (README.md)"
+        )
     cuda = use_cuda()
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
@@ -185,7 +188,9 @@ def extension():
             self.build_temp = str(ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{kind}")
 
         def build_extensions(self) -> None:
-            jobs = f", {os.environ['MAX_JOBS']} at a time; a kernel takes half a minute or more" if cuda else ""
+            jobs = (
+                f", {os.environ['MAX_JOBS']} at a time; each of the kernels takes about half a minute" if cuda else ""
+            )
             note(f"compiling {len(module.sources)} sources{jobs}")
             super().build_extensions()
 

@@ -9,4 +9,6 @@ from hbsattn.attention import block_sparse_attention
 from hbsattn.hbsa_interface import HBSAttention
 from hbsattn.mask import BlockMask, set_debug
 
+__version__ = "0.1.0"  # pyproject.toml and CMakeLists.txt read it from here
+
 __all__ = ["BlockMask", "HBSAttention", "block_sparse_attention", "build_info", "set_debug"]

@@ -150,7 +150,7 @@ def plan_items(
 ) -> Tensor:
     mask_heads, rows, _ = bits.shape
     _check_heads(mask_heads, heads_q, heads_k, head_dim)
-    packed_heads = count_packed_heads(mask_heads, heads_q, heads_k, pack_heads)
+    packed_heads = count_packed_heads(mask_heads, q_block_size, heads_q, heads_k, pack_heads)
     groups = heads_q // packed_heads
     block_rows = q_block_size * packed_heads
     tile_rows = choose_tile_rows(block_rows, head_dim)
@@ -317,7 +317,7 @@ def forward(
     )
     packed = q.dim() == 3
     rows_q, heads_q, head_dim = q.shape[-3:]
-    packed_heads = count_packed_heads(bits.shape[0], heads_q, k.shape[-2], pack_heads)
+    packed_heads = count_packed_heads(bits.shape[0], q_block_size, heads_q, k.shape[-2], pack_heads)
 
     lse_shape = (heads_q, rows_q) if packed else (q.shape[0], heads_q, rows_q)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

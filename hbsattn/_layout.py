@@ -16,10 +16,19 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def count_packed_heads(mask_heads: int, heads_q: int, heads_k: int, pack_heads: bool) -> int:
-    """Query heads that share a tile: those of a key head, if they have one mask."""
+def count_packed_heads(mask_heads: int, q_block_size: int, heads_q: int, heads_k: int, pack_heads: bool) -> int:
+    """Query heads that share tiles: those of a key head, if they have one mask, or as many as fit a small tile.
+
+    The rule, and its reason, are those of csrc/kernels/config.h.
+    """
     group = heads_q // heads_k if 0 < heads_k <= heads_q else 1
-    return group if pack_heads and (mask_heads != heads_q or group == 1) else 1
+    if not pack_heads or (mask_heads == heads_q and group > 1):
+        return 1
+    if q_block_size % 16 == 0:
+        return group
+    return max(
+        heads for heads in range(1, group + 1) if group % heads == 0 and (heads == 1 or heads * q_block_size <= 64)
+    )
 
 
 def choose_tile_rows(rows: int, head_dim: int) -> int:

@@ -12,7 +12,8 @@ try:
 except ImportError as error:
     raise ImportError(
         f"hbsattn._C, the compiled extension, does not load ({error}); build it with the PyTorch you run "
-        f"(torch {torch.__version__}): `pip install --no-build-isolation -e .` in a checkout of hbsattn"
+        f"(torch {torch.__version__}), in a checkout of hbsattn: "
+        "`pip install --no-build-isolation --config-settings editable_mode=compat -e .`"
     ) from error
 
 from hbsattn import _cpu  # noqa: F401  (registers the CPU kernels)
@@ -99,7 +100,7 @@ def _(
     pack_heads: bool,
 ) -> Tensor:
     mask_heads, rows, _ = bits.shape
-    packed_heads = count_packed_heads(mask_heads, heads_q, heads_k, pack_heads)
+    packed_heads = count_packed_heads(mask_heads, q_block_size, heads_q, heads_k, pack_heads)
     block_rows = q_block_size * packed_heads
     tiles = ceil_div(block_rows, choose_tile_rows(block_rows, head_dim))
     return bits.new_empty((heads_q // packed_heads * rows * tiles, 12))

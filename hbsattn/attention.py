@@ -19,12 +19,12 @@ def block_sparse_attention(
 
     Args:
         q: packed (total_q, heads_q, head_dim) or batched (batch, seqlen_q, heads_q, head_dim), as the mask is.
-            float16, bfloat16 or float32 (float64 too on a CPU); any strides with a contiguous last dimension.
+            float16 or bfloat16, on a CPU also float32 and float64; any strides with a contiguous last dimension.
         k, v: (total_k, heads_k, head_dim) or (batch, seqlen_k, heads_k, head_dim), dtype and device of q. heads_q is
             a multiple of heads_k, and query head h reads key head h // (heads_q // heads_k).
         mask: on the same device; it may serve any number of calls.
         softmax_scale: 1 / sqrt(head_dim) by default.
-        return_lse: return the log-sum-exp, too.
+        return_lse: return the log-sum-exp too.
 
     Returns:
         out, shape and dtype of q; with `return_lse` (out, lse). lse holds natural logarithms in float32 (float64 for
@@ -50,9 +50,27 @@ def _attend(
         raise TypeError(f"mask is a {type(mask).__name__}; expected a BlockMask")
     mask._check_use(q, k)
     heads_q, head_dim = q.shape[-2:]
-    items = mask._items(heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5
+    key = (heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)
+    items = mask._cached_items(key)
+    if items is None:
+        # What does not fit is refused before anything is launched, also before the work list is made.
+        ops.check_forward.default(
+            q,
+            k,
+            v,
+            mask.bits,
+            mask.sequences,
+            None,
+            mask.cols,
+            mask.q_block_size,
+            mask.k_block_size,
+            mask.causal,
+            pack_heads,
+            softmax_scale,
+        )
+        items = mask._items(*key)
     out, lse, _ = ops.forward.default(
         q,
         k,

@@ -46,6 +46,13 @@ def set_debug(enabled: bool) -> None:
     _debug = bool(enabled)
 
 
+def _stream(device: torch.device) -> int:
+    """Identifies the current stream of a device."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return 0
+    return torch.cuda.current_stream(device).cuda_stream
+
+
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
@@ -370,18 +377,29 @@ class BlockMask:
             check_total("q", q, self.sequences, Q_BEGIN, Q_LEN)
             check_total("k", k, self.sequences, K_BEGIN, K_LEN)
 
+    def _cached_items(self, key: tuple[int, int, int, int, bool]) -> Tensor | None:
+        """The work list of an earlier call of this kind, if the current stream may use it as it is."""
+        items = self._plans.get((key, _stream(self.device)))
+        if items is None and self._plans and _capturing(self.device):
+            # A capture begins with a synchronization, so what any stream has made is there.
+            items = next((items for (other, _), items in self._plans.items() if other == key), None)
+        return items
+
     def _items(self, heads_q: int, heads_k: int, head_dim: int, element_size: int, pack_heads: bool) -> Tensor:
-        """Returns the work list, int32 (tiles, 12), that calls of this kind share; builds it for the first one."""
+        """Returns the work list, int32 (tiles, 12), that calls of this kind on one stream share.
+
+        Each stream makes its own: nothing orders one stream's use after another's making.
+        """
         key = (heads_q, heads_k, head_dim, element_size, pack_heads)
-        items = self._plans.get(key)
+        items = self._cached_items(key)
         if items is None:
             items = ops.plan_items.default(
                 self.bits, self.sequences, self.cols, self.q_block_size, self.k_block_size, self.causal, *key
             )
-            # A list made while a program is traced or a graph captured has no values yet.
+            # Traced or captured, it has no values yet; those of captured bits change when the graph is replayed.
             traced = torch.compiler.is_compiling() or type(items) is not Tensor
-            if not traced and (self._captured or not _capturing(self.device)):
-                self._plans[key] = items
+            if not (traced or self._captured or _capturing(self.device)):
+                self._plans[(key, _stream(self.device))] = items
         return items
 
 

@@ -15,7 +15,7 @@ DEVICE_DTYPES = [
     pytest.param("cuda", torch.float16, id="cuda-float16", marks=pytest.mark.gpu),
 ]
 BLOCK_SIZES = [16, 32, 48, 64, 80, 96, 112, 128, 192, 256]
-HEAD_DIMS = [8, 16, 40, 64, 72, 96, 128]
+HEAD_DIMS = [8, 16, 40, 64, 72, 96, 128, 136, 192, 256]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +129,20 @@ CASES = [
 CASES += [case(f"head_dim_{d}", head_dim=d, causal=d % 16 == 0, q_block=32, k_block=48) for d in HEAD_DIMS]
 
 
+# Blocks off the fast path: rows of several heads in one box, blocks that end inside a granule.
+CASES += [
+    case("token_rows", q_block=1, k_block=128, heads_q=16, heads_k=1, mask_heads=1, lens_q=(70, 33), causal=True),
+    case("token_rows_two_groups", q_block=1, k_block=64, heads_q=8, heads_k=2, mask_heads=2, head_dim=128, density=0.3),
+    case("token_rows_own_masks", q_block=1, k_block=16, heads_q=4, heads_k=2, mask_heads=4, lens_q=(40,)),
+    case("seven_rows_of_eight_heads", q_block=7, k_block=13, heads_q=8, heads_k=1, mask_heads=1, causal=True),
+    case("thirteen_rows_of_four_heads", q_block=13, k_block=7, heads_q=8, heads_k=2, mask_heads=2, head_dim=96),
+    case("odd_rows_of_one_head", q_block=37, k_block=100, heads_q=4, heads_k=2, mask_heads=2, causal=True),
+    case("hundred_by_one", q_block=100, k_block=1, heads_q=2, heads_k=2, mask_heads=1, lens_q=(130,), density=0.2),
+    case("wide_odd_blocks", q_block=200, k_block=333, lens_q=(450, 40), head_dim=256, causal=True),
+    case("batched_odd", q_block=20, k_block=24, packed=False, lens_q=(90, 90), lens_k=(95, 95), head_dim=192),
+]
+
+
 def block_size_pairs() -> list[Case]:
     """Every q block beside every k block; the other properties take turns."""
     cases = []
@@ -148,7 +162,7 @@ def block_size_pairs() -> list[Case]:
                     heads_q=heads_q,
                     heads_k=heads_k,
                     mask_heads=(1, heads_k, heads_q)[n % 3],
-                    head_dim=HEAD_DIMS[n % 7],
+                    head_dim=HEAD_DIMS[n % len(HEAD_DIMS)],
                     causal=n % 2 == (i % 2),
                     density=(0.3, 0.6, 0.9)[(i + j) % 3],
                 )
@@ -156,8 +170,8 @@ def block_size_pairs() -> list[Case]:
     return cases
 
 
-def random_case(seed: int, *, any_block_size: bool, max_len: int) -> Case:
-    """A case drawn at random; `any_block_size` allows sizes and head dims that only the CPU backend takes."""
+def random_case(seed: int, *, any_block_size: bool, max_len: int, any_head_dim: bool = False) -> Case:
+    """A case drawn at random; `any_block_size` allows block sizes off the fast path."""
     rng = random.Random(seed)
     packed = rng.random() < 0.7
     batch = rng.randint(1, 4)
@@ -170,7 +184,7 @@ def random_case(seed: int, *, any_block_size: bool, max_len: int) -> Case:
         lens_q = (rng.randint(1, max_len),) * batch
         lens_k = (rng.randint(1, max_len),) * batch
     sizes = [1, 7, 13, 100, *BLOCK_SIZES] if any_block_size else BLOCK_SIZES
-    dims = [1, 18, 32, 80, *HEAD_DIMS] if any_block_size else [24, 32, 48, 56, 80, 88, 104, 112, 120, *HEAD_DIMS]
+    dims = [1, 18, 32, 80, *HEAD_DIMS] if any_head_dim else [24, 32, 48, 56, 80, 88, 104, 112, 120, *HEAD_DIMS]
     source = rng.choice(["dense", "dense", "indices", "csr"])
     forms = {True: ["flat"] if source == "csr" else ["flat", "batched"], False: ["batched", "shared"]}[packed]
     return Case(

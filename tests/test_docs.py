@@ -74,6 +74,30 @@ def test_readme_shows_both_commands():
     text = read("README.md")
     for command in ("make demo", "make test"):
         assert command in text
+    assert len(text.splitlines()) <= 150
+
+
+def test_install_commands_agree():
+    """README, Makefile and the hint of a failed import: without these options the checkout may hide what it built."""
+    for name in ("README.md", "Makefile", "hbsattn/_ops.py"):
+        text = read(name)
+        for option in ("--no-build-isolation", "--config-settings editable_mode=compat", "-e ."):
+            assert option in text, f"{name} lacks {option}"
+
+
+def test_build_defaults_are_those_of_the_sources():
+    """The defaults in the README and in setup.py, and the number of kernels."""
+    lines = [line.split() for line in read("csrc/sources.txt").splitlines() if line.startswith("sm90 ")]
+    head_dims = ",".join(sorted({line[3] for line in lines}, key=int))
+    dtypes = ",".join(sorted({line[2] for line in lines}, reverse=True))
+    readme, setup = read("README.md"), read("setup.py")
+    assert f"`HBSATTN_HEAD_DIMS` | `{head_dims}`" in readme and f'"{head_dims}"' in setup
+    assert f"`HBSATTN_DTYPES` | `{dtypes}`" in readme and f'"{dtypes}"' in setup
+    assert f"compiles {len(lines)} kernels" in readme
+
+
+def test_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", hbsattn.__version__)
 
 
 def test_links_inside_the_repository():

@@ -220,7 +220,7 @@ def test_two_streams_share_a_plan():
     problems = [make_problem(spec, "cuda", torch.bfloat16, seed=s) for s in (0, 1)]
     problems[1].block_masks = problems[0].block_masks
     mask = problems[0].mask()
-    expected = [p.run(mask) for p in problems]
+    expected = [p.run(problems[0].mask()) for p in problems]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in problems]
     results: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[], []]
@@ -534,11 +534,30 @@ def test_long_against_triton(spec: Case):
     compare_lse(lse, results[0][1], results[1][1], torch.bfloat16)
 
 
+@pytest.mark.parametrize("device,dtype", DEVICE_DTYPES)
+def test_infinite_logits(device: str, dtype: torch.dtype):
+    """Rows whose scores are all -inf, over many key blocks, give NaN, as the formula does; nothing hangs."""
+    problem = make_problem(case("minus_inf", lens_q=(200,), density=1.0, k_block=16, head_dim=64), device, dtype)
+    problem.q.fill_(1.0)
+    problem.k.fill_(-math.inf)
+    out, _ = problem.run()
+    assert bool((torch.isnan(out) | (out == 0)).all())
+
+
+@pytest.mark.parametrize("device,dtype", DEVICE_DTYPES)
+def test_attended_nan_shows(device: str, dtype: torch.dtype):
+    problem = make_problem(case("nan", lens_q=(100,), density=1.0), device, dtype)
+    problem.q[7] = math.nan
+    out, lse = problem.run()
+    assert bool(torch.isnan(out[7]).all()) and bool(torch.isnan(lse[:, 7]).all())
+    assert bool(torch.isfinite(out[:7]).all()) and bool(torch.isfinite(out[8:]).all())
+
+
 # Random sweeps
 
 
 def run_random(seed: int, device: str, dtype: torch.dtype, any_block_size: bool, max_len: int) -> None:
-    spec = cases.random_case(seed, any_block_size=any_block_size, max_len=max_len)
+    spec = cases.random_case(seed, any_block_size=any_block_size, any_head_dim=device == "cpu", max_len=max_len)
     try:
         problem = make_problem(spec, device, dtype, seed=seed)
         judge(problem, *problem.run())
@@ -554,14 +573,13 @@ def test_random_on_cpu(seed: int):
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(1000, 1200))
 def test_random_on_gpu(seed: int):
-    run_random(seed, "cuda", CUDA_DTYPES[seed % 2], False, 700)
+    run_random(seed, "cuda", CUDA_DTYPES[seed % 2], seed % 4 == 0, 700)
 
 
 @pytest.mark.parametrize("device,dtype", DEVICE_DTYPES[:2])
 def test_any_small_problem(device: str, dtype: torch.dtype):
     hypothesis = pytest.importorskip("hypothesis", reason="the property test needs hypothesis")
     draw = hypothesis.strategies
-    granule = 1 if device == "cpu" else 16
 
     @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
     @hypothesis.given(
@@ -582,8 +600,8 @@ def test_any_small_problem(device: str, dtype: torch.dtype):
             heads_q=heads_k * group,
             heads_k=heads_k,
             mask_heads={"one": 1, "key": heads_k, "query": heads_k * group}[mask_heads],
-            q_block=blocks[0] * (granule + 3 * (granule == 1)),
-            k_block=blocks[1] * (granule + 2 * (granule == 1)),
+            q_block=blocks[0] * 4,
+            k_block=blocks[1] * 3,
             causal=causal,
             density=density,
             head_dim=16,

@@ -24,6 +24,16 @@ def tile_rows(rows: int, head_dim: int) -> int:
     return 64 if head_dim <= 128 and filled_64 / filled_128 < 0.8 else 128
 
 
+def packed_heads(spec: Case, pack_heads: bool) -> int:
+    """Heads that share tiles: a whole group, or the most that leave a block of an odd size in 64 rows."""
+    group = spec.heads_q // spec.heads_k
+    if not pack_heads or (spec.mask_heads == spec.heads_q and group > 1):
+        return 1
+    if spec.q_block % 16 == 0:
+        return group
+    return max([1, *(n for n in range(2, group + 1) if group % n == 0 and n * spec.q_block <= 64)])
+
+
 SPECS = [
     case("packed"),
     case("packed_causal", causal=True, q_block=32, k_block=16),
@@ -322,8 +332,7 @@ def expected_items(
     spec: Case, mask: hbsattn.BlockMask, rows: Tensor, pack_heads: bool, head_dim: int = 64
 ) -> set[Item]:
     """The records of all tiles that hold queries, from the definition of WorkItem. rows: the trimmed bits as bool."""
-    group = spec.heads_q // spec.heads_k
-    packed = group if pack_heads and not (spec.mask_heads == spec.heads_q and group > 1) else 1
+    packed = packed_heads(spec, pack_heads)
     tile = tile_rows(packed * spec.q_block, head_dim)
     items = set()
     for head in range(0, spec.heads_q, packed):
@@ -358,8 +367,7 @@ def test_plan(spec: Case, pack_heads: bool, device: str):
     rows = expected_rows(spec, trimmed(spec, masks), spec.mask_form)
     items = mask._items(spec.heads_q, spec.heads_k, 64, 2, pack_heads)
     assert items.dtype == torch.int32 and items.device.type == device
-    group = spec.heads_q // spec.heads_k
-    packed = group if pack_heads and not (spec.mask_heads == spec.heads_q and group > 1) else 1
+    packed = packed_heads(spec, pack_heads)
     tile = tile_rows(packed * spec.q_block, 64)
     tiles = -(-spec.q_block * packed // tile)
     assert items.shape == (spec.heads_q // packed * mask.rows * tiles, 12)

@@ -197,7 +197,7 @@ def test_profile(device: str):
     assert plain[2].shape == (0,) and plain[2].dtype == torch.int64
     if device == "cuda":
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        assert profiled[2].shape == (processors, 2) and profiled[2].dtype == torch.int64
+        assert profiled[2].shape == (2 * processors, 2) and profiled[2].dtype == torch.int64
         used = profiled[2][profiled[2][:, 1] > 0]
         assert used.shape[0] > 0 and bool((used[:, 1] > used[:, 0]).all())
     else:

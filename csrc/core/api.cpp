@@ -48,7 +48,7 @@ Status pack_mask(const PackParams& params, Stream stream) {
 
 int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim, bool pack_heads) {
   if (heads_k < 1) return 0;
-  const int64_t packed_heads = count_packed_heads(shape.heads, heads_q, heads_k, pack_heads);
+  const int64_t packed_heads = count_packed_heads(shape, heads_q, heads_k, pack_heads);
   if (packed_heads < 1) return 0;
   const int64_t block_rows = packed_heads * shape.q_block_size;
   const int64_t tile_rows = choose_tile_rows(block_rows, head_dim);

@@ -35,12 +35,6 @@ std::string compiled_dtypes() {
   return names;
 }
 
-Status check_block_size(const char* name, int32_t value) {
-  if (value % kGranule == 0) return Status::Ok();
-  return Status::NotSupported(std::string(name) + " is " + std::to_string(value) + "; expected a multiple of " +
-                              std::to_string(kGranule) + " on CUDA");
-}
-
 Status check_view(const char* name, const TensorView& view, DType dtype) {
   if (addressable(view, dtype)) return Status::Ok();
   return Status::NotSupported(std::string(name) + " has strides (" + std::to_string(view.batch_stride) + ", " +
@@ -92,10 +86,13 @@ Status check_device() {
 
 Status select_forward(const ForwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_device());
+  const MaskShape& shape = params.mask.shape;
+  const int64_t packed_heads = count_packed_heads(shape, params.heads_q, params.heads_k, params.pack_heads);
+  const int tile_rows = choose_tile_rows(packed_heads * shape.q_block_size, params.head_dim);
   int chosen = 0, largest = 0;
   Sm90ForwardKernels::any([&](auto config) {
     using Config = decltype(config);
-    if (Config::kDType != params.dtype) return false;
+    if (Config::kDType != params.dtype || Config::kTileM != tile_rows) return false;
     if (chosen == 0 && params.head_dim <= Config::kHeadDim) chosen = Config::kHeadDim;
     largest = Config::kHeadDim;
     return false;
@@ -108,11 +105,8 @@ Status select_forward(const ForwardParams& params, KernelKey* key) {
     return Status::NotSupported("head_dim is " + std::to_string(params.head_dim) + "; expected a multiple of " +
                                 std::to_string(kHeadDimMultiple) + " up to " + std::to_string(largest) + " on CUDA");
   }
-  const MaskShape& shape = params.mask.shape;
-  const int64_t packed_heads = count_packed_heads(shape.heads, params.heads_q, params.heads_k, params.pack_heads);
-  *key = {params.dtype, chosen, choose_tile_rows(packed_heads * shape.q_block_size, params.head_dim)};
-  HBSATTN_RETURN_IF_ERROR(check_block_size("q_block_size", shape.q_block_size));
-  return check_block_size("k_block_size", shape.k_block_size);
+  *key = {params.dtype, chosen, tile_rows};
+  return Status::Ok();
 }
 
 }  // namespace hbsattn

@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t kInt32Limit = int64_t{1} << 31;
 constexpr int64_t kBlockLimit = int64_t{1} << 30;  // of block sizes and columns: their sums fit int32
+constexpr int64_t kItemsLimit = int64_t{1} << 30;  // tickets count on past the last item
+constexpr int64_t kColumnsLimit = int64_t{1} << 26;
 constexpr int kMaxHeadDim = 256;
 
 template <class T>
@@ -50,7 +52,7 @@ Status check_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k) {
 
 // Of the work list; heads are valid.
 Status check_num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim, bool pack_heads) {
-  return check_range("the number of tiles", num_items(shape, heads_q, heads_k, head_dim, pack_heads), 0, kInt32Limit);
+  return check_range("the number of tiles", num_items(shape, heads_q, heads_k, head_dim, pack_heads), 0, kItemsLimit);
 }
 
 // Whether a mask of this shape can belong to packed tensors. Its rows are those of each sequence without gaps, or as
@@ -106,7 +108,9 @@ Status validate_mask(const MaskShape& shape) {
   HBSATTN_RETURN_IF_ERROR(check_range("k_block_size", shape.k_block_size, 1, kBlockLimit));
   HBSATTN_RETURN_IF_ERROR(check_range("the mask's number of heads", shape.heads, 1, kInt32Limit));
   HBSATTN_RETURN_IF_ERROR(check_range("the mask's number of query block rows", shape.rows, 0, kInt32Limit));
-  HBSATTN_RETURN_IF_ERROR(check_range("the mask's number of key block columns", shape.cols, 0, kBlockLimit));
+  HBSATTN_RETURN_IF_ERROR(check_range("the mask's number of key block columns", shape.cols, 0, kColumnsLimit));
+  HBSATTN_RETURN_IF_ERROR(
+      check_range("the keys that the mask's columns span", shape.cols * shape.k_block_size, 0, 2 * kInt32Limit));
   return check_range("the mask's number of rows over all heads", shape.heads * shape.rows, 0, kInt32Limit);
 }
 
@@ -146,7 +150,7 @@ Status validate_pack(const PackParams& params) {
         return wrong_value("block_mask's number of columns", source.dense_cols,
                            "at least " + std::to_string(shape.cols));
       }
-      return check_pointer("block_mask", source.dense, shape.heads * source.dense_rows * source.dense_cols);
+      return check_pointer("block_mask", source.dense, shape.rows * source.dense_cols);
     }
     case PackSource::Form::kIndices:
       HBSATTN_RETURN_IF_ERROR(check_range("the width of indices", source.width, 0, kInt32Limit));
@@ -191,7 +195,7 @@ Status validate_forward(const ForwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(params.packed ? check_packed_sizes(params) : check_batched_sizes(params));
   HBSATTN_RETURN_IF_ERROR(check_num_items(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads));
   const int64_t items = num_items(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads);
-  if (params.num_items != items) {
+  if (params.items != nullptr && params.num_items != items) {
     return wrong_value("the number of work items", params.num_items,
                        std::to_string(items) + ", as plan_items makes for this mask, heads_q = " +
                            std::to_string(params.heads_q) + " and heads_k = " + std::to_string(params.heads_k));

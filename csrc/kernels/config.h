@@ -8,10 +8,21 @@
 
 namespace hbsattn {
 
-// Query heads that share a tile: those of one key head, if they have one mask.
-constexpr int32_t count_packed_heads(int32_t mask_heads, int32_t heads_q, int32_t heads_k, bool pack_heads) {
+// Block sizes that are multiples of this run at full rate: one warp's rows of the tensor core, one 16-key step of the
+// second product.
+inline constexpr int kGranule = 16;
+
+// Query heads that share tiles: those of one key head, if they have one mask. A warp's rows must belong to one head, or
+// all heads of a tile must come in one box, whose rows fit one warpgroup.
+constexpr int32_t count_packed_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads) {
   const int32_t group = heads_q / heads_k;
-  return pack_heads && (mask_heads != heads_q || group == 1) ? group : 1;
+  if (!pack_heads || (shape.heads == heads_q && group > 1)) return 1;
+  if (shape.q_block_size % kGranule == 0) return group;
+  int32_t packed = 1;
+  for (int32_t heads = 2; int64_t{heads} * shape.q_block_size <= 64 && heads <= group; ++heads) {
+    if (group % heads == 0) packed = heads;
+  }
+  return packed;
 }
 
 // Query rows of a tile, for query blocks that have `rows` rows over the heads that share them. A tile of 128 rows reads
@@ -36,9 +47,7 @@ struct Sm90Forward {
   static constexpr int kTileN = kHeadDim <= 64 || (kHeadDim <= 128 && kTileM == 128) ? 128 : 64;
   // As many as fit beside the queries. For tiles of 128 rows, two of each suffice at head dim 128 (a third is within
   // noise). Tiles of 64 rows wait for L2, and a value stage is held longer than a key stage: until after the softmax.
-  static constexpr int kKeyStages = kTileM == 64     ? (kHeadDim == 64   ? 3
-                                                        : kHeadDim == 96 ? 3
-                                                                         : 2)
+  static constexpr int kKeyStages = kTileM == 64     ? (kHeadDim == 128 ? 2 : 3)
                                     : kHeadDim <= 64 ? 4
                                                      : (kHeadDim == 128 || kHeadDim == 256 ? 2 : 3);
   static constexpr int kValueStages = kTileM == 64 ? (kHeadDim == 96 ? 4 : 3) : kKeyStages;
@@ -55,8 +64,5 @@ struct Sm90Forward {
 
 // Bytes of shared memory that a CTA may use when that many share a multiprocessor, of which each CTA costs 1 KB more.
 constexpr int sm90_shared_limit(int ctas) { return 228 * 1024 / ctas - 1024; }
-
-// Block sizes are multiples of this: one warp's rows of the tensor core, one 16-key step of the second product.
-inline constexpr int kGranule = 16;
 
 }  // namespace hbsattn

@@ -109,7 +109,7 @@ Tensor make_sequences_op(const OptionalTensor& cu_seqlens_q, const OptionalTenso
 
 // Checks the tensors of a forward call, and the problem that they pose.
 ForwardParams read_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits,
-                           const Tensor& sequences, const Tensor& items, int64_t cols, int64_t q_block_size,
+                           const Tensor& sequences, const OptionalTensor& items, int64_t cols, int64_t q_block_size,
                            int64_t k_block_size, bool causal, bool pack_heads, double softmax_scale) {
   const at::Device device = q.device();
   TORCH_CHECK_VALUE(q.dim() == 3 || q.dim() == 4, "q has shape ", q.sizes(), " and ", q.dim(),
@@ -128,8 +128,10 @@ ForwardParams read_problem(const Tensor& q, const Tensor& k, const Tensor& v, co
                     ", that of q");
   TORCH_CHECK_VALUE(v.sizes() == k.sizes(), "v has shape ", v.sizes(), "; expected ", k.sizes(), ", that of k");
   params.mask = read_mask(bits, sequences, cols, q_block_size, k_block_size, causal, device);
-  check_table("items", items, 2, device);
-  check_shape("items", items, {items.size(0), kItemInts});
+  if (items) {
+    check_table("items", *items, 2, device);
+    check_shape("items", *items, {items->size(0), kItemInts});
+  }
   if (!params.packed) {
     const int64_t batch = sequences.size(0);
     TORCH_CHECK_VALUE(q.size(0) == batch, "q has a batch of ", q.size(0), "; expected ", batch, ", that of the mask");
@@ -145,16 +147,22 @@ ForwardParams read_problem(const Tensor& q, const Tensor& k, const Tensor& v, co
   params.head_dim = to_int32("head_dim", q.size(-1));
   params.softmax_scale = static_cast<float>(softmax_scale);
   params.pack_heads = pack_heads;
-  params.items = static_cast<const WorkItem*>(items.const_data_ptr());
-  params.num_items = items.size(0);
+  if (items) {
+    params.items = static_cast<const WorkItem*>(items->const_data_ptr());
+    params.num_items = items->size(0);
+  }
   raise_if_error(validate_forward(params));
   return params;
 }
 
+// The checks of a call that has no work list yet, or of one that has.
 void check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
-                   const Tensor& items, int64_t cols, int64_t q_block_size, int64_t k_block_size, bool causal,
+                   const OptionalTensor& items, int64_t cols, int64_t q_block_size, int64_t k_block_size, bool causal,
                    bool pack_heads, double softmax_scale) {
-  read_problem(q, k, v, bits, sequences, items, cols, q_block_size, k_block_size, causal, pack_heads, softmax_scale);
+  const c10::DeviceGuard guard(q.device());
+  const ForwardParams params = read_problem(q, k, v, bits, sequences, items, cols, q_block_size, k_block_size, causal,
+                                            pack_heads, softmax_scale);
+  if (q.is_cuda()) raise_if_error(supported(params));
 }
 
 #if HBSATTN_WITH_CUDA
@@ -353,7 +361,7 @@ TORCH_LIBRARY(hbsattn, m) {
       "-> (Tensor out, Tensor lse, Tensor cycles)",
       tags);
   m.def(
-      "check_forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor items, int cols, "
+      "check_forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor? items, int cols, "
       "int q_block_size, int k_block_size, bool causal, bool pack_heads, float softmax_scale) -> ()",
       tags);
   m.def("check_mask(int batch, int heads, int rows, int cols, int q_block_size, int k_block_size) -> ()", tags);

@@ -65,9 +65,9 @@ struct KernelInfo {
   std::string name;  // e.g. "sm90_forward_bf16_hd128"
   std::string arch;  // e.g. "sm_90a"
   DType dtype;
-  int32_t head_dim;      // head dims up to this one, and above the next smaller, use it
-  int32_t tile_m;        // query rows of a tile
-  int32_t tile_n;        // keys of a stage
+  int32_t head_dim;  // head dims up to this one, and above the next smaller, use it
+  int32_t tile_m;    // query rows of a tile
+  int32_t tile_n;    // keys of a stage
   int32_t key_stages;
   int32_t value_stages;
   int32_t shared_bytes;  // shared memory of a CTA

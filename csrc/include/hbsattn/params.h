@@ -53,7 +53,7 @@ struct SequencesParams {
   const int32_t* cu_seqlens_k = nullptr;
   int64_t seqlen_q = 0;
   int64_t seqlen_k = 0;
-  // Rows of the bit matrix between two sequences; 0: all sequences share their rows; -1: rows lie without gaps.
+  // Rows of the bit matrix between two sequences; -1: rows lie without gaps.
   int64_t row_stride = -1;
   Sequence* sequences = nullptr;  // out, (batch)
 };

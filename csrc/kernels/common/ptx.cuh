@@ -22,13 +22,13 @@ __device__ __forceinline__ uint32_t opaque(uint32_t value) {
 }
 
 // Keeps ptxas from moving a later wait for the tensor cores above the computation of `value`: a store to `address`
-// that depends on it and never happens, which the compiler cannot know.
+// that depends on it and hardly ever happens (only for -inf); nobody reads what it stores.
 __device__ __forceinline__ void hold_back_waits(float value, uint32_t address) {
   asm volatile(
       "{\n"
-      ".reg .pred never;\n"
-      "setp.lt.f32 never, %0, 0fff7fffff;\n"
-      "@never st.shared.f32 [%1], %0;\n"
+      ".reg .pred rarely;\n"
+      "setp.lt.f32 rarely, %0, 0fff7fffff;\n"
+      "@rarely st.shared.f32 [%1], %0;\n"
       "}\n" ::"f"(value),
       "r"(address)
       : "memory");

@@ -81,13 +81,13 @@ struct OnlineSoftmax {
       float sum = row_sum[row];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      inverse[row] = sum > 0.f ? __fdividef(1.f, sum) : 0.f;
-      lse[row] = sum > 0.f ? row_max[row] * scale + __logf(sum) : -INFINITY;
+      inverse[row] = sum == 0.f ? 0.f : __fdividef(1.f, sum);
+      lse[row] = sum == 0.f ? -INFINITY : row_max[row] * scale + __logf(sum);
     }
 #pragma unroll
     for (int i = 0; i < decltype(cute::size(output))::value; ++i) {
       // A select, not a product with 0: values that only other rows of the tile attend to may be NaN.
-      output(i) = inverse[(i >> 1) & 1] > 0.f ? output(i) * inverse[(i >> 1) & 1] : 0.f;
+      output(i) = inverse[(i >> 1) & 1] == 0.f ? 0.f : output(i) * inverse[(i >> 1) & 1];
     }
   }
 };

@@ -45,12 +45,14 @@ Status encode(const MatrixRows& tensor, const cuuint64_t (&sizes)[kRank], const 
 
 }  // namespace
 
-Status encode_rows(const MatrixRows& tensor, int chunk, int box_rows, CUtensorMap* map) {
+Status encode_rows(const MatrixRows& tensor, int chunk, int box_rows, int box_heads, CUtensorMap* map) {
   const cuuint64_t row = tensor.row_stride * kElementSize, head = tensor.head_stride * kElementSize;
-  return encode<3>(tensor,
-                   {static_cast<cuuint64_t>(tensor.head_dim), static_cast<cuuint64_t>(tensor.rows),
-                    static_cast<cuuint64_t>(tensor.heads)},
-                   {row, head}, {static_cast<cuuint32_t>(chunk), static_cast<cuuint32_t>(box_rows), 1}, map);
+  return encode<3>(
+      tensor,
+      {static_cast<cuuint64_t>(tensor.head_dim), static_cast<cuuint64_t>(tensor.rows),
+       static_cast<cuuint64_t>(tensor.heads)},
+      {row, head},
+      {static_cast<cuuint32_t>(chunk), static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_heads)}, map);
 }
 
 Status encode_whole_rows(const MatrixRows& tensor, int chunk, int box_rows, CUtensorMap* map) {

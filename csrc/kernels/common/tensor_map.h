@@ -22,9 +22,9 @@ struct MatrixRows {
 
 // Boxes are `chunk` = 64 or 32 columns wide, which is also the width of their swizzle.
 
-// (head_dim, rows, heads) with a box of a chunk of `box_rows` rows. Columns from head_dim on read as zeros and are not
-// written.
-Status encode_rows(const MatrixRows& tensor, int chunk, int box_rows, CUtensorMap* map);
+// (head_dim, rows, heads) with a box of a chunk of `box_rows` rows of `box_heads` heads. Columns from head_dim on read
+// as zeros and are not written.
+Status encode_rows(const MatrixRows& tensor, int chunk, int box_rows, int box_heads, CUtensorMap* map);
 
 // (columns of a chunk, rows, chunks, groups of 8 rows, heads) with a box of `box_rows` whole rows, which arrive as
 // [group of 8][chunk][8][columns]. Needs head_dim % chunk == 0 and box_rows % 8 == 0.

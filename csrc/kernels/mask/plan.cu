@@ -109,7 +109,7 @@ static_assert(sizeof(WorkItem) == 3 * sizeof(int4) && offsetof(WorkItem, first_r
 Status plan_items(const PlanParams& params, int64_t num_items, Stream stream) {
   if (num_items == 0) return Status::Ok();
   const MaskShape& shape = params.mask.shape;
-  const int32_t packed_heads = count_packed_heads(shape.heads, params.heads_q, params.heads_k, params.pack_heads);
+  const int32_t packed_heads = count_packed_heads(shape, params.heads_q, params.heads_k, params.pack_heads);
   const int64_t block_rows = int64_t{packed_heads} * shape.q_block_size;
   const int32_t tile_rows = choose_tile_rows(block_rows, params.head_dim);
   const auto tiles = static_cast<int32_t>(mask::ceil_div(block_rows, tile_rows));

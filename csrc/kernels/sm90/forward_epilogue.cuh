@@ -12,10 +12,10 @@
 
 namespace hbsattn::sm90 {
 
-__device__ __forceinline__ float* lse_of_row(const ForwardArguments& args, const WorkItem& item, const RowSpan& span) {
-  const int64_t head_row = static_cast<int64_t>(item.sequence) * args.lse_batch_stride_rows * args.heads_q +
-                           static_cast<int64_t>(span.head) * args.rows_q;
-  return args.lse + head_row + item.q_begin + span.row;
+__device__ __forceinline__ float* lse_of_row(const ForwardArguments& args, const WorkItem& item,
+                                             const RowPlace& place) {
+  return args.lse + static_cast<int64_t>(item.sequence) * args.lse_batch_stride_rows * args.heads_q +
+         static_cast<int64_t>(place.head) * args.rows_q + item.q_begin + place.row;
 }
 
 template <class Traits>
@@ -28,13 +28,11 @@ __device__ __forceinline__ void finish_tile(const ForwardArguments& args, typena
 
   float lse[2];
   mainloop.softmax.finish(mainloop.output, args.scale, lse);
-  const RowSpan span(args, item, unit * kUnitRows + warp * 16);
   if ((lane & 3) == 0) {
-    float* destination = lse_of_row(args, item, span);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const int in_span = lane / 4 + 8 * row;
-      if (in_span < span.count) destination[in_span] = lse[row];
+      const RowPlace place(args, item, unit * kUnitRows + warp * 16 + lane / 4 + 8 * row);
+      if (place.count > 0) *lse_of_row(args, item, place) = lse[row];
     }
   }
 
@@ -60,19 +58,15 @@ __device__ __forceinline__ void finish_tile(const ForwardArguments& args, typena
 template <class Traits>
 __device__ __forceinline__ void write_empty_tile(const ForwardArguments& args, const WorkItem& item, int unit, int warp,
                                                  int lane) {
-  using Element = typename Traits::Element;
-  const RowSpan span(args, item, unit * kUnitRows + warp * 16);
-  const int count = min(span.count, 16);
-  if (count <= 0) return;
-  Element* out = static_cast<Element*>(args.out) + item.sequence * args.out_batch_stride +
-                 (static_cast<int64_t>(item.q_begin) + span.row) * args.out_row_stride +
-                 span.head * args.out_head_stride;
-  const int vectors = args.head_dim / 8;
-  for (int i = lane; i < count * vectors; i += 32) {
-    const int row = i / vectors;
-    *reinterpret_cast<uint4*>(out + row * args.out_row_stride + (i - row * vectors) * 8) = make_uint4(0, 0, 0, 0);
+  const int vectors = args.head_dim / 8;  // of 16 bytes
+  for (int i = lane; i < 16 * vectors; i += 32) {
+    const int row = i / vectors, vector = i - row * vectors;
+    const RowPlace place(args, item, unit * kUnitRows + warp * 16 + row);
+    if (place.count <= 0) continue;
+    *reinterpret_cast<uint4*>(out_of_row<typename Traits::Element>(args, item, place) + vector * 8) =
+        make_uint4(0, 0, 0, 0);
+    if (vector == 0) *lse_of_row(args, item, place) = -INFINITY;
   }
-  if (lane < count) lse_of_row(args, item, span)[lane] = -INFINITY;
 }
 
 }  // namespace hbsattn::sm90

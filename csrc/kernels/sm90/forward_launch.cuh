@@ -57,20 +57,32 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   }
 
   sm90::ForwardArguments args{};
-  const int granule = std::gcd(shape.q_block_size, sm90::kUnitRows);
-  const int segment = std::min(shape.k_block_size & -shape.k_block_size, Config::kTileN);
-  HBSATTN_RETURN_IF_ERROR(encode_rows(q.matrix, Config::kChunkColumns, granule, &args.map_q));
-  HBSATTN_RETURN_IF_ERROR(encode_rows(out.matrix, Config::kChunkColumns, granule, &args.map_out));
+  const int group = params.heads_q / params.heads_k;
+  args.packed_heads = count_packed_heads(shape, params.heads_q, params.heads_k, params.pack_heads);
+  if (args.packed_heads > 1 && shape.q_block_size % kGranule != 0) {
+    args.box_rows = shape.q_block_size;
+    args.box_heads = args.packed_heads;
+    args.query_bytes = args.box_rows * args.box_heads * Config::kHeadDim * sizeof(typename Traits::Element);
+  } else {
+    args.box_rows = std::max(std::gcd(shape.q_block_size, sm90::kUnitRows), kGranule);
+    args.box_heads = 1;
+    args.query_bytes = Traits::kUnitBytes;
+  }
+  args.query_piece = args.box_heads > 1 ? sm90::kUnitRows : args.box_rows;
+  args.ragged_blocks = shape.k_block_size % kGranule != 0;
+  const int segment =
+      args.ragged_blocks ? kGranule : std::min(shape.k_block_size & -shape.k_block_size, Config::kTileN);
+  HBSATTN_RETURN_IF_ERROR(encode_rows(q.matrix, Config::kChunkColumns, args.box_rows, args.box_heads, &args.map_q));
+  HBSATTN_RETURN_IF_ERROR(encode_rows(out.matrix, Config::kChunkColumns, args.box_rows, args.box_heads, &args.map_out));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, Config::kChunkColumns, &args.map_k_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, Config::kChunkColumns, &args.map_v_clipped));
   // Whole rows would take columns past head_dim from the next head.
-  args.whole_rows = params.head_dim == Config::kHeadDim;
+  args.whole_rows = params.head_dim == Config::kHeadDim && !args.ragged_blocks;
   if (args.whole_rows) {
     HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, Config::kChunkColumns, segment, &args.map_k));
     HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, segment, &args.map_v));
   }
 
-  const int group = params.heads_q / params.heads_k;
   args.bits = reinterpret_cast<const uint8_t*>(params.mask.bits);
   args.items = params.items;
   args.num_items = static_cast<int>(params.num_items);
@@ -93,10 +105,8 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   args.heads_per_key_head = group;
   args.row_bytes = static_cast<int>(shape.words() * sizeof(uint32_t));
   args.q_block_size = shape.q_block_size;
-  args.packed_heads = count_packed_heads(shape.heads, params.heads_q, params.heads_k, params.pack_heads);
-  args.query_piece = granule;
   args.k_block_size = shape.k_block_size;
-  args.segments_per_block = shape.k_block_size / segment;
+  args.segments_per_block = (shape.k_block_size + segment - 1) / segment;
   while ((1 << args.segment_log2) < segment) ++args.segment_log2;
   args.causal = shape.causal;
   args.scale = params.softmax_scale;

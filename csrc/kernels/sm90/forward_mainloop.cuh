@@ -9,8 +9,8 @@
 #include "kernels/common/softmax.cuh"
 #include "kernels/sm90/forward_traits.cuh"
 
-// What one consumer warpgroup does with the stages of a tile: scores of 64 query rows against 128 keys, softmax, and
-// the product with the values of the stage before, which overlaps the softmax.
+// What one consumer warpgroup does with the stages of a tile: scores of 64 query rows against a stage of keys, softmax,
+// and the product with the values of the stage before, which overlaps the softmax.
 
 namespace hbsattn::sm90 {
 
@@ -31,11 +31,10 @@ struct KeyLimits {
   int value[2];
 
   __device__ __forceinline__ KeyLimits(const ForwardArguments& args, const WorkItem& item, int warp_row, int lane) {
-    const int virtual_row = item.first_row + warp_row;
-    const int first = item.block_row + virtual_row % args.q_block_size + lane / 4;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const int diagonal = first + 8 * row + item.k_len - item.q_len;
+      const int virtual_row = item.first_row + warp_row + lane / 4 + 8 * row;
+      const int diagonal = item.block_row + virtual_row % args.q_block_size + item.k_len - item.q_len;
       value[row] = (args.causal ? min(diagonal, item.k_len - 1) : item.k_len - 1) - 2 * (lane & 3);
     }
   }
@@ -175,19 +174,25 @@ struct ForwardMainloop {
     }
   }
 
-  // One rule for causality, the sequence's end and padding: a key past the row's limit does not count.
+  // One rule for causality, the ends of blocks and sequences, and padding: a key past the row's limit or past its
+  // block does not count.
   __device__ __forceinline__ void mask(Scores& scores, const KeyLimits& limits) const {
-    const int32_t* granules = storage.granule_keys[key_stage.index];
+    const int32_t* granules = storage.granules[key_stage.index];
     CUTE_UNROLL
-    for (int granule = 0; granule < Traits::kGranules; ++granule) {
+    for (int i = 0; i < Traits::kGranules; ++i) {
       // Lane 0 alone reads, because its arrival at keys_empty is what lets the producer overwrite them.
-      const int first_key = __shfl_sync(0xffffffffu, lane == 0 ? granules[granule] : 0, 0);
+      const int first_key = __shfl_sync(0xffffffffu, lane == 0 ? granules[i] : 0, 0);
+      int limit[2] = {limits.value[0], limits.value[1]};
+      if (args.ragged_blocks) {
+        const int block_end = first_key - first_key % args.k_block_size + args.k_block_size - 1 - 2 * (lane & 3);
+        limit[0] = min(limit[0], block_end);
+        limit[1] = min(limit[1], block_end);
+      }
       CUTE_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        const int row = (i >> 1) & 1;
-        const int key = first_key + (i >> 2) * 8 + (i & 1);
-        float& score = scores(8 * granule + i);
-        score = key > limits.value[row] ? -INFINITY : score;
+      for (int j = 0; j < 8; ++j) {
+        const int key = first_key + (j >> 2) * 8 + (j & 1);
+        float& score = scores(8 * i + j);
+        score = key > limit[(j >> 1) & 1] ? -INFINITY : score;
       }
     }
   }
@@ -220,7 +225,7 @@ struct ForwardMainloop {
     // The second product still runs while the maxima are found. Waiting for it before the exponentials, not after,
     // lets ptxas mix the conversion and the rescaling with them; see benchmarks/NOTES.md.
     softmax.update_max<false, kMasked>(scores, args.scale_log2);
-    hold_back_waits(softmax.offset[0] + softmax.offset[1], barriers);
+    hold_back_waits(softmax.offset[0] + softmax.offset[1], barrier(offsetof(Storage, unread), 0));
     cute::warpgroup_wait<0>();
     softmax.exponentiate(scores, args.scale_log2);
     cute::warpgroup_fence_operand(output);

@@ -13,13 +13,13 @@ namespace hbsattn::sm90 {
 inline constexpr uint64_t kKeepInL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
 inline constexpr uint64_t kPassThroughL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
 
-// Where 16 or more consecutive virtual rows of a tile lie.
-struct RowSpan {
+// Where a virtual row of a tile lies.
+struct RowPlace {
   int head;   // query head
-  int row;    // first row, in the sequence
-  int count;  // rows of the sequence and block from here on; 0 or less: none
+  int row;    // in the sequence
+  int count;  // rows of the block and the sequence from here on; 0 or less: none
 
-  __device__ __forceinline__ RowSpan(const ForwardArguments& args, const WorkItem& item, int row_in_tile) {
+  __device__ __forceinline__ RowPlace(const ForwardArguments& args, const WorkItem& item, int row_in_tile) {
     const int virtual_row = item.first_row + row_in_tile;
     const int head_in_pack = virtual_row / args.q_block_size;
     head = item.head + head_in_pack;
@@ -29,7 +29,14 @@ struct RowSpan {
   }
 };
 
-// Reads the tile that a slot announces, and frees the slot: one of kTileReaders arrivals.
+template <class Element>
+__device__ __forceinline__ Element* out_of_row(const ForwardArguments& args, const WorkItem& item,
+                                               const RowPlace& place) {
+  return static_cast<Element*>(args.out) + item.sequence * args.out_batch_stride +
+         (static_cast<int64_t>(item.q_begin) + place.row) * args.out_row_stride + place.head * args.out_head_stride;
+}
+
+// The tile that a slot announces. Who has read it releases the slot: one of kTileReaders arrivals.
 template <class Storage>
 __device__ __forceinline__ TileSlot const& wait_tile(Storage& storage, RingPosition<kTileSlots> const& position) {
   mbarrier_wait(&storage.tile_full[position.index], position.parity);
@@ -68,18 +75,19 @@ __device__ __forceinline__ void load_queries(const ForwardArguments& args, typen
   for (int unit = 0; unit < Traits::kUnits; ++unit) {
     mbarrier_wait(&storage.queries_empty[buffer.index][unit], buffer.parity);
     uint64_t* full = &storage.queries_full[buffer.index][unit];
-    if (lane == 0) mbarrier_arrive_expect(full, Traits::kUnitBytes);
+    if (lane == 0) mbarrier_arrive_expect(full, args.query_bytes);
     __syncwarp();
-    const int pieces = kUnitRows / args.query_piece;
+    // A box holds rows of one head, or, where blocks are small, the block's rows of all heads that share it.
+    const int pieces = args.box_heads > 1 ? 1 : kUnitRows / args.query_piece;
     const int piece = lane / Traits::kChunks, chunk = lane % Traits::kChunks;
     if (piece < pieces) {
-      const RowSpan span(args, item, unit * kUnitRows + piece * args.query_piece);
-      const int tensor_row = item.q_begin + item.sequence * args.q_batch_rows + span.row;
-      const int first_row = span.count > 0 ? tensor_row : int{kOutOfBounds};
+      const RowPlace place(args, item, unit * kUnitRows + piece * args.query_piece);
+      const int tensor_row = item.q_begin + item.sequence * args.q_batch_rows + place.row;
+      const int first_row = place.count > 0 ? tensor_row : int{kOutOfBounds};
       uint8_t* destination = reinterpret_cast<uint8_t*>(storage.queries[buffer.index][unit]) +
                              (chunk * kUnitRows + piece * args.query_piece) * Traits::kChunkBytes;
       cute::SM90_TMA_LOAD_3D::copy(&args.map_q, full, kPassThroughL2, destination, chunk * Traits::kChunkColumns,
-                                   first_row, span.head);
+                                   first_row, place.head);
     }
   }
 }
@@ -115,8 +123,8 @@ __device__ __forceinline__ void run_query_warp(const ForwardArguments& args, typ
       announced.item = item;
       announced.stages = stages;
       announced.padding = padding;
-      announced.masked_stages =
-          min(stages, max(1, (padding + item.masked * args.segments_per_block + segments - 1) / segments));
+      const int masked = (padding + item.masked * args.segments_per_block + segments - 1) / segments;
+      announced.masked_stages = args.ragged_blocks ? stages : min(stages, max(1, masked));
       announced.key_end = key_end_of_tile(args, item, Traits::kTileM);
     }
     // Every lane has written, so every lane arrives: its arrival orders its own stores for the readers.
@@ -135,45 +143,47 @@ __device__ __forceinline__ void run_query_warp(const ForwardArguments& args, typ
   }
 }
 
-// First key of segment `position` of a tile, counted from the front of its first stage; -1: padding.
-__device__ __forceinline__ int segment_key(const ForwardArguments& args, const BitRow& blocks, int position) {
-  if (position < 0) return -1;
-  if (args.segments_per_block == 1) return blocks.column(position) << args.segment_log2;
-  const int entry = position / args.segments_per_block;
-  const int from_top = position - entry * args.segments_per_block;
-  return (blocks.column(entry) * args.segments_per_block + args.segments_per_block - 1 - from_top) << args.segment_log2;
-}
-
 // What goes into one stage: computed before the stage is free, because the time from a stage's release to its refill
 // decides whether two stages are enough.
 template <class Traits>
 struct StagePlan {
-  int key;      // first key of the segment that this lane loads; -1: none
-  int granule;  // first key of this lane's granule
-  bool clip;    // some segment reaches past the last visible key
+  int key = -1;  // first key of the segment that this lane loads; -1: none
+  int end = 0;   // keys of the segment end here, or at the last visible key
+  int granule;   // first key of this lane's granule
+  bool clip;     // some segment ends before its rows do
 
+  // `first`: the stage's first segment, counted from the front of the tile's first block; negative: padding.
   __device__ __forceinline__ StagePlan(const ForwardArguments& args, const BitRow& blocks, const TileSlot& tile,
                                        int first, int lane) {
-    const int segments = Traits::kTileN >> args.segment_log2;
-    const int segment_rows = 1 << args.segment_log2;
-    key = lane < segments ? segment_key(args, blocks, first + lane) : -1;
-    clip = !args.whole_rows || __any_sync(0xffffffffu, key >= 0 && key + segment_rows > tile.key_end);
-    granule = key_of_row(args, (lane % Traits::kGranules) * kGranule, kNoKey);
+    const int position = first + lane;
+    if (lane < Traits::kTileN >> args.segment_log2 && position >= 0) {
+      // Blocks and the segments in them come in descending order.
+      const int entry = args.segments_per_block == 1 ? position : position / args.segments_per_block;
+      const int segment = (entry + 1) * args.segments_per_block - 1 - position;
+      const int block = blocks.column(entry) * args.k_block_size;
+      key = block + (segment << args.segment_log2);
+      end = min(block + args.k_block_size, tile.key_end);
+    }
+    clip = !args.whole_rows || __any_sync(0xffffffffu, key + (1 << args.segment_log2) > end && key >= 0);
+    granule = key_of_row(args, (lane % Traits::kGranules) * kGranule);
+    if (granule < 0) granule = kNoKey;
   }
 
-  // Key in row `in_stage` of the stage.
-  __device__ __forceinline__ int key_of_row(const ForwardArguments& args, int in_stage, int if_none) const {
+  // Key in row `in_stage` of the stage; negative: none.
+  __device__ __forceinline__ int key_of_row(const ForwardArguments& args, int in_stage) const {
     const int first = __shfl_sync(0xffffffffu, key, in_stage >> args.segment_log2);
-    return first < 0 ? if_none : first + (in_stage & ((1 << args.segment_log2) - 1));
+    return first < 0 ? -1 : first + (in_stage & ((1 << args.segment_log2) - 1));
+  }
+  __device__ __forceinline__ int end_of_row(const ForwardArguments& args, int in_stage) const {
+    return __shfl_sync(0xffffffffu, end, in_stage >> args.segment_log2);
   }
 };
 
-// Issues the loads of one stage. `granule_keys`, for a key stage, receives the first key of each granule.
+// Issues the loads of one stage. `granules`, for a key stage, receives the first key of each.
 template <class Traits>
 __device__ __forceinline__ void fill_stage(const ForwardArguments& args, const StagePlan<Traits>& plan, int head,
-                                           int run_begin, int key_end, const CUtensorMap* whole,
-                                           const CUtensorMap* clipped, uint8_t* stage, uint64_t* full,
-                                           int32_t* granule_keys, int lane) {
+                                           int run_begin, const CUtensorMap* whole, const CUtensorMap* clipped,
+                                           uint8_t* stage, uint64_t* full, int32_t* granules, int lane) {
   if (lane == 0) mbarrier_arrive_expect(full, Traits::kStageBytes);
   __syncwarp();
   if (!plan.clip) {
@@ -187,17 +197,19 @@ __device__ __forceinline__ void fill_stage(const ForwardArguments& args, const S
     constexpr int kBoxes = Traits::kTileN / 8 * Traits::kChunks;  // of 8 rows and one chunk
     for (int first_box = 0; first_box < kBoxes; first_box += 32) {
       const int box = first_box + lane;
-      const int row = plan.key_of_row(args, box / Traits::kChunks * 8 % Traits::kTileN, key_end);
+      const int in_stage = box / Traits::kChunks * 8 % Traits::kTileN;
+      const int key = plan.key_of_row(args, in_stage), end = plan.end_of_row(args, in_stage);
+      const int from_end = key < 0 || key > end ? 0 : end - key;
       if (box < kBoxes) {
         cute::SM90_TMA_LOAD_5D::copy(clipped, full, kKeepInL2, stage + box * Traits::kAtomBytes,
-                                     box % Traits::kChunks * Traits::kChunkColumns, kRunEnd - key_end + row,
-                                     int{kRunEnd}, run_begin + key_end, head);
+                                     box % Traits::kChunks * Traits::kChunkColumns, kRunEnd - from_end, int{kRunEnd},
+                                     run_begin + end, head);
       }
     }
   }
-  if (granule_keys != nullptr && lane < Traits::kGranules) {
+  if (granules != nullptr && lane < Traits::kGranules) {
     // The lane that writes a granule arrives for it. Neither is on the way of the loads, which take far longer.
-    granule_keys[lane] = plan.granule;
+    granules[lane] = plan.granule;
     mbarrier_arrive(full);
   }
 }
@@ -232,11 +244,29 @@ __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, ty
       uint8_t* destination =
           reinterpret_cast<uint8_t*>(kKeys ? storage.keys : storage.values) + stage.index * Traits::kStageBytes;
       fill_stage<Traits>(args, plan, tile.item.head / args.heads_per_key_head,
-                         tile.item.k_begin + tile.item.sequence * batch_rows, tile.key_end, whole, clipped, destination,
-                         &full[stage.index], kKeys ? storage.granule_keys[stage.index] : nullptr, lane);
+                         tile.item.k_begin + tile.item.sequence * batch_rows, whole, clipped, destination,
+                         &full[stage.index], kKeys ? storage.granules[stage.index] : nullptr, lane);
       if (kKeys && i == tile.stages - kTileLead - 1 && lane == 0) mbarrier_arrive(&storage.tile_wanted);
       stage.advance();
     }
+  }
+}
+
+// Writes the rows of one piece that exist, from row `first` of a unit's buffer on.
+template <class Traits>
+__device__ __forceinline__ void copy_rows(const ForwardArguments& args, const WorkItem& item, int row_in_tile,
+                                          const uint8_t* source, int first, int lane) {
+  const int vectors = args.head_dim / 8;  // of 16 bytes
+  for (int i = lane; i < args.query_piece * vectors; i += 32) {
+    const int row = i / vectors, vector = i - row * vectors, in_unit = first + row;
+    const RowPlace place(args, item, row_in_tile + row);
+    if (place.count <= 0) continue;
+    // The swizzle exchanges the 16-byte vectors of a row by the row's place in the pattern of 1 KB.
+    constexpr int kVectors = Traits::kChunkBytes / 16;
+    const int swizzled = (vector ^ (in_unit * static_cast<int>(Traits::kChunkBytes) / 128)) % kVectors;
+    const uint8_t* from = source + (vector / kVectors * kUnitRows + in_unit) * Traits::kChunkBytes + swizzled * 16;
+    *reinterpret_cast<uint4*>(out_of_row<typename Traits::Element>(args, item, place) + vector * 8) =
+        *reinterpret_cast<const uint4*>(from);
   }
 }
 
@@ -244,7 +274,6 @@ __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, ty
 template <class Traits>
 __device__ __forceinline__ void run_output_warp(const ForwardArguments& args, typename Traits::Storage& storage,
                                                 int lane) {
-  using Element = typename Traits::Element;
   RingPosition<kTileSlots> slot(0);
   RingPosition<Traits::kQueryBuffers> buffer(0);
   while (true) {
@@ -258,31 +287,17 @@ __device__ __forceinline__ void run_output_warp(const ForwardArguments& args, ty
       mbarrier_wait(&storage.output_full[buffer.index][unit], buffer.parity);
       const uint8_t* source = reinterpret_cast<const uint8_t*>(storage.queries[buffer.index][unit]);
       for (int first = 0; first < kUnitRows; first += args.query_piece) {
-        const RowSpan span(args, item, unit * kUnitRows + first);
-        if (span.count <= 0) continue;
-        if (span.count >= args.query_piece) {
-          const int row = item.q_begin + item.sequence * args.out_batch_rows + span.row;
+        const RowPlace place(args, item, unit * kUnitRows + first);
+        if (place.count <= 0) continue;
+        if (place.count >= args.box_rows) {
+          const int row = item.q_begin + item.sequence * args.out_batch_rows + place.row;
           if (lane < Traits::kChunks && lane * Traits::kChunkColumns < args.head_dim) {
             cute::SM90_TMA_STORE_3D::copy(&args.map_out, source + (lane * kUnitRows + first) * Traits::kChunkBytes,
-                                          lane * Traits::kChunkColumns, row, span.head);
+                                          lane * Traits::kChunkColumns, row, place.head);
           }
-          continue;
-        }
-        // A piece that the sequence or the block cuts: the copy engine would overwrite the rows that follow.
-        Element* out = static_cast<Element*>(args.out) + item.sequence * args.out_batch_stride +
-                       (static_cast<int64_t>(item.q_begin) + span.row) * args.out_row_stride +
-                       span.head * args.out_head_stride;
-        const int vectors = args.head_dim / 8;  // of 16 bytes
-        for (int i = lane; i < span.count * vectors; i += 32) {
-          const int row = i / vectors, vector = i - row * vectors;
-          const int in_unit = first + row;
-          // The swizzle exchanges the 16-byte vectors of a row by the row's place in the pattern of 1 KB.
-          constexpr int kVectors = Traits::kChunkBytes / 16;
-          const int swizzled = (vector ^ (in_unit * static_cast<int>(Traits::kChunkBytes) / 128)) % kVectors;
-          const uint8_t* from =
-              source + (vector / kVectors * kUnitRows + in_unit) * Traits::kChunkBytes + swizzled * 16;
-          *reinterpret_cast<uint4*>(out + row * args.out_row_stride + vector * 8) =
-              *reinterpret_cast<const uint4*>(from);
+        } else {
+          // The sequence or the block cuts this piece: the copy engine would overwrite the rows that follow.
+          copy_rows<Traits>(args, item, unit * kUnitRows + first, source, first, lane);
         }
       }
       if (lane < Traits::kChunks) {

@@ -103,7 +103,7 @@ struct ForwardTraits {
     Element queries[kQueryBuffers][kUnits][kUnitRows * kHeadDim];  // the output leaves from here too
     int32_t key_columns[BitRow::kEntries];                         // active blocks, as the key warp
     int32_t value_columns[BitRow::kEntries];                       // and the value warp expand them
-    int32_t granule_keys[kKeyStages][kGranules];                   // first key of each granule of a key stage
+    int32_t granules[kKeyStages][kGranules];                       // first key of each granule of a key stage
     TileSlot tiles[kTileSlots];
     uint64_t keys_full[kKeyStages], keys_empty[kKeyStages];
     uint64_t values_full[kValueStages], values_empty[kValueStages];
@@ -111,13 +111,14 @@ struct ForwardTraits {
     uint64_t output_full[kQueryBuffers][kUnits];
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     uint64_t tile_wanted;
+    float unread;  // see hold_back_waits
   };
   static_assert(sizeof(Storage) <= sm90_shared_limit(Config::kCtasPerSm), "a CTA's shared memory");
 };
 
 // What the kernel gets, by value. Row coordinates of batched tensors are batch * *_batch_rows + row.
 struct ForwardArguments {
-  CUtensorMap map_q;    // (head_dim, rows, heads), box kChunkColumns x query_piece x 1
+  CUtensorMap map_q;    // (head_dim, rows, heads), box kChunkColumns x box_rows x box_heads
   CUtensorMap map_out;  // the same
   // Whole rows: (columns of a chunk, rows, chunks, groups of 8 rows, heads), box of one segment.
   CUtensorMap map_k, map_v;
@@ -141,11 +142,14 @@ struct ForwardArguments {
   int row_bytes;  // of a bit row
   int q_block_size;
   int packed_heads;  // query heads that share a tile's block list
-  int query_piece;   // rows that one query or output box moves
+  int query_piece;   // virtual rows that one query or output box moves: box_rows of each of box_heads heads
+  int box_rows, box_heads;
+  uint32_t query_bytes;  // that arrive for a unit
   int k_block_size;
   int segment_log2;  // a segment is the largest power of two rows, up to kTileN, that divides k_block_size
   int segments_per_block;
-  bool whole_rows;  // map_k and map_v can be used; otherwise every stage goes through the clipped maps
+  bool ragged_blocks;  // k_block_size is no multiple of a granule: the last segment of a block is short
+  bool whole_rows;     // map_k and map_v can be used; otherwise every stage goes through the clipped maps
   bool causal;
   float scale, scale_log2;
 };
