@@ -134,7 +134,7 @@ def extension():
     """Returns (the extension, its build command)."""
     if importlib.util.find_spec("torch") is None:
         fail(
-            "PyTorch is not in the build environment; install it, then use pip install --no-build-isolation (README.md)"
+            "PyTorch is not in the build environment; install it, then: pip install --no-build-isolation"
         )
     cuda = use_cuda()
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
@@ -189,7 +189,7 @@ def extension():
 
         def build_extensions(self) -> None:
             jobs = (
-                f", {os.environ['MAX_JOBS']} at a time; each of the kernels takes about half a minute" if cuda else ""
+                f", {os.environ['MAX_JOBS']} at a time; a kernel takes about half a minute" if cuda else ""
             )
             note(f"compiling {len(module.sources)} sources{jobs}")
             super().build_extensions()

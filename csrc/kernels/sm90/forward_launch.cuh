@@ -70,6 +70,11 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   }
   args.query_piece = args.box_heads > 1 ? sm90::kUnitRows : args.box_rows;
   args.ragged_blocks = shape.k_block_size % kGranule != 0;
+  if (args.ragged_blocks && params.rows_k >= sm90::kShortGranuleKeys) {
+    return Status::NotSupported("k has " + std::to_string(params.rows_k) + " rows and k_block_size is " +
+                                std::to_string(shape.k_block_size) +
+                                "; expected fewer than 2^27 rows, or a block size that is a multiple of 16");
+  }
   const int segment =
       args.ragged_blocks ? kGranule : std::min(shape.k_block_size & -shape.k_block_size, Config::kTileN);
   HBSATTN_RETURN_IF_ERROR(encode_rows(q.matrix, Config::kChunkColumns, args.box_rows, args.box_heads, &args.map_q));

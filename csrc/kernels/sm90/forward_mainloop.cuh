@@ -181,13 +181,10 @@ struct ForwardMainloop {
     CUTE_UNROLL
     for (int i = 0; i < Traits::kGranules; ++i) {
       // Lane 0 alone reads, because its arrival at keys_empty is what lets the producer overwrite them.
-      const int first_key = __shfl_sync(0xffffffffu, lane == 0 ? granules[i] : 0, 0);
-      int limit[2] = {limits.value[0], limits.value[1]};
-      if (args.ragged_blocks) {
-        const int block_end = first_key - first_key % args.k_block_size + args.k_block_size - 1 - 2 * (lane & 3);
-        limit[0] = min(limit[0], block_end);
-        limit[1] = min(limit[1], block_end);
-      }
+      const int code = __shfl_sync(0xffffffffu, lane == 0 ? granules[i] : 0, 0);
+      const int first_key = granule_first_key(code);
+      const int last_key = granule_last_key(code) - 2 * (lane & 3);
+      const int limit[2] = {min(limits.value[0], last_key), min(limits.value[1], last_key)};
       CUTE_UNROLL
       for (int j = 0; j < 8; ++j) {
         const int key = first_key + (j >> 2) * 8 + (j & 1);

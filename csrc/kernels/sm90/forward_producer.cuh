@@ -149,7 +149,7 @@ template <class Traits>
 struct StagePlan {
   int key = -1;  // first key of the segment that this lane loads; -1: none
   int end = 0;   // keys of the segment end here, or at the last visible key
-  int granule;   // first key of this lane's granule
+  int granule;   // encode_granule of this lane's granule
   bool clip;     // some segment ends before its rows do
 
   // `first`: the stage's first segment, counted from the front of the tile's first block; negative: padding.
@@ -165,8 +165,9 @@ struct StagePlan {
       end = min(block + args.k_block_size, tile.key_end);
     }
     clip = !args.whole_rows || __any_sync(0xffffffffu, key + (1 << args.segment_log2) > end && key >= 0);
-    granule = key_of_row(args, (lane % Traits::kGranules) * kGranule);
-    if (granule < 0) granule = kNoKey;
+    const int in_stage = (lane % Traits::kGranules) * kGranule;
+    const int granule_key = key_of_row(args, in_stage), granule_end = end_of_row(args, in_stage);
+    granule = granule_key < 0 ? kNoKey : args.ragged_blocks ? encode_granule(granule_key, granule_end) : granule_key;
   }
 
   // Key in row `in_stage` of the stage; negative: none.
@@ -179,7 +180,7 @@ struct StagePlan {
   }
 };
 
-// Issues the loads of one stage. `granules`, for a key stage, receives the first key of each.
+// Issues the loads of one stage. `granules`, for a key stage, receives what tells its keys.
 template <class Traits>
 __device__ __forceinline__ void fill_stage(const ForwardArguments& args, const StagePlan<Traits>& plan, int head,
                                            int run_begin, const CUtensorMap* whole, const CUtensorMap* clipped,

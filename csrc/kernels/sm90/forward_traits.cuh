@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cutlass/numeric_types.h>
 
+#include <climits>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
@@ -34,8 +35,18 @@ inline constexpr int kTileLead = 4;
 
 // Row coordinate that lies outside every tensor: the box is zero-filled and still counts its bytes.
 inline constexpr int kOutOfBounds = 1 << 30;
-// Key position of a granule that holds no key: above every limit.
-inline constexpr int kNoKey = 0x3fffffff;
+// What the key warp tells of a granule: its first key, or, where a block ends inside it, the complement of
+// 16 * first key + last key - first key. kNoKey: it holds none.
+inline constexpr int kNoKey = 0x3fffffff;          // above every limit
+inline constexpr int kShortGranuleKeys = 1 << 27;  // first keys that the second form has room for
+
+__device__ __forceinline__ int encode_granule(int first_key, int end) {
+  return end - first_key < kGranule ? ~(kGranule * first_key + end - first_key - 1) : first_key;
+}
+__device__ __forceinline__ int granule_first_key(int code) { return code < 0 ? ~code / kGranule : code; }
+__device__ __forceinline__ int granule_last_key(int code) {
+  return code < 0 ? ~code / kGranule + ~code % kGranule : INT_MAX;
+}
 
 // A tile as the query warp announces it to the other warps.
 struct TileSlot {
@@ -103,7 +114,7 @@ struct ForwardTraits {
     Element queries[kQueryBuffers][kUnits][kUnitRows * kHeadDim];  // the output leaves from here too
     int32_t key_columns[BitRow::kEntries];                         // active blocks, as the key warp
     int32_t value_columns[BitRow::kEntries];                       // and the value warp expand them
-    int32_t granules[kKeyStages][kGranules];                       // first key of each granule of a key stage
+    int32_t granules[kKeyStages][kGranules];                       // encode_granule for each granule of a key stage
     TileSlot tiles[kTileSlots];
     uint64_t keys_full[kKeyStages], keys_empty[kKeyStages];
     uint64_t values_full[kValueStages], values_empty[kValueStages];
