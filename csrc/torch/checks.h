@@ -29,25 +29,42 @@ inline void raise_if_error(const Status& status) {
   TORCH_CHECK_VALUE(false, status.message);
 }
 
+// Messages are put together without streams: an extension that is linked to a static C++ library cannot use the
+// stream operators that PyTorch's headers would instantiate in it.
+inline std::string text(const char* part) { return part; }
+inline std::string text(const std::string& part) { return part; }
+inline std::string text(int64_t part) { return std::to_string(part); }
+inline std::string text(at::Device part) { return part.str(); }
+inline std::string text(at::IntArrayRef part) {
+  std::string list;
+  for (const int64_t size : part) list += (list.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + list + "]";
+}
+
+template <class... Parts>
+std::string describe(const Parts&... parts) {
+  return (std::string() + ... + text(parts));
+}
+
 inline std::string dtype_name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
 
 inline void check_dtype(const char* name, const at::Tensor& tensor, at::ScalarType dtype) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " has dtype ", dtype_name(tensor.scalar_type()), "; expected ",
-                   dtype_name(dtype));
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype,
+                   describe(name, " has dtype ", dtype_name(tensor.scalar_type()), "; expected ", dtype_name(dtype)));
 }
 
 inline void check_device(const char* name, const at::Tensor& tensor, at::Device device) {
-  TORCH_CHECK_VALUE(tensor.device() == device, name, " is on ", tensor.device(), "; expected ", device,
-                    ", where the other tensors are");
+  TORCH_CHECK_VALUE(tensor.device() == device,
+                    describe(name, " is on ", tensor.device(), "; expected ", device, ", where the other tensors are"));
 }
 
 inline void check_dims(const char* name, const at::Tensor& tensor, int64_t dims) {
-  TORCH_CHECK_VALUE(tensor.dim() == dims, name, " has ", tensor.dim(), " dimensions, shape ", tensor.sizes(),
-                    "; expected ", dims);
+  TORCH_CHECK_VALUE(tensor.dim() == dims,
+                    describe(name, " has ", tensor.dim(), " dimensions, shape ", tensor.sizes(), "; expected ", dims));
 }
 
 inline void check_shape(const char* name, const at::Tensor& tensor, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), "; expected ", shape);
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, describe(name, " has shape ", tensor.sizes(), "; expected ", shape));
 }
 
 // An int32 table of the library's own making, or one that looks like it.
@@ -55,12 +72,13 @@ inline void check_table(const char* name, const at::Tensor& tensor, int64_t dims
   check_dtype(name, tensor, at::kInt);
   check_device(name, tensor, device);
   check_dims(name, tensor, dims);
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " has strides ", tensor.strides(), "; expected a contiguous tensor");
+  TORCH_CHECK_VALUE(tensor.is_contiguous(),
+                    describe(name, " has strides ", tensor.strides(), "; expected a contiguous tensor"));
 }
 
 inline int32_t to_int32(const char* name, int64_t value) {
-  TORCH_CHECK_VALUE(value >= std::numeric_limits<int32_t>::min() && value <= std::numeric_limits<int32_t>::max(), name,
-                    " is ", value, "; expected less than 2^31");
+  TORCH_CHECK_VALUE(value >= std::numeric_limits<int32_t>::min() && value <= std::numeric_limits<int32_t>::max(),
+                    describe(name, " is ", value, "; expected less than 2^31"));
   return static_cast<int32_t>(value);
 }
 
@@ -75,16 +93,16 @@ inline DType to_dtype(const char* name, const at::Tensor& tensor) {
     case at::kDouble:
       return DType::kFloat64;
     default:
-      TORCH_CHECK_TYPE(false, name, " has dtype ", dtype_name(tensor.scalar_type()),
-                       "; expected float16, bfloat16, float32 or float64");
+      TORCH_CHECK_TYPE(false, describe(name, " has dtype ", dtype_name(tensor.scalar_type()),
+                                       "; expected float16, bfloat16, float32 or float64"));
   }
 }
 
 // A tensor (batch, rows, heads, head_dim) or (rows, heads, head_dim). Strides of dimensions of one, which are
 // arbitrary in PyTorch, are those of a contiguous tensor.
 inline TensorView to_view(const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK_VALUE(tensor.stride(-1) == 1 || tensor.size(-1) <= 1, name, " has strides ", tensor.strides(),
-                    "; expected a contiguous last dimension");
+  TORCH_CHECK_VALUE(tensor.stride(-1) == 1 || tensor.size(-1) <= 1,
+                    describe(name, " has strides ", tensor.strides(), "; expected a contiguous last dimension"));
   TensorView view;
   view.data = tensor.data_ptr();
   view.head_stride = tensor.size(-2) > 1 ? tensor.stride(-2) : tensor.size(-1);

@@ -83,11 +83,11 @@ Stream current_stream(at::Device) {
 Tensor make_sequences_op(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, at::Device device,
                          int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t q_block_size, int64_t k_block_size,
                          int64_t row_stride) {
-  TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), "device is ", device, "; expected cpu or cuda");
+  TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), describe("device is ", device, "; expected cpu or cuda"));
   const Stream stream = device.is_cuda() ? current_stream(device) : nullptr;
   if (device.is_cuda() && !device.has_index()) device = c10::impl::VirtualGuardImpl(device.type()).getDevice();
   const c10::DeviceGuard guard(device);
-  TORCH_CHECK_VALUE(batch >= 0, "batch is ", batch, "; expected at least 0");
+  TORCH_CHECK_VALUE(batch >= 0, describe("batch is ", batch, "; expected at least 0"));
   SequencesParams params;
   params.shape = make_shape(batch, 1, 0, 0, q_block_size, k_block_size, false);
   params.seqlen_q = seqlen_q;
@@ -112,8 +112,10 @@ ForwardParams read_problem(const Tensor& q, const Tensor& k, const Tensor& v, co
                            const Tensor& sequences, const OptionalTensor& items, int64_t cols, int64_t q_block_size,
                            int64_t k_block_size, bool causal, bool pack_heads, double softmax_scale) {
   const at::Device device = q.device();
-  TORCH_CHECK_VALUE(q.dim() == 3 || q.dim() == 4, "q has shape ", q.sizes(), " and ", q.dim(),
-                    " dimensions; expected (total_q, heads_q, head_dim) or (batch, seqlen_q, heads_q, head_dim)");
+  TORCH_CHECK_VALUE(
+      q.dim() == 3 || q.dim() == 4,
+      describe("q has shape ", q.sizes(), " and ", q.dim(),
+               " dimensions; expected (total_q, heads_q, head_dim) or (batch, seqlen_q, heads_q, head_dim)"));
   ForwardParams params;
   params.packed = q.dim() == 3;
   params.dtype = to_dtype("q", q);
@@ -124,9 +126,10 @@ ForwardParams read_problem(const Tensor& q, const Tensor& k, const Tensor& v, co
   };
   check_like_q("k", k);
   check_like_q("v", v);
-  TORCH_CHECK_VALUE(k.size(-1) == q.size(-1), "k has a head_dim of ", k.size(-1), "; expected ", q.size(-1),
-                    ", that of q");
-  TORCH_CHECK_VALUE(v.sizes() == k.sizes(), "v has shape ", v.sizes(), "; expected ", k.sizes(), ", that of k");
+  TORCH_CHECK_VALUE(k.size(-1) == q.size(-1),
+                    describe("k has a head_dim of ", k.size(-1), "; expected ", q.size(-1), ", that of q"));
+  TORCH_CHECK_VALUE(v.sizes() == k.sizes(),
+                    describe("v has shape ", v.sizes(), "; expected ", k.sizes(), ", that of k"));
   params.mask = read_mask(bits, sequences, cols, q_block_size, k_block_size, causal, device);
   if (items) {
     check_table("items", *items, 2, device);
@@ -134,8 +137,10 @@ ForwardParams read_problem(const Tensor& q, const Tensor& k, const Tensor& v, co
   }
   if (!params.packed) {
     const int64_t batch = sequences.size(0);
-    TORCH_CHECK_VALUE(q.size(0) == batch, "q has a batch of ", q.size(0), "; expected ", batch, ", that of the mask");
-    TORCH_CHECK_VALUE(k.size(0) == batch, "k has a batch of ", k.size(0), "; expected ", batch, ", that of the mask");
+    TORCH_CHECK_VALUE(q.size(0) == batch,
+                      describe("q has a batch of ", q.size(0), "; expected ", batch, ", that of the mask"));
+    TORCH_CHECK_VALUE(k.size(0) == batch,
+                      describe("k has a batch of ", k.size(0), "; expected ", batch, ", that of the mask"));
   }
   params.q = to_view("q", q);
   params.k = to_view("k", k);
@@ -182,8 +187,8 @@ Tensor pack(PackParams& params, const Tensor& sequences, at::Device device) {
 // Whether the batch dimension of a batched source stands for every sequence.
 bool check_batch(const char* name, const Tensor& source, const Tensor& sequences) {
   const int64_t batch = sequences.dim() == 2 ? sequences.size(0) : 0;
-  TORCH_CHECK_VALUE(source.size(0) == 1 || source.size(0) == batch, name, " has a batch of ", source.size(0),
-                    "; expected 1 or ", batch);
+  TORCH_CHECK_VALUE(source.size(0) == 1 || source.size(0) == batch,
+                    describe(name, " has a batch of ", source.size(0), "; expected 1 or ", batch));
   return source.size(0) == 1;
 }
 
@@ -221,7 +226,8 @@ Tensor pack_indices(const Tensor& counts, const Tensor& indices, const Tensor& s
   source.width = indices.size(-1);
   source.batch_stride = flat || check_batch("counts", counts, sequences) ? 0 : heads * q_blocks;
   const int64_t all_rows = flat || sequences.dim() != 2 ? q_blocks : sequences.size(0) * q_blocks;
-  TORCH_CHECK_VALUE(rows == all_rows, "rows is ", rows, "; expected ", all_rows, ", the query blocks of counts");
+  TORCH_CHECK_VALUE(rows == all_rows,
+                    describe("rows is ", rows, "; expected ", all_rows, ", the query blocks of counts"));
   std::vector<int64_t> shape = counts.sizes().vec();
   shape.push_back(source.width);
   check_shape("indices", indices, shape);
