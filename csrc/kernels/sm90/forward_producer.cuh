@@ -149,7 +149,6 @@ template <class Traits>
 struct StagePlan {
   int key = -1;  // first key of the segment that this lane loads; -1: none
   int end = 0;   // keys of the segment end here, or at the last visible key
-  int granule;   // encode_granule of this lane's granule
   bool clip;     // some segment ends before its rows do
 
   // `first`: the stage's first segment, counted from the front of the tile's first block; negative: padding.
@@ -157,20 +156,20 @@ struct StagePlan {
                                        int first, int lane) {
     const int position = first + lane;
     if (lane < Traits::kTileN >> args.segment_log2 && position >= 0) {
-      // Blocks and the segments in them come in descending order.
-      const int entry = args.segments_per_block == 1 ? position : position / args.segments_per_block;
-      const int segment = (entry + 1) * args.segments_per_block - 1 - position;
+      int entry = position, segment = 0;
+      if (args.segments_per_block > 1) {
+        // Blocks come in descending order, and so do the segments in them.
+        entry = position / args.segments_per_block;
+        segment = (entry + 1) * args.segments_per_block - 1 - position;
+      }
       const int block = blocks.column(entry) * args.k_block_size;
       key = block + (segment << args.segment_log2);
       end = min(block + args.k_block_size, tile.key_end);
     }
-    clip = !args.whole_rows || __any_sync(0xffffffffu, key + (1 << args.segment_log2) > end && key >= 0);
-    const int in_stage = (lane % Traits::kGranules) * kGranule;
-    const int granule_key = key_of_row(args, in_stage), granule_end = end_of_row(args, in_stage);
-    granule = granule_key < 0 ? kNoKey : args.ragged_blocks ? encode_granule(granule_key, granule_end) : granule_key;
+    clip = !args.whole_rows || __any_sync(0xffffffffu, key >= 0 && key + (1 << args.segment_log2) > end);
   }
 
-  // Key in row `in_stage` of the stage; negative: none.
+  // Key in row `in_stage` of the stage, and the end of its segment; a negative key: none.
   __device__ __forceinline__ int key_of_row(const ForwardArguments& args, int in_stage) const {
     const int first = __shfl_sync(0xffffffffu, key, in_stage >> args.segment_log2);
     return first < 0 ? -1 : first + (in_stage & ((1 << args.segment_log2) - 1));
@@ -178,13 +177,24 @@ struct StagePlan {
   __device__ __forceinline__ int end_of_row(const ForwardArguments& args, int in_stage) const {
     return __shfl_sync(0xffffffffu, end, in_stage >> args.segment_log2);
   }
+
+  // encode_granule of this lane's granule.
+  __device__ __forceinline__ int granule(const ForwardArguments& args, int lane) const {
+    const int in_stage = (lane % Traits::kGranules) * kGranule;
+    const int first_key = key_of_row(args, in_stage);
+    if (args.ragged_blocks) {
+      const int granule_end = end_of_row(args, in_stage);
+      return first_key < 0 ? kNoKey : encode_granule(first_key, granule_end);
+    }
+    return first_key < 0 ? kNoKey : first_key;
+  }
 };
 
-// Issues the loads of one stage. `granules`, for a key stage, receives what tells its keys.
+// Issues the loads of one stage. `granules`, for a key stage, receives `granule` of each lane that has one.
 template <class Traits>
 __device__ __forceinline__ void fill_stage(const ForwardArguments& args, const StagePlan<Traits>& plan, int head,
                                            int run_begin, const CUtensorMap* whole, const CUtensorMap* clipped,
-                                           uint8_t* stage, uint64_t* full, int32_t* granules, int lane) {
+                                           uint8_t* stage, uint64_t* full, int32_t* granules, int granule, int lane) {
   if (lane == 0) mbarrier_arrive_expect(full, Traits::kStageBytes);
   __syncwarp();
   if (!plan.clip) {
@@ -210,7 +220,7 @@ __device__ __forceinline__ void fill_stage(const ForwardArguments& args, const S
   }
   if (granules != nullptr && lane < Traits::kGranules) {
     // The lane that writes a granule arrives for it. Neither is on the way of the loads, which take far longer.
-    granules[lane] = plan.granule;
+    granules[lane] = granule;
     mbarrier_arrive(full);
   }
 }
@@ -233,7 +243,7 @@ __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, ty
     const uint32_t first_byte = storage.tiles[slot.index].first_chunk[lane];
     release_tile(storage, slot, lane);
     if (tile.item.bit_row < 0) break;
-    if (kKeys && tile.stages <= kTileLead && lane == 0) mbarrier_arrive(&storage.tile_wanted);
+    if (kKeys && tile.stages <= Traits::kTileLead && lane == 0) mbarrier_arrive(&storage.tile_wanted);
 
     BitRow blocks(args.bits + static_cast<int64_t>(tile.item.bit_row) * args.row_bytes, args.row_bytes,
                   tile.item.col_end, kKeys ? storage.key_columns : storage.value_columns, first_byte);
@@ -241,13 +251,14 @@ __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, ty
       const int first = i * segments - tile.padding;
       blocks.expand((first + segments + args.segments_per_block - 1) / args.segments_per_block, lane);
       const StagePlan<Traits> plan(args, blocks, tile, first, lane);
+      const int granule = kKeys ? plan.granule(args, lane) : 0;
       mbarrier_wait(&empty[stage.index], stage.parity);
       uint8_t* destination =
           reinterpret_cast<uint8_t*>(kKeys ? storage.keys : storage.values) + stage.index * Traits::kStageBytes;
       fill_stage<Traits>(args, plan, tile.item.head / args.heads_per_key_head,
                          tile.item.k_begin + tile.item.sequence * batch_rows, whole, clipped, destination,
-                         &full[stage.index], kKeys ? storage.granules[stage.index] : nullptr, lane);
-      if (kKeys && i == tile.stages - kTileLead - 1 && lane == 0) mbarrier_arrive(&storage.tile_wanted);
+                         &full[stage.index], kKeys ? storage.granules[stage.index] : nullptr, granule, lane);
+      if (kKeys && i == tile.stages - Traits::kTileLead - 1 && lane == 0) mbarrier_arrive(&storage.tile_wanted);
       stage.advance();
     }
   }

@@ -29,9 +29,9 @@ enum ForwardBarrier : uint32_t {
 
 inline constexpr int kUnitRows = 64;  // query rows of one consumer warpgroup
 inline constexpr int kTileSlots = 4;  // a ring; the slowest reader may be some tiles behind
-// A CTA takes its next tile off the work list when this many key stages of the current one are still to be loaded:
-// enough to hide the three dependent loads that it takes, and late enough that work goes to whoever is free.
-inline constexpr int kTileLead = 4;
+// A CTA takes its next tile off the work list when this many keys of the current one are still to be loaded: enough to
+// hide the three dependent loads that it takes, and late enough that work goes to whoever is free.
+inline constexpr int kTileLeadKeys = 512;
 
 // Row coordinate that lies outside every tensor: the box is zero-filled and still counts its bytes.
 inline constexpr int kOutOfBounds = 1 << 30;
@@ -74,6 +74,7 @@ struct ForwardTraits {
   static constexpr int kChunkColumns = Config::kChunkColumns;  // of a row, what one swizzle atom spans
   static constexpr int kChunks = kHeadDim / kChunkColumns;
   static constexpr int kGranules = kTileN / kGranule;
+  static constexpr int kTileLead = kTileLeadKeys / kTileN;  // in stages
   static_assert(kTileM == kUnits * kUnitRows);
   static_assert(kHeadDim % kChunkColumns == 0);
 
