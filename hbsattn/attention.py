@@ -51,7 +51,7 @@ def _attend(
     mask._check_use(q, k)
     heads_q, head_dim = q.shape[-2:]
     if softmax_scale is None:
-        softmax_scale = head_dim**-0.5
+        softmax_scale = head_dim**-0.5 if head_dim else 1.0  # the op refuses a head_dim of 0
     key = (heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)
     items = mask._cached_items(key)
     if items is None:

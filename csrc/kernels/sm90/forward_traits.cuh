@@ -41,6 +41,7 @@ inline constexpr int kNoKey = 0x3fffffff;          // above every limit
 inline constexpr int kShortGranuleKeys = 1 << 27;  // first keys that the second form has room for
 
 __device__ __forceinline__ int encode_granule(int first_key, int end) {
+  if (end <= first_key) return kNoKey;
   return end - first_key < kGranule ? ~(kGranule * first_key + end - first_key - 1) : first_key;
 }
 __device__ __forceinline__ int granule_first_key(int code) { return code < 0 ? ~code / kGranule : code; }
