@@ -7,65 +7,62 @@ namespace hbsattn {
 // The active blocks of one bit row, largest column first, expanded by one warp into a small ring in shared memory.
 // Every kernel that asks which blocks a row has asks it here; dense, causal and sparse rows differ in bits alone.
 //
-// A round takes a chunk of 256 columns, eight per lane. The chunk after the current one is already on its way from
-// global memory while the current one is used.
+// Lanes hold a chunk of 1024 columns, a word each, while the next chunk is on its way from global memory. A round
+// expands one word; words of zeros cost nothing.
+template <int kEntries>
 struct BitRow {
-  static constexpr int kEntries = 512;  // ring size: two full chunks
-  static constexpr int kChunkBytes = 32;
+  static constexpr int kColumns = 1024;  // of a chunk
+  static_assert(kEntries >= 32 + 8, "a word's columns, and those that are left of the last ones");
 
-  const uint8_t* row;
+  const uint32_t* row;
   int32_t* ring;
-  int row_bytes;
-  int col_end;   // columns from here on are ignored
-  int chunk;     // the chunk that `next_byte` belongs to
-  int made = 0;  // entries written so far
-  uint32_t next_byte;
+  int col_end;  // columns from here on are ignored
+  int lane;
+  int chunk;           // that `word` belongs to
+  uint32_t word;       // this lane's columns of the chunk
+  uint32_t next_word;  // and of the chunk before it
+  uint32_t pending;    // words of the chunk that have columns left to expand
+  int made = 0;        // entries written so far
 
-  // Byte of `lane` in a chunk: lane 0 has the largest columns.
-  static __device__ __forceinline__ uint32_t load(const uint8_t* row, int row_bytes, int chunk, int lane) {
-    const int index = chunk * kChunkBytes + kChunkBytes - 1 - lane;
-    return index < row_bytes ? __ldg(row + index) : 0u;
+  static __device__ __forceinline__ int first_chunk(int col_end) { return (col_end - 1) / kColumns; }
+
+  static __device__ __forceinline__ uint32_t load(const uint32_t* row, int col_end, int chunk, int lane) {
+    const int first_col = chunk * kColumns + lane * 32;
+    if (chunk < 0 || first_col >= col_end) return 0;
+    const uint32_t word = __ldg(row + first_col / 32);
+    return first_col + 32 <= col_end ? word : word & ((1u << (col_end - first_col)) - 1);
   }
 
-  static __device__ __forceinline__ int first_chunk(int col_end) { return (col_end - 1) >> 8; }
-
-  // `first_byte` is load(row, row_bytes, first_chunk(col_end), lane).
-  __device__ __forceinline__ BitRow(const uint8_t* row, int row_bytes, int col_end, int32_t* ring, uint32_t first_byte)
+  // `first_word` is load(row, col_end, first_chunk(col_end), lane). A row without columns is not expanded.
+  __device__ __forceinline__ BitRow(const uint32_t* row, int col_end, int32_t* ring, uint32_t first_word, int lane)
       : row(row),
         ring(ring),
-        row_bytes(row_bytes),
         col_end(col_end),
+        lane(lane),
         chunk(first_chunk(col_end)),
-        next_byte(first_byte) {}
+        word(first_word),
+        next_word(load(row, col_end, chunk - 1, lane)),
+        pending(__ballot_sync(0xffffffffu, first_word != 0)) {}
 
   // Makes at least `count` entries, or all there are.
-  __device__ __forceinline__ void expand(int count, int lane) {
-    while (made < count && chunk >= 0) {
-      const int first_col = (chunk * kChunkBytes + kChunkBytes - 1 - lane) * 8;
-      uint32_t byte = next_byte;
-      if (first_col + 8 > col_end) byte &= (1u << max(col_end - first_col, 0)) - 1u;
-      if (--chunk >= 0) next_byte = load(row, row_bytes, chunk, lane);
-
-      const int count_here = __popc(byte);
-      int inclusive = count_here;
-#pragma unroll
-      for (int delta = 1; delta < 32; delta <<= 1) {
-        const int below = __shfl_up_sync(0xffffffffu, inclusive, delta);
-        if (lane >= delta) inclusive += below;
+  __device__ __forceinline__ void expand(int count) {
+    while (made < count) {
+      while (pending == 0) {
+        if (--chunk < 0) return;
+        word = next_word;
+        next_word = load(row, col_end, chunk - 1, lane);
+        pending = __ballot_sync(0xffffffffu, word != 0);
       }
-      int position = made + inclusive - count_here;
-      made += __shfl_sync(0xffffffffu, inclusive, 31);
-      __syncwarp();
-      while (byte) {
-        const int bit = 31 - __clz(byte);
-        ring[position++ & (kEntries - 1)] = first_col + bit;
-        byte ^= 1u << bit;
-      }
+      const int owner = 31 - __clz(pending);
+      pending ^= 1u << owner;
+      const uint32_t bits = __shfl_sync(0xffffffffu, word, owner) >> lane;
+      if (bits & 1) ring[(made + __popc(bits >> 1)) % kEntries] = chunk * kColumns + owner * 32 + lane;
+      made += __shfl_sync(0xffffffffu, __popc(bits), 0);
       __syncwarp();
     }
   }
 
-  __device__ __forceinline__ int column(int position) const { return ring[position & (kEntries - 1)]; }
+  __device__ __forceinline__ int column(int position) const { return ring[position % kEntries]; }
 };
 
 }  // namespace hbsattn

@@ -25,7 +25,7 @@ __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage)
       mbarrier_init(&storage.output_full[i][unit], 4);
     }
   }
-  for (int i = 0; i < kTileSlots; ++i) {
+  for (int i = 0; i < Traits::kTileSlots; ++i) {
     mbarrier_init(&storage.tile_full[i], 32);
     mbarrier_init(&storage.tile_empty[i], Traits::kTileReaders);
   }
@@ -37,7 +37,7 @@ template <class Traits>
 __device__ __forceinline__ void run_consumer(const ForwardArguments& args, typename Traits::Storage& storage, int unit,
                                              int warp, int lane) {
   ForwardMainloop<Traits> mainloop(args, storage, unit, lane);
-  RingPosition<kTileSlots> slot(0);
+  RingPosition<Traits::kTileSlots> slot(0);
   RingPosition<Traits::kQueryBuffers> buffer(0);
   while (true) {
     const WorkItem item = wait_tile(storage, slot).item;

@@ -88,7 +88,7 @@ Status run_forward(const ForwardParams& params, Stream stream) {
     HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, segment, &args.map_v));
   }
 
-  args.bits = reinterpret_cast<const uint8_t*>(params.mask.bits);
+  args.bits = params.mask.bits;
   args.items = params.items;
   args.num_items = static_cast<int>(params.num_items);
   args.ticket = static_cast<int*>(params.workspace);
@@ -108,7 +108,7 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   args.heads_q = params.heads_q;
   args.head_dim = params.head_dim;
   args.heads_per_key_head = group;
-  args.row_bytes = static_cast<int>(shape.words() * sizeof(uint32_t));
+  args.row_words = static_cast<int>(shape.words());
   args.q_block_size = shape.q_block_size;
   args.k_block_size = shape.k_block_size;
   args.segments_per_block = (shape.k_block_size + segment - 1) / segment;

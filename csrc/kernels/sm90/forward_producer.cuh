@@ -36,15 +36,19 @@ __device__ __forceinline__ Element* out_of_row(const ForwardArguments& args, con
          (static_cast<int64_t>(item.q_begin) + place.row) * args.out_row_stride + place.head * args.out_head_stride;
 }
 
+__device__ __forceinline__ const uint32_t* row_of(const ForwardArguments& args, const WorkItem& item) {
+  return args.bits + static_cast<int64_t>(item.bit_row) * args.row_words;
+}
+
 // The tile that a slot announces. Who has read it releases the slot: one of kTileReaders arrivals.
-template <class Storage>
-__device__ __forceinline__ TileSlot const& wait_tile(Storage& storage, RingPosition<kTileSlots> const& position) {
+template <class Storage, class Position>
+__device__ __forceinline__ const TileSlot& wait_tile(Storage& storage, const Position& position) {
   mbarrier_wait(&storage.tile_full[position.index], position.parity);
   return storage.tiles[position.index];
 }
 
-template <class Storage>
-__device__ __forceinline__ void release_tile(Storage& storage, RingPosition<kTileSlots>& position, int lane) {
+template <class Storage, class Position>
+__device__ __forceinline__ void release_tile(Storage& storage, Position& position, int lane) {
   __syncwarp();
   if (lane == 0) mbarrier_arrive(&storage.tile_empty[position.index]);
   position.advance();
@@ -92,12 +96,12 @@ __device__ __forceinline__ void load_queries(const ForwardArguments& args, typen
   }
 }
 
-// Takes tiles off the work list, announces them with the first chunk of their bit row, and loads their queries.
+// Takes tiles off the work list, announces them with the first words of their bit row, and loads their queries.
 template <class Traits>
 __device__ __forceinline__ void run_query_warp(const ForwardArguments& args, typename Traits::Storage& storage,
                                                int lane) {
   const int segments = Traits::kTileN >> args.segment_log2;
-  RingPosition<kTileSlots> slot(1);
+  RingPosition<Traits::kTileSlots> slot(1);
   RingPosition<Traits::kQueryBuffers> buffer(1);
   RingPosition<1> wanted(0);
   int work = blockIdx.x;
@@ -107,17 +111,17 @@ __device__ __forceinline__ void run_query_warp(const ForwardArguments& args, typ
     if (work < args.num_items) item = args.items[work];
     clamp_to_tensors(args, item);
     const bool last = item.bit_row < 0;
-    const uint8_t* row = args.bits + static_cast<int64_t>(item.bit_row) * args.row_bytes;
-    uint32_t first_byte = 0;
+    uint32_t first_word = 0;
     if (!last && item.blocks > 0) {
-      first_byte = BitRow::load(row, args.row_bytes, BitRow::first_chunk(item.col_end), lane);
+      first_word =
+          Traits::Blocks::load(row_of(args, item), item.col_end, Traits::Blocks::first_chunk(item.col_end), lane);
     }
 
     const int item_segments = item.blocks * args.segments_per_block;
     const int stages = (item_segments + segments - 1) / segments;
     mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
     TileSlot& announced = storage.tiles[slot.index];
-    announced.first_chunk[lane] = static_cast<uint8_t>(first_byte);
+    announced.first_words[lane] = first_word;
     if (lane == 0) {
       const int padding = stages * segments - item_segments;
       announced.item = item;
@@ -152,8 +156,8 @@ struct StagePlan {
   bool clip;     // some segment ends before its rows do
 
   // `first`: the stage's first segment, counted from the front of the tile's first block; negative: padding.
-  __device__ __forceinline__ StagePlan(const ForwardArguments& args, const BitRow& blocks, const TileSlot& tile,
-                                       int first, int lane) {
+  __device__ __forceinline__ StagePlan(const ForwardArguments& args, const typename Traits::Blocks& blocks,
+                                       const TileSlot& tile, int first, int lane) {
     const int position = first + lane;
     if (lane < Traits::kTileN >> args.segment_log2 && position >= 0) {
       int entry = position, segment = 0;
@@ -236,20 +240,20 @@ __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, ty
   uint64_t* full = kKeys ? storage.keys_full : storage.values_full;
   uint64_t* empty = kKeys ? storage.keys_empty : storage.values_empty;
 
-  RingPosition<kTileSlots> slot(0);
+  RingPosition<Traits::kTileSlots> slot(0);
   RingPosition<kKeys ? Traits::kKeyStages : Traits::kValueStages> stage(1);
   while (true) {
     const TileSlot tile = wait_tile(storage, slot);
-    const uint32_t first_byte = storage.tiles[slot.index].first_chunk[lane];
+    const uint32_t first_word = storage.tiles[slot.index].first_words[lane];
     release_tile(storage, slot, lane);
     if (tile.item.bit_row < 0) break;
     if (kKeys && tile.stages <= Traits::kTileLead && lane == 0) mbarrier_arrive(&storage.tile_wanted);
 
-    BitRow blocks(args.bits + static_cast<int64_t>(tile.item.bit_row) * args.row_bytes, args.row_bytes,
-                  tile.item.col_end, kKeys ? storage.key_columns : storage.value_columns, first_byte);
+    typename Traits::Blocks blocks(row_of(args, tile.item), tile.item.col_end,
+                                   kKeys ? storage.key_columns : storage.value_columns, first_word, lane);
     for (int i = 0; i < tile.stages; ++i) {
       const int first = i * segments - tile.padding;
-      blocks.expand((first + segments + args.segments_per_block - 1) / args.segments_per_block, lane);
+      blocks.expand((first + segments + args.segments_per_block - 1) / args.segments_per_block);
       const StagePlan<Traits> plan(args, blocks, tile, first, lane);
       const int granule = kKeys ? plan.granule(args, lane) : 0;
       mbarrier_wait(&empty[stage.index], stage.parity);
@@ -286,7 +290,7 @@ __device__ __forceinline__ void copy_rows(const ForwardArguments& args, const Wo
 template <class Traits>
 __device__ __forceinline__ void run_output_warp(const ForwardArguments& args, typename Traits::Storage& storage,
                                                 int lane) {
-  RingPosition<kTileSlots> slot(0);
+  RingPosition<Traits::kTileSlots> slot(0);
   RingPosition<Traits::kQueryBuffers> buffer(0);
   while (true) {
     const WorkItem item = wait_tile(storage, slot).item;

@@ -28,7 +28,6 @@ enum ForwardBarrier : uint32_t {
 };
 
 inline constexpr int kUnitRows = 64;  // query rows of one consumer warpgroup
-inline constexpr int kTileSlots = 4;  // a ring; the slowest reader may be some tiles behind
 // A CTA takes its next tile off the work list when this many keys of the current one are still to be loaded: enough to
 // hide the three dependent loads that it takes, and late enough that work goes to whoever is free.
 inline constexpr int kTileLeadKeys = 512;
@@ -51,12 +50,12 @@ __device__ __forceinline__ int granule_last_key(int code) {
 
 // A tile as the query warp announces it to the other warps.
 struct TileSlot {
-  WorkItem item;      // bit_row < 0: no more tiles
-  int stages;         // key stages
-  int masked_stages;  // of these, the first ones that need element masks, the first stage always among them
-  int padding;        // segments at the front of the first stage that hold no keys
-  int key_end;        // keys from here on, in the sequence, are visible to no row of the tile
-  uint8_t first_chunk[BitRow::kChunkBytes];  // first chunk of the bit row, as BitRow::load gives it to each lane
+  WorkItem item;             // bit_row < 0: no more tiles
+  int stages;                // key stages
+  int masked_stages;         // of these, the first ones that need element masks, the first stage always among them
+  int padding;               // segments at the front of the first stage that hold no keys
+  int key_end;               // keys from here on, in the sequence, are visible to no row of the tile
+  uint32_t first_words[32];  // of the bit row, as BitRow::load gives them to the lanes
 };
 
 template <class Config>
@@ -76,6 +75,10 @@ struct ForwardTraits {
   static constexpr int kChunks = kHeadDim / kChunkColumns;
   static constexpr int kGranules = kTileN / kGranule;
   static constexpr int kTileLead = kTileLeadKeys / kTileN;  // in stages
+  // With two CTAs, every byte beside the stages counts.
+  static constexpr int kTileSlots = Config::kCtasPerSm == 1 ? 4 : 2;  // a ring; readers may be some tiles behind
+  static constexpr int kColumnEntries = Config::kCtasPerSm == 1 ? 64 : 48;
+  using Blocks = BitRow<kColumnEntries>;
   static_assert(kTileM == kUnits * kUnitRows);
   static_assert(kHeadDim % kChunkColumns == 0);
 
@@ -114,8 +117,8 @@ struct ForwardTraits {
     Element keys[kKeyStages][kTileN * kHeadDim];
     Element values[kValueStages][kTileN * kHeadDim];
     Element queries[kQueryBuffers][kUnits][kUnitRows * kHeadDim];  // the output leaves from here too
-    int32_t key_columns[BitRow::kEntries];                         // active blocks, as the key warp
-    int32_t value_columns[BitRow::kEntries];                       // and the value warp expand them
+    int32_t key_columns[kColumnEntries];                           // active blocks, as the key warp
+    int32_t value_columns[kColumnEntries];                         // and the value warp expand them
     int32_t granules[kKeyStages][kGranules];                       // encode_granule for each granule of a key stage
     TileSlot tiles[kTileSlots];
     uint64_t keys_full[kKeyStages], keys_empty[kKeyStages];
@@ -138,7 +141,7 @@ struct ForwardArguments {
   // 8 rows of a chunk that end at any row, see tensor_map.h: (head_dim, rows before the end, wrap, end, heads).
   CUtensorMap map_k_clipped, map_v_clipped;
 
-  const uint8_t* bits;
+  const uint32_t* bits;
   const WorkItem* items;
   int num_items;
   int* ticket;
@@ -152,7 +155,7 @@ struct ForwardArguments {
   int q_batch_rows, k_batch_rows, v_batch_rows, out_batch_rows;
   int lse_batch_stride_rows;  // 0 when packed
   int heads_q, head_dim, heads_per_key_head;
-  int row_bytes;  // of a bit row
+  int row_words;  // of a bit row
   int q_block_size;
   int packed_heads;  // query heads that share a tile's block list
   int query_piece;   // virtual rows that one query or output box moves: box_rows of each of box_heads heads
