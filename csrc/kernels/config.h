@@ -52,7 +52,7 @@ struct Sm90Forward {
                                                      : (kHeadDim == 128 || kHeadDim == 256 ? 2 : 3);
   static constexpr int kValueStages = kTileM == 64 ? (kHeadDim == 96 ? 4 : 3) : kKeyStages;
   // Two query buffers let the next tile's queries arrive while the last output still leaves from the other.
-  static constexpr int kQueryBuffers = kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kQueryBuffers = kHeadDim < 128 || (kHeadDim == 128 && kTileM == 128) ? 2 : 1;
   // Columns that one swizzle pattern spans: 128 bytes, or 64 where the head dim is no multiple of that.
   static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;
 

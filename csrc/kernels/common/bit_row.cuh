@@ -8,11 +8,12 @@ namespace hbsattn {
 // Every kernel that asks which blocks a row has asks it here; dense, causal and sparse rows differ in bits alone.
 //
 // Lanes hold a chunk of 1024 columns, a word each, while the next chunk is on its way from global memory. A round
-// expands one word; words of zeros cost nothing.
-template <int kEntries>
+// expands kBits columns a lane; columns without blocks are skipped in large steps.
+template <int kBits, int kEntries>
 struct BitRow {
   static constexpr int kColumns = 1024;  // of a chunk
-  static_assert(kEntries >= 32 + 8, "a word's columns, and those that are left of the last ones");
+  static constexpr int kRoundColumns = 32 * kBits;
+  static_assert(kEntries >= kRoundColumns + 8, "a round's columns, and those that are left of the last one");
 
   const uint32_t* row;
   int32_t* ring;
@@ -53,11 +54,24 @@ struct BitRow {
         next_word = load(row, col_end, chunk - 1, lane);
         pending = __ballot_sync(0xffffffffu, word != 0);
       }
-      const int owner = 31 - __clz(pending);
-      pending ^= 1u << owner;
-      const uint32_t bits = __shfl_sync(0xffffffffu, word, owner) >> lane;
-      if (bits & 1) ring[(made + __popc(bits >> 1)) % kEntries] = chunk * kColumns + owner * 32 + lane;
-      made += __shfl_sync(0xffffffffu, __popc(bits), 0);
+      // The round's words are kBits in a row; all above them are done. Lane 0 has the largest columns.
+      const int first_word = (31 - __clz(pending)) / kBits * kBits;
+      pending &= (1u << first_word) - 1;
+      const int offset = (31 - lane) * kBits;
+      const uint32_t bits = __shfl_sync(0xffffffffu, word, first_word + offset / 32) >> (offset % 32);
+      const uint32_t larger = (1u << lane) - 1;  // lanes
+      int position = made;
+      uint32_t with[kBits];
+#pragma unroll
+      for (int bit = 0; bit < kBits; ++bit) {
+        with[bit] = __ballot_sync(0xffffffffu, (bits >> bit) & 1);
+        position += __popc(with[bit] & larger);
+        made += __popc(with[bit]);
+      }
+#pragma unroll
+      for (int bit = kBits - 1; bit >= 0; --bit) {
+        if ((bits >> bit) & 1) ring[position++ % kEntries] = chunk * kColumns + first_word * 32 + offset + bit;
+      }
       __syncwarp();
     }
   }

@@ -77,8 +77,8 @@ struct ForwardTraits {
   static constexpr int kTileLead = kTileLeadKeys / kTileN;  // in stages
   // With two CTAs, every byte beside the stages counts.
   static constexpr int kTileSlots = Config::kCtasPerSm == 1 ? 4 : 2;  // a ring; readers may be some tiles behind
-  static constexpr int kColumnEntries = Config::kCtasPerSm == 1 ? 64 : 48;
-  using Blocks = BitRow<kColumnEntries>;
+  static constexpr int kColumnEntries = Config::kCtasPerSm == 1 ? 256 : 72;
+  using Blocks = BitRow<Config::kCtasPerSm == 1 ? 4 : 2, kColumnEntries>;
   static_assert(kTileM == kUnits * kUnitRows);
   static_assert(kHeadDim % kChunkColumns == 0);
 
