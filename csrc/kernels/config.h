@@ -46,13 +46,14 @@ struct Sm90Forward {
   // With two CTAs it is shared memory that leaves no more.
   static constexpr int kTileN = kHeadDim <= 64 || (kHeadDim <= 128 && kTileM == 128) ? 128 : 64;
   // As many as fit beside the queries. For tiles of 128 rows, two of each suffice at head dim 128 (a third is within
-  // noise). Tiles of 64 rows wait for L2, and a value stage is held longer than a key stage: until after the softmax.
+  // noise). Tiles of 64 rows wait for L2, and a value stage is held longer than a key stage: until after the softmax;
+  // at head dim 128 a second query buffer is worth more than a third value stage.
   static constexpr int kKeyStages = kTileM == 64     ? (kHeadDim == 96 ? 3 : 2)
-                                    : kHeadDim <= 64 ? 4
+                                    : kHeadDim == 64 ? 4
                                                      : (kHeadDim == 128 || kHeadDim == 256 ? 2 : 3);
-  static constexpr int kValueStages = kTileM == 64 ? (kHeadDim == 96 ? 4 : 3) : kKeyStages;
+  static constexpr int kValueStages = kTileM == 64 && kHeadDim < 128 ? kKeyStages + 1 : kKeyStages;
   // Two query buffers let the next tile's queries arrive while the last output still leaves from the other.
-  static constexpr int kQueryBuffers = kHeadDim < 128 || (kHeadDim == 128 && kTileM == 128) ? 2 : 1;
+  static constexpr int kQueryBuffers = kHeadDim <= 128 ? 2 : 1;
   // Columns that one swizzle pattern spans: 128 bytes, or 64 where the head dim is no multiple of that.
   static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;
 

@@ -75,10 +75,9 @@ struct ForwardTraits {
   static constexpr int kChunks = kHeadDim / kChunkColumns;
   static constexpr int kGranules = kTileN / kGranule;
   static constexpr int kTileLead = kTileLeadKeys / kTileN;  // in stages
-  // With two CTAs, every byte beside the stages counts.
-  static constexpr int kTileSlots = Config::kCtasPerSm == 1 ? 4 : 2;  // a ring; readers may be some tiles behind
-  static constexpr int kColumnEntries = Config::kCtasPerSm == 1 ? 256 : 72;
-  using Blocks = BitRow<Config::kCtasPerSm == 1 ? 4 : 2, kColumnEntries>;
+  static constexpr int kTileSlots = 4;                      // a ring; readers may be some tiles behind
+  static constexpr int kColumnEntries = 192;
+  using Blocks = BitRow<4, kColumnEntries>;
   static_assert(kTileM == kUnits * kUnitRows);
   static_assert(kHeadDim % kChunkColumns == 0);
 
