@@ -18,10 +18,10 @@ __device__ __forceinline__ float* lse_of_row(const ForwardArguments& args, const
          static_cast<int64_t>(place.head) * args.rows_q + item.q_begin + place.row;
 }
 
-template <class Traits>
+template <class Traits, bool kGeneral>
 __device__ __forceinline__ void finish_tile(const ForwardArguments& args, typename Traits::Storage& storage,
-                                            ForwardMainloop<Traits>& mainloop, const WorkItem& item, int buffer,
-                                            int warp) {
+                                            ForwardMainloop<Traits, kGeneral>& mainloop, const WorkItem& item,
+                                            int buffer, int warp) {
   using namespace cute;
   using Element = typename Traits::Element;
   const int unit = mainloop.unit, lane = mainloop.lane;
@@ -31,7 +31,7 @@ __device__ __forceinline__ void finish_tile(const ForwardArguments& args, typena
   if ((lane & 3) == 0) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const RowPlace place(args, item, unit * kUnitRows + warp * 16 + lane / 4 + 8 * row);
+      const RowPlace place = RowPlace::in_strip<kGeneral>(args, item, unit * kUnitRows + warp * 16, lane / 4 + 8 * row);
       if (place.count > 0) *lse_of_row(args, item, place) = lse[row];
     }
   }

@@ -33,10 +33,10 @@ __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage)
   mbarrier_init_fence();
 }
 
-template <class Traits>
+template <class Traits, bool kGeneral>
 __device__ __forceinline__ void run_consumer(const ForwardArguments& args, typename Traits::Storage& storage, int unit,
                                              int warp, int lane) {
-  ForwardMainloop<Traits> mainloop(args, storage, unit, lane);
+  ForwardMainloop<Traits, kGeneral> mainloop(args, storage, unit, lane);
   RingPosition<Traits::kTileSlots> slot(0);
   RingPosition<Traits::kQueryBuffers> buffer(0);
   while (true) {
@@ -49,9 +49,10 @@ __device__ __forceinline__ void run_consumer(const ForwardArguments& args, typen
       write_empty_tile<Traits>(args, item, unit, warp, lane);
       continue;
     }
+    const KeyLimits<kGeneral> limits(args, item, unit * kUnitRows + warp * 16, lane);
     mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
-    mainloop.run(item, stages, masked_stages, unit * kUnitRows + warp * 16, buffer.index * Traits::kUnits + unit);
-    finish_tile<Traits>(args, storage, mainloop, item, buffer.index, warp);
+    mainloop.run(limits, stages, masked_stages, buffer.index * Traits::kUnits + unit);
+    finish_tile<Traits, kGeneral>(args, storage, mainloop, item, buffer.index, warp);
     buffer.advance();
   }
 }
@@ -74,17 +75,20 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, Config::kCtas
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     if (warp == kKeyWarp) {
-      run_stream_warp<Traits, true>(args, storage, lane);
+      args.general ? run_stream_warp<Traits, true, true>(args, storage, lane)
+                   : run_stream_warp<Traits, true, false>(args, storage, lane);
     } else if (warp == kQueryWarp) {
       run_query_warp<Traits>(args, storage, lane);
     } else if (warp == kValueWarp) {
-      run_stream_warp<Traits, false>(args, storage, lane);
+      args.general ? run_stream_warp<Traits, false, true>(args, storage, lane)
+                   : run_stream_warp<Traits, false, false>(args, storage, lane);
     } else {
       run_output_warp<Traits>(args, storage, lane);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-    run_consumer<Traits>(args, storage, warpgroup - 1, warp % 4, lane);
+    args.general ? run_consumer<Traits, true>(args, storage, warpgroup - 1, warp % 4, lane)
+                 : run_consumer<Traits, false>(args, storage, warpgroup - 1, warp % 4, lane);
     if (args.cycles != nullptr && threadIdx.x == 128) args.cycles[2 * blockIdx.x + 1] = clock64();
   }
 }

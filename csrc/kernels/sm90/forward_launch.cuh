@@ -70,6 +70,7 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   }
   args.query_piece = args.box_heads > 1 ? sm90::kUnitRows : args.box_rows;
   args.ragged_blocks = shape.k_block_size % kGranule != 0;
+  args.general = args.ragged_blocks || args.box_heads > 1;
   if (args.ragged_blocks && params.rows_k >= sm90::kShortGranuleKeys) {
     return Status::NotSupported("k has " + std::to_string(params.rows_k) + " rows and k_block_size is " +
                                 std::to_string(shape.k_block_size) +

@@ -27,14 +27,19 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 
 // The last key, in the sequence, that each of a thread's two rows may attend to, less the thread's own column offset
 // in a group of 8 columns: what a granule's key position is compared with.
+template <bool kGeneral>
 struct KeyLimits {
   int value[2];
 
   __device__ __forceinline__ KeyLimits(const ForwardArguments& args, const WorkItem& item, int warp_row, int lane) {
+    const int in_block = (item.first_row + warp_row) % args.q_block_size;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const int virtual_row = item.first_row + warp_row + lane / 4 + 8 * row;
-      const int diagonal = item.block_row + virtual_row % args.q_block_size + item.k_len - item.q_len;
+      const int in_warp = lane / 4 + 8 * row;
+      int place = in_block + in_warp;
+      // In a box of several heads, those of a warp's rows may differ.
+      if (kGeneral && args.box_heads > 1) place = (item.first_row + warp_row + in_warp) % args.q_block_size;
+      const int diagonal = item.block_row + place + item.k_len - item.q_len;
       value[row] = (args.causal ? min(diagonal, item.k_len - 1) : item.k_len - 1) - 2 * (lane & 3);
     }
   }
@@ -60,7 +65,7 @@ struct Turn {
   }
 };
 
-template <class Traits>
+template <class Traits, bool kGeneral>
 struct ForwardMainloop {
   using Element = typename Traits::Element;
   using Storage = typename Traits::Storage;
@@ -176,15 +181,19 @@ struct ForwardMainloop {
 
   // One rule for causality, the ends of blocks and sequences, and padding: a key past the row's limit or past its
   // block does not count.
-  __device__ __forceinline__ void mask(Scores& scores, const KeyLimits& limits) const {
+  __device__ __forceinline__ void mask(Scores& scores, const KeyLimits<kGeneral>& limits) const {
     const int32_t* granules = storage.granules[key_stage.index];
     CUTE_UNROLL
     for (int i = 0; i < Traits::kGranules; ++i) {
       // Lane 0 alone reads, because its arrival at keys_empty is what lets the producer overwrite them.
       const int code = __shfl_sync(0xffffffffu, lane == 0 ? granules[i] : 0, 0);
-      const int first_key = granule_first_key(code);
-      const int last_key = granule_last_key(code) - 2 * (lane & 3);
-      const int limit[2] = {min(limits.value[0], last_key), min(limits.value[1], last_key)};
+      int first_key = code, limit[2] = {limits.value[0], limits.value[1]};
+      if constexpr (kGeneral) {
+        first_key = granule_first_key(code);
+        const int last_key = granule_last_key(code) - 2 * (lane & 3);
+        limit[0] = min(limit[0], last_key);
+        limit[1] = min(limit[1], last_key);
+      }
       CUTE_UNROLL
       for (int j = 0; j < 8; ++j) {
         const int key = first_key + (j >> 2) * 8 + (j & 1);
@@ -206,7 +215,7 @@ struct ForwardMainloop {
 
   // Scores of the next stage while the tensor cores also multiply the last one's probabilities with its values.
   template <bool kMasked>
-  __device__ __forceinline__ void step(Scores& scores, Probabilities& probabilities, const KeyLimits& limits,
+  __device__ __forceinline__ void step(Scores& scores, Probabilities& probabilities, const KeyLimits<kGeneral>& limits,
                                        int query_index, bool accumulate) {
     mbarrier_wait(keys_full(), key_stage.parity);
     turn.take();
@@ -233,9 +242,8 @@ struct ForwardMainloop {
   }
 
   // All stages of a tile. Masked stages come first; the loop after them has no mask code.
-  __device__ __forceinline__ void run(const WorkItem& item, int stages, int masked_stages, int warp_row,
+  __device__ __forceinline__ void run(const KeyLimits<kGeneral>& limits, int stages, int masked_stages,
                                       int query_index) {
-    const KeyLimits limits(args, item, warp_row, lane);
     Scores scores;
     Probabilities probabilities;
 

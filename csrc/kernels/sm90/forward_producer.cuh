@@ -27,6 +27,17 @@ struct RowPlace {
     const int end = min(item.q_len, item.block_row + args.q_block_size);
     count = head_in_pack < args.packed_heads ? end - row : 0;
   }
+
+  // The place of a row in the 16 that begin at `strip`. Unless a box holds several heads, a strip lies in one.
+  template <bool kGeneral>
+  static __device__ __forceinline__ RowPlace in_strip(const ForwardArguments& args, const WorkItem& item, int strip,
+                                                      int row_in_strip) {
+    if (kGeneral && args.box_heads > 1) return RowPlace(args, item, strip + row_in_strip);
+    RowPlace place(args, item, strip);
+    place.row += row_in_strip;
+    place.count -= row_in_strip;
+    return place;
+  }
 };
 
 template <class Element>
@@ -149,26 +160,27 @@ __device__ __forceinline__ void run_query_warp(const ForwardArguments& args, typ
 
 // What goes into one stage: computed before the stage is free, because the time from a stage's release to its refill
 // decides whether two stages are enough.
-template <class Traits>
+template <class Traits, bool kGeneral>
 struct StagePlan {
   int key = -1;  // first key of the segment that this lane loads; -1: none
-  int end = 0;   // keys of the segment end here, or at the last visible key
+  int end;       // keys of the segment end here: at the last visible key or, where blocks are ragged, their own end
   bool clip;     // some segment ends before its rows do
 
   // `first`: the stage's first segment, counted from the front of the tile's first block; negative: padding.
   __device__ __forceinline__ StagePlan(const ForwardArguments& args, const typename Traits::Blocks& blocks,
-                                       const TileSlot& tile, int first, int lane) {
+                                       const TileSlot& tile, int first, int lane)
+      : end(tile.key_end) {
     const int position = first + lane;
     if (lane < Traits::kTileN >> args.segment_log2 && position >= 0) {
-      int entry = position, segment = 0;
-      if (args.segments_per_block > 1) {
+      if (args.segments_per_block == 1) {
+        key = blocks.column(position) * args.k_block_size;
+      } else {
         // Blocks come in descending order, and so do the segments in them.
-        entry = position / args.segments_per_block;
-        segment = (entry + 1) * args.segments_per_block - 1 - position;
+        const int entry = position / args.segments_per_block;
+        const int segment = (entry + 1) * args.segments_per_block - 1 - position;
+        key = blocks.column(entry) * args.k_block_size + (segment << args.segment_log2);
       }
-      const int block = blocks.column(entry) * args.k_block_size;
-      key = block + (segment << args.segment_log2);
-      end = min(block + args.k_block_size, tile.key_end);
+      if (kGeneral) end = min(key - key % args.k_block_size + args.k_block_size, end);
     }
     clip = !args.whole_rows || __any_sync(0xffffffffu, key >= 0 && key + (1 << args.segment_log2) > end);
   }
@@ -179,26 +191,25 @@ struct StagePlan {
     return first < 0 ? -1 : first + (in_stage & ((1 << args.segment_log2) - 1));
   }
   __device__ __forceinline__ int end_of_row(const ForwardArguments& args, int in_stage) const {
-    return __shfl_sync(0xffffffffu, end, in_stage >> args.segment_log2);
+    return kGeneral ? __shfl_sync(0xffffffffu, end, in_stage >> args.segment_log2) : end;
   }
 
-  // encode_granule of this lane's granule.
+  // What this lane's granule is told as: encode_granule, or just the first key.
   __device__ __forceinline__ int granule(const ForwardArguments& args, int lane) const {
     const int in_stage = (lane % Traits::kGranules) * kGranule;
     const int first_key = key_of_row(args, in_stage);
-    if (args.ragged_blocks) {
-      const int granule_end = end_of_row(args, in_stage);
-      return first_key < 0 ? kNoKey : encode_granule(first_key, granule_end);
-    }
-    return first_key < 0 ? kNoKey : first_key;
+    const int granule_end = end_of_row(args, in_stage);
+    if (first_key < 0) return kNoKey;
+    return kGeneral && args.ragged_blocks ? encode_granule(first_key, granule_end) : first_key;
   }
 };
 
 // Issues the loads of one stage. `granules`, for a key stage, receives `granule` of each lane that has one.
-template <class Traits>
-__device__ __forceinline__ void fill_stage(const ForwardArguments& args, const StagePlan<Traits>& plan, int head,
-                                           int run_begin, const CUtensorMap* whole, const CUtensorMap* clipped,
-                                           uint8_t* stage, uint64_t* full, int32_t* granules, int granule, int lane) {
+template <class Traits, bool kGeneral>
+__device__ __forceinline__ void fill_stage(const ForwardArguments& args, const StagePlan<Traits, kGeneral>& plan,
+                                           int head, int run_begin, const CUtensorMap* whole,
+                                           const CUtensorMap* clipped, uint8_t* stage, uint64_t* full,
+                                           int32_t* granules, int granule, int lane) {
   if (lane == 0) mbarrier_arrive_expect(full, Traits::kStageBytes);
   __syncwarp();
   if (!plan.clip) {
@@ -230,7 +241,7 @@ __device__ __forceinline__ void fill_stage(const ForwardArguments& args, const S
 }
 
 // Streams the keys or the values of every tile through their ring of stages.
-template <class Traits, bool kKeys>
+template <class Traits, bool kKeys, bool kGeneral>
 __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, typename Traits::Storage& storage,
                                                 int lane) {
   const int segments = Traits::kTileN >> args.segment_log2;
@@ -254,14 +265,14 @@ __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, ty
     for (int i = 0; i < tile.stages; ++i) {
       const int first = i * segments - tile.padding;
       blocks.expand((first + segments + args.segments_per_block - 1) / args.segments_per_block);
-      const StagePlan<Traits> plan(args, blocks, tile, first, lane);
+      const StagePlan<Traits, kGeneral> plan(args, blocks, tile, first, lane);
       const int granule = kKeys ? plan.granule(args, lane) : 0;
       mbarrier_wait(&empty[stage.index], stage.parity);
       uint8_t* destination =
           reinterpret_cast<uint8_t*>(kKeys ? storage.keys : storage.values) + stage.index * Traits::kStageBytes;
-      fill_stage<Traits>(args, plan, tile.item.head / args.heads_per_key_head,
-                         tile.item.k_begin + tile.item.sequence * batch_rows, whole, clipped, destination,
-                         &full[stage.index], kKeys ? storage.granules[stage.index] : nullptr, granule, lane);
+      fill_stage<Traits, kGeneral>(args, plan, tile.item.head / args.heads_per_key_head,
+                                   tile.item.k_begin + tile.item.sequence * batch_rows, whole, clipped, destination,
+                                   &full[stage.index], kKeys ? storage.granules[stage.index] : nullptr, granule, lane);
       if (kKeys && i == tile.stages - Traits::kTileLead - 1 && lane == 0) mbarrier_arrive(&storage.tile_wanted);
       stage.advance();
     }

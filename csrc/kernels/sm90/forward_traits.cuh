@@ -76,8 +76,8 @@ struct ForwardTraits {
   static constexpr int kGranules = kTileN / kGranule;
   static constexpr int kTileLead = kTileLeadKeys / kTileN;  // in stages
   static constexpr int kTileSlots = 4;                      // a ring; readers may be some tiles behind
-  static constexpr int kColumnEntries = 192;
-  using Blocks = BitRow<4, kColumnEntries>;
+  static constexpr int kColumnEntries = kTileM == 128 ? 320 : 192;
+  using Blocks = BitRow<kTileM == 128 ? 8 : 4, kColumnEntries>;
   static_assert(kTileM == kUnits * kUnitRows);
   static_assert(kHeadDim % kChunkColumns == 0);
 
@@ -164,6 +164,7 @@ struct ForwardArguments {
   int segment_log2;  // a segment is the largest power of two rows, up to kTileN, that divides k_block_size
   int segments_per_block;
   bool ragged_blocks;  // k_block_size is no multiple of a granule: the last segment of a block is short
+  bool general;        // ragged blocks, or boxes of several heads: what the fast path has no code for
   bool whole_rows;     // map_k and map_v can be used; otherwise every stage goes through the clipped maps
   bool causal;
   float scale, scale_log2;
