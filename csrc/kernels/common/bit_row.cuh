@@ -14,6 +14,7 @@ struct BitRow {
   static constexpr int kColumns = 1024;  // of a chunk
   static constexpr int kRoundColumns = 32 * kBits;
   static_assert(kEntries >= kRoundColumns + 8, "a round's columns, and those that are left of the last one");
+  static_assert((kEntries & (kEntries - 1)) == 0);
 
   const uint32_t* row;
   int32_t* ring;
@@ -70,13 +71,13 @@ struct BitRow {
       }
 #pragma unroll
       for (int bit = kBits - 1; bit >= 0; --bit) {
-        if ((bits >> bit) & 1) ring[position++ % kEntries] = chunk * kColumns + first_word * 32 + offset + bit;
+        if ((bits >> bit) & 1) ring[position++ & (kEntries - 1)] = chunk * kColumns + first_word * 32 + offset + bit;
       }
       __syncwarp();
     }
   }
 
-  __device__ __forceinline__ int column(int position) const { return ring[position % kEntries]; }
+  __device__ __forceinline__ int column(int position) const { return ring[position & (kEntries - 1)]; }
 };
 
 }  // namespace hbsattn

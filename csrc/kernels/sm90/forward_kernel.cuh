@@ -58,7 +58,8 @@ __device__ __forceinline__ void run_consumer(const ForwardArguments& args, typen
 }
 
 // A persistent CTA: four producer warps and one or two consumer warpgroups, which meet at the barriers of Storage only.
-template <class Config>
+// kGeneral: for ragged blocks and boxes of several heads, which the fast path has no code for.
+template <class Config, bool kGeneral>
 __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, Config::kCtasPerSm)
     forward_kernel(const __grid_constant__ ForwardArguments args) {
   using Traits = ForwardTraits<Config>;
@@ -75,20 +76,17 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, Config::kCtas
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     if (warp == kKeyWarp) {
-      args.general ? run_stream_warp<Traits, true, true>(args, storage, lane)
-                   : run_stream_warp<Traits, true, false>(args, storage, lane);
+      run_stream_warp<Traits, true, kGeneral>(args, storage, lane);
     } else if (warp == kQueryWarp) {
       run_query_warp<Traits>(args, storage, lane);
     } else if (warp == kValueWarp) {
-      args.general ? run_stream_warp<Traits, false, true>(args, storage, lane)
-                   : run_stream_warp<Traits, false, false>(args, storage, lane);
+      run_stream_warp<Traits, false, kGeneral>(args, storage, lane);
     } else {
       run_output_warp<Traits>(args, storage, lane);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-    args.general ? run_consumer<Traits, true>(args, storage, warpgroup - 1, warp % 4, lane)
-                 : run_consumer<Traits, false>(args, storage, warpgroup - 1, warp % 4, lane);
+    run_consumer<Traits, kGeneral>(args, storage, warpgroup - 1, warp % 4, lane);
     if (args.cycles != nullptr && threadIdx.x == 128) args.cycles[2 * blockIdx.x + 1] = clock64();
   }
 }

@@ -70,7 +70,6 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   }
   args.query_piece = args.box_heads > 1 ? sm90::kUnitRows : args.box_rows;
   args.ragged_blocks = shape.k_block_size % kGranule != 0;
-  args.general = args.ragged_blocks || args.box_heads > 1;
   if (args.ragged_blocks && params.rows_k >= sm90::kShortGranuleKeys) {
     return Status::NotSupported("k has " + std::to_string(params.rows_k) + " rows and k_block_size is " +
                                 std::to_string(shape.k_block_size) +
@@ -120,7 +119,8 @@ Status run_forward(const ForwardParams& params, Stream stream) {
 
   int device_capability = 0, multiprocessors = 0;
   HBSATTN_RETURN_IF_ERROR(current_device(&device_capability, &multiprocessors));
-  auto kernel = sm90::forward_kernel<Config>;
+  const bool general = args.ragged_blocks || args.box_heads > 1;
+  auto kernel = general ? sm90::forward_kernel<Config, true> : sm90::forward_kernel<Config, false>;
   constexpr int kSharedBytes = sizeof(typename Traits::Storage);
   HBSATTN_RETURN_IF_ERROR(cuda_status(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "cudaFuncSetAttribute"));

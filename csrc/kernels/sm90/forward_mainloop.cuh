@@ -87,8 +87,8 @@ struct ForwardMainloop {
   const int unit;  // which consumer warpgroup
   const int lane;
   const Turn<Traits::kUnits> turn;
-  // The stages' barriers, from keys_full on. Opaque: recomputing the address in the loop costs issue slots and moves
-  // the wait for the second product to a worse place.
+  // The stages' barriers, which begin with `unread`. Opaque: recomputing the address in the loop costs issue slots and
+  // moves the wait for the second product to a worse place.
   const uint32_t barriers;
   RingPosition<Traits::kKeyStages> key_stage{0};
   RingPosition<Traits::kValueStages> value_stage{0};
@@ -102,11 +102,11 @@ struct ForwardMainloop {
         unit(unit),
         lane(lane),
         turn(unit),
-        barriers(opaque(shared_address(&storage.keys_full[0]))) {}
+        barriers(opaque(shared_address(&storage.unread))) {}
 
   // Address of barrier `index` of an array of barriers that lies `offset` bytes into Storage.
   __device__ __forceinline__ uint32_t barrier(size_t offset, int index) const {
-    return barriers + static_cast<uint32_t>(offset - offsetof(Storage, keys_full)) + index * sizeof(uint64_t);
+    return barriers + static_cast<uint32_t>(offset - offsetof(Storage, unread)) + index * sizeof(uint64_t);
   }
   __device__ __forceinline__ uint32_t keys_full() const {
     return barrier(offsetof(Storage, keys_full), key_stage.index);
@@ -231,7 +231,7 @@ struct ForwardMainloop {
     // The second product still runs while the maxima are found. Waiting for it before the exponentials, not after,
     // lets ptxas mix the conversion and the rescaling with them; see benchmarks/NOTES.md.
     softmax.update_max<false, kMasked>(scores, args.scale_log2);
-    hold_back_waits(softmax.offset[0] + softmax.offset[1], barrier(offsetof(Storage, unread), 0));
+    hold_back_waits(softmax.offset[0] + softmax.offset[1], barriers);
     cute::warpgroup_wait<0>();
     softmax.exponentiate(scores, args.scale_log2);
     cute::warpgroup_fence_operand(output);

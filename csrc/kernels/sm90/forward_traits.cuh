@@ -76,7 +76,7 @@ struct ForwardTraits {
   static constexpr int kGranules = kTileN / kGranule;
   static constexpr int kTileLead = kTileLeadKeys / kTileN;  // in stages
   static constexpr int kTileSlots = 4;                      // a ring; readers may be some tiles behind
-  static constexpr int kColumnEntries = kTileM == 128 ? 320 : 192;
+  static constexpr int kColumnEntries = kTileM == 128 ? 512 : 256;
   using Blocks = BitRow<kTileM == 128 ? 8 : 4, kColumnEntries>;
   static_assert(kTileM == kUnits * kUnitRows);
   static_assert(kHeadDim % kChunkColumns == 0);
@@ -120,13 +120,13 @@ struct ForwardTraits {
     int32_t value_columns[kColumnEntries];                         // and the value warp expand them
     int32_t granules[kKeyStages][kGranules];                       // encode_granule for each granule of a key stage
     TileSlot tiles[kTileSlots];
+    uint64_t unread;  // where hold_back_waits stores; with it begin the barriers
     uint64_t keys_full[kKeyStages], keys_empty[kKeyStages];
     uint64_t values_full[kValueStages], values_empty[kValueStages];
     uint64_t queries_full[kQueryBuffers][kUnits], queries_empty[kQueryBuffers][kUnits];
     uint64_t output_full[kQueryBuffers][kUnits];
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     uint64_t tile_wanted;
-    float unread;  // see hold_back_waits
   };
   static_assert(sizeof(Storage) <= sm90_shared_limit(Config::kCtasPerSm), "a CTA's shared memory");
 };
@@ -164,7 +164,6 @@ struct ForwardArguments {
   int segment_log2;  // a segment is the largest power of two rows, up to kTileN, that divides k_block_size
   int segments_per_block;
   bool ragged_blocks;  // k_block_size is no multiple of a granule: the last segment of a block is short
-  bool general;        // ragged blocks, or boxes of several heads: what the fast path has no code for
   bool whole_rows;     // map_k and map_v can be used; otherwise every stage goes through the clipped maps
   bool causal;
   float scale, scale_log2;
