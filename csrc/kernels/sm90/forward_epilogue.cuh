@@ -28,11 +28,21 @@ __device__ __forceinline__ void finish_tile(const ForwardArguments& args, typena
 
   float lse[2];
   mainloop.softmax.finish(mainloop.output, args.scale, lse);
+  // Unless a box holds several heads, the rows of a warp lie in one, and one place tells them all. Found outside the
+  // branch, it is computed while the last product still runs.
+  const int warp_row = unit * kUnitRows + warp * 16;
+  const RowPlace first(args, item, warp_row);
   if ((lane & 3) == 0) {
+    float* destination = lse_of_row(args, item, first);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const RowPlace place = RowPlace::in_strip<kGeneral>(args, item, unit * kUnitRows + warp * 16, lane / 4 + 8 * row);
-      if (place.count > 0) *lse_of_row(args, item, place) = lse[row];
+      const int in_warp = lane / 4 + 8 * row;
+      if (kGeneral && args.box_heads > 1) {
+        const RowPlace place(args, item, warp_row + in_warp);
+        if (place.count > 0) *lse_of_row(args, item, place) = lse[row];
+      } else if (in_warp < first.count) {
+        destination[in_warp] = lse[row];
+      }
     }
   }
 

@@ -27,17 +27,6 @@ struct RowPlace {
     const int end = min(item.q_len, item.block_row + args.q_block_size);
     count = head_in_pack < args.packed_heads ? end - row : 0;
   }
-
-  // The place of a row in the 16 that begin at `strip`. Unless a box holds several heads, a strip lies in one.
-  template <bool kGeneral>
-  static __device__ __forceinline__ RowPlace in_strip(const ForwardArguments& args, const WorkItem& item, int strip,
-                                                      int row_in_strip) {
-    if (kGeneral && args.box_heads > 1) return RowPlace(args, item, strip + row_in_strip);
-    RowPlace place(args, item, strip);
-    place.row += row_in_strip;
-    place.count -= row_in_strip;
-    return place;
-  }
 };
 
 template <class Element>
