@@ -133,9 +133,7 @@ def default_jobs(threads: int) -> int:
 def extension():
     """Returns (the extension, its build command)."""
     if importlib.util.find_spec("torch") is None:
-        fail(
-            "PyTorch is not in the build environment; install it, then: pip install --no-build-isolation"
-        )
+        fail("PyTorch is not in the build environment; install it, then: pip install --no-build-isolation")
     cuda = use_cuda()
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
@@ -188,9 +186,7 @@ def extension():
             self.build_temp = str(ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{kind}")
 
         def build_extensions(self) -> None:
-            jobs = (
-                f", {os.environ['MAX_JOBS']} at a time; a kernel takes about half a minute" if cuda else ""
-            )
+            jobs = f", {os.environ['MAX_JOBS']} at a time; a kernel takes about half a minute" if cuda else ""
             note(f"compiling {len(module.sources)} sources{jobs}")
             super().build_extensions()
 

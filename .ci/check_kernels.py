@@ -70,9 +70,7 @@ def main() -> None:
     forwards = [kernel for kernel in kernels if "forward" in kernel["name"]]
     expected = len(re.findall(r"^sm90 ", (ROOT / "csrc" / "sources.txt").read_text(), re.MULTILINE))
     if len(forwards) != expected:
-        problems.append(
-            f"the build log names {len(forwards)} forward kernels; sources.txt has {expected}"
-        )
+        problems.append(f"the build log names {len(forwards)} forward kernels; sources.txt has {expected}")
     for source, seconds in sorted(seconds_per_source(build_dir).items()):
         print(f"{seconds:6.1f} s {source}")
         if seconds > SECONDS_ALLOWED:
