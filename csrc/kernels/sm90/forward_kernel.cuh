@@ -21,7 +21,6 @@ __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage)
   for (int i = 0; i < Traits::kQueryBuffers; ++i) {
     for (int unit = 0; unit < Traits::kUnits; ++unit) {
       mbarrier_init(&storage.queries_full[i][unit], 1);
-      mbarrier_init(&storage.queries_empty[i][unit], 1);
       mbarrier_init(&storage.output_full[i][unit], 4);
     }
   }
@@ -77,12 +76,12 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, Config::kCtas
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     if (warp == kKeyWarp) {
       run_stream_warp<Traits, true, kGeneral>(args, storage, lane);
-    } else if (warp == kQueryWarp) {
-      run_query_warp<Traits>(args, storage, lane);
+    } else if (warp == kTileWarp) {
+      run_tile_warp<Traits>(args, storage, lane);
     } else if (warp == kValueWarp) {
       run_stream_warp<Traits, false, kGeneral>(args, storage, lane);
     } else {
-      run_output_warp<Traits>(args, storage, lane);
+      run_buffer_warp<Traits>(args, storage, lane);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();

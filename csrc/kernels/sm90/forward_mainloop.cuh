@@ -32,13 +32,13 @@ struct KeyLimits {
   int value[2];
 
   __device__ __forceinline__ KeyLimits(const ForwardArguments& args, const WorkItem& item, int warp_row, int lane) {
-    const int in_block = (item.first_row + warp_row) % args.q_block_size;
+    const int in_block = args.q_block_size.rem(item.first_row + warp_row);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int in_warp = lane / 4 + 8 * row;
       int place = in_block + in_warp;
       // In a box of several heads, those of a warp's rows may differ.
-      if (kGeneral && args.box_heads > 1) place = (item.first_row + warp_row + in_warp) % args.q_block_size;
+      if (kGeneral && args.box_heads > 1) place = args.q_block_size.rem(item.first_row + warp_row + in_warp);
       const int diagonal = item.block_row + place + item.k_len - item.q_len;
       value[row] = (args.causal ? min(diagonal, item.k_len - 1) : item.k_len - 1) - 2 * (lane & 3);
     }

@@ -5,7 +5,7 @@
 #include "kernels/common/ptx.cuh"
 #include "kernels/sm90/forward_traits.cuh"
 
-// The warps that move data. One announces tiles and loads queries, one loads keys, one values, one stores outputs.
+// The warps that move data. One announces tiles, one loads keys, one values, one queries; it also stores outputs.
 
 namespace hbsattn::sm90 {
 
@@ -21,10 +21,11 @@ struct RowPlace {
 
   __device__ __forceinline__ RowPlace(const ForwardArguments& args, const WorkItem& item, int row_in_tile) {
     const int virtual_row = item.first_row + row_in_tile;
-    const int head_in_pack = virtual_row / args.q_block_size;
+    int head_in_pack, in_block;
+    args.q_block_size(head_in_pack, in_block, virtual_row);
     head = item.head + head_in_pack;
-    row = item.block_row + virtual_row - head_in_pack * args.q_block_size;
-    const int end = min(item.q_len, item.block_row + args.q_block_size);
+    row = item.block_row + in_block;
+    const int end = min(item.q_len, item.block_row + args.q_block_size.divisor);
     count = head_in_pack < args.packed_heads ? end - row : 0;
   }
 };
@@ -66,43 +67,41 @@ __device__ __forceinline__ int key_end_of_tile(const ForwardArguments& args, con
   if (!args.causal) return item.k_len;
   // The last row of a tile that spans several heads is the block's last row.
   const int last_virtual = item.first_row + tile_rows - 1;
-  const bool one_head = item.first_row / args.q_block_size == last_virtual / args.q_block_size;
-  const int last_in_block = one_head ? last_virtual % args.q_block_size : args.q_block_size - 1;
+  int last_head, last_in_block;
+  args.q_block_size(last_head, last_in_block, last_virtual);
+  if (last_head != args.q_block_size.div(item.first_row)) last_in_block = args.q_block_size.divisor - 1;
   const int last_row = min(item.block_row + last_in_block, item.q_len - 1);
   return min(item.k_len, last_row + item.k_len - item.q_len + 1);
 }
 
 template <class Traits>
 __device__ __forceinline__ void load_queries(const ForwardArguments& args, typename Traits::Storage& storage,
-                                             const WorkItem& item, const RingPosition<Traits::kQueryBuffers>& buffer,
-                                             int lane) {
+                                             const WorkItem& item, int buffer, int lane) {
   for (int unit = 0; unit < Traits::kUnits; ++unit) {
-    mbarrier_wait(&storage.queries_empty[buffer.index][unit], buffer.parity);
-    uint64_t* full = &storage.queries_full[buffer.index][unit];
+    uint64_t* full = &storage.queries_full[buffer][unit];
     if (lane == 0) mbarrier_arrive_expect(full, args.query_bytes);
     __syncwarp();
     // A box holds rows of one head, or, where blocks are small, the block's rows of all heads that share it.
-    const int pieces = args.box_heads > 1 ? 1 : kUnitRows / args.query_piece;
-    const int piece = lane / Traits::kChunks, chunk = lane % Traits::kChunks;
-    if (piece < pieces) {
-      const RowPlace place(args, item, unit * kUnitRows + piece * args.query_piece);
+    const int first = lane / Traits::kChunks * args.query_piece, chunk = lane % Traits::kChunks;
+    if (first < kUnitRows) {
+      const RowPlace place(args, item, unit * kUnitRows + first);
       const int tensor_row = item.q_begin + item.sequence * args.q_batch_rows + place.row;
       const int first_row = place.count > 0 ? tensor_row : int{kOutOfBounds};
-      uint8_t* destination = reinterpret_cast<uint8_t*>(storage.queries[buffer.index][unit]) +
-                             (chunk * kUnitRows + piece * args.query_piece) * Traits::kChunkBytes;
+      uint8_t* destination = reinterpret_cast<uint8_t*>(storage.queries[buffer][unit]) +
+                             (chunk * kUnitRows + first) * Traits::kChunkBytes;
       cute::SM90_TMA_LOAD_3D::copy(&args.map_q, full, kPassThroughL2, destination, chunk * Traits::kChunkColumns,
                                    first_row, place.head);
     }
   }
 }
 
-// Takes tiles off the work list, announces them with the first words of their bit row, and loads their queries.
+// Takes tiles off the work list and announces them with the first words of their bit row.
 template <class Traits>
-__device__ __forceinline__ void run_query_warp(const ForwardArguments& args, typename Traits::Storage& storage,
+__device__ __forceinline__ void run_tile_warp(const ForwardArguments& args, typename Traits::Storage& storage,
                                                int lane) {
-  const int segments = Traits::kTileN >> args.segment_log2;
+  const int stage_segments_log2 = Traits::kTileNLog2 - args.segment_log2;
+  const int segments = 1 << stage_segments_log2;
   RingPosition<Traits::kTileSlots> slot(1);
-  RingPosition<Traits::kQueryBuffers> buffer(1);
   RingPosition<1> wanted(0);
   int work = blockIdx.x;
   while (true) {
@@ -117,8 +116,8 @@ __device__ __forceinline__ void run_query_warp(const ForwardArguments& args, typ
           Traits::Blocks::load(row_of(args, item), item.col_end, Traits::Blocks::first_chunk(item.col_end), lane);
     }
 
-    const int item_segments = item.blocks * args.segments_per_block;
-    const int stages = (item_segments + segments - 1) / segments;
+    const int item_segments = item.blocks * args.segments_per_block.divisor;
+    const int stages = (item_segments + segments - 1) >> stage_segments_log2;
     mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
     TileSlot& announced = storage.tiles[slot.index];
     announced.first_words[lane] = first_word;
@@ -127,7 +126,8 @@ __device__ __forceinline__ void run_query_warp(const ForwardArguments& args, typ
       announced.item = item;
       announced.stages = stages;
       announced.padding = padding;
-      const int masked = (padding + item.masked * args.segments_per_block + segments - 1) / segments;
+      const int masked =
+          (padding + item.masked * args.segments_per_block.divisor + segments - 1) >> stage_segments_log2;
       announced.masked_stages = args.ragged_blocks ? stages : min(stages, max(1, masked));
       announced.key_end = key_end_of_tile(args, item, Traits::kTileM);
     }
@@ -136,10 +136,6 @@ __device__ __forceinline__ void run_query_warp(const ForwardArguments& args, typ
     slot.advance();
     if (last) break;
 
-    if (stages > 0) {
-      load_queries<Traits>(args, storage, item, buffer, lane);
-      buffer.advance();
-    }
     mbarrier_wait(&storage.tile_wanted, wanted.parity);
     wanted.advance();
     const int ticket = lane == 0 ? atomicAdd(args.ticket, 1) : 0;
@@ -161,15 +157,16 @@ struct StagePlan {
       : end(tile.key_end) {
     const int position = first + lane;
     if (lane < Traits::kTileN >> args.segment_log2 && position >= 0) {
-      if (args.segments_per_block == 1) {
-        key = blocks.column(position) * args.k_block_size;
+      if (args.segments_per_block.divisor == 1) {
+        key = blocks.column(position) * args.k_block_size.divisor;
       } else {
         // Blocks come in descending order, and so do the segments in them.
-        const int entry = position / args.segments_per_block;
-        const int segment = (entry + 1) * args.segments_per_block - 1 - position;
-        key = blocks.column(entry) * args.k_block_size + (segment << args.segment_log2);
+        int entry, from_end;
+        args.segments_per_block(entry, from_end, position);
+        const int segment = args.segments_per_block.divisor - 1 - from_end;
+        key = blocks.column(entry) * args.k_block_size.divisor + (segment << args.segment_log2);
       }
-      if (kGeneral) end = min(key - key % args.k_block_size + args.k_block_size, end);
+      if (kGeneral) end = min((args.k_block_size.div(key) + 1) * args.k_block_size.divisor, end);
     }
     clip = !args.whole_rows || __any_sync(0xffffffffu, key >= 0 && key + (1 << args.segment_log2) > end);
   }
@@ -251,15 +248,16 @@ __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, ty
 
     typename Traits::Blocks blocks(row_of(args, tile.item), tile.item.col_end,
                                    kKeys ? storage.key_columns : storage.value_columns, first_word, lane);
+    const int key_head = args.heads_per_key_head.div(tile.item.head);
     for (int i = 0; i < tile.stages; ++i) {
       const int first = i * segments - tile.padding;
-      blocks.expand((first + segments + args.segments_per_block - 1) / args.segments_per_block);
+      blocks.expand(args.segments_per_block.div(first + segments + args.segments_per_block.divisor - 1));
       const StagePlan<Traits, kGeneral> plan(args, blocks, tile, first, lane);
       const int granule = kKeys ? plan.granule(args, lane) : 0;
       mbarrier_wait(&empty[stage.index], stage.parity);
       uint8_t* destination =
           reinterpret_cast<uint8_t*>(kKeys ? storage.keys : storage.values) + stage.index * Traits::kStageBytes;
-      fill_stage<Traits, kGeneral>(args, plan, tile.item.head / args.heads_per_key_head,
+      fill_stage<Traits, kGeneral>(args, plan, key_head,
                                    tile.item.k_begin + tile.item.sequence * batch_rows, whole, clipped, destination,
                                    &full[stage.index], kKeys ? storage.granules[stage.index] : nullptr, granule, lane);
       if (kKeys && i == tile.stages - Traits::kTileLead - 1 && lane == 0) mbarrier_arrive(&storage.tile_wanted);
@@ -286,44 +284,59 @@ __device__ __forceinline__ void copy_rows(const ForwardArguments& args, const Wo
   }
 }
 
-// Stores finished outputs from the buffers that held the queries, then hands the buffers back.
 template <class Traits>
-__device__ __forceinline__ void run_output_warp(const ForwardArguments& args, typename Traits::Storage& storage,
+__device__ __forceinline__ void store_output(const ForwardArguments& args, typename Traits::Storage& storage,
+                                             const WorkItem& item, int buffer, uint32_t parity, int lane) {
+  for (int unit = 0; unit < Traits::kUnits; ++unit) {
+    mbarrier_wait(&storage.output_full[buffer][unit], parity);
+    const uint8_t* source = reinterpret_cast<const uint8_t*>(storage.queries[buffer][unit]);
+    for (int first = 0; first < kUnitRows; first += args.query_piece) {
+      const RowPlace place(args, item, unit * kUnitRows + first);
+      if (place.count <= 0) continue;
+      if (place.count >= args.box_rows) {
+        const int row = item.q_begin + item.sequence * args.out_batch_rows + place.row;
+        if (lane < Traits::kChunks && lane * Traits::kChunkColumns < args.head_dim) {
+          cute::SM90_TMA_STORE_3D::copy(&args.map_out, source + (lane * kUnitRows + first) * Traits::kChunkBytes,
+                                        lane * Traits::kChunkColumns, row, place.head);
+        }
+      } else {
+        // The sequence or the block cuts this piece: the copy engine would overwrite the rows that follow.
+        copy_rows<Traits>(args, item, unit * kUnitRows + first, source, first, lane);
+        cutlass::arch::fence_view_async_shared();
+      }
+    }
+    if (lane < Traits::kChunks) cute::tma_store_arrive();
+  }
+  if (lane < Traits::kChunks) cute::tma_store_wait<0>();  // until the buffer has been read
+  __syncwarp();
+}
+
+// Fills the query buffers, and stores the outputs that come to lie in them.
+template <class Traits>
+__device__ __forceinline__ void run_buffer_warp(const ForwardArguments& args, typename Traits::Storage& storage,
                                                 int lane) {
   RingPosition<Traits::kTileSlots> slot(0);
-  RingPosition<Traits::kQueryBuffers> buffer(0);
+  RingPosition<Traits::kQueryBuffers> filled(0), stored(0);
+  int held = 0;  // buffers in use
+  bool more = true;
   while (true) {
-    const WorkItem item = wait_tile(storage, slot).item;
-    const int stages = storage.tiles[slot.index].stages;
-    release_tile(storage, slot, lane);
-    if (item.bit_row < 0) break;
-    if (stages == 0) continue;
-
-    for (int unit = 0; unit < Traits::kUnits; ++unit) {
-      mbarrier_wait(&storage.output_full[buffer.index][unit], buffer.parity);
-      const uint8_t* source = reinterpret_cast<const uint8_t*>(storage.queries[buffer.index][unit]);
-      for (int first = 0; first < kUnitRows; first += args.query_piece) {
-        const RowPlace place(args, item, unit * kUnitRows + first);
-        if (place.count <= 0) continue;
-        if (place.count >= args.box_rows) {
-          const int row = item.q_begin + item.sequence * args.out_batch_rows + place.row;
-          if (lane < Traits::kChunks && lane * Traits::kChunkColumns < args.head_dim) {
-            cute::SM90_TMA_STORE_3D::copy(&args.map_out, source + (lane * kUnitRows + first) * Traits::kChunkBytes,
-                                          lane * Traits::kChunkColumns, row, place.head);
-          }
-        } else {
-          // The sequence or the block cuts this piece: the copy engine would overwrite the rows that follow.
-          copy_rows<Traits>(args, item, unit * kUnitRows + first, source, first, lane);
-        }
-      }
-      if (lane < Traits::kChunks) {
-        cute::tma_store_arrive();
-        cute::tma_store_wait<0>();
-      }
+    // A tile is announced while the one before it is computed, so this wait does not hold back its output.
+    while (more && held < Traits::kQueryBuffers) {
+      const WorkItem item = wait_tile(storage, slot).item;
+      const int stages = storage.tiles[slot.index].stages;
+      release_tile(storage, slot, lane);
+      more = item.bit_row >= 0;
+      if (!more || stages == 0) continue;
+      load_queries<Traits>(args, storage, item, filled.index, lane);
+      if (lane == 0) storage.held_items[filled.index] = item;
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(&storage.queries_empty[buffer.index][unit]);
+      filled.advance();
+      ++held;
     }
-    buffer.advance();
+    if (held == 0) break;
+    store_output<Traits>(args, storage, storage.held_items[stored.index], stored.index, stored.parity, lane);
+    stored.advance();
+    --held;
   }
 }
 

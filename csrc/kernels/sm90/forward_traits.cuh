@@ -3,6 +3,7 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cutlass/fast_math.h>
 #include <cutlass/numeric_types.h>
 
 #include <climits>
@@ -17,7 +18,7 @@ namespace hbsattn::sm90 {
 
 // Warps of the producer warpgroup. Keys and values are issued by different warps: one warp alone cannot issue
 // 16-row boxes fast enough for both.
-enum ProducerWarp : int { kKeyWarp = 0, kQueryWarp = 1, kValueWarp = 2, kOutputWarp = 3 };
+enum ProducerWarp : int { kKeyWarp = 0, kTileWarp = 1, kValueWarp = 2, kBufferWarp = 3 };
 
 // Named barriers (CUTLASS keeps the first eight of the sixteen for itself).
 enum ForwardBarrier : uint32_t {
@@ -48,7 +49,7 @@ __device__ __forceinline__ int granule_last_key(int code) {
   return code < 0 ? ~code / kGranule + ~code % kGranule : INT_MAX;
 }
 
-// A tile as the query warp announces it to the other warps.
+// A tile as the tile warp announces it to the other warps.
 struct TileSlot {
   WorkItem item;             // bit_row < 0: no more tiles
   int stages;                // key stages
@@ -63,12 +64,13 @@ struct ForwardTraits {
   using Element = std::conditional_t<Config::kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kTileN = Config::kTileN;
+  static constexpr int kTileNLog2 = cutlass::log2_down<kTileN>::value;
   static constexpr int kKeyStages = Config::kKeyStages;
   static constexpr int kValueStages = Config::kValueStages;
   static constexpr int kTileM = Config::kTileM;
   static constexpr int kUnits = kTileM / kUnitRows;  // consumer warpgroups
   static constexpr int kConsumerWarps = 4 * kUnits;
-  static constexpr int kTileReaders = kConsumerWarps + 3;  // warps that read what the query warp announces
+  static constexpr int kTileReaders = kConsumerWarps + 3;  // warps that read what the tile warp announces
   static constexpr int kThreads = 128 * (1 + kUnits);
   static constexpr int kQueryBuffers = Config::kQueryBuffers;
   static constexpr int kChunkColumns = Config::kChunkColumns;  // of a row, what one swizzle atom spans
@@ -120,11 +122,11 @@ struct ForwardTraits {
     int32_t value_columns[kColumnEntries];                         // and the value warp expand them
     int32_t granules[kKeyStages][kGranules];                       // encode_granule for each granule of a key stage
     TileSlot tiles[kTileSlots];
+    WorkItem held_items[kQueryBuffers];  // whose queries, or output, the buffers hold
     uint64_t unread;  // where hold_back_waits stores; with it begin the barriers
     uint64_t keys_full[kKeyStages], keys_empty[kKeyStages];
     uint64_t values_full[kValueStages], values_empty[kValueStages];
-    uint64_t queries_full[kQueryBuffers][kUnits], queries_empty[kQueryBuffers][kUnits];
-    uint64_t output_full[kQueryBuffers][kUnits];
+    uint64_t queries_full[kQueryBuffers][kUnits], output_full[kQueryBuffers][kUnits];
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     uint64_t tile_wanted;
   };
@@ -153,16 +155,17 @@ struct ForwardArguments {
   int rows_q, rows_k;  // per batch entry; all, when packed
   int q_batch_rows, k_batch_rows, v_batch_rows, out_batch_rows;
   int lse_batch_stride_rows;  // 0 when packed
-  int heads_q, head_dim, heads_per_key_head;
+  int heads_q, head_dim;
+  cutlass::FastDivmod heads_per_key_head;
   int row_words;  // of a bit row
-  int q_block_size;
+  cutlass::FastDivmod q_block_size;
   int packed_heads;  // query heads that share a tile's block list
   int query_piece;   // virtual rows that one query or output box moves: box_rows of each of box_heads heads
   int box_rows, box_heads;
   uint32_t query_bytes;  // that arrive for a unit
-  int k_block_size;
+  cutlass::FastDivmod k_block_size;
   int segment_log2;  // a segment is the largest power of two rows, up to kTileN, that divides k_block_size
-  int segments_per_block;
+  cutlass::FastDivmod segments_per_block;
   bool ragged_blocks;  // k_block_size is no multiple of a granule: the last segment of a block is short
   bool whole_rows;     // map_k and map_v can be used; otherwise every stage goes through the clipped maps
   bool causal;
