@@ -13,7 +13,7 @@ template <int kBits, int kEntries>
 struct BitRow {
   static constexpr int kColumns = 1024;  // of a chunk
   static constexpr int kRoundColumns = 32 * kBits;
-  static_assert(kEntries >= kRoundColumns + 8, "a round's columns, and those that are left of the last one");
+  static_assert(kEntries >= kRoundColumns + 32, "a round's columns, and those of the last one that are to be read");
   static_assert((kEntries & (kEntries - 1)) == 0);
 
   const uint32_t* row;

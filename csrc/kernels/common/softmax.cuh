@@ -9,36 +9,72 @@ namespace hbsattn {
 // Online softmax over the accumulators of one warpgroup's 64-row tile. A thread holds two rows; an accumulator's
 // linear index is column pair + 2 * row + 4 * (group of 8 columns).
 struct OnlineSoftmax {
-  float row_max[2];  // of the raw scores
+  float row_max[2];  // of the raw scores, up to kSlack: what exponents are relative to
   float row_sum[2];  // this thread's share; summed over the quad at the end
-  float rescale[2];  // what the accumulated output must be multiplied by after the latest update
   float offset[2];   // what is subtracted from the scaled scores: scale_log2 * row_max
 
-  // Takes the new scores' maxima into account. kFirst: nothing came before. kMayBeEmpty: a row may have only -inf so
-  // far, which must give zeros, not NaN.
-  template <bool kFirst, bool kMayBeEmpty, class Scores>
-  __device__ __forceinline__ void update_max(const Scores& scores, float scale_log2) {
+  // Maxima may be exceeded by this many powers of two before sums and outputs are rescaled, which then hardly happens
+  // after the first stages. Probabilities up to 256 suit fp16, too; their relative precision is the same.
+  static constexpr float kSlack = 8.f;
+
+  template <class Scores>
+  static __device__ __forceinline__ float find_max(const Scores& scores, int row) {
     constexpr int kGroups = decltype(cute::size(scores))::value / 4;
+    float maximum = fmaxf(scores(2 * row), scores(2 * row + 1));
+#pragma unroll
+    for (int group = 1; group < kGroups; ++group) {
+      maximum = fmaxf(maximum, scores(4 * group + 2 * row));
+      maximum = fmaxf(maximum, scores(4 * group + 2 * row + 1));
+    }
+    maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
+    return fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
+  }
+
+  __device__ __forceinline__ void set_max(int row, float maximum, float scale_log2) {
+    row_max[row] = maximum;
+    // A row may have only -inf so far, which must give zeros, not NaN.
+    offset[row] = maximum == -INFINITY ? 0.f : maximum * scale_log2;
+  }
+
+  // The first scores of a tile.
+  template <class Scores>
+  __device__ __forceinline__ void begin(const Scores& scores, float scale_log2) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      float maximum = kFirst ? scores(2 * row) : fmaxf(row_max[row], scores(2 * row));
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        if (group > 0) maximum = fmaxf(maximum, scores(4 * group + 2 * row));
-        maximum = fmaxf(maximum, scores(4 * group + 2 * row + 1));
-      }
-      maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
-      maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
-      offset[row] = maximum * scale_log2;
-      if (kMayBeEmpty) offset[row] = maximum == -INFINITY ? 0.f : offset[row];
-      if (kFirst) {
-        row_sum[row] = 0.f;
-      } else {
-        rescale[row] = exp2_approx(row_max[row] * scale_log2 - offset[row]);
-        row_sum[row] *= rescale[row];
-      }
-      row_max[row] = maximum;
+      set_max(row, find_max(scores, row), scale_log2);
+      row_sum[row] = 0.f;
     }
+  }
+
+  // Maxima of further scores, and by how many powers of two they exceed those that are in use.
+  struct Growth {
+    float maximum[2], by[2];
+  };
+  template <class Scores>
+  __device__ __forceinline__ Growth find_growth(const Scores& scores, float scale_log2) const {
+    Growth growth;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      growth.maximum[row] = find_max(scores, row);
+      growth.by[row] = (growth.maximum[row] - row_max[row]) * scale_log2;
+    }
+    return growth;
+  }
+
+  // Moves to the new maxima if any row of the warp has to.
+  template <class Output>
+  __device__ __forceinline__ void grow(const Growth& growth, float scale_log2, Output& output) {
+    if (!__any_sync(0xffffffffu, fmaxf(growth.by[0], growth.by[1]) > kSlack)) return;
+    float rescale[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float before = row_max[row];
+      set_max(row, fmaxf(before, growth.maximum[row]), scale_log2);
+      rescale[row] = exp2_approx(before * scale_log2 - offset[row]);
+      row_sum[row] *= rescale[row];
+    }
+#pragma unroll
+    for (int i = 0; i < decltype(cute::size(output))::value; ++i) output(i) *= rescale[(i >> 1) & 1];
   }
 
   // Turns scores into exp2(scale_log2 * (score - max)) and sums them.
@@ -63,12 +99,6 @@ struct OnlineSoftmax {
       }
       row_sum[row] += even + odd;
     }
-  }
-
-  template <class Output>
-  __device__ __forceinline__ void rescale_output(Output& output) const {
-#pragma unroll
-    for (int i = 0; i < decltype(cute::size(output))::value; ++i) output(i) *= rescale[(i >> 1) & 1];
   }
 
   // Sums the quad's shares, divides the output by them and gives the natural log-sum-exp of both rows. A row with

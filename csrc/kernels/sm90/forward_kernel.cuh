@@ -11,7 +11,7 @@ namespace hbsattn::sm90 {
 template <class Traits>
 __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage) {
   for (int i = 0; i < Traits::kKeyStages; ++i) {
-    mbarrier_init(&storage.keys_full[i], 1 + Traits::kGranules);  // the loads' bytes, the granules
+    mbarrier_init(&storage.keys_full[i], 1);
     mbarrier_init(&storage.keys_empty[i], Traits::kConsumerWarps);
   }
   for (int i = 0; i < Traits::kValueStages; ++i) {

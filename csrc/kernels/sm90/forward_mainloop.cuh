@@ -228,17 +228,16 @@ struct ForwardMainloop {
     cute::warpgroup_fence_operand(scores);
     if constexpr (kMasked) mask(scores, limits);
     release_keys();
-    // The second product still runs while the maxima are found. Waiting for it before the exponentials, not after,
-    // lets ptxas mix the conversion and the rescaling with them; see benchmarks/NOTES.md.
-    softmax.update_max<false, kMasked>(scores, args.scale_log2);
-    hold_back_waits(softmax.offset[0] + softmax.offset[1], barriers);
+    // The second product still runs while the maxima are found.
+    const OnlineSoftmax::Growth growth = softmax.find_growth(scores, args.scale_log2);
+    hold_back_waits(growth.by[0] + growth.by[1], barriers);
     cute::warpgroup_wait<0>();
-    softmax.exponentiate(scores, args.scale_log2);
     cute::warpgroup_fence_operand(output);
     fence_probabilities(probabilities);
     release_values();
+    softmax.grow(growth, args.scale_log2, output);
+    softmax.exponentiate(scores, args.scale_log2);
     convert(scores, probabilities);
-    softmax.rescale_output(output);
   }
 
   // All stages of a tile. Masked stages come first; the loop after them has no mask code.
@@ -253,7 +252,7 @@ struct ForwardMainloop {
     cute::warpgroup_fence_operand(scores);
     mask(scores, limits);
     release_keys();
-    softmax.update_max<true, true>(scores, args.scale_log2);
+    softmax.begin(scores, args.scale_log2);
     softmax.exponentiate(scores, args.scale_log2);
     convert(scores, probabilities);
 

@@ -87,8 +87,8 @@ __device__ __forceinline__ void load_queries(const ForwardArguments& args, typen
       const RowPlace place(args, item, unit * kUnitRows + first);
       const int tensor_row = item.q_begin + item.sequence * args.q_batch_rows + place.row;
       const int first_row = place.count > 0 ? tensor_row : int{kOutOfBounds};
-      uint8_t* destination = reinterpret_cast<uint8_t*>(storage.queries[buffer][unit]) +
-                             (chunk * kUnitRows + first) * Traits::kChunkBytes;
+      uint8_t* destination =
+          reinterpret_cast<uint8_t*>(storage.queries[buffer][unit]) + (chunk * kUnitRows + first) * Traits::kChunkBytes;
       cute::SM90_TMA_LOAD_3D::copy(&args.map_q, full, kPassThroughL2, destination, chunk * Traits::kChunkColumns,
                                    first_row, place.head);
     }
@@ -98,7 +98,7 @@ __device__ __forceinline__ void load_queries(const ForwardArguments& args, typen
 // Takes tiles off the work list and announces them with the first words of their bit row.
 template <class Traits>
 __device__ __forceinline__ void run_tile_warp(const ForwardArguments& args, typename Traits::Storage& storage,
-                                               int lane) {
+                                              int lane) {
   const int stage_segments_log2 = Traits::kTileNLog2 - args.segment_log2;
   const int segments = 1 << stage_segments_log2;
   RingPosition<Traits::kTileSlots> slot(1);
@@ -143,20 +143,22 @@ __device__ __forceinline__ void run_tile_warp(const ForwardArguments& args, type
   }
 }
 
-// What goes into one stage: computed before the stage is free, because the time from a stage's release to its refill
-// decides whether two stages are enough.
+// What goes into the next stages, one segment a lane, so that a stage costs few instructions: those of these warps take
+// issue slots from the consumers.
 template <class Traits, bool kGeneral>
 struct StagePlan {
-  int key = -1;  // first key of the segment that this lane loads; -1: none
-  int end;       // keys of the segment end here: at the last visible key or, where blocks are ragged, their own end
-  bool clip;     // some segment ends before its rows do
+  int segment_log2, segments_log2;  // keys of a segment, segments of a stage
+  int key = -1;                     // first key of this lane's segment; -1: none
+  int end;           // keys of the segment end here: at the last visible key or, where blocks are ragged, their own end
+  uint32_t clipped;  // lanes whose segment ends before its rows do
 
-  // `first`: the stage's first segment, counted from the front of the tile's first block; negative: padding.
+  // `first`: the first segment, counted from the front of the tile's first block; negative: padding. `last`: the one
+  // after the last.
   __device__ __forceinline__ StagePlan(const ForwardArguments& args, const typename Traits::Blocks& blocks,
-                                       const TileSlot& tile, int first, int lane)
-      : end(tile.key_end) {
+                                       const TileSlot& tile, int first, int last, int lane)
+      : segment_log2(args.segment_log2), segments_log2(Traits::kTileNLog2 - args.segment_log2), end(tile.key_end) {
     const int position = first + lane;
-    if (lane < Traits::kTileN >> args.segment_log2 && position >= 0) {
+    if (position >= 0 && position < last) {
       if (args.segments_per_block.divisor == 1) {
         key = blocks.column(position) * args.k_block_size.divisor;
       } else {
@@ -164,65 +166,43 @@ struct StagePlan {
         int entry, from_end;
         args.segments_per_block(entry, from_end, position);
         const int segment = args.segments_per_block.divisor - 1 - from_end;
-        key = blocks.column(entry) * args.k_block_size.divisor + (segment << args.segment_log2);
+        key = blocks.column(entry) * args.k_block_size.divisor + (segment << segment_log2);
       }
       if (kGeneral) end = min((args.k_block_size.div(key) + 1) * args.k_block_size.divisor, end);
     }
-    clip = !args.whole_rows || __any_sync(0xffffffffu, key >= 0 && key + (1 << args.segment_log2) > end);
+    clipped = args.whole_rows ? __ballot_sync(0xffffffffu, key >= 0 && key + (1 << segment_log2) > end) : 0xffffffffu;
   }
 
-  // Key in row `in_stage` of the stage, and the end of its segment; a negative key: none.
-  __device__ __forceinline__ int key_of_row(const ForwardArguments& args, int in_stage) const {
-    const int first = __shfl_sync(0xffffffffu, key, in_stage >> args.segment_log2);
-    return first < 0 ? -1 : first + (in_stage & ((1 << args.segment_log2) - 1));
+  // Key in row `row` of stage `stage` of the plan, and the end of its segment; a negative key: none.
+  __device__ __forceinline__ int key_of_row(int stage, int row) const {
+    const int first = __shfl_sync(0xffffffffu, key, (stage << segments_log2) + (row >> segment_log2));
+    return first < 0 ? -1 : first + (row & ((1 << segment_log2) - 1));
   }
-  __device__ __forceinline__ int end_of_row(const ForwardArguments& args, int in_stage) const {
-    return kGeneral ? __shfl_sync(0xffffffffu, end, in_stage >> args.segment_log2) : end;
+  __device__ __forceinline__ int end_of_row(int stage, int row) const {
+    return kGeneral ? __shfl_sync(0xffffffffu, end, (stage << segments_log2) + (row >> segment_log2)) : end;
   }
-
-  // What this lane's granule is told as: encode_granule, or just the first key.
-  __device__ __forceinline__ int granule(const ForwardArguments& args, int lane) const {
-    const int in_stage = (lane % Traits::kGranules) * kGranule;
-    const int first_key = key_of_row(args, in_stage);
-    const int granule_end = end_of_row(args, in_stage);
-    if (first_key < 0) return kNoKey;
-    return kGeneral && args.ragged_blocks ? encode_granule(first_key, granule_end) : first_key;
+  __device__ __forceinline__ bool clips(int stage) const {
+    return clipped >> (stage << segments_log2) & ((1u << (1 << segments_log2)) - 1);
   }
 };
 
-// Issues the loads of one stage. `granules`, for a key stage, receives `granule` of each lane that has one.
+// Tells the consumers where the granules of a stage lie: encode_granule of each, or just its first key.
 template <class Traits, bool kGeneral>
-__device__ __forceinline__ void fill_stage(const ForwardArguments& args, const StagePlan<Traits, kGeneral>& plan,
-                                           int head, int run_begin, const CUtensorMap* whole,
-                                           const CUtensorMap* clipped, uint8_t* stage, uint64_t* full,
-                                           int32_t* granules, int granule, int lane) {
-  if (lane == 0) mbarrier_arrive_expect(full, Traits::kStageBytes);
-  __syncwarp();
-  if (!plan.clip) {
-    if (lane < Traits::kTileN >> args.segment_log2) {
-      const int first_row = plan.key < 0 ? int{kOutOfBounds} : run_begin + plan.key;
-      cute::SM90_TMA_LOAD_5D::copy(whole, full, kKeepInL2,
-                                   stage + (lane << args.segment_log2) * (Traits::kChunks * Traits::kChunkBytes), 0,
-                                   first_row, 0, 0, head);
-    }
-  } else {
-    constexpr int kBoxes = Traits::kTileN / 8 * Traits::kChunks;  // of 8 rows and one chunk
-    for (int first_box = 0; first_box < kBoxes; first_box += 32) {
-      const int box = first_box + lane;
-      const int in_stage = box / Traits::kChunks * 8 % Traits::kTileN;
-      const int key = plan.key_of_row(args, in_stage), end = plan.end_of_row(args, in_stage);
-      const int from_end = key < 0 || key > end ? 0 : end - key;
-      if (box < kBoxes) {
-        cute::SM90_TMA_LOAD_5D::copy(clipped, full, kKeepInL2, stage + box * Traits::kAtomBytes,
-                                     box % Traits::kChunks * Traits::kChunkColumns, kRunEnd - from_end, int{kRunEnd},
-                                     run_begin + end, head);
-      }
-    }
-  }
-  if (granules != nullptr && lane < Traits::kGranules) {
-    // The lane that writes a granule arrives for it. Neither is on the way of the loads, which take far longer.
-    granules[lane] = granule;
-    mbarrier_arrive(full);
+__device__ __forceinline__ void write_granules(const ForwardArguments& args, const StagePlan<Traits, kGeneral>& plan,
+                                               int stage, int32_t* granules, int lane) {
+  const int row = lane % Traits::kGranules * kGranule;
+  const int key = plan.key_of_row(stage, row), end = plan.end_of_row(stage, row);
+  int granule = key < 0 ? int{kNoKey} : key;
+  if (kGeneral && args.ragged_blocks && key >= 0) granule = encode_granule(key, end);
+  // Lane 0 writes them all, because its arrival at keys_full is what lets the consumers read them.
+#pragma unroll
+  for (int i = 0; i < Traits::kGranules; i += 4) {
+    int4 four;
+    four.x = __shfl_sync(0xffffffffu, granule, i);
+    four.y = __shfl_sync(0xffffffffu, granule, i + 1);
+    four.z = __shfl_sync(0xffffffffu, granule, i + 2);
+    four.w = __shfl_sync(0xffffffffu, granule, i + 3);
+    if (lane == 0) *reinterpret_cast<int4*>(granules + i) = four;
   }
 }
 
@@ -230,15 +210,20 @@ __device__ __forceinline__ void fill_stage(const ForwardArguments& args, const S
 template <class Traits, bool kKeys, bool kGeneral>
 __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, typename Traits::Storage& storage,
                                                 int lane) {
-  const int segments = Traits::kTileN >> args.segment_log2;
+  const int segments_log2 = Traits::kTileNLog2 - args.segment_log2;
+  const int plan_stages = 32 >> segments_log2;
   const CUtensorMap* whole = kKeys ? &args.map_k : &args.map_v;
   const CUtensorMap* clipped = kKeys ? &args.map_k_clipped : &args.map_v_clipped;
   const int batch_rows = kKeys ? args.k_batch_rows : args.v_batch_rows;
+  uint8_t* stages = reinterpret_cast<uint8_t*>(kKeys ? storage.keys : storage.values);
   uint64_t* full = kKeys ? storage.keys_full : storage.values_full;
   uint64_t* empty = kKeys ? storage.keys_empty : storage.values_empty;
+  // Where in a plan this lane's segment lies.
+  const int stage_of_lane = lane >> segments_log2, segment_of_lane = lane & ((1 << segments_log2) - 1);
+  const int offset_of_lane = (segment_of_lane << args.segment_log2) * (Traits::kChunks * Traits::kChunkBytes);
 
   RingPosition<Traits::kTileSlots> slot(0);
-  RingPosition<kKeys ? Traits::kKeyStages : Traits::kValueStages> stage(1);
+  RingPosition<kKeys ? Traits::kKeyStages : Traits::kValueStages> ring(1);
   while (true) {
     const TileSlot tile = wait_tile(storage, slot);
     const uint32_t first_word = storage.tiles[slot.index].first_words[lane];
@@ -249,19 +234,48 @@ __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, ty
     typename Traits::Blocks blocks(row_of(args, tile.item), tile.item.col_end,
                                    kKeys ? storage.key_columns : storage.value_columns, first_word, lane);
     const int key_head = args.heads_per_key_head.div(tile.item.head);
-    for (int i = 0; i < tile.stages; ++i) {
-      const int first = i * segments - tile.padding;
-      blocks.expand(args.segments_per_block.div(first + segments + args.segments_per_block.divisor - 1));
-      const StagePlan<Traits, kGeneral> plan(args, blocks, tile, first, lane);
-      const int granule = kKeys ? plan.granule(args, lane) : 0;
-      mbarrier_wait(&empty[stage.index], stage.parity);
-      uint8_t* destination =
-          reinterpret_cast<uint8_t*>(kKeys ? storage.keys : storage.values) + stage.index * Traits::kStageBytes;
-      fill_stage<Traits, kGeneral>(args, plan, key_head,
-                                   tile.item.k_begin + tile.item.sequence * batch_rows, whole, clipped, destination,
-                                   &full[stage.index], kKeys ? storage.granules[stage.index] : nullptr, granule, lane);
-      if (kKeys && i == tile.stages - Traits::kTileLead - 1 && lane == 0) mbarrier_arrive(&storage.tile_wanted);
-      stage.advance();
+    const int run_begin = tile.item.k_begin + tile.item.sequence * batch_rows;
+    for (int planned = 0; planned < tile.stages; planned += plan_stages) {
+      const int first = (planned << segments_log2) - tile.padding;
+      const int last = (min(planned + plan_stages, tile.stages) << segments_log2) - tile.padding;
+      blocks.expand(args.segments_per_block.div(last + args.segments_per_block.divisor - 1));
+      const StagePlan<Traits, kGeneral> plan(args, blocks, tile, first, last, lane);
+      const int first_row = plan.key < 0 ? int{kOutOfBounds} : run_begin + plan.key;
+
+      const int count = min(plan_stages, tile.stages - planned);
+#pragma unroll 1
+      for (int stage = 0; stage < count; ++stage) {
+        mbarrier_wait(&empty[ring.index], ring.parity);
+        uint8_t* destination = stages + ring.index * Traits::kStageBytes;
+        if (kKeys && planned + stage < tile.masked_stages) {
+          write_granules(args, plan, stage, storage.granules[ring.index], lane);
+        }
+        if (lane == 0) mbarrier_arrive_expect(&full[ring.index], Traits::kStageBytes);
+        if (!plan.clips(stage)) {
+          if (stage_of_lane == stage) {
+            cute::SM90_TMA_LOAD_5D::copy(whole, &full[ring.index], kKeepInL2, destination + offset_of_lane, 0,
+                                         first_row, 0, 0, key_head);
+          }
+        } else {
+          constexpr int kBoxes = Traits::kTileN / 8 * Traits::kChunks;  // of 8 rows and one chunk
+          for (int first_box = 0; first_box < kBoxes; first_box += 32) {
+            const int box = first_box + lane;
+            const int row = box / Traits::kChunks * 8 % Traits::kTileN;
+            const int key = plan.key_of_row(stage, row), end = plan.end_of_row(stage, row);
+            const int from_end = key < 0 || key > end ? 0 : end - key;
+            if (box < kBoxes) {
+              cute::SM90_TMA_LOAD_5D::copy(clipped, &full[ring.index], kKeepInL2,
+                                           destination + box * Traits::kAtomBytes,
+                                           box % Traits::kChunks * Traits::kChunkColumns, kRunEnd - from_end,
+                                           int{kRunEnd}, run_begin + end, key_head);
+            }
+          }
+        }
+        if (kKeys && planned + stage == tile.stages - Traits::kTileLead - 1 && lane == 0) {
+          mbarrier_arrive(&storage.tile_wanted);
+        }
+        ring.advance();
+      }
     }
   }
 }

@@ -120,10 +120,10 @@ struct ForwardTraits {
     Element queries[kQueryBuffers][kUnits][kUnitRows * kHeadDim];  // the output leaves from here too
     int32_t key_columns[kColumnEntries];                           // active blocks, as the key warp
     int32_t value_columns[kColumnEntries];                         // and the value warp expand them
-    int32_t granules[kKeyStages][kGranules];                       // encode_granule for each granule of a key stage
+    alignas(16) int32_t granules[kKeyStages][kGranules];           // encode_granule for each granule of a key stage
     TileSlot tiles[kTileSlots];
     WorkItem held_items[kQueryBuffers];  // whose queries, or output, the buffers hold
-    uint64_t unread;  // where hold_back_waits stores; with it begin the barriers
+    uint64_t unread;                     // where hold_back_waits stores; with it begin the barriers
     uint64_t keys_full[kKeyStages], keys_empty[kKeyStages];
     uint64_t values_full[kValueStages], values_empty[kValueStages];
     uint64_t queries_full[kQueryBuffers][kUnits], output_full[kQueryBuffers][kUnits];
