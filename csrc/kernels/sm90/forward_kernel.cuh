@@ -25,8 +25,12 @@ __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage)
     }
   }
   for (int i = 0; i < Traits::kTileSlots; ++i) {
-    mbarrier_init(&storage.tile_full[i], 32);
+    mbarrier_init(&storage.tile_full[i], 1);
     mbarrier_init(&storage.tile_empty[i], Traits::kTileReaders);
+  }
+  for (int i = 0; i < Traits::kSegmentSlots; ++i) {
+    mbarrier_init(&storage.segments_full[i], 32);
+    mbarrier_init(&storage.segments_empty[i], 2 * 32);  // the key warp and the value warp
   }
   mbarrier_init(&storage.tile_wanted, 1);
   mbarrier_init_fence();
@@ -77,7 +81,7 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, Config::kCtas
     if (warp == kKeyWarp) {
       run_stream_warp<Traits, true, kGeneral>(args, storage, lane);
     } else if (warp == kTileWarp) {
-      run_tile_warp<Traits>(args, storage, lane);
+      run_tile_warp<Traits, kGeneral>(args, storage, lane);
     } else if (warp == kValueWarp) {
       run_stream_warp<Traits, false, kGeneral>(args, storage, lane);
     } else {

@@ -95,13 +95,54 @@ __device__ __forceinline__ void load_queries(const ForwardArguments& args, typen
   }
 }
 
-// Takes tiles off the work list and announces them with the first words of their bit row.
+// Stages that a slot of segments holds. With many segments a stage, a lane's worth of them each; with few, no more than
+// a tile can wait for at its start.
 template <class Traits>
+__device__ __forceinline__ int slot_stages(const ForwardArguments& args) {
+  return min(32 >> (Traits::kTileNLog2 - args.segment_log2), Traits::kSlotStages);
+}
+
+// Lists the segments of a tile's active blocks, largest key first, as its key and value stages need them.
+template <class Traits, bool kGeneral>
+__device__ __forceinline__ void list_segments(const ForwardArguments& args, typename Traits::Storage& storage,
+                                              RingPosition<Traits::kSegmentSlots>& slot, const WorkItem& item,
+                                              uint32_t first_word, int stages, int padding, int key_end, int lane) {
+  const int segments_log2 = Traits::kTileNLog2 - args.segment_log2;
+  typename Traits::Blocks blocks(row_of(args, item), item.col_end, storage.columns, first_word, lane);
+  for (int listed = 0; listed < stages; listed += slot_stages<Traits>(args)) {
+    const int first = (listed << segments_log2) - padding;
+    const int last = (min(listed + slot_stages<Traits>(args), stages) << segments_log2) - padding;
+    blocks.expand(args.segments_per_block.div(last + args.segments_per_block.divisor - 1));
+    const int position = first + lane;
+    int key = -1, end = key_end;
+    if (position >= 0 && position < last) {
+      if (args.segments_per_block.divisor == 1) {
+        key = blocks.column(position) * args.k_block_size.divisor;
+      } else {
+        // Blocks come in descending order, and so do the segments in them.
+        int entry, from_end;
+        args.segments_per_block(entry, from_end, position);
+        const int segment = args.segments_per_block.divisor - 1 - from_end;
+        key = blocks.column(entry) * args.k_block_size.divisor + (segment << args.segment_log2);
+      }
+      if (kGeneral) end = min((args.k_block_size.div(key) + 1) * args.k_block_size.divisor, end);
+    }
+    mbarrier_wait(&storage.segments_empty[slot.index], slot.parity);
+    storage.segment_keys[slot.index][lane] = key;
+    if (kGeneral) storage.segment_ends[slot.index][lane] = end;
+    mbarrier_arrive(&storage.segments_full[slot.index]);
+    slot.advance();
+  }
+}
+
+// Takes tiles off the work list, announces them, and lists their segments.
+template <class Traits, bool kGeneral>
 __device__ __forceinline__ void run_tile_warp(const ForwardArguments& args, typename Traits::Storage& storage,
                                               int lane) {
   const int stage_segments_log2 = Traits::kTileNLog2 - args.segment_log2;
   const int segments = 1 << stage_segments_log2;
   RingPosition<Traits::kTileSlots> slot(1);
+  RingPosition<Traits::kSegmentSlots> segment_slot(1);
   RingPosition<1> wanted(0);
   int work = blockIdx.x;
   while (true) {
@@ -118,24 +159,23 @@ __device__ __forceinline__ void run_tile_warp(const ForwardArguments& args, type
 
     const int item_segments = item.blocks * args.segments_per_block.divisor;
     const int stages = (item_segments + segments - 1) >> stage_segments_log2;
+    const int padding = stages * segments - item_segments;
+    const int key_end = key_end_of_tile(args, item, Traits::kTileM);
     mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
-    TileSlot& announced = storage.tiles[slot.index];
-    announced.first_words[lane] = first_word;
     if (lane == 0) {
-      const int padding = stages * segments - item_segments;
+      TileSlot& announced = storage.tiles[slot.index];
       announced.item = item;
       announced.stages = stages;
-      announced.padding = padding;
       const int masked =
           (padding + item.masked * args.segments_per_block.divisor + segments - 1) >> stage_segments_log2;
       announced.masked_stages = args.ragged_blocks ? stages : min(stages, max(1, masked));
-      announced.key_end = key_end_of_tile(args, item, Traits::kTileM);
+      announced.key_end = key_end;
+      mbarrier_arrive(&storage.tile_full[slot.index]);
     }
-    // Every lane has written, so every lane arrives: its arrival orders its own stores for the readers.
-    mbarrier_arrive(&storage.tile_full[slot.index]);
     slot.advance();
     if (last) break;
 
+    list_segments<Traits, kGeneral>(args, storage, segment_slot, item, first_word, stages, padding, key_end, lane);
     mbarrier_wait(&storage.tile_wanted, wanted.parity);
     wanted.advance();
     const int ticket = lane == 0 ? atomicAdd(args.ticket, 1) : 0;
@@ -148,28 +188,16 @@ __device__ __forceinline__ void run_tile_warp(const ForwardArguments& args, type
 template <class Traits, bool kGeneral>
 struct StagePlan {
   int segment_log2, segments_log2;  // keys of a segment, segments of a stage
-  int key = -1;                     // first key of this lane's segment; -1: none
+  int key;                          // first key of this lane's segment; -1: none
   int end;           // keys of the segment end here: at the last visible key or, where blocks are ragged, their own end
   uint32_t clipped;  // lanes whose segment ends before its rows do
 
-  // `first`: the first segment, counted from the front of the tile's first block; negative: padding. `last`: the one
-  // after the last.
-  __device__ __forceinline__ StagePlan(const ForwardArguments& args, const typename Traits::Blocks& blocks,
-                                       const TileSlot& tile, int first, int last, int lane)
-      : segment_log2(args.segment_log2), segments_log2(Traits::kTileNLog2 - args.segment_log2), end(tile.key_end) {
-    const int position = first + lane;
-    if (position >= 0 && position < last) {
-      if (args.segments_per_block.divisor == 1) {
-        key = blocks.column(position) * args.k_block_size.divisor;
-      } else {
-        // Blocks come in descending order, and so do the segments in them.
-        int entry, from_end;
-        args.segments_per_block(entry, from_end, position);
-        const int segment = args.segments_per_block.divisor - 1 - from_end;
-        key = blocks.column(entry) * args.k_block_size.divisor + (segment << segment_log2);
-      }
-      if (kGeneral) end = min((args.k_block_size.div(key) + 1) * args.k_block_size.divisor, end);
-    }
+  __device__ __forceinline__ StagePlan(const ForwardArguments& args, const typename Traits::Storage& storage,
+                                       const TileSlot& tile, int slot, int lane)
+      : segment_log2(args.segment_log2),
+        segments_log2(Traits::kTileNLog2 - args.segment_log2),
+        key(storage.segment_keys[slot][lane]),
+        end(kGeneral ? storage.segment_ends[slot][lane] : tile.key_end) {
     clipped = args.whole_rows ? __ballot_sync(0xffffffffu, key >= 0 && key + (1 << segment_log2) > end) : 0xffffffffu;
   }
 
@@ -211,7 +239,6 @@ template <class Traits, bool kKeys, bool kGeneral>
 __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, typename Traits::Storage& storage,
                                                 int lane) {
   const int segments_log2 = Traits::kTileNLog2 - args.segment_log2;
-  const int plan_stages = 32 >> segments_log2;
   const CUtensorMap* whole = kKeys ? &args.map_k : &args.map_v;
   const CUtensorMap* clipped = kKeys ? &args.map_k_clipped : &args.map_v_clipped;
   const int batch_rows = kKeys ? args.k_batch_rows : args.v_batch_rows;
@@ -223,26 +250,25 @@ __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, ty
   const int offset_of_lane = (segment_of_lane << args.segment_log2) * (Traits::kChunks * Traits::kChunkBytes);
 
   RingPosition<Traits::kTileSlots> slot(0);
+  RingPosition<Traits::kSegmentSlots> segment_slot(0);
   RingPosition<kKeys ? Traits::kKeyStages : Traits::kValueStages> ring(1);
   while (true) {
     const TileSlot tile = wait_tile(storage, slot);
-    const uint32_t first_word = storage.tiles[slot.index].first_words[lane];
     release_tile(storage, slot, lane);
     if (tile.item.bit_row < 0) break;
     if (kKeys && tile.stages <= Traits::kTileLead && lane == 0) mbarrier_arrive(&storage.tile_wanted);
 
-    typename Traits::Blocks blocks(row_of(args, tile.item), tile.item.col_end,
-                                   kKeys ? storage.key_columns : storage.value_columns, first_word, lane);
     const int key_head = args.heads_per_key_head.div(tile.item.head);
     const int run_begin = tile.item.k_begin + tile.item.sequence * batch_rows;
-    for (int planned = 0; planned < tile.stages; planned += plan_stages) {
-      const int first = (planned << segments_log2) - tile.padding;
-      const int last = (min(planned + plan_stages, tile.stages) << segments_log2) - tile.padding;
-      blocks.expand(args.segments_per_block.div(last + args.segments_per_block.divisor - 1));
-      const StagePlan<Traits, kGeneral> plan(args, blocks, tile, first, last, lane);
+    for (int planned = 0; planned < tile.stages; planned += slot_stages<Traits>(args)) {
+      mbarrier_wait(&storage.segments_full[segment_slot.index], segment_slot.parity);
+      const StagePlan<Traits, kGeneral> plan(args, storage, tile, segment_slot.index, lane);
+      // Every lane has read, so every lane arrives.
+      mbarrier_arrive(&storage.segments_empty[segment_slot.index]);
+      segment_slot.advance();
       const int first_row = plan.key < 0 ? int{kOutOfBounds} : run_begin + plan.key;
 
-      const int count = min(plan_stages, tile.stages - planned);
+      const int count = min(slot_stages<Traits>(args), tile.stages - planned);
 #pragma unroll 1
       for (int stage = 0; stage < count; ++stage) {
         mbarrier_wait(&empty[ring.index], ring.parity);

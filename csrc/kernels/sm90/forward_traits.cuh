@@ -51,12 +51,10 @@ __device__ __forceinline__ int granule_last_key(int code) {
 
 // A tile as the tile warp announces it to the other warps.
 struct TileSlot {
-  WorkItem item;             // bit_row < 0: no more tiles
-  int stages;                // key stages
-  int masked_stages;         // of these, the first ones that need element masks, the first stage always among them
-  int padding;               // segments at the front of the first stage that hold no keys
-  int key_end;               // keys from here on, in the sequence, are visible to no row of the tile
-  uint32_t first_words[32];  // of the bit row, as BitRow::load gives them to the lanes
+  WorkItem item;      // bit_row < 0: no more tiles
+  int stages;         // key stages
+  int masked_stages;  // of these, the first ones that need element masks, the first stage always among them
+  int key_end;        // keys from here on, in the sequence, are visible to no row of the tile
 };
 
 template <class Config>
@@ -78,6 +76,8 @@ struct ForwardTraits {
   static constexpr int kGranules = kTileN / kGranule;
   static constexpr int kTileLead = kTileLeadKeys / kTileN;  // in stages
   static constexpr int kTileSlots = 4;                      // a ring; readers may be some tiles behind
+  static constexpr int kSegmentSlots = 4;                   // a ring
+  static constexpr int kSlotStages = 8;                     // at most
   static constexpr int kColumnEntries = kTileM == 128 ? 512 : 256;
   using Blocks = BitRow<kTileM == 128 ? 8 : 4, kColumnEntries>;
   static_assert(kTileM == kUnits * kUnitRows);
@@ -118,8 +118,9 @@ struct ForwardTraits {
     Element keys[kKeyStages][kTileN * kHeadDim];
     Element values[kValueStages][kTileN * kHeadDim];
     Element queries[kQueryBuffers][kUnits][kUnitRows * kHeadDim];  // the output leaves from here too
-    int32_t key_columns[kColumnEntries];                           // active blocks, as the key warp
-    int32_t value_columns[kColumnEntries];                         // and the value warp expand them
+    int32_t columns[kColumnEntries];                               // active blocks, as the tile warp expands them
+    int32_t segment_keys[kSegmentSlots][32];                       // first keys of segments; -1: none
+    int32_t segment_ends[kSegmentSlots][32];                       // keys of a segment end here; the general kernel's
     alignas(16) int32_t granules[kKeyStages][kGranules];           // encode_granule for each granule of a key stage
     TileSlot tiles[kTileSlots];
     WorkItem held_items[kQueryBuffers];  // whose queries, or output, the buffers hold
@@ -128,6 +129,7 @@ struct ForwardTraits {
     uint64_t values_full[kValueStages], values_empty[kValueStages];
     uint64_t queries_full[kQueryBuffers][kUnits], output_full[kQueryBuffers][kUnits];
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
+    uint64_t segments_full[kSegmentSlots], segments_empty[kSegmentSlots];
     uint64_t tile_wanted;
   };
   static_assert(sizeof(Storage) <= sm90_shared_limit(Config::kCtasPerSm), "a CTA's shared memory");
