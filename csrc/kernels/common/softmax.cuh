@@ -20,12 +20,13 @@ struct OnlineSoftmax {
   template <class Scores>
   static __device__ __forceinline__ float find_max(const Scores& scores, int row) {
     constexpr int kGroups = decltype(cute::size(scores))::value / 4;
-    float maximum = fmaxf(scores(2 * row), scores(2 * row + 1));
+    float even = scores(2 * row), odd = scores(2 * row + 1);
 #pragma unroll
     for (int group = 1; group < kGroups; ++group) {
-      maximum = fmaxf(maximum, scores(4 * group + 2 * row));
-      maximum = fmaxf(maximum, scores(4 * group + 2 * row + 1));
+      even = fmaxf(even, scores(4 * group + 2 * row));
+      odd = fmaxf(odd, scores(4 * group + 2 * row + 1));
     }
+    float maximum = fmaxf(even, odd);
     maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 1));
     return fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, 2));
   }
