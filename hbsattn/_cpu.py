@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hbsattn._layout import (
     COL_BEGIN,
+    ITEM_INTS,
     K_LEN,
     Q_LEN,
     ceil_div,
@@ -156,7 +157,7 @@ def plan_items(
     tile_rows = choose_tile_rows(block_rows, head_dim)
     tiles = ceil_div(block_rows, tile_rows)
     if groups * rows * tiles == 0 or sequences.shape[0] == 0:
-        return torch.zeros(groups * rows * tiles, 12, dtype=torch.int32)
+        return torch.zeros(groups * rows * tiles, ITEM_INTS, dtype=torch.int32)
 
     sequence, block, used = locate_rows(sequences, rows, q_block_size)
     table = sequences.to(torch.int64)[sequence]
@@ -205,12 +206,13 @@ def plan_items(
             masked[mask_head],
             col_end.expand(shape),
             *table[:, :4].view(1, rows, 1, 4).expand(*shape, 4).unbind(-1),
+            torch.ones(shape),  # blocks of a tile: here, none are united
         ],
         -1,
     ).to(torch.int32)
 
     # Heaviest first within each section.
-    items = items.view(-1, 12)
+    items = torch.nn.functional.pad(items.view(-1, items.shape[-1]), (0, ITEM_INTS - items.shape[-1]))
     row_groups = groups // heads_k
     pair_bytes = 2 * max(cols * k_block_size, 1) * head_dim * element_size
     size = _section_items(items.shape[0], sequences.shape[0], rows, tiles, row_groups, pair_bytes)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 # Columns of the table of sequences.
 Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN = range(6)
+ITEM_INTS = 16  # of a work item, the WorkItem of csrc/include/hbsattn/params.h
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -17,7 +17,7 @@ except ImportError as error:
     ) from error
 
 from hbsattn import _cpu  # noqa: F401  (registers the CPU kernels)
-from hbsattn._layout import ceil_div, choose_tile_rows, count_packed_heads
+from hbsattn._layout import ITEM_INTS, ceil_div, choose_tile_rows, count_packed_heads
 
 build_info = _C.build_info
 ops = torch.ops.hbsattn
@@ -103,7 +103,7 @@ def _(
     packed_heads = count_packed_heads(mask_heads, q_block_size, heads_q, heads_k, pack_heads)
     block_rows = q_block_size * packed_heads
     tiles = ceil_div(block_rows, choose_tile_rows(block_rows, head_dim))
-    return bits.new_empty((heads_q // packed_heads * rows * tiles, 12))
+    return bits.new_empty((heads_q // packed_heads * rows * tiles, ITEM_INTS))
 
 
 @torch.library.register_fake("hbsattn::check_forward")

@@ -386,7 +386,7 @@ class BlockMask:
         return items
 
     def _items(self, heads_q: int, heads_k: int, head_dim: int, element_size: int, pack_heads: bool) -> Tensor:
-        """Returns the work list, int32 (tiles, 12), that calls of this kind on one stream share.
+        """Returns the work list, int32 (tiles, 16), that calls of this kind on one stream share.
 
         Each stream makes its own: nothing orders one stream's use after another's making.
         """

@@ -139,6 +139,14 @@ CASES += [
     case("odd_rows_of_one_head", q_block=37, k_block=100, heads_q=4, heads_k=2, mask_heads=2, causal=True),
     case("hundred_by_one", q_block=100, k_block=1, heads_q=2, heads_k=2, mask_heads=1, lens_q=(130,), density=0.2),
     case("wide_odd_blocks", q_block=200, k_block=333, lens_q=(450, 40), head_dim=256, causal=True),
+    # Neighbours whose tiles are united: 4 or 2 to 64 rows, 8 to 128 rows above head dim 128.
+    case("alike_16", pattern="alike", q_block=16, k_block=16, lens_q=(300, 70, 5), density=0.3),
+    case("alike_16_causal", pattern="alike", q_block=16, k_block=80, lens_q=(300, 70, 5), causal=True, head_dim=128),
+    case("alike_32_odd", pattern="alike", q_block=32, k_block=24, lens_q=(300, 70), causal=True, head_dim=96),
+    case("alike_8x2_wide", pattern="alike", q_block=8, k_block=32, heads_q=4, mask_heads=2, head_dim=256),
+    case("alike_batched", pattern="alike", q_block=16, packed=False, lens_q=(150, 150), lens_k=(310, 310), causal=True),
+    case("alike_tokens", pattern="alike", q_block=1, heads_q=32, heads_k=2, mask_heads=2, head_dim=128, causal=True),
+    case("alike_tokens_odd", pattern="alike", q_block=1, k_block=17, heads_q=32, heads_k=1, mask_heads=1, density=0.2),
     case("batched_odd", q_block=20, k_block=24, packed=False, lens_q=(90, 90), lens_k=(95, 95), head_dim=192),
 ]
 

@@ -41,6 +41,11 @@ def block_masks(spec: Case, seed: int) -> list[Tensor]:
             mask[:] = False
         elif spec.pattern == "diagonal":
             mask = torch.eye(rows, cols, dtype=torch.bool).expand(shape).clone()
+        elif spec.pattern == "alike":
+            # Eight neighbours draw from one list; each keeps most of it and adds some of its own.
+            shared = mask[:, ::8].repeat_interleave(8, 1)[:, : mask.shape[1]]
+            keeps, adds = (torch.rand(shape, generator=generator) < share for share in (0.9, 0.1 * spec.density))
+            mask = shared & keeps | adds
         elif spec.pattern in ("one_column", "last_column"):
             mask[:] = False
             if cols:

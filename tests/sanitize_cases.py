@@ -25,6 +25,8 @@ CASES = [
     case("many_columns", lens_q=(40, 20), lens_k=(1100, 530), k_block=16, q_block=32, density=0.3),
     case("padded", layout="padded", lens_q=(90, 90), lens_k=(70, 70), packed=False, head_dim=40),
     case("indices", source="indices", causal=True, k_block=32),
+    case("united", pattern="alike", q_block=16, k_block=16, lens_q=(100, 30), causal=True),
+    case("united_tokens", pattern="alike", q_block=1, heads_q=16, heads_k=1, mask_heads=1, lens_q=(40,), head_dim=128),
     case("csr", source="csr", k_block=128, q_block=128, lens_q=(400,)),
 ]
 

@@ -326,6 +326,26 @@ class Item:
     q_len: int
     k_begin: int
     k_len: int
+    united: int
+
+
+def read_items(items: Tensor) -> list[Item]:
+    assert items.shape[1] == 16 and not items[:, 13:].any()
+    return [Item(*line[:13]) for line in items.tolist()]
+
+
+def unite(items: list[Item], rows: Tensor, k_block: int) -> list[Item]:
+    """The tiles of neighbours: as they are, or one with the rows of all and others that are skipped."""
+    bits = rows.flatten(0, 1)
+    some = [item for item in items if item.blocks]
+    together = int(bits[[item.bit_row for item in items]].any(0).sum())
+    apart = sum(item.blocks for item in items)
+    if len(some) < 2 or 6 * together * k_block + 960 >= 5 * (apart * k_block + 192 * len(some)):
+        return items
+    first = dataclasses.replace(
+        items[0], blocks=together, masked=together, col_end=items[-1].col_end, united=len(items)
+    )
+    return [first, *(dataclasses.replace(item, bit_row=-1, blocks=0, masked=0, united=0) for item in items[1:])]
 
 
 def expected_items(
@@ -334,11 +354,15 @@ def expected_items(
     """The records of all tiles that hold queries, from the definition of WorkItem. rows: the trimmed bits as bool."""
     packed = packed_heads(spec, pack_heads)
     tile = tile_rows(packed * spec.q_block, head_dim)
+    block_rows = packed * spec.q_block
+    # Only CUDA unites neighbours.
+    united = tile // block_rows if mask.bits.is_cuda and block_rows % 16 == 0 and tile % block_rows == 0 else 1
     items = set()
     for head in range(0, spec.heads_q, packed):
         mask_head = head * spec.mask_heads // spec.heads_q
         for b, line in enumerate(mask.sequences.tolist()):
             q_begin, q_len, k_begin, k_len, row_begin, _ = line
+            of_sequence = []
             for i in range(-(-q_len // spec.q_block)):
                 for first in range(0, packed * spec.q_block, tile):
                     virtual = range(first, min(first + tile, packed * spec.q_block))
@@ -354,7 +378,9 @@ def expected_items(
                     bit_row = mask_head * mask.rows + row_begin + i
                     where = (q_begin, q_len, k_begin, k_len)
                     counts = (len(active), len(masked), col_end)
-                    items.add(Item(bit_row, b, head, i * spec.q_block, first, *counts, *where))
+                    of_sequence.append(Item(bit_row, b, head, i * spec.q_block, first, *counts, *where, 1))
+            for first in range(0, len(of_sequence), united):
+                items.update(unite(of_sequence[first : first + united], rows, spec.k_block))
     return items
 
 
@@ -370,9 +396,9 @@ def test_plan(spec: Case, pack_heads: bool, device: str):
     packed = packed_heads(spec, pack_heads)
     tile = tile_rows(packed * spec.q_block, 64)
     tiles = -(-spec.q_block * packed // tile)
-    assert items.shape == (spec.heads_q // packed * mask.rows * tiles, 12)
+    assert items.shape[0] == spec.heads_q // packed * mask.rows * tiles
 
-    got = [Item(*line) for line in items.tolist()]
+    got = read_items(items)
     want = expected_items(spec, mask, rows, pack_heads)
     assert want <= set(got)
     for item in set(got) - want:
@@ -384,7 +410,14 @@ def test_plan(spec: Case, pack_heads: bool, device: str):
 
 def check_order(items: list[Item], rows: int, tiles: int, packed: int, tile: int) -> None:
     """Items with blocks are sorted by weight, stably, within sections of the natural order (group, row, tile)."""
-    natural = [((item.head // packed) * rows + item.bit_row % rows) * tiles + item.first_row // tile for item in items]
+    live = list(itertools.takewhile(lambda item: item.bit_row >= 0, items))
+    assert all((item.bit_row, item.united) == (-1, 0) for item in items[len(live) :])
+    natural = [((item.head // packed) * rows + item.bit_row % rows) * tiles + item.first_row // tile for item in live]
+    if len(live) < len(items):
+        # Neighbours are united: few items, in one section.
+        section = [(-item.blocks, position) for item, position in zip(live, natural, strict=True)]
+        assert section == sorted(section) and len(set(natural)) == len(live)
+        return
     assert sorted(natural) == list(range(len(items)))
     begin = 0
     for end, highest in enumerate(itertools.accumulate(natural, max), start=1):
@@ -399,7 +432,7 @@ def test_plan_of_several_sections(device: str):
     """Keys and values that outgrow the L2 cache: heavy tiles come first section by section, and none is lost."""
     spec = case("sections", lens_q=(20000,), heads_q=16, heads_k=16, mask_heads=16, q_block=128, k_block=128)
     mask = build_mask(spec, block_masks(spec, 0), device)
-    items = [Item(*line) for line in mask._items(16, 16, 128, 2, True).tolist()]
+    items = read_items(mask._items(16, 16, 128, 2, True))
     check_order(items, mask.rows, 1, 1, 128)
     assert sum(item.blocks for item in items) == int(mask.to_dense().sum())
     heads_in_front = {item.head for item in items[: len(items) // 4]}
@@ -426,7 +459,7 @@ def test_random_masks(seed: int, device: str):
     want = expected_rows(spec, trimmed(spec, masks), spec.mask_form)
     assert torch.equal(unpack(mask.bits, mask.cols)[..., : want.shape[2]], want), f"seed {seed}: {spec}"
     pack_heads = random.Random(seed).random() < 0.7
-    items = {Item(*line) for line in mask._items(spec.heads_q, spec.heads_k, 64, 2, pack_heads).tolist()}
+    items = set(read_items(mask._items(spec.heads_q, spec.heads_k, 64, 2, pack_heads)))
     assert expected_items(spec, mask, want, pack_heads) <= items, f"seed {seed}: {spec}"
 
 

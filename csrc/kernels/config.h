@@ -33,6 +33,12 @@ constexpr int32_t choose_tile_rows(int64_t rows, int32_t head_dim) {
   return head_dim <= 128 && 5 * of_64 < 4 * of_128 ? 64 : 128;
 }
 
+// Neighbouring query blocks that a tile may unite, for query blocks that have `block_rows` rows over the heads that
+// share them: as many as fill the tile. The rows of a warp must belong to one block.
+constexpr int32_t count_united_blocks(int64_t block_rows, int32_t tile_rows) {
+  return block_rows % kGranule == 0 && tile_rows % block_rows == 0 ? static_cast<int32_t>(tile_rows / block_rows) : 1;
+}
+
 // A forward kernel for sm_90a. A CTA owns kTileM query rows, 64 for each consumer warpgroup, and streams the keys of
 // the active blocks in stages of kTileN, each filled from as many key blocks as fit.
 template <DType kDType_, int kHeadDim_, int kTileM_>

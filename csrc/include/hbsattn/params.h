@@ -95,8 +95,10 @@ struct PackParams {
 
 // One stationary tile of the forward kernel: up to 64 or 128 "virtual rows" of one query block. When `packed_heads`
 // query heads share the mask, virtual row v of a query block stands for row v % q_block_size of head v / q_block_size.
-struct alignas(16) WorkItem {
-  int32_t bit_row;    // row of the bit matrix over all heads: mask head * rows + row
+// Small neighbouring blocks of a sequence that attend alike may be united: one tile has the rows of all, one after
+// another, and reads each key block that any of them is active with.
+struct alignas(64) WorkItem {
+  int32_t bit_row;    // row of the bit matrix over all heads: mask head * rows + row; of the first block, if united
   int32_t sequence;   // batch index
   int32_t head;       // first query head of the tile's group
   int32_t block_row;  // first query of the block, in its sequence
@@ -108,6 +110,8 @@ struct alignas(16) WorkItem {
   int32_t q_len;
   int32_t k_begin;
   int32_t k_len;
+  int32_t united;  // query blocks of the tile. 0: the tile of another item has this block; such items end the list,
+                   // and their bit_row is -1
 };
 
 // The work list of one mask for one (heads_q, heads_k, head_dim, element size): a record per tile, heaviest first
@@ -119,7 +123,7 @@ struct PlanParams {
   int32_t head_dim = 0;
   int32_t element_size = 2;   // bytes
   bool pack_heads = true;     // let query heads that share a mask and a key head share tiles
-  void* scratch = nullptr;    // 8 * num_items bytes, aligned to 4
+  void* scratch = nullptr;    // 12 * num_items bytes, aligned to 4
   WorkItem* items = nullptr;  // out, (num_items)
 };
 

@@ -4,7 +4,28 @@
 
 namespace hbsattn {
 
-// The active blocks of one bit row, largest column first, expanded by one warp into a small ring in shared memory.
+// Consecutive rows of the bit matrix that are read as one: a block is active if it is with any of them.
+struct BitRows {
+  const uint32_t* first;
+  int count;
+  int words;  // of a row
+
+  __device__ __forceinline__ uint32_t word(int index) const {
+    uint32_t any = __ldg(first + index);
+    for (int row = 1; row < count; ++row) any |= __ldg(first + row * words + index);
+    return any;
+  }
+  // The rows that are active with a column, one bit each.
+  __device__ __forceinline__ uint32_t with(int column) const {
+    uint32_t rows = 0;
+    for (int row = 0; row < count; ++row) {
+      rows |= (__ldg(first + row * words + column / 32) >> (column % 32) & 1) << row;
+    }
+    return rows;
+  }
+};
+
+// The active blocks of bit rows, largest column first, expanded by one warp into a small ring in shared memory.
 // Every kernel that asks which blocks a row has asks it here; dense, causal and sparse rows differ in bits alone.
 //
 // Lanes hold a chunk of 1024 columns, a word each, while the next chunk is on its way from global memory. A round
@@ -16,7 +37,7 @@ struct BitRow {
   static_assert(kEntries >= kRoundColumns + 32, "a round's columns, and those of the last one that are to be read");
   static_assert((kEntries & (kEntries - 1)) == 0);
 
-  const uint32_t* row;
+  BitRows rows;
   int32_t* ring;
   int col_end;  // columns from here on are ignored
   int lane;
@@ -28,22 +49,22 @@ struct BitRow {
 
   static __device__ __forceinline__ int first_chunk(int col_end) { return (col_end - 1) / kColumns; }
 
-  static __device__ __forceinline__ uint32_t load(const uint32_t* row, int col_end, int chunk, int lane) {
+  static __device__ __forceinline__ uint32_t load(const BitRows& rows, int col_end, int chunk, int lane) {
     const int first_col = chunk * kColumns + lane * 32;
     if (chunk < 0 || first_col >= col_end) return 0;
-    const uint32_t word = __ldg(row + first_col / 32);
+    const uint32_t word = rows.word(first_col / 32);
     return first_col + 32 <= col_end ? word : word & ((1u << (col_end - first_col)) - 1);
   }
 
-  // `first_word` is load(row, col_end, first_chunk(col_end), lane). A row without columns is not expanded.
-  __device__ __forceinline__ BitRow(const uint32_t* row, int col_end, int32_t* ring, uint32_t first_word, int lane)
-      : row(row),
+  // `first_word` is load(rows, col_end, first_chunk(col_end), lane). A row without columns is not expanded.
+  __device__ __forceinline__ BitRow(const BitRows& rows, int col_end, int32_t* ring, uint32_t first_word, int lane)
+      : rows(rows),
         ring(ring),
         col_end(col_end),
         lane(lane),
         chunk(first_chunk(col_end)),
         word(first_word),
-        next_word(load(row, col_end, chunk - 1, lane)),
+        next_word(load(rows, col_end, chunk - 1, lane)),
         pending(__ballot_sync(0xffffffffu, first_word != 0)) {}
 
   // Makes at least `count` entries, or all there are.
@@ -52,7 +73,7 @@ struct BitRow {
       while (pending == 0) {
         if (--chunk < 0) return;
         word = next_word;
-        next_word = load(row, col_end, chunk - 1, lane);
+        next_word = load(rows, col_end, chunk - 1, lane);
         pending = __ballot_sync(0xffffffffu, word != 0);
       }
       // The round's words are kBits in a row; all above them are done. Lane 0 has the largest columns.

@@ -111,7 +111,8 @@ struct ItemGrid {
   int32_t heads_q;
   int32_t packed_heads;
   int32_t tile_rows;
-  int32_t tiles;  // of one row
+  int32_t tiles;   // of one row
+  int32_t united;  // neighbouring query blocks that a tile may unite, 1: none
 };
 
 struct Item {
@@ -145,6 +146,7 @@ constexpr Item make_item(const ItemGrid& grid, int64_t index) {
   record.q_len = sequence.q_len;
   record.k_begin = sequence.k_begin;
   record.k_len = sequence.k_len;
+  record.united = 1;
   if (!place.used) return item;
 
   // First and last query of the tile, in the block. A tile that goes on into the next head of its group starts over at
@@ -163,6 +165,33 @@ constexpr Item make_item(const ItemGrid& grid, int64_t index) {
   record.col_end = columns_up_to(shape, last_key(shape, sequence, block_row + last));
   item.clean_end = whole_blocks(shape, last_key(shape, sequence, block_row + first) + 1);
   return item;
+}
+
+// The blocks that may share a tile with the block of item `index`: `count` of them from item `first` on.
+struct Neighbours {
+  int64_t first;
+  int32_t count;
+};
+
+constexpr Neighbours find_neighbours(const ItemGrid& grid, int64_t index) {
+  const MaskShape& shape = grid.shape;
+  const int32_t row = static_cast<int32_t>(index) % static_cast<int32_t>(shape.rows);
+  const RowPlace place = locate_row(shape, grid.sequences, row);
+  if (grid.united == 1 || !place.used) return {index, 1};
+  const int64_t before = place.block % grid.united;
+  const int64_t blocks = count_q_blocks(place.sequence, shape) - (place.block - before);
+  // A table that lies may tell of more blocks than there are rows.
+  return {index - before,
+          static_cast<int32_t>(clamp<int64_t>(blocks, 1, smaller<int64_t>(grid.united, shape.rows - row + before)))};
+}
+
+// Whether a tile that streams the `together` blocks that any of `tiles` blocks is active with takes less time than
+// tiles of their own, which stream `apart` blocks. A tile costs about as much as 192 more keys; those of a united tile
+// need element masks, which makes them a fifth dearer.
+constexpr bool pays_to_unite(const MaskShape& shape, int64_t together, int64_t apart, int32_t tiles) {
+  constexpr int64_t kTileKeys = 192;
+  return tiles > 1 &&
+         6 * together * shape.k_block_size + 5 * kTileKeys < 5 * (apart * shape.k_block_size + tiles * kTileKeys);
 }
 
 // Bits of word w of a bit row that belong to columns before `end`.

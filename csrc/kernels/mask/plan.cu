@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstddef>
 
 #include "kernels/common/cuda_status.h"
 #include "kernels/instances.h"
@@ -19,30 +20,63 @@ constexpr int kChunk = 1024;  // keys in shared memory at a time
 // Tiles that run at the same time should find their keys and values in L2 (50 MB, of which queries, outputs and the
 // far partition take a share).
 constexpr int64_t kSectionBytes = int64_t{32} << 20;
+constexpr int64_t kUnitedSectionItems = 1024;
 constexpr int64_t kSectionItems = 8192;  // ranking costs this many comparisons an item
 
 // Items of a section: a run of the list that is put in order by itself. As many (sequence, key head) pairs as fit.
-int64_t count_section_items(const PlanParams& params, int32_t tiles, int32_t packed_heads, int64_t num_items) {
+int64_t count_section_items(const PlanParams& params, int32_t tiles, int32_t packed_heads, int32_t united,
+                            int64_t num_items) {
   const MaskShape& shape = params.mask.shape;
   const int64_t longest = std::max<int64_t>(shape.cols * shape.k_block_size, 1);
   const int64_t bytes = 2 * longest * params.head_dim * params.element_size;
   const int64_t pairs = std::max<int64_t>(kSectionBytes / bytes, 1);
   const int64_t batch = std::max(shape.batch, 1);
   const int64_t row_groups = params.heads_q / packed_heads / params.heads_k;  // that read one key head
-  const int64_t wanted = pairs >= batch ? pairs / batch * row_groups * shape.rows * tiles
-                                        : pairs * mask::ceil_div(shape.rows, batch) * tiles;
+  int64_t wanted = pairs >= batch ? pairs / batch * row_groups * shape.rows * tiles
+                                  : pairs * mask::ceil_div(shape.rows, batch) * tiles;
+  // Not so few that adding up the live items of all sections takes long.
+  if (united > 1) wanted = std::max<int64_t>(wanted, kUnitedSectionItems);
   const int64_t items = std::min(wanted, num_items);
   return mask::ceil_div(items, mask::ceil_div(items, kSectionItems));
 }
 
-// kThreads threads count the blocks of one item: all of them, and those that need element masks.
+// Counts of a neighbourhood whose tiles are united.
+struct UnitedCounts {
+  int blocks = 0;  // that any of them is active with
+  bool pays = false;
+};
+
 template <int kThreads>
-__global__ void __launch_bounds__(kCountThreads)
-    count_blocks_kernel(const ItemGrid grid, const uint32_t* bits, int64_t num_items, int32_t* blocks,
-                        int32_t* masked) {
-  const int64_t index = (int64_t{blockIdx.x} * kCountThreads + threadIdx.x) / kThreads;
-  if (index >= num_items) return;
-  const int lane = threadIdx.x % kThreads;
+__device__ UnitedCounts count_united(const ItemGrid& grid, const uint32_t* bits, const mask::Neighbours& neighbours,
+                                     int lane) {
+  const Item last = mask::make_item(grid, neighbours.first + neighbours.count - 1);
+  const int64_t words = grid.shape.words();
+  const uint32_t* row = bits + (last.record.bit_row - (neighbours.count - 1)) * words;
+  int together = 0, apart = 0;
+  uint32_t active_blocks = 0;  // one bit for each block that has something to attend
+  for (int word = lane; 32 * word < last.record.col_end; word += kThreads) {
+    uint32_t any = 0;
+    for (int block = 0; block < neighbours.count; ++block) {
+      const uint32_t active = row[block * words + word] & mask::bits_before(last.record.col_end, word);
+      any |= active;
+      apart += __popc(active);
+      active_blocks |= active != 0 ? 1u << block : 0;
+    }
+    together += __popc(any);
+  }
+#pragma unroll
+  for (int delta = kThreads / 2; delta > 0; delta /= 2) {
+    together += __shfl_xor_sync(~0u, together, delta);
+    apart += __shfl_xor_sync(~0u, apart, delta);
+    active_blocks |= __shfl_xor_sync(~0u, active_blocks, delta);
+  }
+  return {together, mask::pays_to_unite(grid.shape, together, apart, __popc(active_blocks))};
+}
+
+// Counts the blocks of one item: all of them, and those that need element masks.
+template <int kThreads>
+__device__ void count_item(const ItemGrid& grid, const uint32_t* bits, int64_t index, int lane, int32_t* blocks,
+                           int32_t* masked) {
   const Item item = mask::make_item(grid, index);
   const uint32_t* row = bits + item.record.bit_row * grid.shape.words();
   int all = 0, clean = 0;
@@ -62,13 +96,64 @@ __global__ void __launch_bounds__(kCountThreads)
   }
 }
 
+// kThreads threads count the blocks of one item, or of all the neighbours whose first it is. The first of united items
+// gets the blocks of all, and the complement of how many they are for `masked`; the others get -1 and the complement of
+// 0. Where items may be united, `live` counts the items of each section that have a tile.
+template <int kThreads>
+__global__ void __launch_bounds__(kCountThreads)
+    count_blocks_kernel(const ItemGrid grid, const uint32_t* bits, int64_t num_items, int64_t section_items,
+                        int32_t* blocks, int32_t* masked, int32_t* live) {
+  const int64_t index = (int64_t{blockIdx.x} * kCountThreads + threadIdx.x) / kThreads;
+  if (index >= num_items) return;
+  const int lane = threadIdx.x % kThreads;
+  if (grid.united == 1) {
+    count_item<kThreads>(grid, bits, index, lane, blocks, masked);
+    return;
+  }
+  const mask::Neighbours neighbours = mask::find_neighbours(grid, index);
+  if (index != neighbours.first) return;
+  if (neighbours.count > 1) {
+    const UnitedCounts united = count_united<kThreads>(grid, bits, neighbours, lane);
+    if (united.pays) {
+      for (int i = lane; i < neighbours.count; i += kThreads) {
+        blocks[index + i] = i == 0 ? united.blocks : -1;
+        masked[index + i] = ~(i == 0 ? neighbours.count : 0);
+      }
+      if (lane == 0) atomicAdd(live + index / section_items, 1);
+      return;
+    }
+  }
+  for (int i = 0; i < neighbours.count; ++i) {
+    count_item<kThreads>(grid, bits, index + i, lane, blocks, masked);
+    if (lane == 0) atomicAdd(live + (index + i) / section_items, 1);
+  }
+}
+
+// Items that have a tile: in the sections before one, in this one, and in all. kLanes threads count them together.
+struct LivePlace {
+  int64_t before = 0, all = 0;
+  int here;
+
+  __device__ LivePlace(const int32_t* live, int64_t section, int64_t sections, int lane) : here(live[section]) {
+    for (int64_t i = lane; i < sections; i += kLanes) {
+      all += live[i];
+      if (i < section) before += live[i];
+    }
+#pragma unroll
+    for (int delta = kLanes / 2; delta > 0; delta /= 2) {
+      all += __shfl_xor_sync(~0u, all, delta);
+      before += __shfl_xor_sync(~0u, before, delta);
+    }
+  }
+};
+
 // Ranks kOrderItems items of one section, by the number of its items that are heavier, or as heavy and earlier, and
-// writes their records where they belong.
+// writes their records where they belong. Items without a tile go to the end of the list, section by section.
 __global__ void __launch_bounds__(kOrderThreads)
     order_items_kernel(const ItemGrid grid, int64_t num_items, int64_t section_items, int ctas_per_section,
-                       const int32_t* blocks, const int32_t* masked, WorkItem* items) {
+                       const int32_t* blocks, const int32_t* masked, const int32_t* live, WorkItem* items) {
   __shared__ int4 keys[kChunk / 4];
-  const int64_t begin = blockIdx.x / ctas_per_section * section_items;
+  const int64_t section = blockIdx.x / ctas_per_section, begin = section * section_items;
   const int count = static_cast<int>(mask::smaller(section_items, num_items - begin));
   const int mine = static_cast<int>(blockIdx.x % ctas_per_section) * kOrderItems + threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
@@ -93,16 +178,39 @@ __global__ void __launch_bounds__(kOrderThreads)
   }
 #pragma unroll
   for (int delta = kLanes / 2; delta > 0; delta /= 2) rank += __shfl_xor_sync(~0u, rank, delta);
+  int64_t place = begin + rank;
+  if (grid.united > 1) {
+    const LivePlace live_place(live, section, mask::ceil_div(num_items, section_items), lane);
+    if (rank < live_place.here) {
+      place = live_place.before + rank;
+    } else {
+      place = live_place.all + (begin - live_place.before) + rank - live_place.here;
+    }
+  }
   if (mine >= count) return;
 
-  const WorkItem record = mask::make_item(grid, begin + mine).record;
-  int4* destination = reinterpret_cast<int4*>(items + begin + rank);
+  WorkItem record = mask::make_item(grid, begin + mine).record;
+  record.blocks = weight;
+  record.masked = masked[begin + mine];
+  if (record.masked < 0) {
+    record.united = ~record.masked;
+    record.masked = weight;
+    if (record.united > 1) {
+      // The last block sees farthest.
+      record.col_end = mask::make_item(grid, begin + mine + record.united - 1).record.col_end;
+    } else {
+      record.bit_row = -1;
+      record.blocks = record.masked = 0;
+    }
+  }
+  int4* destination = reinterpret_cast<int4*>(items + place);
   if (lane == 0) destination[0] = make_int4(record.bit_row, record.sequence, record.head, record.block_row);
-  if (lane == 1) destination[1] = make_int4(record.first_row, weight, masked[begin + mine], record.col_end);
+  if (lane == 1) destination[1] = make_int4(record.first_row, record.blocks, record.masked, record.col_end);
   if (lane == 2) destination[2] = make_int4(record.q_begin, record.q_len, record.k_begin, record.k_len);
+  if (lane == 3) destination[3] = make_int4(record.united, 0, 0, 0);
 }
-static_assert(sizeof(WorkItem) == 3 * sizeof(int4) && offsetof(WorkItem, first_row) == 16 &&
-              offsetof(WorkItem, q_begin) == 32);
+static_assert(sizeof(WorkItem) == kLanes * sizeof(int4) && offsetof(WorkItem, first_row) == 16 &&
+              offsetof(WorkItem, q_begin) == 32 && offsetof(WorkItem, united) == 48);
 
 }  // namespace
 
@@ -113,22 +221,29 @@ Status plan_items(const PlanParams& params, int64_t num_items, Stream stream) {
   const int64_t block_rows = int64_t{packed_heads} * shape.q_block_size;
   const int32_t tile_rows = choose_tile_rows(block_rows, params.head_dim);
   const auto tiles = static_cast<int32_t>(mask::ceil_div(block_rows, tile_rows));
-  const ItemGrid grid{shape, params.mask.sequences, params.heads_q, packed_heads, tile_rows, tiles};
+  const int32_t united = count_united_blocks(block_rows, tile_rows);
+  const ItemGrid grid{shape, params.mask.sequences, params.heads_q, packed_heads, tile_rows, tiles, united};
   int32_t* blocks = static_cast<int32_t*>(params.scratch);
   int32_t* masked = blocks + num_items;
+  int32_t* live = masked + num_items;
+  const int64_t section_items = count_section_items(params, tiles, packed_heads, united, num_items);
+  if (united > 1) {
+    const size_t bytes = mask::ceil_div(num_items, section_items) * sizeof(int32_t);
+    HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(live, 0, bytes, stream), "cudaMemsetAsync"));
+  }
 
   // Up to eight words, 32 bytes, come in one sector: more threads would only wait for each other.
   const int threads = shape.words() <= 8 ? 1 : 32;
   const auto count_ctas = static_cast<unsigned>(mask::ceil_div(num_items * threads, kCountThreads));
   auto* count_blocks = threads == 1 ? count_blocks_kernel<1> : count_blocks_kernel<32>;
-  count_blocks<<<count_ctas, kCountThreads, 0, stream>>>(grid, params.mask.bits, num_items, blocks, masked);
+  count_blocks<<<count_ctas, kCountThreads, 0, stream>>>(grid, params.mask.bits, num_items, section_items, blocks,
+                                                         masked, live);
   HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetLastError(), "the launch of count_blocks"));
 
-  const int64_t section_items = count_section_items(params, tiles, packed_heads, num_items);
   const int64_t ctas_per_section = mask::ceil_div(section_items, kOrderItems);
   const auto order_ctas = static_cast<unsigned>(mask::ceil_div(num_items, section_items) * ctas_per_section);
   order_items_kernel<<<order_ctas, kOrderThreads, 0, stream>>>(
-      grid, num_items, section_items, static_cast<int>(ctas_per_section), blocks, masked, params.items);
+      grid, num_items, section_items, static_cast<int>(ctas_per_section), blocks, masked, live, params.items);
   return cuda_status(cudaGetLastError(), "the launch of order_items");
 }
 

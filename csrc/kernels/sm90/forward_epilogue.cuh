@@ -31,14 +31,14 @@ __device__ __forceinline__ void finish_tile(const ForwardArguments& args, typena
   // Unless a box holds several heads, the rows of a warp lie in one, and one place tells them all. Found outside the
   // branch, it is computed while the last product still runs.
   const int warp_row = unit * kUnitRows + warp * 16;
-  const RowPlace first(args, item, warp_row);
+  const RowPlace first = place_row<kGeneral>(args, item, warp_row);
   if ((lane & 3) == 0) {
     float* destination = lse_of_row(args, item, first);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int in_warp = lane / 4 + 8 * row;
       if (kGeneral && args.box_heads > 1) {
-        const RowPlace place(args, item, warp_row + in_warp);
+        const RowPlace place = place_row<kGeneral>(args, item, warp_row + in_warp);
         if (place.count > 0) *lse_of_row(args, item, place) = lse[row];
       } else if (in_warp < first.count) {
         destination[in_warp] = lse[row];
@@ -65,13 +65,13 @@ __device__ __forceinline__ void finish_tile(const ForwardArguments& args, typena
 }
 
 // A tile with nothing to attend: output 0, log-sum-exp -inf, straight to global memory. It holds no query buffer.
-template <class Traits>
+template <class Traits, bool kGeneral>
 __device__ __forceinline__ void write_empty_tile(const ForwardArguments& args, const WorkItem& item, int unit, int warp,
                                                  int lane) {
   const int vectors = args.head_dim / 8;  // of 16 bytes
   for (int i = lane; i < 16 * vectors; i += 32) {
     const int row = i / vectors, vector = i - row * vectors;
-    const RowPlace place(args, item, unit * kUnitRows + warp * 16 + row);
+    const RowPlace place = place_row<kGeneral>(args, item, unit * kUnitRows + warp * 16 + row);
     if (place.count <= 0) continue;
     *reinterpret_cast<uint4*>(out_of_row<typename Traits::Element>(args, item, place) + vector * 8) =
         make_uint4(0, 0, 0, 0);

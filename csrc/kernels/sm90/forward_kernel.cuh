@@ -8,10 +8,10 @@
 
 namespace hbsattn::sm90 {
 
-template <class Traits>
+template <class Traits, bool kGeneral>
 __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage) {
   for (int i = 0; i < Traits::kKeyStages; ++i) {
-    mbarrier_init(&storage.keys_full[i], 1);
+    mbarrier_init(&storage.keys_full[i], kGeneral ? 32 : 1);  // those who write granules
     mbarrier_init(&storage.keys_empty[i], Traits::kConsumerWarps);
   }
   for (int i = 0; i < Traits::kValueStages; ++i) {
@@ -49,7 +49,7 @@ __device__ __forceinline__ void run_consumer(const ForwardArguments& args, typen
     release_tile(storage, slot, lane);
     if (uniform(item.bit_row) < 0) break;
     if (stages == 0) {
-      write_empty_tile<Traits>(args, item, unit, warp, lane);
+      write_empty_tile<Traits, kGeneral>(args, item, unit, warp, lane);
       continue;
     }
     const KeyLimits<kGeneral> limits(args, item, unit * kUnitRows + warp * 16, lane);
@@ -61,7 +61,7 @@ __device__ __forceinline__ void run_consumer(const ForwardArguments& args, typen
 }
 
 // A persistent CTA: four producer warps and one or two consumer warpgroups, which meet at the barriers of Storage only.
-// kGeneral: for ragged blocks and boxes of several heads, which the fast path has no code for.
+// kGeneral: for ragged blocks, boxes of several heads and united blocks, which the fast path has no code for.
 template <class Config, bool kGeneral>
 __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, Config::kCtasPerSm)
     forward_kernel(const __grid_constant__ ForwardArguments args) {
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, Config::kCtas
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     if (args.cycles != nullptr) args.cycles[2 * blockIdx.x] = clock64();
-    init_barriers<Traits>(storage);
+    init_barriers<Traits, kGeneral>(storage);
   }
   __syncthreads();
 
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, Config::kCtas
     } else if (warp == kValueWarp) {
       run_stream_warp<Traits, false, kGeneral>(args, storage, lane);
     } else {
-      run_buffer_warp<Traits>(args, storage, lane);
+      run_buffer_warp<Traits, kGeneral>(args, storage, lane);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();

@@ -59,16 +59,21 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   sm90::ForwardArguments args{};
   const int group = params.heads_q / params.heads_k;
   args.packed_heads = count_packed_heads(shape, params.heads_q, params.heads_k, params.pack_heads);
+  const int block_rows = args.packed_heads * shape.q_block_size;
+  const int united = count_united_blocks(block_rows, Config::kTileM);
+  args.block_rows = block_rows;
   if (args.packed_heads > 1 && shape.q_block_size % kGranule != 0) {
     args.box_rows = shape.q_block_size;
     args.box_heads = args.packed_heads;
-    args.query_bytes = args.box_rows * args.box_heads * Config::kHeadDim * sizeof(typename Traits::Element);
+    args.query_piece = united > 1 ? block_rows : sm90::kUnitRows;
+    args.query_bytes = sm90::kUnitRows / args.query_piece * block_rows * Config::kHeadDim *
+                       static_cast<int>(sizeof(typename Traits::Element));
   } else {
     args.box_rows = std::max(std::gcd(shape.q_block_size, sm90::kUnitRows), kGranule);
     args.box_heads = 1;
+    args.query_piece = args.box_rows;
     args.query_bytes = Traits::kUnitBytes;
   }
-  args.query_piece = args.box_heads > 1 ? sm90::kUnitRows : args.box_rows;
   args.ragged_blocks = shape.k_block_size % kGranule != 0;
   if (args.ragged_blocks && params.rows_k >= sm90::kShortGranuleKeys) {
     return Status::NotSupported("k has " + std::to_string(params.rows_k) + " rows and k_block_size is " +
@@ -119,7 +124,7 @@ Status run_forward(const ForwardParams& params, Stream stream) {
 
   int device_capability = 0, multiprocessors = 0;
   HBSATTN_RETURN_IF_ERROR(current_device(&device_capability, &multiprocessors));
-  const bool general = args.ragged_blocks || args.box_heads > 1;
+  const bool general = args.ragged_blocks || args.box_heads > 1 || united > 1;
   auto kernel = general ? sm90::forward_kernel<Config, true> : sm90::forward_kernel<Config, false>;
   constexpr int kSharedBytes = sizeof(typename Traits::Storage);
   HBSATTN_RETURN_IF_ERROR(cuda_status(

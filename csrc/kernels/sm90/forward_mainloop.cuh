@@ -7,6 +7,7 @@
 
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/softmax.cuh"
+#include "kernels/sm90/forward_producer.cuh"
 #include "kernels/sm90/forward_traits.cuh"
 
 // What one consumer warpgroup does with the stages of a tile: scores of 64 query rows against a stage of keys, softmax,
@@ -30,18 +31,27 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 template <bool kGeneral>
 struct KeyLimits {
   int value[2];
+  int least;     // of the rows of the warp; the general kernel's
+  int granules;  // of the warp's query block, in those of a stage
 
-  __device__ __forceinline__ KeyLimits(const ForwardArguments& args, const WorkItem& item, int warp_row, int lane) {
-    const int in_block = args.q_block_size.rem(item.first_row + warp_row);
+  __device__ __forceinline__ KeyLimits(const ForwardArguments& args, const WorkItem& item, int warp_row, int lane)
+      : granules(0) {
+    int first_row = item.block_row;
+    if (!kGeneral) first_row += args.q_block_size.rem(item.first_row + warp_row);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int in_warp = lane / 4 + 8 * row;
-      int place = in_block + in_warp;
       // In a box of several heads, those of a warp's rows may differ.
-      if (kGeneral && args.box_heads > 1) place = args.q_block_size.rem(item.first_row + warp_row + in_warp);
-      const int diagonal = item.block_row + place + item.k_len - item.q_len;
-      value[row] = (args.causal ? min(diagonal, item.k_len - 1) : item.k_len - 1) - 2 * (lane & 3);
+      const int query = kGeneral ? place_row<kGeneral>(args, item, warp_row + in_warp).row : first_row + in_warp;
+      const int diagonal = query + item.k_len - item.q_len;
+      value[row] = args.causal ? min(diagonal, item.k_len - 1) : item.k_len - 1;
     }
+    if constexpr (kGeneral) {
+      least = __reduce_min_sync(0xffffffffu, min(value[0], value[1]));
+      if (item.united > 1) granules = args.block_rows.div(warp_row);
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) value[row] -= 2 * (lane & 3);
   }
 };
 
@@ -183,12 +193,14 @@ struct ForwardMainloop {
   // block does not count.
   __device__ __forceinline__ void mask(Scores& scores, const KeyLimits<kGeneral>& limits) const {
     const int32_t* granules = storage.granules[key_stage.index];
+    if (kGeneral) granules += limits.granules * Traits::kGranules;
     CUTE_UNROLL
     for (int i = 0; i < Traits::kGranules; ++i) {
       // Lane 0 alone reads, because its arrival at keys_empty is what lets the producer overwrite them.
       const int code = __shfl_sync(0xffffffffu, lane == 0 ? granules[i] : 0, 0);
       int first_key = code, limit[2] = {limits.value[0], limits.value[1]};
       if constexpr (kGeneral) {
+        if (code >= 0 && code + kGranule - 1 <= limits.least) continue;
         first_key = granule_first_key(code);
         const int last_key = granule_last_key(code) - 2 * (lane & 3);
         limit[0] = min(limit[0], last_key);

@@ -18,17 +18,24 @@ struct RowPlace {
   int head;   // query head
   int row;    // in the sequence
   int count;  // rows of the block and the sequence from here on; 0 or less: none
-
-  __device__ __forceinline__ RowPlace(const ForwardArguments& args, const WorkItem& item, int row_in_tile) {
-    const int virtual_row = item.first_row + row_in_tile;
-    int head_in_pack, in_block;
-    args.q_block_size(head_in_pack, in_block, virtual_row);
-    head = item.head + head_in_pack;
-    row = item.block_row + in_block;
-    const int end = min(item.q_len, item.block_row + args.q_block_size.divisor);
-    count = head_in_pack < args.packed_heads ? end - row : 0;
-  }
 };
+
+template <bool kGeneral>
+__device__ __forceinline__ RowPlace place_row(const ForwardArguments& args, const WorkItem& item, int row_in_tile) {
+  int in_block = item.first_row + row_in_tile, block_row = item.block_row;
+  bool exists = true;
+  if (kGeneral) {
+    int block;
+    args.block_rows(block, in_block, in_block);
+    exists = block < item.united;
+    block_row += block * args.q_block_size.divisor;
+  }
+  int head_in_pack, query;
+  args.q_block_size(head_in_pack, query, in_block);
+  const int row = block_row + query;
+  const int end = min(item.q_len, block_row + args.q_block_size.divisor);
+  return {item.head + head_in_pack, row, exists && head_in_pack < args.packed_heads ? end - row : 0};
+}
 
 template <class Element>
 __device__ __forceinline__ Element* out_of_row(const ForwardArguments& args, const WorkItem& item,
@@ -37,8 +44,10 @@ __device__ __forceinline__ Element* out_of_row(const ForwardArguments& args, con
          (static_cast<int64_t>(item.q_begin) + place.row) * args.out_row_stride + place.head * args.out_head_stride;
 }
 
-__device__ __forceinline__ const uint32_t* row_of(const ForwardArguments& args, const WorkItem& item) {
-  return args.bits + static_cast<int64_t>(item.bit_row) * args.row_words;
+template <bool kGeneral>
+__device__ __forceinline__ BitRows rows_of(const ForwardArguments& args, const WorkItem& item) {
+  return {args.bits + static_cast<int64_t>(item.bit_row) * args.row_words, kGeneral ? max(item.united, 1) : 1,
+          args.row_words};
 }
 
 // The tile that a slot announces. Who has read it releases the slot: one of kTileReaders arrivals.
@@ -63,6 +72,7 @@ __device__ __forceinline__ void clamp_to_tensors(const ForwardArguments& args, W
   item.k_len = min(item.k_len, args.rows_k - item.k_begin);
 }
 
+template <bool kGeneral>
 __device__ __forceinline__ int key_end_of_tile(const ForwardArguments& args, const WorkItem& item, int tile_rows) {
   if (!args.causal) return item.k_len;
   // The last row of a tile that spans several heads is the block's last row.
@@ -70,11 +80,12 @@ __device__ __forceinline__ int key_end_of_tile(const ForwardArguments& args, con
   int last_head, last_in_block;
   args.q_block_size(last_head, last_in_block, last_virtual);
   if (last_head != args.q_block_size.div(item.first_row)) last_in_block = args.q_block_size.divisor - 1;
+  if (kGeneral && item.united > 1) last_in_block = item.united * args.q_block_size.divisor - 1;
   const int last_row = min(item.block_row + last_in_block, item.q_len - 1);
   return min(item.k_len, last_row + item.k_len - item.q_len + 1);
 }
 
-template <class Traits>
+template <class Traits, bool kGeneral>
 __device__ __forceinline__ void load_queries(const ForwardArguments& args, typename Traits::Storage& storage,
                                              const WorkItem& item, int buffer, int lane) {
   for (int unit = 0; unit < Traits::kUnits; ++unit) {
@@ -84,7 +95,7 @@ __device__ __forceinline__ void load_queries(const ForwardArguments& args, typen
     // A box holds rows of one head, or, where blocks are small, the block's rows of all heads that share it.
     const int first = lane / Traits::kChunks * args.query_piece, chunk = lane % Traits::kChunks;
     if (first < kUnitRows) {
-      const RowPlace place(args, item, unit * kUnitRows + first);
+      const RowPlace place = place_row<kGeneral>(args, item, unit * kUnitRows + first);
       const int tensor_row = item.q_begin + item.sequence * args.q_batch_rows + place.row;
       const int first_row = place.count > 0 ? tensor_row : int{kOutOfBounds};
       uint8_t* destination =
@@ -108,28 +119,37 @@ __device__ __forceinline__ void list_segments(const ForwardArguments& args, type
                                               RingPosition<Traits::kSegmentSlots>& slot, const WorkItem& item,
                                               uint32_t first_word, int stages, int padding, int key_end, int lane) {
   const int segments_log2 = Traits::kTileNLog2 - args.segment_log2;
-  typename Traits::Blocks blocks(row_of(args, item), item.col_end, storage.columns, first_word, lane);
+  const BitRows rows = rows_of<kGeneral>(args, item);
+  typename Traits::Blocks blocks(rows, item.col_end, storage.columns, first_word, lane);
   for (int listed = 0; listed < stages; listed += slot_stages<Traits>(args)) {
     const int first = (listed << segments_log2) - padding;
     const int last = (min(listed + slot_stages<Traits>(args), stages) << segments_log2) - padding;
     blocks.expand(args.segments_per_block.div(last + args.segments_per_block.divisor - 1));
     const int position = first + lane;
     int key = -1, end = key_end;
+    uint32_t with = 0;
     if (position >= 0 && position < last) {
-      if (args.segments_per_block.divisor == 1) {
+      if (!kGeneral && args.segments_per_block.divisor == 1) {
         key = blocks.column(position) * args.k_block_size.divisor;
       } else {
         // Blocks come in descending order, and so do the segments in them.
         int entry, from_end;
         args.segments_per_block(entry, from_end, position);
         const int segment = args.segments_per_block.divisor - 1 - from_end;
-        key = blocks.column(entry) * args.k_block_size.divisor + (segment << args.segment_log2);
+        const int column = blocks.column(entry), block_key = column * args.k_block_size.divisor;
+        key = block_key + (segment << args.segment_log2);
+        if (kGeneral) {
+          end = min(block_key + args.k_block_size.divisor, end);
+          with = item.united > 1 ? rows.with(column) : 1;
+        }
       }
-      if (kGeneral) end = min((args.k_block_size.div(key) + 1) * args.k_block_size.divisor, end);
     }
     mbarrier_wait(&storage.segments_empty[slot.index], slot.parity);
     storage.segment_keys[slot.index][lane] = key;
-    if (kGeneral) storage.segment_ends[slot.index][lane] = end;
+    if (kGeneral) {
+      storage.segment_ends[slot.index][lane] = end;
+      storage.segment_with[slot.index][lane] = with;
+    }
     mbarrier_arrive(&storage.segments_full[slot.index]);
     slot.advance();
   }
@@ -153,14 +173,14 @@ __device__ __forceinline__ void run_tile_warp(const ForwardArguments& args, type
     const bool last = item.bit_row < 0;
     uint32_t first_word = 0;
     if (!last && item.blocks > 0) {
-      first_word =
-          Traits::Blocks::load(row_of(args, item), item.col_end, Traits::Blocks::first_chunk(item.col_end), lane);
+      first_word = Traits::Blocks::load(rows_of<kGeneral>(args, item), item.col_end,
+                                        Traits::Blocks::first_chunk(item.col_end), lane);
     }
 
     const int item_segments = item.blocks * args.segments_per_block.divisor;
     const int stages = (item_segments + segments - 1) >> stage_segments_log2;
     const int padding = stages * segments - item_segments;
-    const int key_end = key_end_of_tile(args, item, Traits::kTileM);
+    const int key_end = key_end_of_tile<kGeneral>(args, item, Traits::kTileM);
     mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
     if (lane == 0) {
       TileSlot& announced = storage.tiles[slot.index];
@@ -168,7 +188,7 @@ __device__ __forceinline__ void run_tile_warp(const ForwardArguments& args, type
       announced.stages = stages;
       const int masked =
           (padding + item.masked * args.segments_per_block.divisor + segments - 1) >> stage_segments_log2;
-      announced.masked_stages = args.ragged_blocks ? stages : min(stages, max(1, masked));
+      announced.masked_stages = kGeneral && args.ragged_blocks ? stages : min(stages, max(1, masked));
       announced.key_end = key_end;
       mbarrier_arrive(&storage.tile_full[slot.index]);
     }
@@ -190,6 +210,7 @@ struct StagePlan {
   int segment_log2, segments_log2;  // keys of a segment, segments of a stage
   int key;                          // first key of this lane's segment; -1: none
   int end;           // keys of the segment end here: at the last visible key or, where blocks are ragged, their own end
+  uint32_t with;     // united blocks that are active with it, one bit each
   uint32_t clipped;  // lanes whose segment ends before its rows do
 
   __device__ __forceinline__ StagePlan(const ForwardArguments& args, const typename Traits::Storage& storage,
@@ -197,7 +218,8 @@ struct StagePlan {
       : segment_log2(args.segment_log2),
         segments_log2(Traits::kTileNLog2 - args.segment_log2),
         key(storage.segment_keys[slot][lane]),
-        end(kGeneral ? storage.segment_ends[slot][lane] : tile.key_end) {
+        end(kGeneral ? storage.segment_ends[slot][lane] : tile.key_end),
+        with(kGeneral ? storage.segment_with[slot][lane] : 1) {
     clipped = args.whole_rows ? __ballot_sync(0xffffffffu, key >= 0 && key + (1 << segment_log2) > end) : 0xffffffffu;
   }
 
@@ -209,28 +231,36 @@ struct StagePlan {
   __device__ __forceinline__ int end_of_row(int stage, int row) const {
     return kGeneral ? __shfl_sync(0xffffffffu, end, (stage << segments_log2) + (row >> segment_log2)) : end;
   }
+  __device__ __forceinline__ uint32_t with_row(int stage, int row) const {
+    return kGeneral ? __shfl_sync(0xffffffffu, with, (stage << segments_log2) + (row >> segment_log2)) : 1;
+  }
   __device__ __forceinline__ bool clips(int stage) const {
     return clipped >> (stage << segments_log2) & ((1u << (1 << segments_log2)) - 1);
   }
 };
 
-// Tells the consumers where the granules of a stage lie: encode_granule of each, or just its first key.
+// Tells the consumers where the granules of a stage lie: encode_granule of each, or just its first key. Who writes
+// arrives at keys_full, so that the consumers may read: here lane 0 alone, in the general kernel all lanes.
 template <class Traits, bool kGeneral>
 __device__ __forceinline__ void write_granules(const ForwardArguments& args, const StagePlan<Traits, kGeneral>& plan,
                                                int stage, int32_t* granules, int lane) {
   const int row = lane % Traits::kGranules * kGranule;
   const int key = plan.key_of_row(stage, row), end = plan.end_of_row(stage, row);
-  int granule = key < 0 ? int{kNoKey} : key;
-  if (kGeneral && args.ragged_blocks && key >= 0) granule = encode_granule(key, end);
-  // Lane 0 writes them all, because its arrival at keys_full is what lets the consumers read them.
+  if constexpr (kGeneral) {
+    // Each united block has granules of its own.
+    const uint32_t with = plan.with_row(stage, row) >> (lane / Traits::kGranules) & 1;
+    granules[lane] = key < 0 || !with ? int{kNoKey} : args.ragged_blocks ? encode_granule(key, end) : key;
+  } else {
+    const int granule = key < 0 ? int{kNoKey} : key;
 #pragma unroll
-  for (int i = 0; i < Traits::kGranules; i += 4) {
-    int4 four;
-    four.x = __shfl_sync(0xffffffffu, granule, i);
-    four.y = __shfl_sync(0xffffffffu, granule, i + 1);
-    four.z = __shfl_sync(0xffffffffu, granule, i + 2);
-    four.w = __shfl_sync(0xffffffffu, granule, i + 3);
-    if (lane == 0) *reinterpret_cast<int4*>(granules + i) = four;
+    for (int i = 0; i < Traits::kGranules; i += 4) {
+      int4 four;
+      four.x = __shfl_sync(0xffffffffu, granule, i);
+      four.y = __shfl_sync(0xffffffffu, granule, i + 1);
+      four.z = __shfl_sync(0xffffffffu, granule, i + 2);
+      four.w = __shfl_sync(0xffffffffu, granule, i + 3);
+      if (lane == 0) *reinterpret_cast<int4*>(granules + i) = four;
+    }
   }
 }
 
@@ -276,7 +306,11 @@ __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, ty
         if (kKeys && planned + stage < tile.masked_stages) {
           write_granules(args, plan, stage, storage.granules[ring.index], lane);
         }
-        if (lane == 0) mbarrier_arrive_expect(&full[ring.index], Traits::kStageBytes);
+        if (lane == 0) {
+          mbarrier_arrive_expect(&full[ring.index], Traits::kStageBytes);
+        } else if (kKeys && kGeneral) {
+          mbarrier_arrive(&full[ring.index]);
+        }
         if (!plan.clips(stage)) {
           if (stage_of_lane == stage) {
             cute::SM90_TMA_LOAD_5D::copy(whole, &full[ring.index], kKeepInL2, destination + offset_of_lane, 0,
@@ -307,13 +341,13 @@ __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, ty
 }
 
 // Writes the rows of one piece that exist, from row `first` of a unit's buffer on.
-template <class Traits>
+template <class Traits, bool kGeneral>
 __device__ __forceinline__ void copy_rows(const ForwardArguments& args, const WorkItem& item, int row_in_tile,
                                           const uint8_t* source, int first, int lane) {
   const int vectors = args.head_dim / 8;  // of 16 bytes
   for (int i = lane; i < args.query_piece * vectors; i += 32) {
     const int row = i / vectors, vector = i - row * vectors, in_unit = first + row;
-    const RowPlace place(args, item, row_in_tile + row);
+    const RowPlace place = place_row<kGeneral>(args, item, row_in_tile + row);
     if (place.count <= 0) continue;
     // The swizzle exchanges the 16-byte vectors of a row by the row's place in the pattern of 1 KB.
     constexpr int kVectors = Traits::kChunkBytes / 16;
@@ -324,14 +358,14 @@ __device__ __forceinline__ void copy_rows(const ForwardArguments& args, const Wo
   }
 }
 
-template <class Traits>
+template <class Traits, bool kGeneral>
 __device__ __forceinline__ void store_output(const ForwardArguments& args, typename Traits::Storage& storage,
                                              const WorkItem& item, int buffer, uint32_t parity, int lane) {
   for (int unit = 0; unit < Traits::kUnits; ++unit) {
     mbarrier_wait(&storage.output_full[buffer][unit], parity);
     const uint8_t* source = reinterpret_cast<const uint8_t*>(storage.queries[buffer][unit]);
     for (int first = 0; first < kUnitRows; first += args.query_piece) {
-      const RowPlace place(args, item, unit * kUnitRows + first);
+      const RowPlace place = place_row<kGeneral>(args, item, unit * kUnitRows + first);
       if (place.count <= 0) continue;
       if (place.count >= args.box_rows) {
         const int row = item.q_begin + item.sequence * args.out_batch_rows + place.row;
@@ -341,7 +375,7 @@ __device__ __forceinline__ void store_output(const ForwardArguments& args, typen
         }
       } else {
         // The sequence or the block cuts this piece: the copy engine would overwrite the rows that follow.
-        copy_rows<Traits>(args, item, unit * kUnitRows + first, source, first, lane);
+        copy_rows<Traits, kGeneral>(args, item, unit * kUnitRows + first, source, first, lane);
         cutlass::arch::fence_view_async_shared();
       }
     }
@@ -352,7 +386,7 @@ __device__ __forceinline__ void store_output(const ForwardArguments& args, typen
 }
 
 // Fills the query buffers, and stores the outputs that come to lie in them.
-template <class Traits>
+template <class Traits, bool kGeneral>
 __device__ __forceinline__ void run_buffer_warp(const ForwardArguments& args, typename Traits::Storage& storage,
                                                 int lane) {
   RingPosition<Traits::kTileSlots> slot(0);
@@ -367,14 +401,14 @@ __device__ __forceinline__ void run_buffer_warp(const ForwardArguments& args, ty
       release_tile(storage, slot, lane);
       more = item.bit_row >= 0;
       if (!more || stages == 0) continue;
-      load_queries<Traits>(args, storage, item, filled.index, lane);
+      load_queries<Traits, kGeneral>(args, storage, item, filled.index, lane);
       if (lane == 0) storage.held_items[filled.index] = item;
       __syncwarp();
       filled.advance();
       ++held;
     }
     if (held == 0) break;
-    store_output<Traits>(args, storage, storage.held_items[stored.index], stored.index, stored.parity, lane);
+    store_output<Traits, kGeneral>(args, storage, storage.held_items[stored.index], stored.index, stored.parity, lane);
     stored.advance();
     --held;
   }

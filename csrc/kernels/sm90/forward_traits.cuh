@@ -74,6 +74,9 @@ struct ForwardTraits {
   static constexpr int kChunkColumns = Config::kChunkColumns;  // of a row, what one swizzle atom spans
   static constexpr int kChunks = kHeadDim / kChunkColumns;
   static constexpr int kGranules = kTileN / kGranule;
+  // As many as choose_tile_rows lets such a tile unite: below head dim 128, small blocks get tiles of 64 rows.
+  static constexpr int kUnited = (kTileM == 128 && kHeadDim <= 128 ? 64 : kTileM) / kGranule;
+  static_assert(kUnited * kGranules <= 32, "the granules of a stage, for each united block, are written by a warp");
   static constexpr int kTileLead = kTileLeadKeys / kTileN;  // in stages
   static constexpr int kTileSlots = 4;                      // a ring; readers may be some tiles behind
   static constexpr int kSegmentSlots = 4;                   // a ring
@@ -120,8 +123,11 @@ struct ForwardTraits {
     Element queries[kQueryBuffers][kUnits][kUnitRows * kHeadDim];  // the output leaves from here too
     int32_t columns[kColumnEntries];                               // active blocks, as the tile warp expands them
     int32_t segment_keys[kSegmentSlots][32];                       // first keys of segments; -1: none
-    int32_t segment_ends[kSegmentSlots][32];                       // keys of a segment end here; the general kernel's
-    alignas(16) int32_t granules[kKeyStages][kGranules];           // encode_granule for each granule of a key stage
+    // The general kernel's: where keys of a segment end, and the united blocks that are active with it, one bit each.
+    int32_t segment_ends[kSegmentSlots][32];
+    uint32_t segment_with[kSegmentSlots][32];
+    // encode_granule for those of a key stage, for each united block.
+    alignas(16) int32_t granules[kKeyStages][32];
     TileSlot tiles[kTileSlots];
     WorkItem held_items[kQueryBuffers];  // whose queries, or output, the buffers hold
     uint64_t unread;                     // where hold_back_waits stores; with it begin the barriers
@@ -161,8 +167,9 @@ struct ForwardArguments {
   cutlass::FastDivmod heads_per_key_head;
   int row_words;  // of a bit row
   cutlass::FastDivmod q_block_size;
-  int packed_heads;  // query heads that share a tile's block list
-  int query_piece;   // virtual rows that one query or output box moves: box_rows of each of box_heads heads
+  int packed_heads;                // query heads that share a tile's block list
+  cutlass::FastDivmod block_rows;  // packed_heads * q_block_size
+  int query_piece;  // virtual rows that one query or output box moves: box_rows of each of box_heads heads
   int box_rows, box_heads;
   uint32_t query_bytes;  // that arrive for a unit
   cutlass::FastDivmod k_block_size;
