@@ -78,27 +78,57 @@ struct OnlineSoftmax {
     for (int i = 0; i < decltype(cute::size(output))::value; ++i) output(i) *= rescale[(i >> 1) & 1];
   }
 
-  // Turns scores into exp2(scale_log2 * (score - max)) and sums them.
-  template <class Scores>
-  __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) {
+  // Turns scores into exp2(scale_log2 * (score - max)) and sums them. kPaced: left alone, ptxas computes all exponents
+  // before most of the exponentials, whose unit waits meanwhile; it is kept from that by exponents that seem to depend
+  // on the sum of two parts before. Pays where exponentials take as long as products. `zero` is 0, which the compiler
+  // must not know.
+  template <bool kPaced, class Scores>
+  __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2, float zero) {
     constexpr int kGroups = decltype(cute::size(scores))::value / 4;
+    if constexpr (kPaced) {
+      constexpr int kPartGroups = 2;
+      static_assert(kGroups % kPartGroups == 0);
+      float even[2] = {}, odd[2] = {}, subtract[2][2] = {{offset[0], offset[1]}, {offset[0], offset[1]}};
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
+      for (int part = 0; part < kGroups / kPartGroups; ++part) {
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
+        for (int in_part = 0; in_part < kPartGroups; ++in_part) {
+          const int group = part * kPartGroups + in_part;
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& score = scores(4 * group + 2 * row + c);
-          score = exp2_approx(score * scale_log2 - offset[row]);
+          for (int row = 0; row < 2; ++row) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              float& score = scores(4 * group + 2 * row + c);
+              score = exp2_approx(score * scale_log2 - subtract[part % 2][row]);
+            }
+            even[row] += scores(4 * group + 2 * row);
+            odd[row] += scores(4 * group + 2 * row + 1);
+          }
         }
-      }
-      float even = 0.f, odd = 0.f;
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        even += scores(4 * group + 2 * row);
-        odd += scores(4 * group + 2 * row + 1);
+        for (int row = 0; row < 2; ++row) subtract[part % 2][row] += even[row] * zero;
       }
-      row_sum[row] += even + odd;
+#pragma unroll
+      for (int row = 0; row < 2; ++row) row_sum[row] += even[row] + odd[row];
+    } else {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            float& score = scores(4 * group + 2 * row + c);
+            score = exp2_approx(score * scale_log2 - offset[row]);
+          }
+        }
+        float even = 0.f, odd = 0.f;
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+          even += scores(4 * group + 2 * row);
+          odd += scores(4 * group + 2 * row + 1);
+        }
+        row_sum[row] += even + odd;
+      }
     }
   }
 

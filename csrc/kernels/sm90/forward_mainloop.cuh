@@ -83,6 +83,7 @@ struct ForwardMainloop {
   using MmaPV = typename Traits::MmaPV;
 
   static constexpr int kValueSteps = Traits::kTileN / 16;
+  static constexpr bool kPaced = Traits::kHeadDim <= 64;  // exponentials take as long as products
 
   using Scores =
       decltype(cute::partition_fragment_C(MmaQK{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<Traits::kTileN>>{}));
@@ -248,7 +249,7 @@ struct ForwardMainloop {
     fence_probabilities(probabilities);
     release_values();
     softmax.grow(growth, args.scale_log2, output);
-    softmax.exponentiate(scores, args.scale_log2);
+    softmax.exponentiate<kPaced>(scores, args.scale_log2, args.zero);
     convert(scores, probabilities);
   }
 
@@ -265,7 +266,7 @@ struct ForwardMainloop {
     mask(scores, limits);
     release_keys();
     softmax.begin(scores, args.scale_log2);
-    softmax.exponentiate(scores, args.scale_log2);
+    softmax.exponentiate<kPaced>(scores, args.scale_log2, args.zero);
     convert(scores, probabilities);
 
     bool accumulate = false;

@@ -179,6 +179,7 @@ struct ForwardArguments {
   bool whole_rows;     // map_k and map_v can be used; otherwise every stage goes through the clipped maps
   bool causal;
   float scale, scale_log2;
+  float zero;  // 0, unknown to the compiler
 };
 
 }  // namespace hbsattn::sm90
