@@ -128,6 +128,8 @@ CASES = [
 ]
 CASES += [case(f"head_dim_{d}", head_dim=d, causal=d % 16 == 0, q_block=32, k_block=48) for d in HEAD_DIMS]
 
+CASES += [case(f"head_dim_{d}", head_dim=d, causal=True, layout="padded") for d in (1, 20, 100, 250)]
+
 
 # Blocks off the fast path: rows of several heads in one box, blocks that end inside a granule.
 CASES += [
@@ -178,7 +180,7 @@ def block_size_pairs() -> list[Case]:
     return cases
 
 
-def random_case(seed: int, *, any_block_size: bool, max_len: int, any_head_dim: bool = False) -> Case:
+def random_case(seed: int, *, any_block_size: bool, max_len: int) -> Case:
     """A case drawn at random; `any_block_size` allows block sizes off the fast path."""
     rng = random.Random(seed)
     packed = rng.random() < 0.7
@@ -192,7 +194,7 @@ def random_case(seed: int, *, any_block_size: bool, max_len: int, any_head_dim: 
         lens_q = (rng.randint(1, max_len),) * batch
         lens_k = (rng.randint(1, max_len),) * batch
     sizes = [1, 7, 13, 100, *BLOCK_SIZES] if any_block_size else BLOCK_SIZES
-    dims = [1, 18, 32, 80, *HEAD_DIMS] if any_head_dim else [24, 32, 48, 56, 80, 88, 104, 112, 120, *HEAD_DIMS]
+    dims = [1, 18, 24, 32, 48, 56, 80, 88, 101, 104, 112, 120, *HEAD_DIMS]
     source = rng.choice(["dense", "dense", "indices", "csr"])
     forms = {True: ["flat"] if source == "csr" else ["flat", "batched"], False: ["batched", "shared"]}[packed]
     return Case(

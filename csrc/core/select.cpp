@@ -10,7 +10,6 @@ namespace {
 
 constexpr int kSm90 = 90;
 constexpr int kVectorBytes = 16;  // what the copy engine moves at least
-constexpr int kHeadDimMultiple = 8;
 
 int64_t size_of(DType dtype) {
   switch (dtype) {
@@ -69,6 +68,10 @@ bool addressable(const TensorView& view, DType dtype) {
 }
 
 Status check_addressable(const ForwardParams& params) {
+  if (params.head_dim % kHeadDimMultiple != 0) {
+    return Status::NotSupported("head_dim is " + std::to_string(params.head_dim) + "; expected a multiple of " +
+                                std::to_string(kHeadDimMultiple) + "; copies with zeros behind each row do");
+  }
   HBSATTN_RETURN_IF_ERROR(check_view("q", params.q, params.dtype));
   HBSATTN_RETURN_IF_ERROR(check_view("k", params.k, params.dtype));
   HBSATTN_RETURN_IF_ERROR(check_view("v", params.v, params.dtype));
@@ -101,9 +104,9 @@ Status select_forward(const ForwardParams& params, KernelKey* key) {
     return Status::NotSupported(std::string("the dtype of q is ") + name_of(params.dtype) + "; expected " +
                                 compiled_dtypes() + " on CUDA");
   }
-  if (chosen == 0 || params.head_dim % kHeadDimMultiple != 0) {
-    return Status::NotSupported("head_dim is " + std::to_string(params.head_dim) + "; expected a multiple of " +
-                                std::to_string(kHeadDimMultiple) + " up to " + std::to_string(largest) + " on CUDA");
+  if (chosen == 0) {
+    return Status::NotSupported("head_dim is " + std::to_string(params.head_dim) + "; expected 1 to " +
+                                std::to_string(largest) + " on CUDA");
   }
   *key = {params.dtype, chosen, tile_rows};
   return Status::Ok();

@@ -2,6 +2,7 @@
 // operators and the fake kernels are in Python (hbsattn/_cpu.py, hbsattn/_ops.py).
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
@@ -289,6 +290,13 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& q, const Tensor& k, 
   ForwardParams params = read_problem(q, k, v, bits, sequences, items, cols, q_block_size, k_block_size, causal,
                                       pack_heads, softmax_scale);
   raise_if_error(supported(params));
+  const int64_t head_dim = params.head_dim;
+  if (const int64_t extra = head_dim % kHeadDimMultiple; extra != 0) {
+    const auto pad = [&](const Tensor& tensor) { return at::constant_pad_nd(tensor, {0, kHeadDimMultiple - extra}); };
+    const auto [out, lse, cycles] = forward_op(pad(q), pad(k), pad(v), bits, sequences, items, cols, q_block_size,
+                                               k_block_size, causal, pack_heads, softmax_scale, profile);
+    return {out.narrow(-1, 0, head_dim).contiguous(), lse, cycles};
+  }
   const Tensor q_read = make_addressable("q", q, params.dtype, params.q);
   const Tensor k_read = make_addressable("k", k, params.dtype, params.k);
   const Tensor v_read = make_addressable("v", v, params.dtype, params.v);

@@ -51,8 +51,8 @@ HBSATTN_API Status validate_mask(const MaskShape& shape);
 HBSATTN_API Status validate_plan(const PlanParams& params);
 HBSATTN_API Status validate_forward(const ForwardParams& params);
 
-// All checks of `forward` but those of pointers and of `addressable`: whether the problem is valid and this build has a
-// kernel for it on the current device.
+// All checks of `forward` but those of pointers, of `addressable` and of kHeadDimMultiple: whether the problem is valid
+// and this build has a kernel for it on the current device.
 HBSATTN_API Status supported(const ForwardParams& params);
 
 // Whether the tensor memory accelerator can address this view: 16-byte aligned data, strides above 0 that are multiples

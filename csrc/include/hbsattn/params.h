@@ -136,6 +136,10 @@ struct TensorView {
   int64_t head_stride = 0;
 };
 
+// forward() takes head dims that are multiples of this: the copy engine addresses rows by 16 bytes. Others need copies
+// with zeros behind each row.
+inline constexpr int32_t kHeadDimMultiple = 8;
+
 struct ForwardParams {
   TensorView q;          // (batch, seqlen_q, heads_q, head_dim) or (total_q, heads_q, head_dim)
   TensorView k;          // (batch, seqlen_k, heads_k, head_dim) or (total_k, heads_k, head_dim)
