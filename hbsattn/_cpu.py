@@ -206,7 +206,7 @@ def plan_items(
             masked[mask_head],
             col_end.expand(shape),
             *table[:, :4].view(1, rows, 1, 4).expand(*shape, 4).unbind(-1),
-            torch.ones(shape),  # blocks of a tile: here, none are united
+            torch.ones(shape, dtype=torch.int64),  # blocks of a tile: here, none are united
         ],
         -1,
     ).to(torch.int32)

@@ -27,6 +27,9 @@ def block_sparse_attention(
         softmax_scale: 1 / sqrt(head_dim) by default.
         return_lse: return the log-sum-exp too.
 
+    A NaN or infinity in v may reach queries that do not attend to its key, if they share a tile with one that does:
+    queries of the same block, or of neighbouring blocks. In k it reaches only those that attend to it.
+
     Returns:
         out, shape and dtype of q; with `return_lse` (out, lse). lse holds natural logarithms in float32 (float64 for
         float64), (heads_q, total_q) or (batch, heads_q, seqlen_q). A query with nothing to attend gets 0 and -inf.

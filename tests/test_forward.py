@@ -146,6 +146,8 @@ POISONED = [
     case("batched", density=0.2, lens_q=(250, 250), lens_k=(260, 260), packed=False, k_block=80, layout="padded"),
     case("batched_causal", density=0.2, lens_q=(250, 250), packed=False, k_block=16, causal=True),
     case("empty", pattern="none"),
+    case("united", pattern="alike", density=0.2, k_block=16, q_block=16),
+    case("united_causal", pattern="alike", density=0.2, k_block=32, q_block=16, causal=True, lens_q=(300, 90)),
 ]
 
 
@@ -391,9 +393,11 @@ LIES = {
 @pytest.mark.parametrize("device,dtype", DEVICE_DTYPES)
 @pytest.mark.parametrize("keys", LIES)
 @pytest.mark.parametrize("queries", LIES)
-def test_lying_lengths(queries: str, keys: str, device: str, dtype: torch.dtype):
-    """cu_seqlens that are wrong but within the tensors: no crash, and nothing outside the outputs is written."""
-    spec = case("lies", lens_q=(100, 37, 200), q_block=32, k_block=48, mask_heads=2)
+@pytest.mark.parametrize("q_block", [32, 8])
+def test_lying_lengths(q_block: int, queries: str, keys: str, device: str, dtype: torch.dtype):
+    """cu_seqlens that are wrong but within the tensors: no crash, and nothing outside the outputs is written. Two
+    heads share 8-row blocks, which may be united."""
+    spec = case("lies", lens_q=(100, 37, 200), q_block=q_block, k_block=48, mask_heads=2)
     problem = make_problem(spec, device, dtype)
     inputs = [x.clone() for x in (problem.q, problem.k, problem.v)]
     rows, cols = (sum(spec.blocks(b)[i] for b in range(3)) for i in (0, 1))
@@ -405,7 +409,7 @@ def test_lying_lengths(queries: str, keys: str, device: str, dtype: torch.dtype)
     for causal in (False, True):
         mask = hbsattn.BlockMask.from_dense(
             torch.ones((2, rows, cols), dtype=torch.bool, device=device),
-            32,
+            q_block,
             48,
             cu_seqlens_q=cu_q,
             cu_seqlens_k=cu_k,

@@ -439,6 +439,39 @@ def test_plan_of_several_sections(device: str):
     assert len(heads_in_front) < 16, "tiles of all heads come first, so their keys cannot stay in the cache"
 
 
+def covered_blocks(items: list[Item]) -> list[tuple[int, int]]:
+    """Heads and bit rows of the tiles of a list, whose tiles are whole query blocks or several."""
+    live = list(itertools.takewhile(lambda item: item.bit_row >= 0, items))
+    assert all((item.bit_row, item.united) == (-1, 0) for item in items[len(live) :])
+    return sorted((item.head, item.bit_row + i) for item in live for i in range(item.united))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+def test_united_plan_of_several_sections(device: str):
+    spec = case(
+        "sections", lens_q=(20000,), heads_q=16, heads_k=16, mask_heads=16, q_block=16, pattern="alike", density=0.02
+    )
+    mask = build_mask(spec, block_masks(spec, 0), device)
+    items = read_items(mask._items(16, 16, 64, 2, True))
+    assert covered_blocks(items) == [(head, head * mask.rows + row) for head in range(16) for row in range(mask.rows)]
+    if device == "cuda":
+        assert {item.united for item in items} >= {0, 4}
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("claimed", [160, 33, 16])
+def test_united_plan_of_lying_lengths(claimed: int, device: str):
+    """Sequences that claim more rows than the mask has for them: still one tile for each row of bits."""
+    batch, heads = 205, 16
+    lens = torch.arange(batch + 1, dtype=torch.int32, device=device) * claimed
+    block_mask = torch.rand((batch, 1, 5, 5), device=device) < 0.5
+    mask = hbsattn.BlockMask.from_dense(
+        block_mask, 16, 16, cu_seqlens_q=lens, cu_seqlens_k=lens, max_seqlen_q=80, max_seqlen_k=80
+    )
+    covered = covered_blocks(read_items(mask._items(heads, heads, 64, 2, True)))
+    assert covered == [(head, row) for head in range(heads) for row in range(batch * 5)]
+
+
 @pytest.mark.parametrize("device", cases.DEVICES)
 def test_plan_is_cached(device: str):
     spec = case("cache", mask_heads=2)

@@ -65,6 +65,8 @@ Status plan_items(const PlanParams& params, Stream stream) {
   return kernels::plan_items(params, items, stream);
 }
 
+size_t plan_scratch_size(int64_t num_items) { return 3 * sizeof(int32_t) * static_cast<size_t>(num_items); }
+
 size_t forward_workspace_size() { return kWorkspaceBytes; }
 
 Status supported(const ForwardParams& params) {

@@ -265,7 +265,8 @@ Tensor plan_items_op(const Tensor& bits, const Tensor& sequences, int64_t cols, 
   params.pack_heads = pack_heads;
   raise_if_error(validate_plan(params));
   const int64_t count = num_items(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, pack_heads);
-  const Tensor scratch = empty_ints({3, count}, device);
+  const auto scratch_bytes = static_cast<int64_t>(plan_scratch_size(count));
+  const Tensor scratch = at::empty({scratch_bytes}, bits.options().dtype(at::kByte));
   Tensor items = empty_ints({count, kItemInts}, device);
   params.scratch = scratch.mutable_data_ptr();
   params.items = static_cast<WorkItem*>(items.mutable_data_ptr());

@@ -277,7 +277,7 @@ int run_with_gpu() {
   CHECK_CUDA(poisoned(sizeof(hbsattn::Sequence) * kBatch, &buffers.sequences));
   CHECK_CUDA(poisoned(sizeof(uint32_t) * kMaskHeads * kRows * mask_shape().words(), &buffers.bits));
   CHECK_CUDA(poisoned(sizeof(hbsattn::WorkItem) * items, &buffers.items));
-  CHECK_CUDA(poisoned(sizeof(hbsattn::WorkItem) * items, &buffers.scratch));
+  CHECK_CUDA(poisoned(hbsattn::plan_scratch_size(items), &buffers.scratch));
   CHECK_CUDA(poisoned(hbsattn::forward_workspace_size(), &buffers.workspace));
   if (int failed = check_refusals(buffers)) return failed;
 

@@ -35,6 +35,9 @@ HBSATTN_API Status pack_mask(const PackParams& params, Stream stream);
 HBSATTN_API int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
                               bool pack_heads);
 
+// Bytes of `scratch` that plan_items needs.
+HBSATTN_API size_t plan_scratch_size(int64_t num_items);
+
 // Builds the work list of a mask.
 HBSATTN_API Status plan_items(const PlanParams& params, Stream stream);
 

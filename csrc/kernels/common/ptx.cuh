@@ -22,7 +22,8 @@ __device__ __forceinline__ uint32_t opaque(uint32_t value) {
 }
 
 // Keeps ptxas from moving a later wait for the tensor cores above the computation of `value`: a store to `address`
-// that depends on it and hardly ever happens (only for -inf); nobody reads what it stores.
+// that depends on it and hardly ever happens (only for -inf, rows that a stage has no key for); nobody reads what it
+// stores.
 __device__ __forceinline__ void hold_back_waits(float value, uint32_t address) {
   asm volatile(
       "{\n"

@@ -167,7 +167,8 @@ constexpr Item make_item(const ItemGrid& grid, int64_t index) {
   return item;
 }
 
-// The blocks that may share a tile with the block of item `index`: `count` of them from item `first` on.
+// The blocks that may share a tile with the block of item `index`: `count` of them from item `first` on. Whoever asks
+// for one of them gets the same answer, if the rows of sequences follow each other.
 struct Neighbours {
   int64_t first;
   int32_t count;
@@ -175,14 +176,17 @@ struct Neighbours {
 
 constexpr Neighbours find_neighbours(const ItemGrid& grid, int64_t index) {
   const MaskShape& shape = grid.shape;
-  const int32_t row = static_cast<int32_t>(index) % static_cast<int32_t>(shape.rows);
+  const int64_t row = index % shape.rows;
   const RowPlace place = locate_row(shape, grid.sequences, row);
   if (grid.united == 1 || !place.used) return {index, 1};
-  const int64_t before = place.block % grid.united;
-  const int64_t blocks = count_q_blocks(place.sequence, shape) - (place.block - before);
-  // A table that lies may tell of more blocks than there are rows.
-  return {index - before,
-          static_cast<int32_t>(clamp<int64_t>(blocks, 1, smaller<int64_t>(grid.united, shape.rows - row + before)))};
+  const int64_t before = smaller(place.block % grid.united, row);
+  int64_t end_row = shape.rows;
+  if (place.index + 1 < shape.batch) {
+    const int64_t next = grid.sequences[place.index + 1].row_begin;
+    if (next > row) end_row = smaller(end_row, next);
+  }
+  const int64_t blocks = count_q_blocks(place.sequence, shape) - place.block;
+  return {index - before, static_cast<int32_t>(smaller<int64_t>(before + smaller(blocks, end_row - row), grid.united))};
 }
 
 // Whether a tile that streams the `together` blocks that any of `tiles` blocks is active with takes less time than

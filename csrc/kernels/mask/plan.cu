@@ -40,7 +40,7 @@ int64_t count_section_items(const PlanParams& params, int32_t tiles, int32_t pac
   return mask::ceil_div(items, mask::ceil_div(items, kSectionItems));
 }
 
-// Counts of a neighbourhood whose tiles are united.
+// What uniting the tiles of a neighbourhood would give.
 struct UnitedCounts {
   int blocks = 0;  // that any of them is active with
   bool pays = false;
@@ -73,10 +73,31 @@ __device__ UnitedCounts count_united(const ItemGrid& grid, const uint32_t* bits,
   return {together, mask::pays_to_unite(grid.shape, together, apart, __popc(active_blocks))};
 }
 
-// Counts the blocks of one item: all of them, and those that need element masks.
+// kThreads threads count the blocks of one item: all of them, and those that need element masks. The first of united
+// items gets the blocks of all, and the complement of how many they are for `masked`; the others get -1 and the
+// complement of 0. Where items may be united, `live` counts the items of each section that have a tile. Each item
+// decides for itself, so that every item is decided, whatever the table of sequences says.
 template <int kThreads>
-__device__ void count_item(const ItemGrid& grid, const uint32_t* bits, int64_t index, int lane, int32_t* blocks,
-                           int32_t* masked) {
+__global__ void __launch_bounds__(kCountThreads)
+    count_blocks_kernel(const ItemGrid grid, const uint32_t* bits, int64_t num_items, int64_t section_items,
+                        int32_t* blocks, int32_t* masked, int32_t* live) {
+  const int64_t index = (int64_t{blockIdx.x} * kCountThreads + threadIdx.x) / kThreads;
+  if (index >= num_items) return;
+  const int lane = threadIdx.x % kThreads;
+  if (grid.united > 1) {
+    const mask::Neighbours neighbours = mask::find_neighbours(grid, index);
+    const UnitedCounts united = count_united<kThreads>(grid, bits, neighbours, lane);
+    const bool first = index == neighbours.first;
+    if (lane == 0 && (first || !united.pays)) atomicAdd(live + index / section_items, 1);
+    if (united.pays) {
+      if (lane == 0) {
+        blocks[index] = first ? united.blocks : -1;
+        masked[index] = ~(first ? neighbours.count : 0);
+      }
+      return;
+    }
+  }
+
   const Item item = mask::make_item(grid, index);
   const uint32_t* row = bits + item.record.bit_row * grid.shape.words();
   int all = 0, clean = 0;
@@ -93,39 +114,6 @@ __device__ void count_item(const ItemGrid& grid, const uint32_t* bits, int64_t i
   if (lane == 0) {
     blocks[index] = all;
     masked[index] = all - clean;
-  }
-}
-
-// kThreads threads count the blocks of one item, or of all the neighbours whose first it is. The first of united items
-// gets the blocks of all, and the complement of how many they are for `masked`; the others get -1 and the complement of
-// 0. Where items may be united, `live` counts the items of each section that have a tile.
-template <int kThreads>
-__global__ void __launch_bounds__(kCountThreads)
-    count_blocks_kernel(const ItemGrid grid, const uint32_t* bits, int64_t num_items, int64_t section_items,
-                        int32_t* blocks, int32_t* masked, int32_t* live) {
-  const int64_t index = (int64_t{blockIdx.x} * kCountThreads + threadIdx.x) / kThreads;
-  if (index >= num_items) return;
-  const int lane = threadIdx.x % kThreads;
-  if (grid.united == 1) {
-    count_item<kThreads>(grid, bits, index, lane, blocks, masked);
-    return;
-  }
-  const mask::Neighbours neighbours = mask::find_neighbours(grid, index);
-  if (index != neighbours.first) return;
-  if (neighbours.count > 1) {
-    const UnitedCounts united = count_united<kThreads>(grid, bits, neighbours, lane);
-    if (united.pays) {
-      for (int i = lane; i < neighbours.count; i += kThreads) {
-        blocks[index + i] = i == 0 ? united.blocks : -1;
-        masked[index + i] = ~(i == 0 ? neighbours.count : 0);
-      }
-      if (lane == 0) atomicAdd(live + index / section_items, 1);
-      return;
-    }
-  }
-  for (int i = 0; i < neighbours.count; ++i) {
-    count_item<kThreads>(grid, bits, index + i, lane, blocks, masked);
-    if (lane == 0) atomicAdd(live + (index + i) / section_items, 1);
   }
 }
 
@@ -163,7 +151,7 @@ __global__ void __launch_bounds__(kOrderThreads)
   for (int first = 0; first < count; first += kChunk) {
     __syncthreads();
     for (int i = threadIdx.x; i < kChunk; i += kOrderThreads) {
-      // -1 is not heavier than anything.
+      // Behind the last item, -1: as light as an item without a tile, but later than any.
       reinterpret_cast<int32_t*>(keys)[i] = first + i < count ? blocks[begin + first + i] : -1;
     }
     __syncthreads();

@@ -49,9 +49,9 @@ Status run_forward(const ForwardParams& params, Stream stream) {
     k = v = {q.matrix, 0};
     k.matrix.heads = v.matrix.heads = 1;
   }
-  for (const RowsOfTensor& tensor : {q, k, v}) {
+  for (const RowsOfTensor& tensor : {q, k, v, out}) {
     if (tensor.matrix.rows >= sm90::kOutOfBounds) {
-      return Status::NotSupported("q, k or v spans " + std::to_string(tensor.matrix.rows) +
+      return Status::NotSupported("q, k, v or out spans " + std::to_string(tensor.matrix.rows) +
                                   " rows over its batch; expected fewer than 2^30");
     }
   }

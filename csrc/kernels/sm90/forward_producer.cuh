@@ -130,16 +130,16 @@ __device__ __forceinline__ void list_segments(const ForwardArguments& args, type
     uint32_t with = 0;
     if (position >= 0 && position < last) {
       if (!kGeneral && args.segments_per_block.divisor == 1) {
-        key = blocks.column(position) * args.k_block_size.divisor;
+        key = blocks.column(position) * args.k_block_size;
       } else {
         // Blocks come in descending order, and so do the segments in them.
         int entry, from_end;
         args.segments_per_block(entry, from_end, position);
         const int segment = args.segments_per_block.divisor - 1 - from_end;
-        const int column = blocks.column(entry), block_key = column * args.k_block_size.divisor;
+        const int column = blocks.column(entry), block_key = column * args.k_block_size;
         key = block_key + (segment << args.segment_log2);
         if (kGeneral) {
-          end = min(block_key + args.k_block_size.divisor, end);
+          end = min(block_key + args.k_block_size, end);
           with = item.united > 1 ? rows.with(column) : 1;
         }
       }

@@ -74,8 +74,8 @@ struct ForwardTraits {
   static constexpr int kChunkColumns = Config::kChunkColumns;  // of a row, what one swizzle atom spans
   static constexpr int kChunks = kHeadDim / kChunkColumns;
   static constexpr int kGranules = kTileN / kGranule;
-  // As many as choose_tile_rows lets such a tile unite: below head dim 128, small blocks get tiles of 64 rows.
-  static constexpr int kUnited = (kTileM == 128 && kHeadDim <= 128 ? 64 : kTileM) / kGranule;
+  // Blocks that a tile may unite, at most: up to head dim 128, small blocks get tiles of 64 rows.
+  static constexpr int kUnited = kTileM == 128 && kHeadDim <= 128 ? 1 : kTileM / kGranule;
   static_assert(kUnited * kGranules <= 32, "the granules of a stage, for each united block, are written by a warp");
   static constexpr int kTileLead = kTileLeadKeys / kTileN;  // in stages
   static constexpr int kTileSlots = 4;                      // a ring; readers may be some tiles behind
@@ -172,7 +172,7 @@ struct ForwardArguments {
   int query_piece;  // virtual rows that one query or output box moves: box_rows of each of box_heads heads
   int box_rows, box_heads;
   uint32_t query_bytes;  // that arrive for a unit
-  cutlass::FastDivmod k_block_size;
+  int k_block_size;
   int segment_log2;  // a segment is the largest power of two rows, up to kTileN, that divides k_block_size
   cutlass::FastDivmod segments_per_block;
   bool ragged_blocks;  // k_block_size is no multiple of a granule: the last segment of a block is short
