@@ -61,16 +61,18 @@ format-check: .venv/.formatters
 	@$(PY) -m pip install -q $(call extra,format)
 	@touch $@
 
+# The interpreter's path is found before .venv/bin has one of that name.
 .venv/.environment: Makefile pyproject.toml
-	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
-	  $(PYTHON) -m pip --version >/dev/null 2>&1 || { echo "error: $(PYTHON) has PyTorch but no pip"; exit 1; }; \
-	  echo "== environment in .venv, with the packages of $$(command -v $(PYTHON))"; \
-	  $(PYTHON) -m venv --without-pip .venv; \
-	  $(PYTHON) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+	@python="$$(command -v $(PYTHON))"; \
+	if $$python -c 'import torch' 2>/dev/null; then \
+	  $$python -m pip --version >/dev/null 2>&1 || { echo "error: $$python has PyTorch but no pip"; exit 1; }; \
+	  echo "== environment in .venv, with the packages of $$python"; \
+	  $$python -m venv --without-pip .venv; \
+	  $$python -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
 	    >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of_interpreter.pth"; \
 	else \
 	  echo "== environment in .venv, with $(TORCH)"; \
-	  $(PYTHON) -m venv .venv; \
+	  $$python -m venv .venv; \
 	  $(PY) -m pip install $(TORCH); \
 	fi
 	@$(PY) -m pip install -q "setuptools>=64" wheel $(call extra,test)
