@@ -1,8 +1,11 @@
 """The CPU backend: the ops in plain torch, for every dtype, head dim and block size.
 
-The forward follows the work list of the mask, as a GPU does: an item is a tile of up to 128 query rows of one block
-and brings only the keys of its active blocks. Many items make one batched product.
+Forward and backward follow the work list of the mask, as a GPU does: an item is a tile of up to 128 query rows of one
+block and brings only the keys of its active blocks. Many items make one batched product.
 """
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +31,7 @@ BIT_ROW, SEQUENCE, HEAD, BLOCK_ROW, FIRST_ROW, BLOCKS, MASKED, COL_END, ITEM_Q_B
 SECTION_BYTES = 32 << 20
 SECTION_ITEMS = 8192
 
-# Numbers that one batched product of the forward may gather: enough to hide the cost of a torch call, and few enough
+# Numbers that one batched product may gather: enough to hide the cost of a torch call, and few enough
 # to stay near the caches.
 PRODUCT_NUMBERS = 1 << 22
 
@@ -230,31 +233,40 @@ def _section_items(items: int, batch: int, rows: int, tiles: int, row_groups: in
     return ceil_div(wanted, ceil_div(wanted, SECTION_ITEMS))
 
 
-def _attend(
+class _Tiles(NamedTuple):
+    """Where the queries and keys of some items lie, (items, rows) and (items, keys)."""
+
+    batch: Tensor  # (items, 1)
+    q_row: Tensor
+    head: Tensor
+    live: Tensor  # whether there is such a query; where not, q_row and head are 0
+    limit: Tensor  # the last key, in the sequence, that a query may attend to
+    k_row: Tensor
+    k_head: Tensor  # (items, 1)
+    key: Tensor  # in the sequence; beyond every limit: none
+    attended: Tensor  # by some query; where not, k_row is 0
+    clear: int  # every query sees all keys before this position
+
+
+def _locate(
     items: Tensor,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     bits: Tensor,
     cols: int,
     q_block_size: int,
     k_block_size: int,
     causal: bool,
     packed_heads: int,
-    softmax_scale: float,
-) -> None:
-    """Computes the tiles of some items, all of which have active blocks.
+) -> _Tiles:
+    """Finds the queries of some items, all of which have active blocks, and the keys of those blocks.
 
-    q, k, v and out are (batch or 1, rows, heads, head_dim), lse (batch or 1, heads, rows); batch is 1 for packed
-    tensors.
+    q and k are (batch or 1, rows, heads, head_dim); batch is 1 for packed tensors.
     """
     item = items.to(torch.int64).unsqueeze(-1)
     batch = item[:, SEQUENCE] if q.shape[0] > 1 else torch.zeros_like(item[:, SEQUENCE])
     q_begin, q_len, k_begin, k_len = (item[:, ITEM_Q_BEGIN + n] for n in range(4))
 
-    # Query rows: (items, tile rows).
     block_rows = packed_heads * q_block_size
     virtual_row = item[:, FIRST_ROW] + torch.arange(min(choose_tile_rows(block_rows, q.shape[-1]), block_rows))
     row = item[:, BLOCK_ROW] + virtual_row % q_block_size
@@ -262,10 +274,8 @@ def _attend(
     live = (virtual_row < block_rows) & (row < q_len) & (q_begin + row < q.shape[1])
     limit = row + k_len - q_len if causal else k_len - 1
     limit = torch.where(live, torch.minimum(limit, torch.minimum(k_len, k.shape[1] - k_begin) - 1), -1)
-    q_row = torch.where(live, q_begin + row, 0)
-    head = torch.where(live, head, 0)
 
-    # Keys of the active blocks, one block after another: (items, keys). Shorter lists end in keys beyond every limit.
+    # One block after another. Shorter lists end in keys beyond every limit.
     active = unpack_bits(bits.flatten(0, 1)[item[:, BIT_ROW, 0]], cols) & (torch.arange(cols) < item[:, COL_END])
     owner, block = active.nonzero(as_tuple=True)
     counts = active.sum(-1)
@@ -274,28 +284,102 @@ def _attend(
     first_key[owner, position] = block * k_block_size
     key = (first_key.unsqueeze(-1) + torch.arange(k_block_size)).flatten(1)
     attended = key <= limit.amax(-1, keepdim=True)
-    k_row = torch.where(attended, k_begin + key, 0)
-    k_head = item[:, HEAD] // (q.shape[2] // k.shape[2])
-    # Every row sees all of the keys before this position.
-    clear = int((item[:, BLOCKS] - item[:, MASKED]).min()) * k_block_size
+    return _Tiles(
+        batch,
+        torch.where(live, q_begin + row, 0),
+        torch.where(live, head, 0),
+        live,
+        limit,
+        torch.where(attended, k_begin + key, 0),
+        item[:, HEAD] // (q.shape[2] // k.shape[2]),
+        key,
+        attended,
+        int((item[:, BLOCKS] - item[:, MASKED]).min()) * k_block_size,
+    )
 
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = q[batch, q_row, head].to(compute) @ k[batch, k_row, k_head].to(compute).mT
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _attend(tiles: _Tiles, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, softmax_scale: float) -> None:
+    """Computes some tiles. The tensors are (batch or 1, rows, heads, head_dim), lse is (batch or 1, heads, rows)."""
+    batch, live, clear = tiles.batch, tiles.live, tiles.clear
+    compute = _compute_dtype(q.dtype)
+    scores = q[batch, tiles.q_row, tiles.head].to(compute) @ k[batch, tiles.k_row, tiles.k_head].to(compute).mT
     scores.mul_(softmax_scale)
     # A select, so that a NaN in a key outside a row's reach stays outside.
-    scores[..., clear:].masked_fill_(key[:, clear:].unsqueeze(1) > limit.unsqueeze(-1), -torch.inf)
+    scores[..., clear:].masked_fill_(tiles.key[:, clear:].unsqueeze(1) > tiles.limit.unsqueeze(-1), -torch.inf)
     largest = scores.amax(-1, keepdim=True)
     largest.masked_fill_(largest == -torch.inf, 0.0)
     weights = scores.sub_(largest).exp_()
     total = weights.sum(-1, keepdim=True)
     # A weight of 0 does not silence a NaN: values that no row of the tile attends to become 0.
-    values = v[batch, k_row, k_head].to(compute)
-    values[:, clear:].masked_fill_(~attended[:, clear:].unsqueeze(-1), 0.0)
+    values = v[batch, tiles.k_row, tiles.k_head].to(compute)
+    values[:, clear:].masked_fill_(~tiles.attended[:, clear:].unsqueeze(-1), 0.0)
     result = (weights @ values).div_(torch.where(total == 0, 1, total))
 
-    at = (batch.expand_as(live)[live], q_row[live], head[live])
+    at = (batch.expand_as(live)[live], tiles.q_row[live], tiles.head[live])
     out[at] = result[live].to(out.dtype)
     lse[at[0], at[2], at[1]] = (largest + total.log()).squeeze(-1)[live]
+
+
+def _differentiate(
+    tiles: _Tiles,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    softmax_scale: float,
+) -> None:
+    """Adds what some tiles contribute to the gradients, which are in the precision of the computation.
+
+    With P the weights and S the scaled scores: grad_v = P^T grad_out, and grad_S = P * (grad_out v^T - delta) with
+    delta = rowsum(grad_out * out) - grad_lse, because the log-sum-exp's derivative is P (FlashAttention-2, 3.1).
+    """
+    batch, live = tiles.batch, tiles.live
+    compute = grad_q.dtype
+
+    def of_queries(x: Tensor) -> Tensor:
+        # What rows that do not exist point at may be NaN.
+        return x[batch, tiles.q_row, tiles.head].to(compute).masked_fill_(~live.unsqueeze(-1), 0.0)
+
+    def of_keys(x: Tensor) -> Tensor:
+        return x[batch, tiles.k_row, tiles.k_head].to(compute).masked_fill_(~tiles.attended.unsqueeze(-1), 0.0)
+
+    queries, keys, values, grads = of_queries(q), of_keys(k), of_keys(v), of_queries(grad_out)
+    row_lse = lse[batch, tiles.head, tiles.q_row].to(compute)
+    row_lse = row_lse.masked_fill(row_lse == -torch.inf, torch.inf).unsqueeze(-1)
+    weights = (queries @ keys.mT).mul_(softmax_scale).sub_(row_lse).exp_()
+    weights.masked_fill_(tiles.key.unsqueeze(1) > tiles.limit.unsqueeze(-1), 0.0)
+    delta = (grads * of_queries(out)).sum(-1) - grad_lse[batch, tiles.head, tiles.q_row].to(compute)
+    grad_scores = (grads @ values.mT).sub_(delta.unsqueeze(-1)).mul_(weights).mul_(softmax_scale)
+
+    # A query is in one tile, a key in many.
+    grad_q[batch.expand_as(live)[live], tiles.q_row[live], tiles.head[live]] = (grad_scores @ keys)[live]
+    place = ((batch * k.shape[1] + tiles.k_row) * k.shape[2] + tiles.k_head).flatten()
+    grad_k.view(-1, k.shape[-1]).index_add_(0, place, (grad_scores.mT @ queries).flatten(0, 1))
+    grad_v.view(-1, v.shape[-1]).index_add_(0, place, (weights.mT @ grads).flatten(0, 1))
+
+
+def _chunks(items: Tensor, numbers: Callable[[int], int], k_block_size: int) -> Iterator[Tensor]:
+    """The items that have active blocks, as many at a time as one batched product should take. `numbers` tells how
+    many numbers an item with so many keys takes.
+    """
+    items = items[items[:, BLOCKS] > 0]
+    items = items[items[:, BLOCKS].argsort(descending=True, stable=True)]
+    blocks = items[:, BLOCKS].tolist()
+    done = 0
+    while done < len(blocks):
+        count = max(PRODUCT_NUMBERS // numbers(blocks[done] * k_block_size), 1)
+        yield items[done : done + count]
+        done += count
 
 
 @torch.library.impl("hbsattn::forward", "CPU")
@@ -327,26 +411,47 @@ def forward(
     lse = torch.full(lse_shape, -torch.inf, dtype=lse_dtype)
     cycles = torch.empty(0, dtype=torch.int64)
 
-    items = items[items[:, BLOCKS] > 0]
-    items = items[items[:, BLOCKS].argsort(descending=True, stable=True)]
-    blocks = items[:, BLOCKS].tolist()
     views = [t.unsqueeze(0) if packed else t for t in (q, k, v, out, lse)]
-    block_rows = packed_heads * q_block_size
-    tile_rows = min(choose_tile_rows(block_rows, head_dim), block_rows)
-    done = 0
-    while done < len(blocks) and k.numel() > 0:
-        keys = blocks[done] * k_block_size
-        count = max(PRODUCT_NUMBERS // (keys * (2 * head_dim + tile_rows)), 1)
-        _attend(
-            items[done : done + count],
-            *views,
-            bits,
-            cols,
-            q_block_size,
-            k_block_size,
-            causal,
-            packed_heads,
-            softmax_scale,
-        )
-        done += count
+    tile_rows = choose_tile_rows(packed_heads * q_block_size, head_dim)
+    if k.numel() > 0:
+        for chunk in _chunks(items, lambda keys: keys * (2 * head_dim + tile_rows), k_block_size):
+            tiles = _locate(chunk, *views[:2], bits, cols, q_block_size, k_block_size, causal, packed_heads)
+            _attend(tiles, *views, softmax_scale)
     return out, lse, cycles
+
+
+@torch.library.impl("hbsattn::backward", "CPU")
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bits: Tensor,
+    sequences: Tensor,
+    items: Tensor,
+    cols: int,
+    q_block_size: int,
+    k_block_size: int,
+    causal: bool,
+    pack_heads: bool,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch.ops.hbsattn.check_forward(
+        q, k, v, bits, sequences, items, cols, q_block_size, k_block_size, causal, pack_heads, softmax_scale
+    )
+    packed = q.dim() == 3
+    head_dim = q.shape[-1]
+    packed_heads = count_packed_heads(bits.shape[0], q_block_size, q.shape[-2], k.shape[-2], pack_heads)
+    compute = _compute_dtype(q.dtype)
+    results = [torch.zeros(x.shape, dtype=compute) for x in (q, k, v)]
+    views = [t.unsqueeze(0) if packed else t for t in (grad_out, grad_lse, q, k, v, out, lse, *results)]
+    tile_rows = choose_tile_rows(packed_heads * q_block_size, head_dim)
+    if k.numel() > 0:
+        for chunk in _chunks(items, lambda keys: keys * (4 * head_dim + 3 * tile_rows), k_block_size):
+            tiles = _locate(chunk, *views[2:4], bits, cols, q_block_size, k_block_size, causal, packed_heads)
+            _differentiate(tiles, *views, softmax_scale)
+    grad_q, grad_k, grad_v = (x.to(q.dtype) for x in results)
+    return grad_q, grad_k, grad_v

@@ -1,8 +1,10 @@
 """Loads the compiled extension, which declares the ops, and adds what PyTorch needs beside their kernels.
 
 The schemas and the CUDA kernels are in csrc/torch/ops.cpp, the CPU kernels in _cpu.py. Here are the fake kernels, which
-tell shapes while a program is traced, and the autograd rule.
+tell shapes while a program is traced, and the autograd rules.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,11 +145,42 @@ def _(
     )
 
 
-def _backward(ctx: object, *grads: Tensor | None) -> None:
+@torch.library.register_fake("hbsattn::backward")
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *args: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+FORWARD_TENSORS, FORWARD_NUMBERS = 6, 7  # inputs of the op `forward`: q, k, v, bits, sequences, items; and the others
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:FORWARD_TENSORS], *output[:2])
+    ctx.numbers = inputs[FORWARD_TENSORS:-1]  # all but `profile`
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, bits, sequences, items, out, lse = ctx.saved_tensors
+    if q.device.type != "cpu":
+        raise NotImplementedError(
+            f"block_sparse_attention has no backward pass on {q.device.type} in this version of hbsattn, only on cpu: "
+            "call it under torch.no_grad() or on detached tensors"
+        )
+    grads = ops.backward.default(grad_out, grad_lse, q, k, v, out, lse, bits, sequences, items, *ctx.numbers)
+    return *grads, *[None] * (FORWARD_TENSORS - 3 + FORWARD_NUMBERS)
+
+
+def _double_backward(ctx: Any, *grads: Tensor | None) -> None:
     raise NotImplementedError(
-        "block_sparse_attention has no backward pass in this version of hbsattn: gradients of q, k and v are not "
-        "available; call it under torch.no_grad() or on detached tensors"
+        "block_sparse_attention has no second derivative: call backward without create_graph=True"
     )
 
 
-torch.library.register_autograd("hbsattn::forward", _backward)
+torch.library.register_autograd("hbsattn::forward", _backward, setup_context=_save_for_backward)
+torch.library.register_autograd("hbsattn::backward", _double_backward)

@@ -36,7 +36,7 @@ def block_sparse_attention(
 
     Raises:
         ValueError, TypeError: for an argument that does not fit; the message says which, its value, and what does.
-        NotImplementedError: from backward, which this version does not have.
+        NotImplementedError: from backward on CUDA, which this version does not have, and from a second derivative.
     """
     return _attend(q, k, v, mask, softmax_scale, return_lse, True)
 

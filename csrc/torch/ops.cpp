@@ -376,6 +376,11 @@ TORCH_LIBRARY(hbsattn, m) {
       "-> (Tensor out, Tensor lse, Tensor cycles)",
       tags);
   m.def(
+      "backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor bits, "
+      "Tensor sequences, Tensor items, int cols, int q_block_size, int k_block_size, bool causal, bool pack_heads, "
+      "float softmax_scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+      tags);
+  m.def(
       "check_forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor? items, int cols, "
       "int q_block_size, int k_block_size, bool causal, bool pack_heads, float softmax_scale) -> ()",
       tags);

@@ -45,14 +45,15 @@ def one_sequence(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float)
     values = torch.where(attended, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
     scores = torch.matmul(queries, keys.transpose(1, 2)) * scale
-    scores = scores.masked_fill(~allowed, -math.inf)
-    nonempty = allowed.any(dim=2)
-    probabilities = torch.softmax(scores, dim=-1).masked_fill(~nonempty[..., None], 0.0)
+    empty = ~allowed.any(dim=2)
+    # Rows with nothing to attend go through the softmax as zeros, so that their gradients are 0, too.
+    scores = scores.masked_fill(~allowed, -math.inf).masked_fill(empty[..., None], 0.0)
+    probabilities = torch.softmax(scores, dim=-1).masked_fill(empty[..., None], 0.0)
     out = torch.matmul(probabilities, values)
     if scores.shape[2] == 0:
         lse = torch.full(scores.shape[:2], -math.inf, dtype=scores.dtype, device=scores.device)
     else:
-        lse = torch.logsumexp(scores, dim=-1)
+        lse = torch.logsumexp(scores, dim=-1).masked_fill(empty, -math.inf)
     return out.transpose(0, 1), lse
 
 

@@ -176,16 +176,17 @@ struct Neighbours {
 
 constexpr Neighbours find_neighbours(const ItemGrid& grid, int64_t index) {
   const MaskShape& shape = grid.shape;
-  const int64_t row = index % shape.rows;
+  // Not 64-bit divisions: those are subroutines on a GPU.
+  const int32_t row = static_cast<int32_t>(index) % static_cast<int32_t>(shape.rows);
   const RowPlace place = locate_row(shape, grid.sequences, row);
   if (grid.united == 1 || !place.used) return {index, 1};
-  const int64_t before = smaller(place.block % grid.united, row);
+  const int64_t before = smaller(static_cast<int32_t>(static_cast<uint32_t>(place.block) % grid.united), row);
   int64_t end_row = shape.rows;
   if (place.index + 1 < shape.batch) {
     const int64_t next = grid.sequences[place.index + 1].row_begin;
     if (next > row) end_row = smaller(end_row, next);
   }
-  const int64_t blocks = count_q_blocks(place.sequence, shape) - place.block;
+  const int64_t blocks = (place.sequence.q_len - 1) / shape.q_block_size + 1 - place.block;
   return {index - before, static_cast<int32_t>(smaller<int64_t>(before + smaller(blocks, end_row - row), grid.united))};
 }
 

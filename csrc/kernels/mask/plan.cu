@@ -79,7 +79,7 @@ __device__ UnitedCounts count_united(const ItemGrid& grid, const uint32_t* bits,
 // decides for itself, so that every item is decided, whatever the table of sequences says.
 template <int kThreads>
 __global__ void __launch_bounds__(kCountThreads)
-    count_blocks_kernel(const ItemGrid grid, const uint32_t* bits, int64_t num_items, int64_t section_items,
+    count_blocks_kernel(const ItemGrid grid, const uint32_t* bits, int64_t num_items, int32_t section_items,
                         int32_t* blocks, int32_t* masked, int32_t* live) {
   const int64_t index = (int64_t{blockIdx.x} * kCountThreads + threadIdx.x) / kThreads;
   if (index >= num_items) return;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kCountThreads)
     const mask::Neighbours neighbours = mask::find_neighbours(grid, index);
     const UnitedCounts united = count_united<kThreads>(grid, bits, neighbours, lane);
     const bool first = index == neighbours.first;
-    if (lane == 0 && (first || !united.pays)) atomicAdd(live + index / section_items, 1);
+    if (lane == 0 && (first || !united.pays)) atomicAdd(live + static_cast<int32_t>(index) / section_items, 1);
     if (united.pays) {
       if (lane == 0) {
         blocks[index] = first ? united.blocks : -1;
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kOrderThreads)
   for (int delta = kLanes / 2; delta > 0; delta /= 2) rank += __shfl_xor_sync(~0u, rank, delta);
   int64_t place = begin + rank;
   if (grid.united > 1) {
-    const LivePlace live_place(live, section, mask::ceil_div(num_items, section_items), lane);
+    const LivePlace live_place(live, section, gridDim.x / ctas_per_section, lane);
     if (rank < live_place.here) {
       place = live_place.before + rank;
     } else {
@@ -214,7 +214,7 @@ Status plan_items(const PlanParams& params, int64_t num_items, Stream stream) {
   int32_t* blocks = static_cast<int32_t*>(params.scratch);
   int32_t* masked = blocks + num_items;
   int32_t* live = masked + num_items;
-  const int64_t section_items = count_section_items(params, tiles, packed_heads, united, num_items);
+  const auto section_items = static_cast<int32_t>(count_section_items(params, tiles, packed_heads, united, num_items));
   if (united > 1) {
     const size_t bytes = mask::ceil_div(num_items, section_items) * sizeof(int32_t);
     HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(live, 0, bytes, stream), "cudaMemsetAsync"));
