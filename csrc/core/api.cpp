@@ -47,13 +47,9 @@ Status pack_mask(const PackParams& params, Stream stream) {
 }
 
 int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim, bool pack_heads) {
-  if (heads_k < 1) return 0;
-  const int64_t packed_heads = count_packed_heads(shape, heads_q, heads_k, pack_heads);
-  if (packed_heads < 1) return 0;
-  const int64_t block_rows = packed_heads * shape.q_block_size;
-  const int64_t tile_rows = choose_tile_rows(block_rows, head_dim);
-  const int64_t tiles = (block_rows + tile_rows - 1) / tile_rows;
-  return heads_q / packed_heads * shape.rows * tiles;
+  if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return 0;
+  const TileShape tiles = shape_tiles(shape, heads_q, heads_k, head_dim, pack_heads);
+  return heads_q / tiles.packed_heads * shape.rows * tiles.tiles;
 }
 
 Status plan_items(const PlanParams& params, Stream stream) {

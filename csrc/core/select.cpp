@@ -89,9 +89,8 @@ Status check_device() {
 
 Status select_forward(const ForwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_device());
-  const MaskShape& shape = params.mask.shape;
-  const int64_t packed_heads = count_packed_heads(shape, params.heads_q, params.heads_k, params.pack_heads);
-  const int tile_rows = choose_tile_rows(packed_heads * shape.q_block_size, params.head_dim);
+  const int tile_rows =
+      shape_tiles(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads).tile_rows;
   int chosen = 0, largest = 0;
   Sm90ForwardKernels::any([&](auto config) {
     using Config = decltype(config);

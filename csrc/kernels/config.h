@@ -39,6 +39,24 @@ constexpr int32_t count_united_blocks(int64_t block_rows, int32_t tile_rows) {
   return block_rows % kGranule == 0 && tile_rows % block_rows == 0 ? static_cast<int32_t>(tile_rows / block_rows) : 1;
 }
 
+// How the query blocks of a problem are cut into tiles: the one place that tells planner, checks and launcher.
+struct TileShape {
+  int32_t packed_heads;  // query heads that share tiles
+  int64_t block_rows;    // of a query block, over those heads
+  int32_t tile_rows;
+  int32_t tiles;   // of a query block
+  int32_t united;  // neighbouring query blocks that one tile may hold
+};
+
+constexpr TileShape shape_tiles(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
+                                bool pack_heads) {
+  const int32_t packed_heads = count_packed_heads(shape, heads_q, heads_k, pack_heads);
+  const int64_t block_rows = int64_t{packed_heads} * shape.q_block_size;
+  const int32_t tile_rows = choose_tile_rows(block_rows, head_dim);
+  return {packed_heads, block_rows, tile_rows, static_cast<int32_t>((block_rows + tile_rows - 1) / tile_rows),
+          count_united_blocks(block_rows, tile_rows)};
+}
+
 // A forward kernel for sm_90a. A CTA owns kTileM query rows, 64 for each consumer warpgroup, and streams the keys of
 // the active blocks in stages of kTileN, each filled from as many key blocks as fit.
 template <DType kDType_, int kHeadDim_, int kTileM_>

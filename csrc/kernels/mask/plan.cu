@@ -24,18 +24,17 @@ constexpr int64_t kUnitedSectionItems = 1024;
 constexpr int64_t kSectionItems = 8192;  // ranking costs this many comparisons an item
 
 // Items of a section: a run of the list that is put in order by itself. As many (sequence, key head) pairs as fit.
-int64_t count_section_items(const PlanParams& params, int32_t tiles, int32_t packed_heads, int32_t united,
-                            int64_t num_items) {
+int64_t count_section_items(const PlanParams& params, const TileShape& tiles, int64_t num_items) {
   const MaskShape& shape = params.mask.shape;
   const int64_t longest = std::max<int64_t>(shape.cols * shape.k_block_size, 1);
   const int64_t bytes = 2 * longest * params.head_dim * params.element_size;
   const int64_t pairs = std::max<int64_t>(kSectionBytes / bytes, 1);
   const int64_t batch = std::max(shape.batch, 1);
-  const int64_t row_groups = params.heads_q / packed_heads / params.heads_k;  // that read one key head
-  int64_t wanted = pairs >= batch ? pairs / batch * row_groups * shape.rows * tiles
-                                  : pairs * mask::ceil_div(shape.rows, batch) * tiles;
+  const int64_t row_groups = params.heads_q / tiles.packed_heads / params.heads_k;  // that read one key head
+  int64_t wanted = pairs >= batch ? pairs / batch * row_groups * shape.rows * tiles.tiles
+                                  : pairs * mask::ceil_div(shape.rows, batch) * tiles.tiles;
   // Not so few that adding up the live items of all sections takes long.
-  if (united > 1) wanted = std::max<int64_t>(wanted, kUnitedSectionItems);
+  if (tiles.united > 1) wanted = std::max<int64_t>(wanted, kUnitedSectionItems);
   const int64_t items = std::min(wanted, num_items);
   return mask::ceil_div(items, mask::ceil_div(items, kSectionItems));
 }
@@ -205,17 +204,14 @@ static_assert(sizeof(WorkItem) == kLanes * sizeof(int4) && offsetof(WorkItem, fi
 Status plan_items(const PlanParams& params, int64_t num_items, Stream stream) {
   if (num_items == 0) return Status::Ok();
   const MaskShape& shape = params.mask.shape;
-  const int32_t packed_heads = count_packed_heads(shape, params.heads_q, params.heads_k, params.pack_heads);
-  const int64_t block_rows = int64_t{packed_heads} * shape.q_block_size;
-  const int32_t tile_rows = choose_tile_rows(block_rows, params.head_dim);
-  const auto tiles = static_cast<int32_t>(mask::ceil_div(block_rows, tile_rows));
-  const int32_t united = count_united_blocks(block_rows, tile_rows);
-  const ItemGrid grid{shape, params.mask.sequences, params.heads_q, packed_heads, tile_rows, tiles, united};
+  const TileShape tiles = shape_tiles(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads);
+  const ItemGrid grid{shape,           params.mask.sequences, params.heads_q, tiles.packed_heads,
+                      tiles.tile_rows, tiles.tiles,           tiles.united};
   int32_t* blocks = static_cast<int32_t*>(params.scratch);
   int32_t* masked = blocks + num_items;
   int32_t* live = masked + num_items;
-  const auto section_items = static_cast<int32_t>(count_section_items(params, tiles, packed_heads, united, num_items));
-  if (united > 1) {
+  const auto section_items = static_cast<int32_t>(count_section_items(params, tiles, num_items));
+  if (tiles.united > 1) {
     const size_t bytes = mask::ceil_div(num_items, section_items) * sizeof(int32_t);
     HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(live, 0, bytes, stream), "cudaMemsetAsync"));
   }

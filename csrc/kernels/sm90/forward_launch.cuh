@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <numeric>
 #include <string>
@@ -58,14 +59,14 @@ Status run_forward(const ForwardParams& params, Stream stream) {
 
   sm90::ForwardArguments args{};
   const int group = params.heads_q / params.heads_k;
-  args.packed_heads = count_packed_heads(shape, params.heads_q, params.heads_k, params.pack_heads);
-  const int block_rows = args.packed_heads * shape.q_block_size;
-  const int united = count_united_blocks(block_rows, Config::kTileM);
+  const TileShape tiles = shape_tiles(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads);
+  const auto block_rows = static_cast<int>(std::min<int64_t>(tiles.block_rows, INT_MAX));
+  args.packed_heads = tiles.packed_heads;
   args.block_rows = block_rows;
   if (args.packed_heads > 1 && shape.q_block_size % kGranule != 0) {
     args.box_rows = shape.q_block_size;
     args.box_heads = args.packed_heads;
-    args.query_piece = united > 1 ? block_rows : sm90::kUnitRows;
+    args.query_piece = tiles.united > 1 ? block_rows : sm90::kUnitRows;
     args.query_bytes = sm90::kUnitRows / args.query_piece * block_rows * Config::kHeadDim *
                        static_cast<int>(sizeof(typename Traits::Element));
   } else {
@@ -124,7 +125,7 @@ Status run_forward(const ForwardParams& params, Stream stream) {
 
   int device_capability = 0, multiprocessors = 0;
   HBSATTN_RETURN_IF_ERROR(current_device(&device_capability, &multiprocessors));
-  const bool general = args.ragged_blocks || args.box_heads > 1 || united > 1;
+  const bool general = args.ragged_blocks || args.box_heads > 1 || tiles.united > 1;
   auto kernel = general ? sm90::forward_kernel<Config, true> : sm90::forward_kernel<Config, false>;
   constexpr int kSharedBytes = sizeof(typename Traits::Storage);
   HBSATTN_RETURN_IF_ERROR(cuda_status(
