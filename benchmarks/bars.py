@@ -40,7 +40,7 @@ class Bar:
     """`ours`, divided by `reference` if there is one, has to be at least (or `at_most`) `target`.
 
     beside: a quantity to show with it.
-    others: what others reach, TF/s on active pairs, back to back (5 to 10% below spaced times), or as it says.
+    others: what others reach, TF/s on active pairs, back to back (up to 15% below spaced times), or as it says.
     """
 
     what: str

@@ -53,9 +53,13 @@ def _attend(
     if not isinstance(mask, BlockMask):
         raise TypeError(f"mask is a {type(mask).__name__}; expected a BlockMask")
     mask._check_use(q, k)
+    if not isinstance(v, Tensor):
+        raise TypeError(f"v is a {type(v).__name__}; expected a Tensor")
     heads_q, head_dim = q.shape[-2:]
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5 if head_dim else 1.0  # the op refuses a head_dim of 0
+    elif isinstance(softmax_scale, str | bytes | Tensor):
+        raise TypeError(f"softmax_scale is a {type(softmax_scale).__name__}; expected a number")
     key = (heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)
     items = mask._cached_items(key)
     if items is None:

@@ -9,8 +9,7 @@ namespace {
 
 Status no_cuda() {
   return Status::NotSupported(
-      "this build of hbsattn has no CUDA kernels, so CUDA tensors are not accepted; expected CPU tensors, or a "
-      "reinstalled hbsattn built with nvcc (set CUDA_HOME to a CUDA toolkit)");
+      "this build of hbsattn has no CUDA kernels; expected one built with nvcc (set CUDA_HOME to a CUDA toolkit)");
 }
 
 }  // namespace

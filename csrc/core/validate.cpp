@@ -1,6 +1,7 @@
 #include "core/validate.h"
 
 #include <cmath>
+#include <cstdio>
 #include <string>
 
 #include "hbsattn/hbsattn.h"
@@ -15,9 +16,20 @@ constexpr int64_t kItemsLimit = int64_t{1} << 30;  // tickets count on past the 
 constexpr int64_t kColumnsLimit = int64_t{1} << 26;
 constexpr int kMaxHeadDim = 256;
 
+Status wrong_text(const char* name, const std::string& value, const std::string& expected) {
+  return Status::InvalidValue(std::string(name) + " is " + value + "; expected " + expected);
+}
+
 template <class T>
 Status wrong_value(const char* name, T value, const std::string& expected) {
-  return Status::InvalidValue(std::string(name) + " is " + std::to_string(value) + "; expected " + expected);
+  return wrong_text(name, std::to_string(value), expected);
+}
+
+// std::to_string would show a tiny value as 0.
+Status wrong_value(const char* name, float value, const std::string& expected) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", static_cast<double>(value));
+  return wrong_text(name, text, expected);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
