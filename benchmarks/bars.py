@@ -234,7 +234,113 @@ SHAPES = (
     ),
 )
 
-SETS = {"basics": BASICS, "shapes": SHAPES}
+CB = Quantity("backward-dense-s8192", "cudnn", "tflops")
+CBC = Quantity("backward-dense-s8192-causal", "cudnn", "tflops")
+GRADIENT = f"backward-{SPARSE}"
+SAME_LENGTH = "backward-128x128-s16384-density0.1"
+
+
+def _of_cb(what: str, workload: str, targets: tuple[float, float], others: tuple[str, str]) -> tuple[Bar, Bar]:
+    """Not causal and causal."""
+    return (
+        Bar(what, _ours(workload), CB, targets[0], "CB", others=others[0]),
+        Bar("the same, causal", _ours(f"{workload}-causal"), CBC, targets[1], "CBc", others=others[1]),
+    )
+
+
+def _of_own(size: str, target: float) -> Bar:
+    workload = f"backward-{size}-s16384-density0.1"
+    return Bar(f"{size}, s 16384", _ours(workload), _ours(SAME_LENGTH), target, "of 128x128")
+
+
+def _of_ungrouped(size: str) -> Bar:
+    ours = _ours(f"backward-{size}-s16384-kv4-density0.1-shared")
+    reference = _ours(f"backward-{size}-s16384-density0.1")
+    return Bar(f"{size}, s 16384, mask shared by 8 heads", ours, reference, 0.95, "of as many key heads")
+
+
+def _gradient_dim(dim: int, target: float) -> Bar:
+    ours = _ours(f"backward-128x128-s16384-dim{dim}-density0.1")
+    dense = Quantity(f"backward-dense-s8192-dim{dim}", "cudnn", "tflops")
+    return Bar(f"128x128, s 16384, head dim {dim}", ours, dense, target, "of cuDNN dense")
+
+
+def _training(batch: int, seqlen: int, densities: tuple[float, ...]) -> list[Bar]:
+    """Forward and backward: all true beside FlashAttention-2, and sparse at the rate of all true, that is, in a time in
+    proportion to the active share, within 10%.
+    """
+    shape = f"batch{batch}-s{seqlen}" if batch > 1 else f"s{seqlen}"
+    all_true = f"training-all-true-{shape}-causal"
+    dense = Quantity(f"training-dense-{shape}-causal", "fa2", "ms")
+    bars = [
+        Bar(
+            f"forward + backward, batch {batch}, s {seqlen}, causal, all true: time",
+            _ours(all_true, "ms"),
+            dense,
+            0.68,
+            "of FlashAttention-2",
+            at_most=True,
+            others="MIT 1.18",
+        )
+    ]
+    for density in densities:
+        workload = f"training-128x128-{shape}-density{density:g}-causal"
+        reference = _ours(all_true)
+        bars.append(Bar(f"the same, sparsity {1 - density:g}", _ours(workload), reference, 0.91, "of all true's rate"))
+    return bars
+
+
+# density 0.1, 32 heads, head dim 128, 10 x head dim operations a pair, not causal, unless it says otherwise
+BACKWARD = (
+    *_of_cb("128x128, s 32768", GRADIENT, (0.94, 0.92), ("cuDNN frontend 515", "FlashAttention-4 450")),
+    *_of_cb(
+        "all-true mask, s 8192",
+        "backward-all-true-s8192",
+        (1.02, 1.04),
+        ("FlashAttention-4 603, FlashAttention-3 581", "FlashAttention-3 557"),
+    ),
+    *_of_cb("64x64, s 32768", "backward-64x64-s32768-density0.1", (0.72, 0.68), ("cuDNN frontend 399", "")),
+    _of_own("128x64", 0.70),
+    _of_own("64x128", 0.70),
+    _of_own("32x128", 0.60),
+    _of_own("128x32", 0.42),
+    _of_own("128x16", 0.28),
+    _of_ungrouped("128x128"),
+    _of_ungrouped("64x64"),
+    _gradient_dim(64, 0.90),
+    _gradient_dim(96, 0.90),
+    _gradient_dim(192, 1.0),
+    _gradient_dim(256, 1.0),
+    Bar(
+        "deterministic, 128x128, s 32768: time",
+        _ours(f"{GRADIENT}-deterministic", "ms"),
+        _ours(GRADIENT, "ms"),
+        1.6,
+        "of the default",
+        at_most=True,
+    ),
+    Bar(
+        "transposing and planning columns, 128x128, s 32768",
+        _ours(GRADIENT, "column_plan_ms"),
+        _ours(GRADIENT, "ms"),
+        0.03,
+        "of the backward",
+        at_most=True,
+    ),
+    Bar(
+        "scratch memory of a backward, 128x128, s 32768",
+        _ours(GRADIENT, "extra_bytes"),
+        _ours(GRADIENT, "extra_bytes_allowed"),
+        1.0,
+        "of dQ in float32 + 8 bytes a row + 16 MB",
+        at_most=True,
+    ),
+    *_training(1, 32768, (0.5, 0.1)),
+    *_training(1, 65536, (0.1,)),
+    *_training(8, 32768, (0.1,)),
+)
+
+SETS = {"basics": BASICS, "shapes": SHAPES, "backward": BACKWARD}
 
 
 def evaluate(name: str, rows: Rows) -> list[dict[str, object]]:

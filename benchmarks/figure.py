@@ -1,8 +1,9 @@
 """Draws a figure from results: python benchmarks/figure.py results/bars.json -o figure.svg
 
 Rates over block sizes: hbsattn and the rivals that compute the mask as bars, dense attention as lines; for the shape
-with most block sizes, or with --all for every shape, from one file of results or several. It needs Python alone. Lines
-and text are mid-tones, readable on a light and on a dark page.
+with most block sizes, or with --all for every shape, from one file of results or several; of the forward, or with
+--task backward of the gradients. It needs Python alone. Lines and text are mid-tones, readable on a light and on a dark
+page.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ class Panel:
     labels: dict[str, str]
 
 
-def panels_of(rows: list[Row], all_shapes: bool = False) -> list[Panel]:
+def panels_of(rows: list[Row], all_shapes: bool = False, task: str = "forward") -> list[Panel]:
     """The shape that was timed at most block sizes, or all shapes with several, not causal and causal.
 
     Of a workload and contestant that was timed more than once, the first row is shown. Raises ValueError if nothing is
     to be shown.
     """
-    timed = list({(row["workload"], row["contestant"]): row for row in reversed(rows) if row.get("tflops")}.values())
+    rows = [row for row in rows if row.get("tflops") and _task(row) == task]
+    timed = list({(row["workload"], row["contestant"]): row for row in reversed(rows)}.values())
     timed.reverse()
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in timed:
@@ -187,10 +189,17 @@ def _dense_rates(timed: list[Row], shape: Row) -> tuple[dict[str, float], int]:
     for row in timed:
         other = row["shape"]
         alike = all(other[key] == shape[key] for key in ("batch", "heads", "head_dim", "dtype", "causal"))
-        if row["workload"].startswith("dense-") and alike and other["heads_k"] == other["heads"]:
+        dense = row["workload"].removeprefix(f"{_task(row)}-").startswith("dense-")
+        if dense and alike and other["heads_k"] == other["heads"]:
             rates[other["seqlen"]][row["contestant"]] = row["tflops"]
     seqlen = shape["seqlen"] if shape["seqlen"] in rates else max(rates, default=0)
     return rates.get(seqlen, {}), seqlen
+
+
+def _task(row: Row) -> str:
+    """What was timed; "deterministic" for gradients that are slower for it, which no figure shows."""
+    shape = row["shape"]
+    return "deterministic" if shape.get("deterministic") else shape.get("task", "forward")
 
 
 def _tensors(shape: Row) -> tuple:
@@ -215,16 +224,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Draws rates over block sizes from the results of run.py.")
     parser.add_argument("results", type=Path, nargs="+", help="JSON that run.py wrote; of several, the first counts")
     parser.add_argument("--all", action="store_true", help="all shapes with several block sizes, not only the largest")
+    parser.add_argument("--task", choices=("forward", "backward"), default="forward", help="default %(default)s")
     parser.add_argument("-o", "--output", type=Path, required=True, help="SVG to write")
     arguments = parser.parse_args()
     results = [json.loads(path.read_text()) for path in arguments.results]
     described = results[0]["environment"]
     caption = (
         f"{described['gpu']}, CUDA {described['cuda']}, torch {described['versions']['torch']}, "
-        f"{described['date'][:10]}; forward, spaced and alternating, every result checked"
+        f"{described['date'][:10]}; {arguments.task}, spaced and alternating, every result checked"
     )
     try:
-        svg = draw(panels_of([row for result in results for row in result["rows"]], arguments.all), caption)
+        rows = [row for result in results for row in result["rows"]]
+        svg = draw(panels_of(rows, arguments.all, arguments.task), caption)
     except ValueError as error:
         print(f"{', '.join(map(str, arguments.results))}: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,8 @@
 """The correctness gate: no time of a result that is wrong.
 
-Sampled query rows are compared with the formula in float64 by the judge of the test-suite (tests/oracle). The rule is
-the library's: the error is at most twice what the same formula makes at the dtype of the inputs, plus 1e-5.
+Sampled query rows of the output, or the gradients of sampled heads, are compared with the formula in float64 by the
+judge of the test-suite (tests/oracle). The rule is the library's: the error is at most twice what the same formula
+makes at the dtype of the inputs, plus 1e-5. Norms of gradients, besides, are right within 1%.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from workloads import Workload
 
 HEADS_SAMPLED = 8
 ROWS_SAMPLED = 16
+KEY_HEADS_SAMPLED = 3  # for gradients
+PAIRS_AT_ONCE = 1 << 26
+SLACK = 1e-5
 LSE_TOLERANCE = 1e-3
+NORM_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -64,26 +69,107 @@ def check(
             k[batch, :, head // group : head // group + 1],
             v[batch, :, head // group : head // group + 1],
         )
-        attends = _attending(workload, block_mask[batch % block_mask.shape[0]], head, rows)
+        mask_head = head // (workload.heads // block_mask.shape[1])
+        attends = _attending(workload, block_mask[batch % block_mask.shape[0], mask_head : mask_head + 1], rows)
         scale = workload.head_dim**-0.5
         want, want_lse = _oracle.one_sequence(*(x.double() for x in inputs), attends, scale)
         unavoidable, _ = _oracle.one_sequence(*inputs, attends, scale)
         error = _larger(error, _distance(out[batch, rows, head], want[:, 0]))
-        allowed_error = max(allowed_error, 2 * _distance(unavoidable[:, 0], want[:, 0]) + 1e-5)
+        allowed_error = max(allowed_error, 2 * _distance(unavoidable[:, 0], want[:, 0]) + SLACK)
         if lse is not None:
             lse_error = _larger(lse_error, _distance(lse[batch, head, rows], want_lse[0]))
         sampled += len(rows)
     return Verdict(sampled, error, allowed_error, None if lse is None else lse_error)
 
 
-def _attending(workload: Workload, block_mask: Tensor, head: int, rows: Tensor) -> Tensor:
-    """Which keys these rows attend to: bool (1, rows, seqlen). block_mask: (heads, query blocks, key blocks)."""
+@dataclass(frozen=True)
+class GradientVerdict:
+    """The gradient, of those of sampled heads, that is worst, and the ratio of norms that is farthest from 1."""
+
+    rows: int
+    name: str
+    error: float
+    allowed: float
+    norm_ratio: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed and abs(self.norm_ratio - 1) <= NORM_TOLERANCE
+
+    def __str__(self) -> str:
+        error = f"largest error of {self.name} in {self.rows} rows {self.error:.2e} (allowed {self.allowed:.2e})"
+        return f"{error}, norms off by a factor of {self.norm_ratio:.3f}"
+
+
+class Gradients:
+    """The gradients of a workload at sampled key heads and the query heads that read them."""
+
+    def __init__(
+        self, workload: Workload, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, block_mask: Tensor, seed: int = 0
+    ) -> None:
+        self._shapes = (q.shape, k.shape, v.shape)
+        self._samples: list[tuple[tuple, Tensor, float]] = []  # where in which gradient, what is there, error allowed
+        choice = random.Random(seed)
+        group = workload.heads // workload.heads_k
+        mask_group = block_mask.shape[1] // workload.heads_k
+        last = workload.batch * workload.heads_k - 1
+        for pick in sorted({0, last, *(choice.randint(0, last) for _ in range(KEY_HEADS_SAMPLED - 2))}):
+            batch, head = divmod(pick, workload.heads_k)
+            queries = (batch, slice(None), slice(head * group, (head + 1) * group))
+            keys = (batch, slice(None), slice(head, head + 1))
+            heads = slice(head * mask_group, (head + 1) * mask_group)
+            blocks = block_mask[batch % block_mask.shape[0], heads]
+            inputs = [x.detach() for x in (q[queries], k[keys], v[keys], grad_out[queries])]
+            wanted = _differentiate(workload, *(x.double() for x in inputs), blocks)
+            unavoidable = _differentiate(workload, *inputs, blocks)
+            for i, (where, want, near) in enumerate(zip((queries, keys, keys), wanted, unavoidable, strict=True)):
+                self._samples.append(((i, where), want, 2 * _distance(near, want) + SLACK))
+
+    def check(self, grads: tuple[Tensor, ...]) -> GradientVerdict:
+        """Judges the gradients of q, k and v."""
+        if tuple(grad.shape for grad in grads) != self._shapes:
+            raise ValueError(f"gradients have shapes {[tuple(g.shape) for g in grads]}; expected those of q, k and v")
+        found = []
+        for (i, where), want, allowed in self._samples:
+            grad = grads[i][where].double()
+            norm = float(want.norm())
+            ratio = float(grad.norm()) / norm if norm else 1.0
+            found.append(("qkv"[i], _distance(grad, want), allowed, ratio, len(want)))
+        # A NaN is the worst of all.
+        name, error, allowed, *_ = max(found, key=lambda one: (one[1] != one[1], one[1] / one[2]))
+        norm_ratio = max((one[3] for one in found), key=lambda ratio: (ratio != ratio, abs(ratio - 1)))
+        return GradientVerdict(sum(one[4] for one in found), f"grad_{name}", error, allowed, norm_ratio)
+
+
+def _differentiate(
+    workload: Workload, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, blocks: Tensor
+) -> list[Tensor]:
+    """The gradients of q (seqlen, heads, head_dim), k and v (seqlen, 1, head_dim) by the formula at their dtype, some
+    rows at a time. Sums over these are in float64; the results are rounded to the dtype.
+    """
+    grads = [torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v)]
+    step = max(PAIRS_AT_ONCE // (q.shape[1] * workload.seqlen), 1)
+    for begin in range(0, workload.seqlen, step):
+        end = min(begin + step, workload.seqlen)
+        seen = end if workload.causal else workload.seqlen  # keys that any of these rows may attend to
+        attends = _attending(workload, blocks, torch.arange(begin, end, device=q.device))[:, :, :seen]
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q[begin:end], k[:seen], v[:seen])]
+            out, _ = _oracle.one_sequence(*inputs, attends, workload.head_dim**-0.5)
+            found = torch.autograd.grad(out, inputs, grad_out[begin:end])
+        grads[0][begin:end] = found[0]
+        grads[1][:seen] += found[1]
+        grads[2][:seen] += found[2]
+    return [grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)]
+
+
+def _attending(workload: Workload, blocks: Tensor, rows: Tensor) -> Tensor:
+    """Which keys these rows attend to: bool (heads, rows, seqlen). blocks: (heads, query blocks, key blocks)."""
     key = torch.arange(workload.seqlen, device=rows.device)
-    head = head // (workload.heads // block_mask.shape[0])
-    attends = block_mask[head, rows // workload.q_block][:, key // workload.k_block]
+    attends = blocks[:, rows // workload.q_block][:, :, key // workload.k_block]
     if workload.causal:
         attends = attends & (key[None] <= rows[:, None])
-    return attends[None]
+    return attends
 
 
 def _sample_heads(workload: Workload, choice: random.Random) -> list[tuple[int, int]]:

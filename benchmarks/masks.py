@@ -10,6 +10,10 @@ from workloads import Workload
 SINKS = 4  # key blocks at the begin of the sequence that every row of a local mask attends to
 KEPT = 0.9  # the share of a common list that each of the query blocks that draw from it keeps
 
+# Floating-point operations for each attending pair and element of a head: a multiplication and an addition in each
+# product, of which the forward has two and the backward five.
+FLOPS = {"forward": 4, "backward": 10, "training": 14}
+
 
 def make_mask(workload: Workload, device: torch.device | str, seed: int) -> Tensor:
     """The block mask: bool (batch, mask heads, query blocks, key blocks), not always cut at the diagonal."""
@@ -59,8 +63,8 @@ def count_pairs(workload: Workload, mask: Tensor) -> int:
 
 
 def count_flops(workload: Workload, pairs: int) -> int:
-    """Floating-point operations of the forward: two products of a multiplication and an addition for each pair."""
-    return 4 * workload.head_dim * pairs
+    """Floating-point operations of the workload's task."""
+    return FLOPS[workload.task] * workload.head_dim * pairs
 
 
 def _draw(workload: Workload, generator: torch.Generator) -> Tensor:

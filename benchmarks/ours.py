@@ -9,6 +9,9 @@ import hbsattn
 import masks
 from workloads import Workload
 
+QUERY_ROW_BYTES = 8  # of scratch memory that a backward may use for each query row and head, beside grad_q in float32
+SCRATCH_ALLOWANCE = 16 << 20  # bytes, beside that
+
 
 class Ours:
     """One workload, ready to launch. Raises ValueError or TypeError if hbsattn does not support it."""
@@ -48,8 +51,25 @@ class Ours:
             True,
         )
 
+    def plan_columns(self) -> Tensor:
+        """From bits to what a backward needs beside the work list, which the mask keeps after its first backward."""
+        work, mask = self._workload, self.mask
+        return torch.ops.hbsattn.plan_keys(
+            torch.ops.hbsattn.transpose_bits(mask.bits, mask.cols),
+            mask.sequences,
+            mask.rows,
+            mask.q_block_size,
+            mask.k_block_size,
+            mask.causal,
+            work.heads,
+            work.heads_k,
+            work.head_dim,
+            work.dtype.itemsize,
+        )
+
     def attend(self) -> Tensor:
-        return hbsattn.block_sparse_attention(*self._qkv, self.mask)
+        choices = {"deterministic": True} if self._workload.deterministic else {}
+        return hbsattn.block_sparse_attention(*self._qkv, self.mask, **choices)
 
     def attend_with_lse(self) -> tuple[Tensor, Tensor]:
         return hbsattn.block_sparse_attention(*self._qkv, self.mask, return_lse=True)
@@ -57,6 +77,16 @@ class Ours:
     def end_to_end(self) -> Tensor:
         """From booleans or lists to the result, with nothing kept from earlier calls."""
         return hbsattn.block_sparse_attention(*self._qkv, self.pack())
+
+    def flops(self) -> int:
+        """What the mask's own count makes of the task."""
+        work = self._workload
+        return self.mask.flops(work.head_dim, work.heads) // masks.FLOPS["forward"] * masks.FLOPS[work.task]
+
+    def scratch_allowed(self) -> int:
+        """Bytes that a backward may allocate beside its gradients."""
+        q = self._qkv[0]
+        return 4 * q.numel() + QUERY_ROW_BYTES * (q.numel() // q.shape[-1]) + SCRATCH_ALLOWANCE
 
     def clocks(self) -> Tensor:
         """The attention kernel alone: int64 (thread blocks, 2), the SM's clock at the begin and the end of each."""

@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ import bars
 import baselines
 import environment
 import gate
+import gradients
 import masks
 import timing
 import workloads
@@ -30,6 +32,7 @@ SEED = 20261121
 MEMORY_ALLOWANCE = 32 << 20  # bytes, beside a quarter of the bool mask
 SPAN_BELOW_MS = 0.5  # attention shorter than this gets the columns span and host: there the host's time matters
 SPAN_ITERATIONS = 40
+SEVERAL = {"forward": ("basics", "shapes"), "all": tuple(bars.SETS)}  # sets of bars under one name
 COLUMNS = (  # heading, field, format
     ("TF/s", "tflops", "{:.1f}"),
     ("ms", "ms", "{:.4f}"),
@@ -39,10 +42,40 @@ COLUMNS = (  # heading, field, format
     ("x cuDNN", "speedup_over_cudnn", "{:.2f}"),
     ("pack ms", "pack_ms", "{:.4f}"),
     ("plan ms", "plan_ms", "{:.4f}"),
+    ("columns ms", "column_plan_ms", "{:.4f}"),
     ("all ms", "end_to_end_ms", "{:.4f}"),
     ("span ms", "span_ms", "{:.4f}"),
     ("host ms", "host_ms", "{:.4f}"),
 )
+
+
+@dataclass
+class Problem:
+    """A workload's tensors and mask. `grad_out` is for the tasks that take gradients."""
+
+    workload: Workload
+    qkv: tuple[Tensor, ...]
+    grad_out: Tensor | None
+    block_mask: Tensor
+
+    @cached_property
+    def flops(self) -> int:
+        return masks.count_flops(self.workload, masks.count_pairs(self.workload, self.block_mask))
+
+    def make_launch(self, attend: Callable[[], Tensor]) -> Callable[[], Tensor | tuple[Tensor, ...]]:
+        return gradients.make_launch(self.workload, attend, self.qkv, self.grad_out)
+
+    @cached_property
+    def _gradients(self) -> gate.Gradients:
+        return gate.Gradients(self.workload, *self.qkv, self.grad_out, self.block_mask)
+
+    def check(
+        self, result: Tensor | tuple[Tensor, ...], lse: Tensor | None = None
+    ) -> gate.Verdict | gate.GradientVerdict:
+        """Judges an output, or the gradients of q, k and v."""
+        if self.grad_out is not None:
+            return self._gradients.check(result)
+        return gate.check(self.workload, *self.qkv, self.block_mask, result, lse)
 
 
 @dataclass
@@ -53,10 +86,10 @@ class Entry:
     contestant: str
     label: str
     flops: int
-    launch: Callable[[], Tensor] | None = None
+    launch: Callable[[], Tensor | tuple[Tensor, ...]] | None = None
     ours: Ours | None = None
     block_mask: Tensor | None = None
-    verdict: gate.Verdict | None = None
+    verdict: gate.Verdict | gate.GradientVerdict | None = None
     problem: str | None = None
 
     @property
@@ -102,69 +135,73 @@ class Bench:
     def _prepare(self, group: Group) -> list[Entry]:
         """Tensors, masks, compiled calls; each result through the gate."""
         entries: list[Entry] = []
-        tensors: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
+        tensors: dict[tuple, tuple[Tensor, ...]] = {}
 
-        def tensors_of(workload: Workload) -> tuple[Tensor, Tensor, Tensor]:
+        def pose(workload: Workload, seed: int) -> Problem:
+            self._progress(f"{group.name}: prepares and checks {workload.name}")
             if workload.problem not in tensors:
                 tensors[workload.problem] = workloads.make_tensors(workload, self._device, SEED)
-            return tensors[workload.problem]
+            block_mask = masks.make_mask(workload, self._device, seed)
+            if workload.task == "forward":
+                return Problem(workload, tensors[workload.problem], None, block_mask)
+            qkv = gradients.leaves(tensors[workload.problem])
+            return Problem(workload, qkv, workloads.make_grad_out(workload, self._device, SEED - 1), block_mask)
 
         for number, workload in enumerate(group.workloads):
-            self._progress(f"{group.name}: prepares and checks {workload.name}")
-            qkv = tensors_of(workload)
-            block_mask = masks.make_mask(workload, self._device, SEED + 1 + number)
-            flops = masks.count_flops(workload, masks.count_pairs(workload, block_mask))
-            entry = self._prepare_ours(workload, qkv, block_mask, flops)
+            problem = pose(workload, SEED + 1 + number)
+            entry = self._prepare_ours(problem)
             entries.append(entry)
             if entry.verdict and not entry.verdict.passed:
                 continue
             if group.compares(workload):
-                rivals = [rival for rival in self._rivals if not rival.dense]
-                block_mask = block_mask.repeat_interleave(workload.heads // workload.mask_heads, 1)
-                entries += [self._prepare_rival(rival, workload, qkv, block_mask, flops) for rival in rivals]
+                entries += [self._prepare_rival(rival, problem) for rival in self._rivals if not rival.dense]
         for workload in group.dense_workloads():
-            self._progress(f"{group.name}: prepares and checks {workload.name}")
-            block_mask = masks.make_mask(workload, self._device, SEED)
-            flops = masks.count_flops(workload, masks.count_pairs(workload, block_mask))
-            rivals = [rival for rival in self._rivals if rival.dense]
-            qkv = tensors_of(workload)
-            entries += [self._prepare_rival(rival, workload, qkv, block_mask, flops) for rival in rivals]
-        return entries
+            problem = pose(workload, SEED)
+            rivals = [rival for rival in self._rivals if rival.dense and group.compares_dense(rival.name)]
+            entries += [self._prepare_rival(rival, problem) for rival in rivals]
+        return [entry for entry in entries if entry]
 
-    def _prepare_ours(self, workload: Workload, qkv: tuple, block_mask: Tensor, flops: int) -> Entry:
-        entry = Entry(workload, OURS, OURS, flops, block_mask=block_mask)
+    def _prepare_ours(self, problem: Problem) -> Entry:
+        workload = problem.workload
+        entry = Entry(workload, OURS, OURS, problem.flops, block_mask=problem.block_mask)
         try:
-            ours = Ours(workload, *qkv, block_mask)
-        except (ValueError, TypeError) as error:
+            ours = Ours(workload, *problem.qkv, problem.block_mask)
+            if ours.flops() != problem.flops:
+                entry.problem = f"BlockMask.flops makes it {ours.flops()}, not {problem.flops}"
+                self.wrong += 1
+                return entry
+            launch = problem.make_launch(ours.attend)
+            results = ours.attend_with_lse() if workload.task == "forward" else (launch(),)
+            entry.verdict = problem.check(*results)
+        except (ValueError, TypeError, NotImplementedError) as error:
             entry.problem = f"not supported: {error}"
             return entry
         except torch.OutOfMemoryError as error:
             entry.problem = f"out of memory: {error}".splitlines()[0]
             torch.cuda.empty_cache()
             return entry
-        if ours.mask.flops(workload.head_dim, workload.heads) != flops:
-            entry.problem = f"BlockMask.flops says {ours.mask.flops(workload.head_dim, workload.heads)}, not {flops}"
-            self.wrong += 1
-            return entry
-        out, lse = ours.attend_with_lse()
-        entry.verdict = gate.check(workload, *qkv, block_mask, out, lse)
         if entry.verdict.passed:
-            entry.ours, entry.launch = ours, ours.attend
+            entry.ours, entry.launch = ours, launch
         else:
             entry.problem = f"WRONG RESULT, no times: {entry.verdict}"
             self.wrong += 1
         return entry
 
-    def _prepare_rival(
-        self, rival: baselines.Rival, workload: Workload, qkv: tuple, block_mask: Tensor, flops: int
-    ) -> Entry:
-        entry = Entry(workload, rival.name, rival.label, flops, problem=rival.refusal(workload))
+    def _prepare_rival(self, rival: baselines.Rival, problem: Problem) -> Entry | None:
+        """None for a rival that the task rules out."""
+        workload = problem.workload
+        if workload.task != "forward" and not rival.differentiable:
+            return None
+        entry = Entry(workload, rival.name, rival.label, problem.flops, problem=rival.refusal(workload))
         if entry.problem:
             return entry
         begin = time.perf_counter()
+        block_mask = problem.block_mask.repeat_interleave(workload.heads // workload.mask_heads, 1)
         try:
-            launch = rival.prepare(workload, *qkv, block_mask)
-            entry.verdict = gate.check(workload, *qkv, block_mask, launch())
+            with torch.set_grad_enabled(workload.task != "forward"):
+                attend = rival.prepare(workload, *problem.qkv, block_mask)
+            launch = problem.make_launch(attend)
+            entry.verdict = problem.check(launch())
         except Exception as error:  # whatever a library raises, the others still run
             entry.problem = f"fails: {type(error).__name__}: {error}".splitlines()[0]
             torch.cuda.empty_cache()
@@ -204,8 +241,15 @@ class Bench:
         if not brief:
             row["back_to_back_ms"] = self._timer.back_to_back(entry.launch)
             row["back_to_back_tflops"] = entry.flops / row["back_to_back_ms"] * 1e-9
-        if ours := entry.ours:
-            few = 5 if brief else 11
+        few = 5 if brief else 11
+        ours, task = entry.ours, entry.workload.task
+        if ours and task == "backward":
+            times = self._timer.spaced({"columns": ours.plan_columns}, few)["columns"]
+            row["column_plan_ms"] = times.ms
+            row["host_time_included"] |= times.exposed
+            row["extra_bytes"] = timing.measure_memory(entry.launch)
+            row["extra_bytes_allowed"] = ours.scratch_allowed()
+        elif ours and task == "forward":
             parts = {"pack": ours.pack, "plan": ours.plan, "end_to_end": ours.end_to_end}
             for part, times in self._timer.spaced(parts, few).items():
                 row[f"{part}_ms"] = times.ms
@@ -279,11 +323,11 @@ def _parse() -> argparse.Namespace:
         "--bars",
         nargs="?",
         const="basics",
-        choices=(*bars.SETS, "all"),
-        help="the workloads of a set of bars, and the bars (the default: basics)",
+        choices=(*bars.SETS, *SEVERAL),
+        help="the workloads of a set of bars, and the bars (the default: basics; forward: basics and shapes)",
     )
     what.add_argument("--grid", choices=("anchors", "predecessor"), help="a grid of workloads")
-    what.add_argument("--workloads", nargs="+", metavar="NAME", help="workloads by name")
+    what.add_argument("--workloads", nargs="+", metavar="NAME", help="workloads by name, with spaces or commas between")
     what.add_argument("--list", action="store_true", help="print the names of all workloads and stop")
     parser.add_argument("--match", metavar="TEXT", help="of these, only the workloads with TEXT in their name")
     parser.add_argument("--quick", action="store_true", help="7 samples, nothing back to back")
@@ -302,12 +346,16 @@ def _select(arguments: argparse.Namespace) -> dict[str, list[Group]]:
         groups = workloads.anchor_groups() if arguments.grid == "anchors" else workloads.predecessor_groups()
         chosen = {arguments.grid: groups}
     elif arguments.workloads:
-        chosen = {"workloads": workloads.named_groups(arguments.workloads)}
+        names = [name for names in arguments.workloads for name in names.split(",") if name]
+        chosen = {"workloads": workloads.named_groups(names)}
     else:
-        chosen = {"basics": workloads.bar_groups(), "shapes": workloads.shape_groups()}
-        if arguments.bars != "all":
-            wanted = arguments.bars or "basics"
-            chosen = {wanted: chosen[wanted]}
+        sets = {
+            "basics": workloads.bar_groups(),
+            "shapes": workloads.shape_groups(),
+            "backward": workloads.backward_groups(),
+        }
+        wanted = arguments.bars or "basics"
+        chosen = {name: sets[name] for name in SEVERAL.get(wanted, (wanted,))}
     if arguments.match:
         chosen = {name: workloads.matching(groups, arguments.match) for name, groups in chosen.items()}
     return chosen

@@ -175,14 +175,15 @@ class Timer:
         return [start.elapsed_time(end) for start, end in pairs], 1e3 * (time.perf_counter() - begin) / count
 
 
-def measure_memory(launch: Callable[[], Tensor]) -> int:
-    """Bytes that a call allocates at its peak, beyond the tensor that it returns."""
+def measure_memory(launch: Callable[[], Tensor | tuple[Tensor, ...]]) -> int:
+    """Bytes that a call allocates at its peak, beyond the tensors that it returns."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = launch()
+    results = launch()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
+    returned = sum(x.numel() * x.element_size() for x in ((results,) if isinstance(results, Tensor) else results))
+    return torch.cuda.max_memory_allocated() - before - returned
 
 
 def _clamp(value: float, low: int, high: int) -> int:

@@ -29,6 +29,8 @@ class Workload:
     alike: so many neighbouring query blocks draw from one list; each keeps 90% of it and adds 10% of its own.
     shared: one mask head for each key head, for the whole group of query heads, rather than one for each query head.
     listed: the mask comes as lists of key blocks rather than as booleans.
+    task: "forward"; "backward", the gradients of q, k and v alone; or "training", the forward and the backward.
+    deterministic: gradients that are the same in every run.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Workload:
     alike: int = 1
     shared: bool = False
     listed: bool = False
+    task: str = "forward"
+    deterministic: bool = False
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -63,7 +67,7 @@ class Workload:
         return self.batch, self.seqlen, self.heads, self.heads_k, self.head_dim, self.dtype
 
     def dense(self) -> Workload:
-        """The same tensors without a mask: what dense attention computes."""
+        """The same tensors and task without a mask: what dense attention computes."""
         batch, seqlen, heads, heads_k, head_dim, dtype = self.problem
         workload = Workload(
             "",
@@ -75,6 +79,7 @@ class Workload:
             heads_k=heads_k,
             head_dim=head_dim,
             dtype=dtype,
+            task=self.task,
         )
         return _named("dense", workload)
 
@@ -87,7 +92,8 @@ class Group:
     """Workloads that are timed in turns, so that any two of their rates can be compared.
 
     Rivals that compute the block mask run on `compared` (on every workload if it is None), as each costs a compilation.
-    Dense rivals run on `dense` (if it is None, on every shape of q, k and v but the longest).
+    Dense rivals run on `dense` (if it is None, on every shape of q, k and v but the longest); of them those that
+    `dense_rivals` names (if it is None, all).
     brief: fewer samples of packing and planning, nothing back to back.
     """
 
@@ -96,9 +102,13 @@ class Group:
     compared: frozenset[str] | None = None
     dense: tuple[Workload, ...] | None = None
     brief: bool = False
+    dense_rivals: frozenset[str] | None = None
 
     def compares(self, workload: Workload) -> bool:
         return self.compared is None or workload.name in self.compared
+
+    def compares_dense(self, rival: str) -> bool:
+        return self.dense_rivals is None or rival in self.dense_rivals
 
     def dense_workloads(self) -> tuple[Workload, ...]:
         if self.dense is not None:
@@ -109,19 +119,30 @@ class Group:
 
 def make_tensors(workload: Workload, device: torch.device | str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, (batch, seqlen, heads, head_dim), standard normal."""
+    return _normal(workload, (workload.heads, workload.heads_k, workload.heads_k), device, seed)
+
+
+def make_grad_out(workload: Workload, device: torch.device | str, seed: int) -> Tensor:
+    """The gradient of the output, as q."""
+    return _normal(workload, (workload.heads,), device, seed)[0]
+
+
+def _normal(
+    workload: Workload, heads_of_each: tuple[int, ...], device: torch.device | str, seed: int
+) -> tuple[Tensor, ...]:
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(heads: int) -> Tensor:
         shape = (workload.batch, workload.seqlen, heads, workload.head_dim)
         return torch.randn(shape, dtype=workload.dtype, device=device, generator=generator)
 
-    return normal(workload.heads), normal(workload.heads_k), normal(workload.heads_k)
+    return tuple(normal(heads) for heads in heads_of_each)
 
 
 def _named(kind: str, workload: Workload, mask: str = "") -> Workload:
     """The workload with a name made of all that is not usual about it."""
     work = workload
-    parts = [kind]
+    parts = [kind] if work.task == "forward" else [work.task, kind]
     parts += [f"batch{work.batch}"] if work.batch > 1 else []
     parts += [f"s{work.seqlen}"]
     parts += [f"heads{work.heads}"] if work.heads != 32 else []
@@ -131,6 +152,7 @@ def _named(kind: str, workload: Workload, mask: str = "") -> Workload:
     parts += ["shared"] if work.shared else []
     parts += [f"alike{work.alike}"] if work.alike > 1 else []
     parts += ["causal"] if work.causal else []
+    parts += ["deterministic"] if work.deterministic else []
     return dataclasses.replace(work, name="-".join(parts))
 
 
@@ -199,6 +221,45 @@ def shape_groups() -> list[Group]:
     ]
 
 
+def backward_groups() -> list[Group]:
+    """The workloads of the bars on gradients; what their bars compare is in one group."""
+    groups = []
+    for causal in (False, True):
+        large, small = (_sparse(size, size, 32768, 0.1, causal, task="backward") for size in (128, 64))
+        all_true = _all_true(8192, causal, task="backward")
+        members = [large, small, all_true]
+        if not causal:
+            members.append(_sparse(128, 128, 32768, 0.1, False, task="backward", deterministic=True))
+        group = _brief("backward-causal" if causal else "backward", members, [all_true.dense()])
+        groups.append(dataclasses.replace(group, compared=frozenset({large.name})))
+
+    sizes = (*TILES, (64, 128), (32, 128), (64, 64))
+    shapes = [_sparse(*size, 16384, 0.1, False, task="backward") for size in sizes]
+    shapes += [_sparse(size, size, 16384, 0.1, False, heads_k=4, shared=True, task="backward") for size in (128, 64)]
+    dims = (64, 96, 192, 256)
+    head_dims = [_sparse(128, 128, 16384, 0.1, False, head_dim=dim, task="backward") for dim in dims]
+    dense = [_all_true(8192, False, head_dim=dim, task="backward").dense() for dim in dims]
+    return [
+        *groups,
+        _brief("backward-shapes", shapes, []),
+        dataclasses.replace(_brief("backward-head-dims", head_dims, dense), dense_rivals=frozenset({"cudnn"})),
+        *(_training(batch, seqlen, densities) for batch, seqlen, densities in TRAINING),
+    ]
+
+
+# MIT's grid of forward and backward, cut to what takes seconds: batch, length, and densities below 1.
+TRAINING = ((1, 32768, (0.5, 0.1)), (1, 65536, (0.1,)), (8, 32768, (0.1,)))
+
+
+def _training(batch: int, seqlen: int, densities: tuple[float, ...]) -> Group:
+    """Forward and backward, all true and at some densities, beside dense FlashAttention-2."""
+    kind = {"batch": batch, "task": "training"}
+    all_true = _all_true(seqlen, True, **kind)
+    members = [all_true, *(_sparse(128, 128, seqlen, density, True, **kind) for density in densities)]
+    group = _brief(all_true.name.replace("all-true-", ""), members, [all_true.dense()])
+    return dataclasses.replace(group, dense_rivals=frozenset({"fa2"}))
+
+
 def anchor_groups() -> list[Group]:
     """Dense, sparse and small-block problems on which other libraries have been measured."""
     dense = [_all_true(8192, causal, head_dim=dim) for dim in (64, 96, 128, 192, 256) for causal in (False, True)]
@@ -242,7 +303,7 @@ def matching(groups: list[Group], text: str) -> list[Group]:
 
 
 def all_workloads() -> dict[str, Workload]:
-    groups = [*bar_groups(), *shape_groups(), *anchor_groups(), *predecessor_groups()]
+    groups = [*bar_groups(), *shape_groups(), *backward_groups(), *anchor_groups(), *predecessor_groups()]
     return {workload.name: workload for group in groups for workload in group.workloads}
 
 
@@ -255,5 +316,5 @@ def _grouped(workloads: list[Workload]) -> list[Group]:
     """Workloads that share q, k, v and causality go together, so that dense attention runs once for them."""
     groups: dict[str, list[Workload]] = {}
     for workload in workloads:
-        groups.setdefault(workload.dense().name.removeprefix("dense-"), []).append(workload)
+        groups.setdefault(workload.dense().name.replace("dense-", ""), []).append(workload)
     return [Group(name, tuple(members)) for name, members in groups.items()]

@@ -350,8 +350,10 @@ def _differentiate(
         # What rows that do not exist point at may be NaN.
         return x[batch, tiles.q_row, tiles.head].to(compute).masked_fill_(~live.unsqueeze(-1), 0.0)
 
+    unattended = ~tiles.attended.unsqueeze(-1)
+
     def of_keys(x: Tensor) -> Tensor:
-        return x[batch, tiles.k_row, tiles.k_head].to(compute).masked_fill_(~tiles.attended.unsqueeze(-1), 0.0)
+        return x[batch, tiles.k_row, tiles.k_head].to(compute).masked_fill_(unattended, 0.0)
 
     queries, keys, values, grads = of_queries(q), of_keys(k), of_keys(v), of_queries(grad_out)
     row_lse = lse[batch, tiles.head, tiles.q_row].to(compute)
@@ -361,11 +363,12 @@ def _differentiate(
     delta = (grads * of_queries(out)).sum(-1) - grad_lse[batch, tiles.head, tiles.q_row].to(compute)
     grad_scores = (grads @ values.mT).sub_(delta.unsqueeze(-1)).mul_(weights).mul_(softmax_scale)
 
-    # A query is in one tile, a key in many.
+    # A query is in one tile, a key in many. What no query attends to points at another key: a NaN among the queries
+    # must not go there.
     grad_q[batch.expand_as(live)[live], tiles.q_row[live], tiles.head[live]] = (grad_scores @ keys)[live]
     place = ((batch * k.shape[1] + tiles.k_row) * k.shape[2] + tiles.k_head).flatten()
-    grad_k.view(-1, k.shape[-1]).index_add_(0, place, (grad_scores.mT @ queries).flatten(0, 1))
-    grad_v.view(-1, v.shape[-1]).index_add_(0, place, (weights.mT @ grads).flatten(0, 1))
+    for grad, share in ((grad_k, grad_scores.mT @ queries), (grad_v, weights.mT @ grads)):
+        grad.view(-1, k.shape[-1]).index_add_(0, place, share.masked_fill_(unattended, 0.0).flatten(0, 1))
 
 
 def _chunks(items: Tensor, numbers: Callable[[int], int], k_block_size: int) -> Iterator[Tensor]:
@@ -396,6 +399,7 @@ def forward(
     causal: bool,
     pack_heads: bool,
     softmax_scale: float,
+    deterministic: bool = False,
     profile: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     torch.ops.hbsattn.check_forward(
@@ -432,12 +436,15 @@ def backward(
     bits: Tensor,
     sequences: Tensor,
     items: Tensor,
+    columns: Tensor,
+    key_items: Tensor,
     cols: int,
     q_block_size: int,
     k_block_size: int,
     causal: bool,
     pack_heads: bool,
     softmax_scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     torch.ops.hbsattn.check_forward(
         q, k, v, bits, sequences, items, cols, q_block_size, k_block_size, causal, pack_heads, softmax_scale

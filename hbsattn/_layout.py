@@ -9,7 +9,8 @@ from torch import Tensor
 
 # Columns of the table of sequences.
 Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN = range(6)
-ITEM_INTS = 16  # of a work item, the WorkItem of csrc/include/hbsattn/params.h
+PART_BYTES = 15 << 20  # of the workspace of the backward pass, for parts of tiles
+ITEM_INTS = 16  # of a work item: the WorkItem, or KeyItem, of csrc/include/hbsattn/params.h
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -38,6 +39,14 @@ def choose_tile_rows(rows: int, head_dim: int) -> int:
     The rule, and its reason, are those of csrc/kernels/config.h.
     """
     return 64 if head_dim <= 128 and 5 * 64 * ceil_div(rows, 64) < 4 * 128 * ceil_div(rows, 128) else 128
+
+
+def count_key_items(batch: int, cols: int, k_block_size: int, heads_k: int, head_dim: int) -> int:
+    """Items of the backward pass's work list. The rules, and their reasons, are those of csrc/kernels/config.h."""
+    tile_keys = choose_tile_rows(k_block_size, head_dim) if head_dim <= 128 else 64
+    united = tile_keys // k_block_size if k_block_size % 16 == 0 and k_block_size < tile_keys else 1
+    tiles = batch * heads_k * ceil_div(cols, united) * ceil_div(k_block_size, tile_keys)
+    return tiles + min(tiles, PART_BYTES // (2 * 4 * tile_keys * ceil_div(head_dim, 64) * 64))
 
 
 def count_blocks(sequences: Tensor, column: int, block_size: int) -> Tensor:

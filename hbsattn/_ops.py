@@ -19,7 +19,8 @@ except ImportError as error:
     ) from error
 
 from hbsattn import _cpu  # noqa: F401  (registers the CPU kernels)
-from hbsattn._layout import ITEM_INTS, ceil_div, choose_tile_rows, count_packed_heads
+from hbsattn._layout import ITEM_INTS, ceil_div, choose_tile_rows, count_key_items, count_packed_heads
+from hbsattn._plans import plans_beside
 
 build_info = _C.build_info
 ops = torch.ops.hbsattn
@@ -108,6 +109,29 @@ def _(
     return bits.new_empty((heads_q // packed_heads * rows * tiles, ITEM_INTS))
 
 
+@torch.library.register_fake("hbsattn::transpose_bits")
+def _(bits: Tensor, cols: int) -> Tensor:
+    heads, rows, _ = bits.shape
+    return bits.new_empty((heads, cols, ceil_div(rows, 32)))
+
+
+@torch.library.register_fake("hbsattn::plan_keys")
+def _(
+    columns: Tensor,
+    sequences: Tensor,
+    rows: int,
+    q_block_size: int,
+    k_block_size: int,
+    causal: bool,
+    heads_q: int,
+    heads_k: int,
+    head_dim: int,
+    element_size: int,
+) -> Tensor:
+    count = count_key_items(sequences.shape[0], columns.shape[1], k_block_size, heads_k, head_dim)
+    return columns.new_empty((count, ITEM_INTS))
+
+
 @torch.library.register_fake("hbsattn::check_forward")
 def _(*args: object) -> None:
     return None
@@ -132,6 +156,7 @@ def _(
     causal: bool,
     pack_heads: bool,
     softmax_scale: float,
+    deterministic: bool = False,
     profile: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *batch, rows, heads, _ = q.shape
@@ -157,7 +182,7 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-FORWARD_TENSORS, FORWARD_NUMBERS = 6, 7  # inputs of the op `forward`: q, k, v, bits, sequences, items; and the others
+FORWARD_TENSORS, FORWARD_NUMBERS = 6, 8  # inputs of the op `forward`: q, k, v, bits, sequences, items; and the others
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -165,14 +190,36 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.numbers = inputs[FORWARD_TENSORS:-1]  # all but `profile`
 
 
+def _plan_keys(
+    q: Tensor,
+    k: Tensor,
+    bits: Tensor,
+    sequences: Tensor,
+    items: Tensor,
+    cols: int,
+    q_block_size: int,
+    k_block_size: int,
+    causal: bool,
+) -> tuple[Tensor, ...]:
+    """Returns the columns of a mask and the work list of its backward pass, which calls that share `items` share."""
+    if q.device.type == "cpu":
+        return bits.new_empty((0, 0, 0)), bits.new_empty((0, ITEM_INTS))  # the CPU kernel needs neither
+    sizes = (q.shape[-2], k.shape[-2], q.shape[-1], q.element_size())
+
+    def make() -> tuple[Tensor, ...]:
+        columns = ops.transpose_bits.default(bits, cols)
+        key_items = ops.plan_keys.default(columns, sequences, bits.shape[1], q_block_size, k_block_size, causal, *sizes)
+        return columns, key_items
+
+    return plans_beside(items).find_or_make("keys", make)
+
+
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, bits, sequences, items, out, lse = ctx.saved_tensors
-    if q.device.type != "cpu":
-        raise NotImplementedError(
-            f"block_sparse_attention has no backward pass on {q.device.type} in this version of hbsattn, only on cpu: "
-            "call it under torch.no_grad() or on detached tensors"
-        )
-    grads = ops.backward.default(grad_out, grad_lse, q, k, v, out, lse, bits, sequences, items, *ctx.numbers)
+    columns, key_items = _plan_keys(q, k, bits, sequences, items, *ctx.numbers[:4])
+    grads = ops.backward.default(
+        grad_out, grad_lse, q, k, v, out, lse, bits, sequences, items, columns, key_items, *ctx.numbers
+    )
     return *grads, *[None] * (FORWARD_TENSORS - 3 + FORWARD_NUMBERS)
 
 

@@ -1,5 +1,6 @@
 """The attention call: defaults, the mask's work list, one op."""
 
+import torch
 from torch import Tensor
 
 from hbsattn._ops import ops
@@ -14,6 +15,7 @@ def block_sparse_attention(
     *,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Computes softmax(softmax_scale * q k^T) v over the pairs of a query and a key that `mask` lets attend.
 
@@ -26,6 +28,13 @@ def block_sparse_attention(
         mask: on the same device; it may serve any number of calls.
         softmax_scale: 1 / sqrt(head_dim) by default.
         return_lse: return the log-sum-exp too.
+        deterministic: make the gradients of a call bitwise the same in every run, as its results always are, and as
+            they always are on a CPU. `torch.use_deterministic_algorithms(True)` asks for it too. On CUDA, backward then
+            takes longer, but hardly any workspace.
+
+    Gradients flow from out and lse to q, k and v, in their dtype; what attends to nothing gets 0. On CUDA, backward
+    raises ValueError above head dim 128. It takes a workspace of about the size of q in float32, and the first one
+    with a mask transposes that for all others.
 
     A NaN or infinity in v may reach queries that do not attend to its key, if they share a tile with one that does:
     queries of the same block, or of neighbouring blocks. In k it reaches only those that attend to it.
@@ -36,9 +45,9 @@ def block_sparse_attention(
 
     Raises:
         ValueError, TypeError: for an argument that does not fit; the message says which, its value, and what does.
-        NotImplementedError: from backward on CUDA, which this version does not have, and from a second derivative.
+        NotImplementedError: from a second derivative.
     """
-    return _attend(q, k, v, mask, softmax_scale, return_lse, True)
+    return _attend(q, k, v, mask, softmax_scale, return_lse, deterministic, True)
 
 
 def _attend(
@@ -48,6 +57,7 @@ def _attend(
     mask: BlockMask,
     softmax_scale: float | None,
     return_lse: bool,
+    deterministic: bool,
     pack_heads: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     if not isinstance(mask, BlockMask):
@@ -92,5 +102,6 @@ def _attend(
         mask.causal,
         pack_heads,
         softmax_scale,
+        deterministic or torch.are_deterministic_algorithms_enabled(),
     )
     return (out, lse) if return_lse else out

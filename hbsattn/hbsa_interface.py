@@ -52,4 +52,4 @@ def HBSAttention(
         cu_seqlens_k=cu_k_seqlens,
         causal=causal,
     )
-    return _attend(q, k, v, mask, softmax_scale, False, tile_mode == "auto")
+    return _attend(q, k, v, mask, softmax_scale, False, False, tile_mode == "auto")

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from hbsattn._placement import (
     place_blocks,
     to_int32,
 )
+from hbsattn._plans import Plans, is_capturing, plans_beside
 
 _debug = os.environ.get("HBSATTN_DEBUG", "0") not in ("", "0")
 
@@ -46,19 +47,8 @@ def set_debug(enabled: bool) -> None:
     _debug = bool(enabled)
 
 
-def _stream(device: torch.device) -> int:
-    """Identifies the current stream of a device."""
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return 0
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _debugging(device: torch.device) -> bool:
-    return _debug and not torch.compiler.is_compiling() and not _capturing(device)
+    return _debug and not torch.compiler.is_compiling() and not is_capturing(device)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,8 +96,7 @@ class BlockMask:
     packed: bool
     seqlen_q: int | None
     seqlen_k: int | None
-    _captured: bool  # whether bits get their values only when a CUDA graph runs
-    _plans: dict[tuple[int, int, int, int, bool], Tensor] = field(default_factory=dict, init=False)
+    _plans: Plans
 
     @classmethod
     def from_dense(
@@ -265,7 +254,7 @@ class BlockMask:
             place.packed,
             place.seqlen_q,
             place.seqlen_k,
-            not torch.compiler.is_compiling() and _capturing(bits.device),
+            Plans(bits.device),
         )
 
     @property
@@ -297,7 +286,7 @@ class BlockMask:
             self.packed,
             self.seqlen_q,
             self.seqlen_k,
-            False,
+            Plans(bits.device),
         )
 
     def to_dense(self) -> Tensor:
@@ -381,28 +370,21 @@ class BlockMask:
 
     def _cached_items(self, key: tuple[int, int, int, int, bool]) -> Tensor | None:
         """The work list of an earlier call of this kind, if the current stream may use it as it is."""
-        items = self._plans.get((key, _stream(self.device)))
-        if items is None and self._plans and _capturing(self.device):
-            # A capture begins with a synchronization, so what any stream has made is there.
-            items = next((items for (other, _), items in self._plans.items() if other == key), None)
-        return items
+        found = self._plans.find(key)
+        return None if found is None else found[0]
 
     def _items(self, heads_q: int, heads_k: int, head_dim: int, element_size: int, pack_heads: bool) -> Tensor:
-        """Returns the work list, int32 (tiles, 16), that calls of this kind on one stream share.
-
-        Each stream makes its own: nothing orders one stream's use after another's making.
-        """
+        """Returns the work list, int32 (tiles, 16), that calls of this kind on one stream share."""
         key = (heads_q, heads_k, head_dim, element_size, pack_heads)
-        items = self._cached_items(key)
-        if items is None:
+
+        def make() -> tuple[Tensor]:
             items = ops.plan_items.default(
                 self.bits, self.sequences, self.cols, self.q_block_size, self.k_block_size, self.causal, *key
             )
-            # Traced or captured, it has no values yet; those of captured bits change when the graph is replayed.
-            traced = torch.compiler.is_compiling() or type(items) is not Tensor
-            if not (traced or self._captured or _capturing(self.device)):
-                self._plans[(key, _stream(self.device))] = items
-        return items
+            plans_beside(items)
+            return (items,)
+
+        return self._plans.find_or_make(key, make)[0]
 
 
 def _sum_clamped(last: Tensor, width: Tensor) -> Tensor:

@@ -247,6 +247,26 @@ def build_mask(
     return hbsattn.BlockMask.from_indices(counts.to(device), indices.to(device), *sizes, **keywords)
 
 
+def attended_keys(problem: Problem, *, blocks_alone: bool) -> list[Tensor]:
+    """Per sequence, bool (keys, key heads): what at least one query attends to. `blocks_alone`: by the block mask and
+    what is visible of it, so that the keys of an active block all count."""
+    spec = problem.case
+    result = []
+    for mask, len_q, len_k in zip(problem.block_masks, spec.lens_q, spec.keys, strict=True):
+        allowed = dense.element_mask(mask, len_q, len_k, spec.q_block, spec.k_block, spec.causal)
+        keys = allowed.any(dim=1)
+        if blocks_alone and len_k:
+            block = torch.arange(len_k) // spec.k_block
+            live = torch.zeros((keys.shape[0], int(block[-1]) + 1), dtype=torch.bool)
+            for b in range(live.shape[1]):
+                live[:, b] = keys[:, block == b].any(dim=1)
+            keys = live[:, block]
+        if spec.mask_heads == spec.heads_q:
+            keys = keys.unflatten(0, (spec.heads_k, -1)).any(dim=1)
+        result.append(keys.expand(spec.heads_k, -1).T)
+    return result
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Bitwise equality, NaN included."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))

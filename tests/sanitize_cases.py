@@ -1,4 +1,4 @@
-"""A dozen small problems for compute-sanitizer (`make sanitize`), each checked against the formula.
+"""A dozen small problems for compute-sanitizer (`make sanitize`), each checked against the formula, with gradients.
 
 The formula is evaluated on the CPU, so that the product's kernels are nearly all that the sanitizer sees.
 """
@@ -11,6 +11,7 @@ import torch
 
 import hbsattn
 from cases import case
+from gradients import differentiate, judge_gradients
 from problems import dense_mask, judge, make_problem
 
 CASES = [
@@ -38,10 +39,12 @@ def main() -> None:
             continue
         problem = make_problem(spec, "cuda", (torch.bfloat16, torch.float16)[number % 2])
         out, lse = problem.run()
+        grads = differentiate(problem)
         torch.cuda.synchronize()
         for field in ("q", "k", "v"):
             setattr(problem, field, getattr(problem, field).cpu())
         judge(problem, out.cpu(), lse.cpu())
+        judge_gradients(problem, tuple(grad.cpu() for grad in grads))
         print(f"{spec.name}: ok", flush=True)
     # Lengths that lie, within the tensors; the smaller blocks may be united.
     for q_block in (64, 16):
@@ -52,7 +55,7 @@ def main() -> None:
             mask = hbsattn.BlockMask.from_dense(
                 block_mask, q_block, 64, cu_seqlens_q=lens, cu_seqlens_k=lens, causal=True
             )
-            hbsattn.block_sparse_attention(problem.q, problem.k, problem.v, mask)
+            differentiate(problem, mask=mask)
             torch.cuda.synchronize()
     print("lies: ok", flush=True)
 

@@ -15,6 +15,7 @@ from cases import CASES, DEVICE_DTYPES, Case, case
 from oracle import dense
 from problems import (
     Problem,
+    attended_keys,
     block_masks,
     build_mask,
     compare,
@@ -116,26 +117,6 @@ def test_constructors_agree(packed: bool, device: str, dtype: torch.dtype):
 
 
 # Poison
-
-
-def attended_keys(problem: Problem, *, blocks_alone: bool) -> list[torch.Tensor]:
-    """Per sequence, bool (keys, key heads): what at least one query attends to. `blocks_alone`: by the block mask and
-    what is visible of it, so that the keys of an active block all count."""
-    spec = problem.case
-    result = []
-    for mask, len_q, len_k in zip(problem.block_masks, spec.lens_q, spec.keys, strict=True):
-        allowed = dense.element_mask(mask, len_q, len_k, spec.q_block, spec.k_block, spec.causal)
-        keys = allowed.any(dim=1)
-        if blocks_alone and len_k:
-            block = torch.arange(len_k) // spec.k_block
-            live = torch.zeros((keys.shape[0], int(block[-1]) + 1), dtype=torch.bool)
-            for b in range(live.shape[1]):
-                live[:, b] = keys[:, block == b].any(dim=1)
-            keys = live[:, block]
-        if spec.mask_heads == spec.heads_q:
-            keys = keys.unflatten(0, (spec.heads_k, -1)).any(dim=1)
-        result.append(keys.expand(spec.heads_k, -1).T)
-    return result
 
 
 POISONED = [

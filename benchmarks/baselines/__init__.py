@@ -35,11 +35,13 @@ class Rival(Protocol):
     name: short, lower-case; it identifies the rival in results.
     label: for people.
     dense: whether it ignores block masks and computes every pair.
+    differentiable: whether PyTorch can differentiate its call; if not, it does not run where gradients are timed.
     """
 
     name: str
     label: str
     dense: bool
+    differentiable: bool
 
     def refusal(self, workload: Workload) -> str | None:
         """Why the library does not cover this workload; None if it does."""
@@ -48,7 +50,8 @@ class Rival(Protocol):
         """Converts the mask, compiles what needs compiling, and returns the call to time.
 
         block_mask: bool (batch, query heads, query blocks, key blocks). The call returns (batch, seqlen, heads,
-        head_dim), as q is; layouts are converted here, not in the call.
+        head_dim), as q is; layouts are converted here, not in the call. Where gradients are timed, q, k and v require
+        them, and PyTorch records what is done here and in the call.
         """
 
 

@@ -16,6 +16,7 @@ class BlockSparseAttention:
     name = "mit"
     label = "MIT Block-Sparse-Attention"
     dense = False
+    differentiable = True
 
     def refusal(self, workload: Workload) -> str | None:
         return expect(workload.q_block == workload.k_block == 128, "blocks of 128") or expect(

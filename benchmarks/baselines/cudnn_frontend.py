@@ -18,6 +18,7 @@ class CudnnFrontend:
     name = "cudnn-bsa"
     label = "cuDNN frontend, block-sparse"
     dense = False
+    differentiable = False
 
     def refusal(self, workload: Workload) -> str | None:
         return (

@@ -16,6 +16,7 @@ class FastVideo:
     name = "vsa"
     label = "FastVideo VSA"
     dense = False
+    differentiable = False
 
     def refusal(self, workload: Workload) -> str | None:
         return (

@@ -14,6 +14,7 @@ class FlashAttention3:
     name = "fa3"
     label = "FlashAttention-3, dense"
     dense = True
+    differentiable = True
 
     def refusal(self, workload: Workload) -> str | None:
         return None

@@ -16,6 +16,7 @@ class FlashInfer:
     name = "flashinfer"
     label = "FlashInfer"
     dense = False
+    differentiable = False
 
     def refusal(self, workload: Workload) -> str | None:
         return (

@@ -15,6 +15,7 @@ from workloads import Workload
 torch._dynamo.config.recompile_limit = 1024
 torch._dynamo.config.accumulated_recompile_limit = 1024
 torch._dynamo.config.fail_on_recompile_limit_hit = True
+torch._functorch.config.donated_buffer = False  # a backward that runs many times keeps what the forward saved
 _compiled = torch.compile(flex_attention, dynamic=False)
 
 
@@ -31,10 +32,13 @@ class Flex:
     name = "flex"
     label = "FlexAttention"
     dense = False
+    differentiable = True
 
     def refusal(self, workload: Workload) -> str | None:
         if _tile(workload.q_block) < 16 or _tile(workload.k_block) < 16:
             return "supports blocks that are multiples of 16 only"
+        if workload.task != "forward" and min(_tile(workload.q_block), _tile(workload.k_block)) < 128:
+            return "its backward runs here on blocks that are multiples of 128 only"
         return None
 
     def prepare(self, workload: Workload, q: Tensor, k: Tensor, v: Tensor, block_mask: Tensor) -> Callable[[], Tensor]:

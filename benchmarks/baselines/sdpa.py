@@ -13,6 +13,7 @@ from workloads import Workload
 
 class Sdpa:
     dense = True
+    differentiable = True
 
     def __init__(self, name: str, label: str, backend: SDPBackend) -> None:
         self.name = name

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <string>
 
 #include "core/dispatch.h"
@@ -24,6 +25,39 @@ Status run_forward(const KernelKey& key, const ForwardParams& params, [[maybe_un
     return chosen;
   });
   return status;
+}
+
+Status run_backward(const KernelKey& key, const BackwardParams& params, [[maybe_unused]] Stream stream) {
+  Status status =
+      Status::NotSupported("this build of hbsattn has no backward kernel for " + std::string(name_of(key.dtype)) +
+                           " and head_dim " + std::to_string(params.problem.head_dim));
+  Sm90BackwardKernels::any([&](auto config) {
+    using Config = decltype(config);
+    const bool chosen =
+        Config::kDType == key.dtype && Config::kHeadDim == key.head_dim && Config::kTileN == key.tile_rows;
+    if (chosen) status = kernels::run_backward<Config>(params, stream);
+    return chosen;
+  });
+  return status;
+}
+
+Status run_grad_queries(const KernelKey& key, const BackwardParams& params, [[maybe_unused]] Stream stream) {
+  Status status = Status::NotSupported("this build of hbsattn has no deterministic backward kernel for " +
+                                       std::string(name_of(key.dtype)) + " and head_dim " +
+                                       std::to_string(params.problem.head_dim));
+  Sm90GradQueriesKernels::any([&](auto config) {
+    using Config = decltype(config);
+    const bool chosen =
+        Config::kDType == key.dtype && Config::kHeadDim == key.head_dim && Config::kTileM == key.tile_rows;
+    if (chosen) status = kernels::run_grad_queries<Config>(params, stream);
+    return chosen;
+  });
+  return status;
+}
+
+std::string kernel_name(const char* direction, DType dtype, int head_dim, const std::string& tile) {
+  return std::string("sm90_") + direction + (dtype == DType::kBFloat16 ? "_bf16_hd" : "_fp16_hd") +
+         std::to_string(head_dim) + "_" + tile;
 }
 
 }  // namespace
@@ -63,6 +97,31 @@ Status plan_items(const PlanParams& params, Stream stream) {
 
 size_t plan_scratch_size(int64_t num_items) { return 3 * sizeof(int32_t) * static_cast<size_t>(num_items); }
 
+Status transpose_mask(const TransposeParams& params, Stream stream) {
+  HBSATTN_RETURN_IF_ERROR(check_device());
+  HBSATTN_RETURN_IF_ERROR(validate_transpose(params));
+  return kernels::transpose_mask(params, stream);
+}
+
+int64_t num_key_items(const MaskShape& shape, int32_t heads_k, int32_t head_dim) {
+  if (heads_k < 1 || shape.batch < 1 || shape.cols < 1 || shape.k_block_size < 1) return 0;
+  const KeyTileShape shapes = shape_key_tiles(shape, head_dim);
+  const int64_t pairs = int64_t{heads_k} * shape.batch, count = shapes.count(shape);
+  const int64_t tiles = std::min(pairs, INT64_MAX / 2 / count) * count;  // sizes yet to be checked may be too many
+  return tiles + count_part_slots(tiles, shapes.tile_keys, head_dim);
+}
+
+Status plan_keys(const KeyPlanParams& params, Stream stream) {
+  HBSATTN_RETURN_IF_ERROR(check_device());
+  HBSATTN_RETURN_IF_ERROR(validate_key_plan(params));
+  HBSATTN_RETURN_IF_ERROR(check_pointers(params));
+  return kernels::plan_keys(params, num_key_items(params.mask.shape, params.heads_k, params.head_dim), stream);
+}
+
+size_t key_plan_scratch_size(int64_t num_key_items) {
+  return 32 + 7 * sizeof(int32_t) * static_cast<size_t>(num_key_items);
+}
+
 size_t forward_workspace_size() { return kWorkspaceBytes; }
 
 Status supported(const ForwardParams& params) {
@@ -81,15 +140,58 @@ Status forward(const ForwardParams& params, Stream stream) {
   return run_forward(key, params, stream);
 }
 
+size_t backward_workspace_size(const BackwardParams& params) {
+  const ForwardParams& problem = params.problem;
+  const int padded_head_dim = choose_backward_head_dim(params);
+  if (padded_head_dim == 0) return 0;
+  return static_cast<size_t>(lay_out_backward(problem, padded_head_dim, !params.deterministic).bytes);
+}
+
+Status supported(const BackwardParams& params) {
+  HBSATTN_RETURN_IF_ERROR(validate_backward(params));
+  KernelKey key;
+  HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
+  return params.deterministic ? select_grad_queries(params, &key) : Status::Ok();
+}
+
+Status backward(const BackwardParams& params, Stream stream) {
+  HBSATTN_RETURN_IF_ERROR(validate_backward(params));
+  KernelKey key;
+  KernelKey queries_key;
+  HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
+  if (params.deterministic) HBSATTN_RETURN_IF_ERROR(select_grad_queries(params, &queries_key));
+  const ForwardParams& problem = params.problem;
+  if (problem.mask.shape.batch == 0 || problem.rows_q == 0 || problem.rows_k == 0) return Status::Ok();
+  HBSATTN_RETURN_IF_ERROR(check_pointers(params));
+  HBSATTN_RETURN_IF_ERROR(check_addressable(params));
+  HBSATTN_RETURN_IF_ERROR(run_backward(key, params, stream));
+  return params.deterministic ? run_grad_queries(queries_key, params, stream) : Status::Ok();
+}
+
 BuildInfo build_info() {
   BuildInfo info{HBSATTN_WITH_CUDA != 0, HBSATTN_CUDA_VERSION, HBSATTN_CUTLASS_VERSION, {}};
   Sm90ForwardKernels::any([&](auto config) {
     using Config = decltype(config);
-    const std::string dtype = Config::kDType == DType::kBFloat16 ? "bf16" : "fp16";
     const std::string name =
-        "sm90_forward_" + dtype + "_hd" + std::to_string(Config::kHeadDim) + "_m" + std::to_string(Config::kTileM);
+        kernel_name("forward", Config::kDType, Config::kHeadDim, "m" + std::to_string(Config::kTileM));
     info.kernels.push_back({name, "sm_90a", Config::kDType, Config::kHeadDim, Config::kTileM, Config::kTileN,
                             Config::kKeyStages, Config::kValueStages, kernels::forward_shared_bytes<Config>()});
+    return false;
+  });
+  Sm90BackwardKernels::any([&](auto config) {
+    using Config = decltype(config);
+    const std::string name =
+        kernel_name("backward", Config::kDType, Config::kHeadDim, "n" + std::to_string(Config::kTileN));
+    info.kernels.push_back({name, "sm_90a", Config::kDType, Config::kHeadDim, Config::kTileM, Config::kTileN,
+                            Config::kStages, Config::kStages, kernels::backward_shared_bytes<Config>()});
+    return false;
+  });
+  Sm90GradQueriesKernels::any([&](auto config) {
+    using Config = decltype(config);
+    const std::string name =
+        kernel_name("grad_queries", Config::kDType, Config::kHeadDim, "m" + std::to_string(Config::kTileM));
+    info.kernels.push_back({name, "sm_90a", Config::kDType, Config::kHeadDim, Config::kTileM, Config::kTileN,
+                            Config::kKeyStages, Config::kValueStages, kernels::grad_queries_shared_bytes<Config>()});
     return false;
   });
   return info;

@@ -55,4 +55,46 @@ using Sm90ForwardKernels =
                 Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_192, DType::kFloat16, 192, 128>,
                 Sm90Entry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_256, DType::kFloat16, 256, 128>>;
 
+template <bool kCompiled, DType kDType, int kHeadDim, int kTileN>
+using Sm90BackwardEntry = KernelEntry<HBSATTN_SM90 && kCompiled, Sm90Backward<kDType, kHeadDim, kTileN>>;
+
+using Sm90BackwardKernels =
+    KernelTable<Sm90BackwardEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_64, DType::kBFloat16, 64, 64>,
+                Sm90BackwardEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_64, DType::kBFloat16, 64, 128>,
+                Sm90BackwardEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_96, DType::kBFloat16, 96, 64>,
+                Sm90BackwardEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_96, DType::kBFloat16, 96, 128>,
+                Sm90BackwardEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_128, DType::kBFloat16, 128, 64>,
+                Sm90BackwardEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_128, DType::kBFloat16, 128, 128>,
+                Sm90BackwardEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_192, DType::kBFloat16, 192, 64>,
+                Sm90BackwardEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_256, DType::kBFloat16, 256, 64>,
+                Sm90BackwardEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_64, DType::kFloat16, 64, 64>,
+                Sm90BackwardEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_64, DType::kFloat16, 64, 128>,
+                Sm90BackwardEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_96, DType::kFloat16, 96, 64>,
+                Sm90BackwardEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_96, DType::kFloat16, 96, 128>,
+                Sm90BackwardEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_128, DType::kFloat16, 128, 64>,
+                Sm90BackwardEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_128, DType::kFloat16, 128, 128>,
+                Sm90BackwardEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_192, DType::kFloat16, 192, 64>,
+                Sm90BackwardEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_256, DType::kFloat16, 256, 64>>;
+
+template <bool kCompiled, DType kDType, int kHeadDim, int kTileM>
+using Sm90GradQueriesEntry = KernelEntry<HBSATTN_SM90 && kCompiled, Sm90GradQueries<kDType, kHeadDim, kTileM>>;
+
+using Sm90GradQueriesKernels =
+    KernelTable<Sm90GradQueriesEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_64, DType::kBFloat16, 64, 64>,
+                Sm90GradQueriesEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_64, DType::kBFloat16, 64, 128>,
+                Sm90GradQueriesEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_96, DType::kBFloat16, 96, 64>,
+                Sm90GradQueriesEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_96, DType::kBFloat16, 96, 128>,
+                Sm90GradQueriesEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_128, DType::kBFloat16, 128, 64>,
+                Sm90GradQueriesEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_128, DType::kBFloat16, 128, 128>,
+                Sm90GradQueriesEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_192, DType::kBFloat16, 192, 128>,
+                Sm90GradQueriesEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_256, DType::kBFloat16, 256, 128>,
+                Sm90GradQueriesEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_64, DType::kFloat16, 64, 64>,
+                Sm90GradQueriesEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_64, DType::kFloat16, 64, 128>,
+                Sm90GradQueriesEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_96, DType::kFloat16, 96, 64>,
+                Sm90GradQueriesEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_96, DType::kFloat16, 96, 128>,
+                Sm90GradQueriesEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_128, DType::kFloat16, 128, 64>,
+                Sm90GradQueriesEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_128, DType::kFloat16, 128, 128>,
+                Sm90GradQueriesEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_192, DType::kFloat16, 192, 128>,
+                Sm90GradQueriesEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_256, DType::kFloat16, 256, 128>>;
+
 }  // namespace hbsattn

@@ -18,6 +18,8 @@ Status current_device(int*, int*) { return no_cuda(); }
 Status make_sequences(const SequencesParams&, Stream) { return no_cuda(); }
 Status pack_mask(const PackParams&, Stream) { return no_cuda(); }
 Status plan_items(const PlanParams&, int64_t, Stream) { return no_cuda(); }
+Status transpose_mask(const TransposeParams&, Stream) { return no_cuda(); }
+Status plan_keys(const KeyPlanParams&, int64_t, Stream) { return no_cuda(); }
 
 }  // namespace hbsattn::kernels
 

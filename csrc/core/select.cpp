@@ -34,6 +34,60 @@ std::string compiled_dtypes() {
   return names;
 }
 
+Status check_dtype(DType dtype) {
+  const bool compiled = Sm90ForwardKernels::any([&](auto config) { return decltype(config)::kDType == dtype; });
+  if (compiled) return Status::Ok();
+  return Status::NotSupported(std::string("the dtype of q is ") + name_of(dtype) + "; expected " + compiled_dtypes() +
+                              " on CUDA");
+}
+
+// Head dims of the compiled kernels that a problem may use.
+struct HeadDims {
+  int chosen = 0;   // the smallest that is large enough; 0: none is
+  int largest = 0;  // 0: there is no kernel
+};
+
+// `matches` tells of a Config{} whether it may be used.
+template <class Table, class Matches>
+HeadDims choose_head_dim(int head_dim, Matches&& matches) {
+  HeadDims found;
+  Table::any([&](auto config) {
+    constexpr int kHeadDim = decltype(config)::kHeadDim;
+    if (!matches(config)) return false;
+    if (found.chosen == 0 && head_dim <= kHeadDim) found.chosen = kHeadDim;
+    found.largest = kHeadDim;
+    return false;
+  });
+  return found;
+}
+
+Status refuse_head_dim(int head_dim, int largest, const char* where) {
+  const std::string expected =
+      largest > 0 ? "1 to " + std::to_string(largest) : std::string("one that this build of hbsattn has kernels for");
+  return Status::NotSupported("head_dim is " + std::to_string(head_dim) + "; expected " + expected + where);
+}
+
+int query_tile_rows(const ForwardParams& problem) {
+  return shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads)
+      .tile_rows;
+}
+
+int key_tile_rows(const ForwardParams& problem) {
+  return shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys;
+}
+
+HeadDims choose_backward(const ForwardParams& problem, int tile_rows) {
+  return choose_head_dim<Sm90BackwardKernels>(problem.head_dim, [&](auto config) {
+    return decltype(config)::kDType == problem.dtype && decltype(config)::kTileN == tile_rows;
+  });
+}
+
+Status check_head_dim(int head_dim) {
+  if (head_dim % kHeadDimMultiple == 0) return Status::Ok();
+  return Status::NotSupported("head_dim is " + std::to_string(head_dim) + "; expected a multiple of " +
+                              std::to_string(kHeadDimMultiple) + "; copies with zeros behind each row do");
+}
+
 Status check_view(const char* name, const TensorView& view, DType dtype) {
   if (addressable(view, dtype)) return Status::Ok();
   return Status::NotSupported(std::string(name) + " has strides (" + std::to_string(view.batch_stride) + ", " +
@@ -68,14 +122,19 @@ bool addressable(const TensorView& view, DType dtype) {
 }
 
 Status check_addressable(const ForwardParams& params) {
-  if (params.head_dim % kHeadDimMultiple != 0) {
-    return Status::NotSupported("head_dim is " + std::to_string(params.head_dim) + "; expected a multiple of " +
-                                std::to_string(kHeadDimMultiple) + "; copies with zeros behind each row do");
-  }
+  HBSATTN_RETURN_IF_ERROR(check_head_dim(params.head_dim));
   HBSATTN_RETURN_IF_ERROR(check_view("q", params.q, params.dtype));
   HBSATTN_RETURN_IF_ERROR(check_view("k", params.k, params.dtype));
   HBSATTN_RETURN_IF_ERROR(check_view("v", params.v, params.dtype));
   return check_view("out", params.out, params.dtype);
+}
+
+Status check_addressable(const BackwardParams& params) {
+  HBSATTN_RETURN_IF_ERROR(check_addressable(params.problem));
+  HBSATTN_RETURN_IF_ERROR(check_view("grad_out", params.grad_out, params.problem.dtype));
+  HBSATTN_RETURN_IF_ERROR(check_view("grad_q", params.grad_q, params.problem.dtype));
+  HBSATTN_RETURN_IF_ERROR(check_view("grad_k", params.grad_k, params.problem.dtype));
+  return check_view("grad_v", params.grad_v, params.problem.dtype);
 }
 
 Status check_device() {
@@ -89,25 +148,43 @@ Status check_device() {
 
 Status select_forward(const ForwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_device());
-  const int tile_rows =
-      shape_tiles(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads).tile_rows;
-  int chosen = 0, largest = 0;
-  Sm90ForwardKernels::any([&](auto config) {
-    using Config = decltype(config);
-    if (Config::kDType != params.dtype || Config::kTileM != tile_rows) return false;
-    if (chosen == 0 && params.head_dim <= Config::kHeadDim) chosen = Config::kHeadDim;
-    largest = Config::kHeadDim;
-    return false;
+  HBSATTN_RETURN_IF_ERROR(check_dtype(params.dtype));
+  const int tile_rows = query_tile_rows(params);
+  const HeadDims found = choose_head_dim<Sm90ForwardKernels>(params.head_dim, [&](auto config) {
+    return decltype(config)::kDType == params.dtype && decltype(config)::kTileM == tile_rows;
   });
-  if (largest == 0) {
-    return Status::NotSupported(std::string("the dtype of q is ") + name_of(params.dtype) + "; expected " +
-                                compiled_dtypes() + " on CUDA");
+  if (found.chosen == 0) return refuse_head_dim(params.head_dim, found.largest, " on CUDA");
+  *key = {params.dtype, found.chosen, tile_rows};
+  return Status::Ok();
+}
+
+int choose_backward_head_dim(const BackwardParams& params) {
+  return choose_backward(params.problem, key_tile_rows(params.problem)).chosen;
+}
+
+Status select_backward(const BackwardParams& params, KernelKey* key) {
+  HBSATTN_RETURN_IF_ERROR(check_device());
+  const ForwardParams& problem = params.problem;
+  HBSATTN_RETURN_IF_ERROR(check_dtype(problem.dtype));
+  const int tile_rows = key_tile_rows(problem);
+  const HeadDims found = choose_backward(problem, tile_rows);
+  if (found.chosen == 0) {
+    return refuse_head_dim(problem.head_dim, found.largest, " for the backward pass on CUDA");
   }
-  if (chosen == 0) {
-    return Status::NotSupported("head_dim is " + std::to_string(params.head_dim) + "; expected 1 to " +
-                                std::to_string(largest) + " on CUDA");
+  *key = {problem.dtype, found.chosen, tile_rows};
+  return Status::Ok();
+}
+
+Status select_grad_queries(const BackwardParams& params, KernelKey* key) {
+  const ForwardParams& problem = params.problem;
+  const int tile_rows = query_tile_rows(problem);
+  const HeadDims found = choose_head_dim<Sm90GradQueriesKernels>(problem.head_dim, [&](auto config) {
+    return decltype(config)::kDType == problem.dtype && decltype(config)::kTileM == tile_rows;
+  });
+  if (found.chosen == 0) {
+    return refuse_head_dim(problem.head_dim, found.largest, " for the deterministic backward pass on CUDA");
   }
-  *key = {params.dtype, chosen, tile_rows};
+  *key = {problem.dtype, found.chosen, tile_rows};
   return Status::Ok();
 }
 

@@ -8,8 +8,8 @@ namespace hbsattn {
 // Which compiled kernel runs a problem.
 struct KernelKey {
   DType dtype;
-  int head_dim;  // that it is compiled for
-  int tile_rows;
+  int head_dim;   // that it is compiled for
+  int tile_rows;  // queries of a tile; keys of one in the backward pass
 };
 
 // Whether this build has device code for the current device.
@@ -17,9 +17,15 @@ Status check_device();
 
 // Chooses the kernel of a valid problem.
 Status select_forward(const ForwardParams& params, KernelKey* key);
+Status select_backward(const BackwardParams& params, KernelKey* key);
+Status select_grad_queries(const BackwardParams& params, KernelKey* key);  // of a deterministic call, beside the other
+
+// The head dim that the backward kernel of a problem is compiled for, on whatever device; 0: there is none.
+int choose_backward_head_dim(const BackwardParams& params);
 
 // Whether the kernels can address the tensors of a problem.
 Status check_addressable(const ForwardParams& params);
+Status check_addressable(const BackwardParams& params);
 
 const char* name_of(DType dtype);
 

@@ -67,6 +67,14 @@ Status check_num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k,
   return check_range("the number of tiles", num_items(shape, heads_q, heads_k, head_dim, pack_heads), 0, kItemsLimit);
 }
 
+// Of the work list of the backward pass; heads are valid.
+Status check_num_key_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim) {
+  HBSATTN_RETURN_IF_ERROR(
+      check_range("the number of key tiles", num_key_items(shape, heads_k, head_dim), 0, kItemsLimit));
+  return check_range("the mask's number of query block rows over the query heads of a key head",
+                     heads_q / heads_k * shape.rows, 0, kInt32Limit);
+}
+
 // Whether a mask of this shape can belong to packed tensors. Its rows are those of each sequence without gaps, or as
 // many for every sequence.
 Status check_packed_sizes(const ForwardParams& params) {
@@ -110,6 +118,24 @@ Status check_batched_sizes(const ForwardParams& params) {
                            std::to_string(shape.k_block_size));
   }
   return Status::Ok();
+}
+
+int64_t count_query_rows(const ForwardParams& params) {
+  return (params.packed ? 1 : params.mask.shape.batch) * params.rows_q * params.heads_q;
+}
+
+int64_t count_key_rows(const ForwardParams& params) {
+  return (params.packed ? 1 : params.mask.shape.batch) * params.rows_k * params.heads_k;
+}
+
+// The pointers to what forward reads and writes, and backward reads.
+Status check_tensors(const ForwardParams& params) {
+  const int64_t queries = count_query_rows(params), keys = count_key_rows(params);
+  HBSATTN_RETURN_IF_ERROR(check_pointer("q", params.q.data, queries * params.head_dim));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("k", params.k.data, keys * params.head_dim));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("v", params.v.data, keys * params.head_dim));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("out", params.out.data, queries * params.head_dim));
+  return check_pointer("lse", params.lse, queries);
 }
 
 }  // namespace
@@ -194,6 +220,31 @@ Status check_pointers(const PlanParams& params) {
   return check_pointer("items", params.items, items);
 }
 
+Status validate_transpose(const TransposeParams& params) {
+  const MaskShape& shape = params.mask.shape;
+  HBSATTN_RETURN_IF_ERROR(validate_mask(shape));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("bits", params.mask.bits, shape.heads * shape.rows * shape.words()));
+  return check_pointer("columns", params.columns, shape.heads * shape.cols * shape.row_words());
+}
+
+Status validate_key_plan(const KeyPlanParams& params) {
+  const MaskShape& shape = params.mask.shape;
+  HBSATTN_RETURN_IF_ERROR(validate_mask(shape));
+  HBSATTN_RETURN_IF_ERROR(check_heads(shape, params.heads_q, params.heads_k));
+  HBSATTN_RETURN_IF_ERROR(check_range("head_dim", params.head_dim, 1, kMaxHeadDim + 1));
+  HBSATTN_RETURN_IF_ERROR(check_range("element_size", params.element_size, 1, 9));
+  return check_num_key_items(shape, params.heads_q, params.heads_k, params.head_dim);
+}
+
+Status check_pointers(const KeyPlanParams& params) {
+  const MaskShape& shape = params.mask.shape;
+  const int64_t items = num_key_items(shape, params.heads_k, params.head_dim);
+  HBSATTN_RETURN_IF_ERROR(check_pointer("columns", params.columns, shape.heads * shape.cols * shape.row_words()));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", params.mask.sequences, shape.batch));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("scratch", params.scratch, items));
+  return check_pointer("items", params.items, items);
+}
+
 Status validate_forward(const ForwardParams& params) {
   const MaskShape& shape = params.mask.shape;
   HBSATTN_RETURN_IF_ERROR(validate_mask(shape));
@@ -217,16 +268,50 @@ Status validate_forward(const ForwardParams& params) {
 
 Status check_pointers(const ForwardParams& params) {
   const MaskShape& shape = params.mask.shape;
-  const int64_t batch = params.packed ? 1 : shape.batch;
-  const int64_t queries = batch * params.rows_q * params.heads_q, keys = batch * params.rows_k * params.heads_k;
-  HBSATTN_RETURN_IF_ERROR(check_pointer("q", params.q.data, queries * params.head_dim));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("k", params.k.data, keys * params.head_dim));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("v", params.v.data, keys * params.head_dim));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("out", params.out.data, queries * params.head_dim));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("lse", params.lse, queries));
+  HBSATTN_RETURN_IF_ERROR(check_tensors(params));
   HBSATTN_RETURN_IF_ERROR(check_pointer("bits", params.mask.bits, shape.heads * shape.rows * shape.words()));
   HBSATTN_RETURN_IF_ERROR(check_pointer("items", params.items, params.num_items));
   return check_pointer("workspace", params.workspace, static_cast<int64_t>(forward_workspace_size()));
+}
+
+Status validate_backward(const BackwardParams& params) {
+  const ForwardParams& problem = params.problem;
+  HBSATTN_RETURN_IF_ERROR(validate_forward(problem));
+  const int64_t items = num_key_items(problem.mask.shape, problem.heads_k, problem.head_dim);
+  HBSATTN_RETURN_IF_ERROR(check_num_key_items(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim));
+  if (params.key_items != nullptr && params.num_key_items != items) {
+    return wrong_value("the number of key work items", params.num_key_items,
+                       std::to_string(items) + ", as plan_keys makes for this mask, heads_k = " +
+                           std::to_string(problem.heads_k) + " and head_dim = " + std::to_string(problem.head_dim));
+  }
+  return Status::Ok();
+}
+
+Status check_pointers(const BackwardParams& params) {
+  constexpr uintptr_t kAlignment = 128;
+  const ForwardParams& problem = params.problem;
+  const MaskShape& shape = problem.mask.shape;
+  const int64_t queries = count_query_rows(problem) * problem.head_dim;
+  const int64_t keys = count_key_rows(problem) * problem.head_dim;
+  HBSATTN_RETURN_IF_ERROR(check_tensors(problem));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("grad_out", params.grad_out.data, queries));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("grad_q", params.grad_q.data, queries));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("grad_k", params.grad_k.data, keys));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("grad_v", params.grad_v.data, keys));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", problem.mask.sequences, shape.batch));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("columns", params.columns, shape.heads * shape.cols * shape.row_words()));
+  HBSATTN_RETURN_IF_ERROR(
+      check_pointer("key_items", params.key_items, num_key_items(shape, problem.heads_k, problem.head_dim)));
+  if (params.deterministic) {
+    HBSATTN_RETURN_IF_ERROR(check_pointer("bits", problem.mask.bits, shape.heads * shape.rows * shape.words()));
+    HBSATTN_RETURN_IF_ERROR(check_pointer("items", problem.items, problem.num_items));
+  }
+  HBSATTN_RETURN_IF_ERROR(
+      check_pointer("workspace", params.workspace, static_cast<int64_t>(backward_workspace_size(params))));
+  const auto misaligned = reinterpret_cast<uintptr_t>(params.workspace) % kAlignment;
+  if (misaligned == 0) return Status::Ok();
+  return Status::InvalidValue("workspace lies " + std::to_string(misaligned) + " bytes past a multiple of " +
+                              std::to_string(kAlignment) + "; expected a multiple");
 }
 
 }  // namespace hbsattn

@@ -57,6 +57,30 @@ constexpr TileShape shape_tiles(const MaskShape& shape, int32_t heads_q, int32_t
           count_united_blocks(block_rows, tile_rows)};
 }
 
+// Rows of the tiles of the backward pass: how the key blocks of a problem are cut, the one place that tells.
+struct KeyTileShape {
+  int32_t tile_keys;
+  int32_t tiles;   // of a key block
+  int32_t united;  // neighbouring key blocks of a tile; the last tile of a sequence may have fewer
+
+  // Tiles of one sequence and key head.
+  constexpr int64_t count(const MaskShape& shape) const { return (shape.cols + united - 1) / united * tiles; }
+};
+
+constexpr KeyTileShape shape_key_tiles(const MaskShape& shape, int32_t head_dim) {
+  const int32_t tile_keys = head_dim <= 128 ? choose_tile_rows(shape.k_block_size, head_dim) : 64;
+  const bool unite = shape.k_block_size % kGranule == 0 && shape.k_block_size < tile_keys;
+  return {tile_keys, static_cast<int32_t>((int64_t{shape.k_block_size} + tile_keys - 1) / tile_keys),
+          unite ? tile_keys / shape.k_block_size : 1};
+}
+
+// Parts of tiles that the backward pass has room for: 15 MB of float32 gradients of keys and values. As many items may
+// follow those of whole tiles in its work list.
+constexpr int64_t count_part_slots(int64_t tiles, int32_t tile_keys, int32_t head_dim) {
+  const int64_t slots = (int64_t{15} << 20) / (2 * 4 * int64_t{tile_keys} * ((head_dim + 63) / 64 * 64));
+  return tiles < slots ? tiles : slots;
+}
+
 // A forward kernel for sm_90a. A CTA owns kTileM query rows, 64 for each consumer warpgroup, and streams the keys of
 // the active blocks in stages of kTileN, each filled from as many key blocks as fit.
 template <DType kDType_, int kHeadDim_, int kTileM_>
@@ -86,6 +110,84 @@ struct Sm90Forward {
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = kTileM == 128 ? 232 : 216;
 };
+
+// A backward kernel for sm_90a. A CTA owns kTileN keys and streams the queries and output gradients of the active
+// blocks in stages of kTileM. A consumer warpgroup has 64 of the keys; above head dim 128, where the gradients of that
+// many do not fit its registers, two warpgroups share them.
+template <DType kDType_, int kHeadDim_, int kTileN_>
+struct Sm90Backward {
+  static constexpr DType kDType = kDType_;
+  static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
+  static constexpr int kTileN = kTileN_;
+  static constexpr bool kWide = kHeadDim > 128;
+  static constexpr int kCtasPerSm = kWide ? 1 : 128 / kTileN;
+  static constexpr int kTileM = 64;
+  static constexpr int kStages = 2;
+  // Columns that one swizzle pattern spans. Warpgroups that share keys have half the columns each: whole patterns.
+  static constexpr int kChunkColumns = kHeadDim % (kWide ? 128 : 64) == 0 ? 64 : 32;
+  // What ptxas needs for the mainloop without spills, and what is left.
+  static constexpr int kProducerRegisters = kTileN == 128 ? 40 : 24;
+  static constexpr int kConsumerRegisters = kWide ? 240 : 232;
+  static_assert(!kWide || kTileN == 64);
+};
+
+// A kernel for sm_90a that computes the gradient of the queries alone, the same in every run. It has the forward's
+// tiles and streams keys and values as that does, but in narrower stages: two products of their width are in registers.
+template <DType kDType_, int kHeadDim_, int kTileM_>
+struct Sm90GradQueries {
+  static constexpr DType kDType = kDType_;
+  static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
+  static constexpr int kTileM = kTileM_;
+  static constexpr int kCtasPerSm = 128 / kTileM;
+  static constexpr int kTileN = kHeadDim <= 64 && kTileM == 128 ? 128 : kHeadDim <= 192 ? 64 : 32;
+  // A key stage is held until the scores of the next one are there and the product behind them is done.
+  static constexpr int kKeyStages = kHeadDim == 64 || (kHeadDim == 96 && kTileM == 128) ? 4 : 3;
+  static constexpr int kValueStages = kTileM == 64 && kHeadDim == 128 ? 1 : kKeyStages - 1;
+  static constexpr int kQueryBuffers = kHeadDim <= 96 || (kHeadDim == 128 && kTileM == 128) ? 2 : 1;
+  static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = kTileM == 128 ? 232 : 216;
+};
+
+// What the backward pass keeps in its workspace: for each query row, padded to whole granules in each block, its
+// log-sum-exp and the dot product of output and output gradient, and its gradient in float32. Byte offsets.
+struct BackwardWorkspace {
+  int64_t block_rows;  // of a query block, padded
+  int64_t rows;        // of a head
+  int64_t ticket;      // of the persistent CTAs, and behind it a counter for each warpgroup's half of each slot
+  int64_t zeroed;      // bytes from there on that are to be 0
+  int64_t statistics;  // two arrays (heads_q, rows) of float, each followed by kPaddingRows for rows that do not exist
+  int64_t parts;       // gradients of keys and values in parts of tiles, slot after slot
+  int64_t grad_q;      // (heads_q, rows / 16) chunks of 16 x padded head_dim floats, in the order of accumulators
+  int64_t bytes;
+
+  static constexpr int64_t kPaddingRows = 64;
+  static constexpr int64_t kAlignment = 128;
+};
+
+// `padded_head_dim` is the kernel's. `sums_queries`: whether the gradient of the queries is added up in the workspace.
+constexpr BackwardWorkspace lay_out_backward(const ForwardParams& problem, int32_t padded_head_dim, bool sums_queries) {
+  const auto align = [](int64_t bytes) {
+    return (bytes + BackwardWorkspace::kAlignment - 1) / BackwardWorkspace::kAlignment * BackwardWorkspace::kAlignment;
+  };
+  const MaskShape& shape = problem.mask.shape;
+  const KeyTileShape tiles = shape_key_tiles(shape, problem.head_dim);
+  const int64_t all_tiles = int64_t{problem.heads_k} * shape.batch * tiles.count(shape);
+  const int64_t slots = count_part_slots(all_tiles, tiles.tile_keys, problem.head_dim);
+  // Blocks may be longer than all sequences. Segments must not reach into the next block's rows.
+  const int64_t block = (int64_t{shape.q_block_size} + kGranule - 1) / kGranule * kGranule;
+  const int64_t longest = (problem.rows_q + 63) / 64 * 64;
+  BackwardWorkspace workspace{};
+  workspace.block_rows = block < longest ? block : longest;
+  workspace.rows = shape.rows * workspace.block_rows;
+  workspace.zeroed = 4 * (1 + 2 * slots);
+  workspace.statistics = workspace.ticket + align(workspace.zeroed);
+  workspace.parts =
+      workspace.statistics + align(2 * 4 * (problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows));
+  workspace.grad_q = workspace.parts + align(slots * 2 * 4 * tiles.tile_keys * padded_head_dim);
+  workspace.bytes = workspace.grad_q + (sums_queries ? 4 * problem.heads_q * workspace.rows * padded_head_dim : 0);
+  return workspace;
+}
 
 // Bytes of shared memory that a CTA may use when that many share a multiprocessor, of which each CTA costs 1 KB more.
 constexpr int sm90_shared_limit(int ctas) { return 228 * 1024 / ctas - 1024; }

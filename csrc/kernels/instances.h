@@ -14,12 +14,27 @@ Status make_sequences(const SequencesParams& params, Stream stream);
 Status pack_mask(const PackParams& params, Stream stream);
 Status plan_items(const PlanParams& params, int64_t num_items, Stream stream);
 
+Status transpose_mask(const TransposeParams& params, Stream stream);
+Status plan_keys(const KeyPlanParams& params, int64_t num_key_items, Stream stream);
+
 // sm90/, one explicit instantiation per file in sm90/instantiations/
 template <class Config>
 Status run_forward(const ForwardParams& params, Stream stream);
 
 template <class Config>
 int forward_shared_bytes();
+
+template <class Config>
+Status run_backward(const BackwardParams& params, Stream stream);
+
+template <class Config>
+int backward_shared_bytes();
+
+template <class Config>
+Status run_grad_queries(const BackwardParams& params, Stream stream);
+
+template <class Config>
+int grad_queries_shared_bytes();
 
 // Compute capability (major * 10 + minor) and multiprocessors of the current device.
 Status current_device(int* compute_capability, int* multiprocessors);

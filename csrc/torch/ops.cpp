@@ -28,6 +28,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kSequenceInts = sizeof(Sequence) / sizeof(int32_t);
 constexpr int64_t kItemInts = sizeof(WorkItem) / sizeof(int32_t);
+constexpr int64_t kKeyItemInts = sizeof(KeyItem) / sizeof(int32_t);
 
 Tensor empty_ints(at::IntArrayRef shape, at::Device device) {
   return at::empty(shape, at::TensorOptions(at::kInt).device(device));
@@ -274,6 +275,54 @@ Tensor plan_items_op(const Tensor& bits, const Tensor& sequences, int64_t cols, 
   return items;
 }
 
+Tensor transpose_bits(const Tensor& bits, int64_t cols) {
+  const at::Device device = bits.device();
+  const c10::DeviceGuard guard(device);
+  check_table("bits", bits, 3, device);
+  TransposeParams params;
+  MaskShape& shape = params.mask.shape;
+  shape = make_shape(0, bits.size(0), bits.size(1), cols, 1, 1, false);  // the sizes of blocks do not matter here
+  raise_if_error(validate_mask(shape));
+  check_shape("bits", bits, {bits.size(0), bits.size(1), shape.words()});
+  Tensor columns = empty_ints({shape.heads, shape.cols, shape.row_words()}, device);
+  params.mask.bits = static_cast<const uint32_t*>(bits.const_data_ptr());
+  params.columns = static_cast<uint32_t*>(columns.mutable_data_ptr());
+  raise_if_error(transpose_mask(params, current_stream(device)));
+  return columns;
+}
+
+Tensor plan_keys_op(const Tensor& columns, const Tensor& sequences, int64_t rows, int64_t q_block_size,
+                    int64_t k_block_size, bool causal, int64_t heads_q, int64_t heads_k, int64_t head_dim,
+                    int64_t element_size) {
+  const at::Device device = columns.device();
+  const c10::DeviceGuard guard(device);
+  check_table("columns", columns, 3, device);
+  KeyPlanParams params;
+  MaskShape& shape = params.mask.shape;
+  params.mask.sequences = read_sequences(sequences, device);
+  shape = make_shape(sequences.size(0), columns.size(0), rows, columns.size(1), q_block_size, k_block_size, causal);
+  params.heads_q = to_int32("heads_q", heads_q);
+  params.heads_k = to_int32("heads_k", heads_k);
+  params.head_dim = to_int32("head_dim", head_dim);
+  params.element_size = to_int32("element_size", element_size);
+  raise_if_error(validate_key_plan(params));
+  check_shape("columns", columns, {shape.heads, shape.cols, shape.row_words()});
+  const int64_t count = num_key_items(shape, params.heads_k, params.head_dim);
+  const auto scratch_bytes = static_cast<int64_t>(key_plan_scratch_size(count));
+  const Tensor scratch = at::empty({scratch_bytes}, columns.options().dtype(at::kByte));
+  Tensor items = empty_ints({count, kKeyItemInts}, device);
+  params.columns = static_cast<const uint32_t*>(columns.const_data_ptr());
+  params.scratch = scratch.mutable_data_ptr();
+  params.items = static_cast<KeyItem*>(items.mutable_data_ptr());
+  raise_if_error(plan_keys(params, current_stream(device)));
+  return items;
+}
+
+std::vector<int64_t> shape_lse(const ForwardParams& params) {
+  if (params.packed) return {params.heads_q, params.rows_q};
+  return {params.mask.shape.batch, params.heads_q, params.rows_q};
+}
+
 // The tensor, or a copy where the kernels cannot address it: a copy costs less than a second kind of kernel.
 Tensor make_addressable(const char* name, const Tensor& tensor, DType dtype, TensorView& view) {
   if (addressable(view, dtype)) return tensor;
@@ -282,30 +331,37 @@ Tensor make_addressable(const char* name, const Tensor& tensor, DType dtype, Ten
   return copy;
 }
 
+// A copy with zeros behind each row, and what belongs to the rows of such a result.
+Tensor pad_head_dim(const Tensor& tensor) {
+  const int64_t extra = tensor.size(-1) % kHeadDimMultiple;
+  return at::constant_pad_nd(tensor, {0, extra == 0 ? 0 : kHeadDimMultiple - extra});
+}
+
+Tensor cut_head_dim(const Tensor& tensor, int64_t head_dim) { return tensor.narrow(-1, 0, head_dim).contiguous(); }
+
+// `deterministic` is for the autograd rule alone.
 std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits,
                                               const Tensor& sequences, const Tensor& items, int64_t cols,
                                               int64_t q_block_size, int64_t k_block_size, bool causal, bool pack_heads,
-                                              double softmax_scale, bool profile) {
+                                              double softmax_scale, bool deterministic, bool profile) {
   const at::Device device = q.device();
   const c10::DeviceGuard guard(device);
   ForwardParams params = read_problem(q, k, v, bits, sequences, items, cols, q_block_size, k_block_size, causal,
                                       pack_heads, softmax_scale);
   raise_if_error(supported(params));
   const int64_t head_dim = params.head_dim;
-  if (const int64_t extra = head_dim % kHeadDimMultiple; extra != 0) {
-    const auto pad = [&](const Tensor& tensor) { return at::constant_pad_nd(tensor, {0, kHeadDimMultiple - extra}); };
-    const auto [out, lse, cycles] = forward_op(pad(q), pad(k), pad(v), bits, sequences, items, cols, q_block_size,
-                                               k_block_size, causal, pack_heads, softmax_scale, profile);
-    return {out.narrow(-1, 0, head_dim).contiguous(), lse, cycles};
+  if (head_dim % kHeadDimMultiple != 0) {
+    const auto [out, lse, cycles] =
+        forward_op(pad_head_dim(q), pad_head_dim(k), pad_head_dim(v), bits, sequences, items, cols, q_block_size,
+                   k_block_size, causal, pack_heads, softmax_scale, deterministic, profile);
+    return {cut_head_dim(out, head_dim), lse, cycles};
   }
   const Tensor q_read = make_addressable("q", q, params.dtype, params.q);
   const Tensor k_read = make_addressable("k", k, params.dtype, params.k);
   const Tensor v_read = make_addressable("v", v, params.dtype, params.v);
 
   Tensor out = at::empty(q.sizes(), q.options());
-  std::vector<int64_t> lse_shape{params.heads_q, params.rows_q};
-  if (!params.packed) lse_shape.insert(lse_shape.begin(), q.size(0));
-  Tensor lse = at::empty(lse_shape, q.options().dtype(at::kFloat));
+  Tensor lse = at::empty(shape_lse(params), q.options().dtype(at::kFloat));
   params.out = to_view("out", out);
   params.lse = lse.mutable_data_ptr<float>();
 
@@ -326,12 +382,88 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& q, const Tensor& k, 
   return {out, lse, cycles};
 }
 
+std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q,
+                                               const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                                               const Tensor& bits, const Tensor& sequences, const Tensor& items,
+                                               const Tensor& columns, const Tensor& key_items, int64_t cols,
+                                               int64_t q_block_size, int64_t k_block_size, bool causal, bool pack_heads,
+                                               double softmax_scale, bool deterministic) {
+  const at::Device device = q.device();
+  const c10::DeviceGuard guard(device);
+  BackwardParams params;
+  ForwardParams& problem = params.problem;
+  problem = read_problem(q, k, v, bits, sequences, items, cols, q_block_size, k_block_size, causal, pack_heads,
+                         softmax_scale);
+  const MaskShape& shape = problem.mask.shape;
+  auto check = [&](const char* name, const Tensor& tensor, at::ScalarType dtype, at::IntArrayRef sizes) {
+    check_dtype(name, tensor, dtype);
+    check_device(name, tensor, device);
+    check_shape(name, tensor, sizes);
+  };
+  check("grad_out", grad_out, q.scalar_type(), q.sizes());
+  check("out", out, q.scalar_type(), q.sizes());
+  const std::vector<int64_t> lse_shape = shape_lse(problem);
+  check("lse", lse, at::kFloat, lse_shape);
+  check("grad_lse", grad_lse, at::kFloat, lse_shape);
+  check_table("columns", columns, 3, device);
+  check_shape("columns", columns, {shape.heads, shape.cols, shape.row_words()});
+  check_table("key_items", key_items, 2, device);
+  check_shape("key_items", key_items, {key_items.size(0), kKeyItemInts});
+  params.columns = static_cast<const uint32_t*>(columns.const_data_ptr());
+  params.key_items = static_cast<const KeyItem*>(key_items.const_data_ptr());
+  params.num_key_items = key_items.size(0);
+  params.deterministic = deterministic;
+  raise_if_error(supported(params));
+
+  if (q.numel() == 0 || k.numel() == 0) {
+    const auto zeros = [](const Tensor& like) { return at::zeros(like.sizes(), like.options()); };
+    return {zeros(q), zeros(k), zeros(v)};
+  }
+  const int64_t head_dim = problem.head_dim;
+  if (head_dim % kHeadDimMultiple != 0) {
+    const auto [grad_q, grad_k, grad_v] =
+        backward_op(pad_head_dim(grad_out), grad_lse, pad_head_dim(q), pad_head_dim(k), pad_head_dim(v),
+                    pad_head_dim(out), lse, bits, sequences, items, columns, key_items, cols, q_block_size,
+                    k_block_size, causal, pack_heads, softmax_scale, deterministic);
+    return {cut_head_dim(grad_q, head_dim), cut_head_dim(grad_k, head_dim), cut_head_dim(grad_v, head_dim)};
+  }
+
+  // Autograd may bring an expanded tensor: that of a sum has no strides at all.
+  const Tensor grad_out_rows = grad_out.stride(-1) == 1 ? grad_out : grad_out.contiguous();
+  problem.out = to_view("out", out);
+  params.grad_out = to_view("grad_out", grad_out_rows);
+  const Tensor q_read = make_addressable("q", q, problem.dtype, problem.q);
+  const Tensor k_read = make_addressable("k", k, problem.dtype, problem.k);
+  const Tensor v_read = make_addressable("v", v, problem.dtype, problem.v);
+  const Tensor out_read = make_addressable("out", out, problem.dtype, problem.out);
+  const Tensor grad_out_read = make_addressable("grad_out", grad_out_rows, problem.dtype, params.grad_out);
+  const Tensor lse_read = lse.contiguous(), grad_lse_read = grad_lse.contiguous();
+  problem.lse = lse_read.data_ptr<float>();
+  params.grad_lse = grad_lse_read.const_data_ptr<float>();
+
+  Tensor grad_q = at::empty(q.sizes(), q.options());
+  Tensor grad_k = at::empty(k.sizes(), k.options());
+  Tensor grad_v = at::empty(v.sizes(), v.options());
+  params.grad_q = to_view("grad_q", grad_q);
+  params.grad_k = to_view("grad_k", grad_k);
+  params.grad_v = to_view("grad_v", grad_v);
+
+  const auto workspace_bytes = static_cast<int64_t>(backward_workspace_size(params));
+  const Tensor workspace = at::empty({workspace_bytes}, q.options().dtype(at::kByte));
+  params.workspace = workspace.mutable_data_ptr();
+  raise_if_error(backward(params, current_stream(device)));
+  return {grad_q, grad_k, grad_v};
+}
+
 void register_cuda(torch::Library& m) {
   m.impl("pack_dense", pack_dense);
   m.impl("pack_indices", pack_indices);
   m.impl("pack_csr", pack_csr);
   m.impl("plan_items", plan_items_op);
   m.impl("forward", forward_op);
+  m.impl("transpose_bits", transpose_bits);
+  m.impl("plan_keys", plan_keys_op);
+  m.impl("backward", backward_op);
 }
 
 #else
@@ -339,7 +471,8 @@ void register_cuda(torch::Library& m) {
 void refuse_operator(const c10::OperatorHandle&, torch::jit::Stack*) { refuse_cuda(); }
 
 void register_cuda(torch::Library& m) {
-  for (const char* name : {"pack_dense", "pack_indices", "pack_csr", "plan_items", "forward"}) {
+  for (const char* name :
+       {"pack_dense", "pack_indices", "pack_csr", "plan_items", "forward", "transpose_bits", "plan_keys", "backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_operator>());
   }
 }
@@ -372,13 +505,19 @@ TORCH_LIBRARY(hbsattn, m) {
       tags);
   m.def(
       "forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor items, int cols, "
-      "int q_block_size, int k_block_size, bool causal, bool pack_heads, float softmax_scale, bool profile=False) "
-      "-> (Tensor out, Tensor lse, Tensor cycles)",
+      "int q_block_size, int k_block_size, bool causal, bool pack_heads, float softmax_scale, "
+      "bool deterministic=False, bool profile=False) -> (Tensor out, Tensor lse, Tensor cycles)",
+      tags);
+  m.def("transpose_bits(Tensor bits, int cols) -> Tensor", tags);
+  m.def(
+      "plan_keys(Tensor columns, Tensor sequences, int rows, int q_block_size, int k_block_size, bool causal, "
+      "int heads_q, int heads_k, int head_dim, int element_size) -> Tensor",
       tags);
   m.def(
       "backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor bits, "
-      "Tensor sequences, Tensor items, int cols, int q_block_size, int k_block_size, bool causal, bool pack_heads, "
-      "float softmax_scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+      "Tensor sequences, Tensor items, Tensor columns, Tensor key_items, int cols, int q_block_size, "
+      "int k_block_size, bool causal, bool pack_heads, float softmax_scale, bool deterministic) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
       tags);
   m.def(
       "check_forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor? items, int cols, "

@@ -7,6 +7,7 @@
 // by any number of calls:
 //
 //   make_sequences -> pack_mask -> plan_items -> forward, forward, ...
+//                               -> transpose_mask -> plan_keys -> backward, backward, ...
 
 #include <string>
 #include <vector>
@@ -48,31 +49,53 @@ HBSATTN_API size_t forward_workspace_size();
 // nothing to attend get 0 and -inf.
 HBSATTN_API Status forward(const ForwardParams& params, Stream stream);
 
+// Transposes the bits of a mask; what the backward pass needs beside a forward plan is made from these.
+HBSATTN_API Status transpose_mask(const TransposeParams& params, Stream stream);
+
+// Number of records that plan_keys writes; depends on shapes alone.
+HBSATTN_API int64_t num_key_items(const MaskShape& shape, int32_t heads_k, int32_t head_dim);
+
+// Bytes of `scratch` that plan_keys needs.
+HBSATTN_API size_t key_plan_scratch_size(int64_t num_key_items);
+
+// Builds the work list of the backward pass.
+HBSATTN_API Status plan_keys(const KeyPlanParams& params, Stream stream);
+
+// Bytes of `workspace` that one backward call needs; 0 where this build has no kernel for it.
+HBSATTN_API size_t backward_workspace_size(const BackwardParams& params);
+
+// Gradients of q, k and v, given those of out and lse. What attends to nothing gets 0. Without queries or without keys
+// nothing is written: the caller clears the gradients of what there is.
+HBSATTN_API Status backward(const BackwardParams& params, Stream stream);
+
 // The checks of sizes that hold on every backend, without those of pointers and those that ask for a compiled kernel
 // and a GPU.
 HBSATTN_API Status validate_mask(const MaskShape& shape);
 HBSATTN_API Status validate_plan(const PlanParams& params);
+HBSATTN_API Status validate_key_plan(const KeyPlanParams& params);
 HBSATTN_API Status validate_forward(const ForwardParams& params);
+HBSATTN_API Status validate_backward(const BackwardParams& params);
 
-// All checks of `forward` but those of pointers, of `addressable` and of kHeadDimMultiple: whether the problem is valid
-// and this build has a kernel for it on the current device.
+// All checks of `forward` or `backward` but those of pointers, of `addressable` and of kHeadDimMultiple: whether the
+// problem is valid and this build has a kernel for it on the current device.
 HBSATTN_API Status supported(const ForwardParams& params);
+HBSATTN_API Status supported(const BackwardParams& params);
 
 // Whether the tensor memory accelerator can address this view: 16-byte aligned data, strides above 0 that are multiples
-// of 16 bytes, and batch strides that are whole multiples of the row stride. `forward` refuses other views; a copy of
-// the tensor qualifies.
+// of 16 bytes, and batch strides that are whole multiples of the row stride. `forward` and `backward` refuse other
+// views; a copy of the tensor qualifies.
 HBSATTN_API bool addressable(const TensorView& view, DType dtype);
 
-// One compiled kernel, as `forward` would choose it.
+// One compiled kernel, as `forward` or `backward` would choose it.
 struct KernelInfo {
-  std::string name;  // e.g. "sm90_forward_bf16_hd128_m128"
+  std::string name;  // e.g. "sm90_forward_bf16_hd128_m128" or "sm90_backward_bf16_hd128_n128"
   std::string arch;  // e.g. "sm_90a"
   DType dtype;
-  int32_t head_dim;  // head dims up to this one, and above the next smaller, use it
-  int32_t tile_m;    // query rows of a tile
-  int32_t tile_n;    // keys of a stage
-  int32_t key_stages;
-  int32_t value_stages;
+  int32_t head_dim;      // head dims up to this one, and above the next smaller, use it
+  int32_t tile_m;        // query rows of a tile; backward: of a stage
+  int32_t tile_n;        // keys of a stage; backward: of a tile
+  int32_t key_stages;    // backward: of queries
+  int32_t value_stages;  // backward: of output gradients
   int32_t shared_bytes;  // shared memory of a CTA
 };
 

@@ -35,7 +35,8 @@ struct MaskShape {
   int32_t k_block_size = 0;  // keys in a block
   bool causal = false;       // key j counts for query i if j <= i + k_len - q_len
 
-  constexpr int64_t words() const { return (cols + 31) / 32; }
+  constexpr int64_t words() const { return (cols + 31) / 32; }      // of a bit row
+  constexpr int64_t row_words() const { return (rows + 31) / 32; }  // of a column
 };
 
 // A packed mask. Bit c % 32 of bits[h][row][c / 32] says whether the query block of this row attends to key block
@@ -127,6 +128,47 @@ struct PlanParams {
   WorkItem* items = nullptr;  // out, (num_items)
 };
 
+// The mask as the keys see it: the transpose of its bits. Bit r % 32 of columns[h][c][r / 32] is bit c of row r; the
+// query blocks of a sequence are bits Sequence::row_begin and following of the columns that are its key blocks.
+struct TransposeParams {
+  MaskView mask;
+  uint32_t* columns = nullptr;  // out, (heads, cols, row_words)
+};
+
+// One stationary tile of the backward kernel: up to 64 or 128 keys of one key block and key head. Where blocks are
+// smaller, neighbouring blocks share a tile, which then streams each query block that is active with any of them.
+struct alignas(64) KeyItem {
+  int32_t column;     // key block, in its sequence; the first, if united. -1: no tile; such items end the list
+  int32_t sequence;   // batch index
+  int32_t head;       // key head
+  int32_t first_key;  // of the tile, in its sequence
+  int32_t keys;       // of the tile; fewer than its rows where its blocks or the sequence end before
+  int32_t united;     // key blocks of the tile
+  int32_t active;     // which of them some query block is active with, one bit each
+  int32_t blocks;     // active query blocks, added up over the query heads that read the key head
+  int32_t row_begin;  // copied from Sequence, as are the following
+  int32_t q_begin;
+  int32_t q_len;
+  int32_t k_begin;
+  int32_t k_len;
+  int32_t part;   // a far heavier tile than others is cut: this item streams one of `parts` equal parts of its queries,
+  int32_t parts;  // and adds what it has to what the others left in the workspace, if it is the last to end
+  int32_t slot;   // of the workspace, that of part 0
+};
+
+// The work list of the backward pass: a record per tile, heaviest first within sections whose queries and gradients fit
+// the L2 cache; tiles far heavier than the others come before all, in parts.
+struct KeyPlanParams {
+  MaskView mask;                      // of which bits are not read
+  const uint32_t* columns = nullptr;  // (heads, cols, row_words)
+  int32_t heads_q = 0;
+  int32_t heads_k = 0;
+  int32_t head_dim = 0;
+  int32_t element_size = 2;  // bytes
+  void* scratch = nullptr;   // key_plan_scratch_size(num_items) bytes, aligned to 8
+  KeyItem* items = nullptr;  // out, (num_key_items)
+};
+
 // A tensor of (batch, rows, heads, head_dim) or, packed, (rows, heads, head_dim). Strides in elements; the last
 // dimension is contiguous.
 struct TensorView {
@@ -163,6 +205,24 @@ struct ForwardParams {
 
   void* workspace = nullptr;  // device, forward_workspace_size() bytes; not shared by concurrent calls
   int64_t* cycles = nullptr;  // optional, (2 x multiprocessors, 2): SM clock at the start and end of each CTA
+};
+
+// Gradients of forward(). `problem` is that of the forward call, with its results in `out` and `lse`; its workspace and
+// cycles are not used.
+struct BackwardParams {
+  ForwardParams problem;
+  TensorView grad_out;              // as out
+  const float* grad_lse = nullptr;  // as lse; null: zeros
+  TensorView grad_q;                // out, as q
+  TensorView grad_k;                // out, as k
+  TensorView grad_v;                // out, as k
+
+  const uint32_t* columns = nullptr;   // (heads, cols, row_words)
+  const KeyItem* key_items = nullptr;  // (num_key_items)
+  int64_t num_key_items = 0;
+  bool deterministic = false;  // grad_q is the same in every run; grad_k and grad_v always are
+
+  void* workspace = nullptr;  // device, backward_workspace_size() bytes, aligned to 128; not shared by concurrent calls
 };
 
 }  // namespace hbsattn

@@ -39,7 +39,7 @@ struct BitRow {
 
   BitRows rows;
   int32_t* ring;
-  int col_end;  // columns from here on are ignored
+  int col_begin, col_end;  // columns outside are ignored
   int lane;
   int chunk;           // that `word` belongs to
   uint32_t word;       // this lane's columns of the chunk
@@ -49,31 +49,35 @@ struct BitRow {
 
   static __device__ __forceinline__ int first_chunk(int col_end) { return (col_end - 1) / kColumns; }
 
-  static __device__ __forceinline__ uint32_t load(const BitRows& rows, int col_end, int chunk, int lane) {
+  static __device__ __forceinline__ uint32_t load(const BitRows& rows, int col_begin, int col_end, int chunk,
+                                                  int lane) {
     const int first_col = chunk * kColumns + lane * 32;
-    if (chunk < 0 || first_col >= col_end) return 0;
-    const uint32_t word = rows.word(first_col / 32);
+    if (chunk < 0 || first_col >= col_end || first_col + 32 <= col_begin) return 0;
+    uint32_t word = rows.word(first_col / 32);
+    if (first_col < col_begin) word &= ~0u << (col_begin - first_col);
     return first_col + 32 <= col_end ? word : word & ((1u << (col_end - first_col)) - 1);
   }
 
-  // `first_word` is load(rows, col_end, first_chunk(col_end), lane). A row without columns is not expanded.
-  __device__ __forceinline__ BitRow(const BitRows& rows, int col_end, int32_t* ring, uint32_t first_word, int lane)
+  // `first_word` is load(rows, col_begin, col_end, first_chunk(col_end), lane). A row without columns is not expanded.
+  __device__ __forceinline__ BitRow(const BitRows& rows, int col_begin, int col_end, int32_t* ring, uint32_t first_word,
+                                    int lane)
       : rows(rows),
         ring(ring),
+        col_begin(col_begin),
         col_end(col_end),
         lane(lane),
         chunk(first_chunk(col_end)),
         word(first_word),
-        next_word(load(rows, col_end, chunk - 1, lane)),
+        next_word(load(rows, col_begin, col_end, chunk - 1, lane)),
         pending(__ballot_sync(0xffffffffu, first_word != 0)) {}
 
   // Makes at least `count` entries, or all there are.
   __device__ __forceinline__ void expand(int count) {
     while (made < count) {
       while (pending == 0) {
-        if (--chunk < 0) return;
+        if (--chunk < col_begin / kColumns) return;
         word = next_word;
-        next_word = load(rows, col_end, chunk - 1, lane);
+        next_word = load(rows, col_begin, col_end, chunk - 1, lane);
         pending = __ballot_sync(0xffffffffu, word != 0);
       }
       // The round's words are kBits in a row; all above them are done. Lane 0 has the largest columns.

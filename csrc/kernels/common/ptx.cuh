@@ -35,10 +35,31 @@ __device__ __forceinline__ void hold_back_waits(float value, uint32_t address) {
       : "memory");
 }
 
+// The same for any bits; they have the pattern for which it stores once in 2^32 times.
+__device__ __forceinline__ void hold_back_waits(uint32_t bits, uint32_t address) {
+  asm volatile(
+      "{\n"
+      ".reg .pred rarely;\n"
+      "setp.eq.u32 rarely, %0, 0x7fa5c3e1;\n"
+      "@rarely st.shared.u32 [%1], %0;\n"
+      "}\n" ::"r"(bits),
+      "r"(address)
+      : "memory");
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// Has the copy engine add `bytes` bytes of floats in shared memory to those in global memory; a bulk group of its own.
+__device__ __forceinline__ void bulk_add(float* destination, const float* source, uint32_t bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;\n" ::"l"(destination),
+      "r"(shared_address(source)), "r"(bytes)
+      : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {

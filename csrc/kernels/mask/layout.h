@@ -199,6 +199,92 @@ constexpr bool pays_to_unite(const MaskShape& shape, int64_t together, int64_t a
          6 * together * shape.k_block_size + 5 * kTileKeys < 5 * (apart * shape.k_block_size + tiles * kTileKeys);
 }
 
+// Rows of the bit matrix that are a sequence's query blocks.
+struct RowRange {
+  int32_t begin, end;
+};
+
+constexpr RowRange find_rows(const MaskShape& shape, int32_t row_begin, int32_t q_len) {
+  const int32_t blocks = q_len <= 0 ? 0 : (q_len - 1) / shape.q_block_size + 1;
+  const int64_t begin = clamp<int64_t>(row_begin, 0, shape.rows);
+  const int64_t end = clamp(int64_t{row_begin} + blocks, begin, shape.rows);
+  return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+}
+
+// The work list of the backward pass before it is put in order: key heads, sequences, groups of united columns, tiles
+// of a block.
+struct KeyGrid {
+  MaskShape shape;
+  const Sequence* sequences;
+  KeyTileShape tiles;
+  int32_t count;       // tiles of one sequence and key head
+  int32_t group;       // query heads that read one key head
+  int32_t mask_heads;  // that these have: all share one, or each has its own
+};
+
+constexpr KeyGrid make_key_grid(const MaskView& mask, int32_t heads_q, int32_t heads_k, int32_t head_dim) {
+  const KeyTileShape tiles = shape_key_tiles(mask.shape, head_dim);
+  return {mask.shape,
+          mask.sequences,
+          tiles,
+          static_cast<int32_t>(tiles.count(mask.shape)),
+          heads_q / heads_k,
+          larger(mask.shape.heads / heads_k, 1)};
+}
+
+// Of the query heads that read a key head, the mask of the first; the others' follow.
+constexpr int32_t first_mask_head(const KeyGrid& grid, int32_t head) {
+  return grid.shape.heads == 1 ? 0 : head * grid.mask_heads;
+}
+
+// Without what is active.
+constexpr KeyItem make_key_item(const KeyGrid& grid, int64_t index) {
+  const MaskShape& shape = grid.shape;
+  // Not 64-bit divisions: those are subroutines on a GPU.
+  const int32_t pair = static_cast<int32_t>(index) / grid.count, tile = static_cast<int32_t>(index) % grid.count;
+  const int32_t column = tile / grid.tiles.tiles * grid.tiles.united;
+  const int64_t block_begin = int64_t{column} * shape.k_block_size;
+  const int64_t first_key = block_begin + int64_t{tile % grid.tiles.tiles} * grid.tiles.tile_keys;
+
+  KeyItem item{};
+  item.sequence = pair % shape.batch;
+  item.head = pair / shape.batch;
+  const Sequence& sequence = grid.sequences[item.sequence];
+  item.row_begin = sequence.row_begin;
+  item.q_begin = sequence.q_begin;
+  item.q_len = sequence.q_len;
+  item.k_begin = sequence.k_begin;
+  item.k_len = sequence.k_len;
+  if (first_key >= sequence.k_len) {
+    item.column = -1;
+    return item;
+  }
+  const int64_t blocks_end =
+      block_begin + smaller<int64_t>(grid.tiles.united, shape.cols - column) * shape.k_block_size;
+  const int64_t end = smaller(smaller(first_key + grid.tiles.tile_keys, blocks_end), int64_t{sequence.k_len});
+  item.column = column;
+  item.first_key = static_cast<int32_t>(first_key);
+  item.keys = static_cast<int32_t>(end - first_key);
+  item.united = (item.keys - 1) / shape.k_block_size + 1;
+  return item;
+}
+
+// Whether an item is so much heavier than the mean of `items` items, which weigh `total` together, that a
+// multiprocessor which came to it late would still compute it when all others are done.
+constexpr bool is_heavy(int32_t weight, uint64_t total, uint32_t items) {
+  const uint64_t positive = larger(weight, 0);
+  return positive * items > 3 * total && positive * 4096 > total;
+}
+
+// Parts that a heavy item is cut into: none much longer than a quarter of what a multiprocessor computes in all, or
+// than what pays for adding them up again.
+constexpr int32_t count_parts(const MaskShape& shape, int32_t weight, uint64_t total) {
+  constexpr int32_t kMostParts = 32, kQueries = 2048;
+  const auto quarter = static_cast<uint32_t>(smaller<uint64_t>(total >> 9, INT32_MAX));
+  const uint32_t longest = larger<uint32_t>(quarter, (kQueries - 1) / shape.q_block_size + 1);
+  return smaller<int32_t>((static_cast<uint32_t>(weight) - 1) / longest + 1, kMostParts);
+}
+
 // Bits of word w of a bit row that belong to columns before `end`.
 constexpr uint32_t bits_before(int32_t end, int32_t word) {
   const int32_t count = end - 32 * word;

@@ -4,6 +4,7 @@
 #include "kernels/common/cuda_status.h"
 #include "kernels/instances.h"
 #include "kernels/mask/layout.h"
+#include "kernels/mask/order.cuh"
 
 namespace hbsattn::kernels {
 namespace {
@@ -12,19 +13,10 @@ using mask::Item;
 using mask::ItemGrid;
 
 constexpr int kCountThreads = 64;
-constexpr int kOrderThreads = 256;
-constexpr int kLanes = 4;  // threads that rank one item together
-constexpr int kOrderItems = kOrderThreads / kLanes;
-constexpr int kChunk = 1024;  // keys in shared memory at a time
-
-// Tiles that run at the same time should find their keys and values in L2 (50 MB, of which queries, outputs and the
-// far partition take a share).
-constexpr int64_t kSectionBytes = int64_t{32} << 20;
 constexpr int64_t kUnitedSectionItems = 1024;
-constexpr int64_t kSectionItems = 8192;  // ranking costs this many comparisons an item
 
-// Items of a section: a run of the list that is put in order by itself. As many (sequence, key head) pairs as fit.
-int64_t count_section_items(const PlanParams& params, const TileShape& tiles, int64_t num_items) {
+// Items of a section: those of as many (sequence, key head) pairs as fit.
+int32_t count_section_items(const PlanParams& params, const TileShape& tiles, int64_t num_items) {
   const MaskShape& shape = params.mask.shape;
   const int64_t longest = std::max<int64_t>(shape.cols * shape.k_block_size, 1);
   const int64_t bytes = 2 * longest * params.head_dim * params.element_size;
@@ -35,8 +27,7 @@ int64_t count_section_items(const PlanParams& params, const TileShape& tiles, in
                                   : pairs * mask::ceil_div(shape.rows, batch) * tiles.tiles;
   // Not so few that adding up the live items of all sections takes long.
   if (tiles.united > 1) wanted = std::max<int64_t>(wanted, kUnitedSectionItems);
-  const int64_t items = std::min(wanted, num_items);
-  return mask::ceil_div(items, mask::ceil_div(items, kSectionItems));
+  return limit_section_items(wanted, num_items);
 }
 
 // What uniting the tiles of a neighbourhood would give.
@@ -116,87 +107,33 @@ __global__ void __launch_bounds__(kCountThreads)
   }
 }
 
-// Items that have a tile: in the sections before one, in this one, and in all. kLanes threads count them together.
-struct LivePlace {
-  int64_t before = 0, all = 0;
-  int here;
+// The records of the list, from what count_blocks_kernel found.
+struct ItemList {
+  static constexpr bool kHeavyFirst = false;
+  ItemGrid grid;
+  const int32_t* masked;
 
-  __device__ LivePlace(const int32_t* live, int64_t section, int64_t sections, int lane) : here(live[section]) {
-    for (int64_t i = lane; i < sections; i += kLanes) {
-      all += live[i];
-      if (i < section) before += live[i];
+  __device__ PackedRecord make_record(int64_t index, int weight, int) const {
+    WorkItem record = mask::make_item(grid, index).record;
+    record.blocks = weight;
+    record.masked = masked[index];
+    if (record.masked < 0) {
+      record.united = ~record.masked;
+      record.masked = weight;
+      if (record.united > 1) {
+        // The last block sees farthest.
+        record.col_end = mask::make_item(grid, index + record.united - 1).record.col_end;
+      } else {
+        record.bit_row = -1;
+        record.blocks = record.masked = 0;
+      }
     }
-#pragma unroll
-    for (int delta = kLanes / 2; delta > 0; delta /= 2) {
-      all += __shfl_xor_sync(~0u, all, delta);
-      before += __shfl_xor_sync(~0u, before, delta);
-    }
+    return {make_int4(record.bit_row, record.sequence, record.head, record.block_row),
+            make_int4(record.first_row, record.blocks, record.masked, record.col_end),
+            make_int4(record.q_begin, record.q_len, record.k_begin, record.k_len), make_int4(record.united, 0, 0, 0)};
   }
 };
-
-// Ranks kOrderItems items of one section, by the number of its items that are heavier, or as heavy and earlier, and
-// writes their records where they belong. Items without a tile go to the end of the list, section by section.
-__global__ void __launch_bounds__(kOrderThreads)
-    order_items_kernel(const ItemGrid grid, int64_t num_items, int64_t section_items, int ctas_per_section,
-                       const int32_t* blocks, const int32_t* masked, const int32_t* live, WorkItem* items) {
-  __shared__ int4 keys[kChunk / 4];
-  const int64_t section = blockIdx.x / ctas_per_section, begin = section * section_items;
-  const int count = static_cast<int>(mask::smaller(section_items, num_items - begin));
-  const int mine = static_cast<int>(blockIdx.x % ctas_per_section) * kOrderItems + threadIdx.x / kLanes;
-  const int lane = threadIdx.x % kLanes;
-  const int weight = mine < count ? blocks[begin + mine] : 0;
-
-  int rank = 0;
-  for (int first = 0; first < count; first += kChunk) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < kChunk; i += kOrderThreads) {
-      // Behind the last item, -1: as light as an item without a tile, but later than any.
-      reinterpret_cast<int32_t*>(keys)[i] = first + i < count ? blocks[begin + first + i] : -1;
-    }
-    __syncthreads();
-    for (int i = lane; 4 * i < mask::smaller(kChunk, count - first); i += kLanes) {
-      const int4 key = keys[i];
-      const int position = first + 4 * i;
-      rank += key.x > weight - (position < mine);
-      rank += key.y > weight - (position + 1 < mine);
-      rank += key.z > weight - (position + 2 < mine);
-      rank += key.w > weight - (position + 3 < mine);
-    }
-  }
-#pragma unroll
-  for (int delta = kLanes / 2; delta > 0; delta /= 2) rank += __shfl_xor_sync(~0u, rank, delta);
-  int64_t place = begin + rank;
-  if (grid.united > 1) {
-    const LivePlace live_place(live, section, gridDim.x / ctas_per_section, lane);
-    if (rank < live_place.here) {
-      place = live_place.before + rank;
-    } else {
-      place = live_place.all + (begin - live_place.before) + rank - live_place.here;
-    }
-  }
-  if (mine >= count) return;
-
-  WorkItem record = mask::make_item(grid, begin + mine).record;
-  record.blocks = weight;
-  record.masked = masked[begin + mine];
-  if (record.masked < 0) {
-    record.united = ~record.masked;
-    record.masked = weight;
-    if (record.united > 1) {
-      // The last block sees farthest.
-      record.col_end = mask::make_item(grid, begin + mine + record.united - 1).record.col_end;
-    } else {
-      record.bit_row = -1;
-      record.blocks = record.masked = 0;
-    }
-  }
-  int4* destination = reinterpret_cast<int4*>(items + place);
-  if (lane == 0) destination[0] = make_int4(record.bit_row, record.sequence, record.head, record.block_row);
-  if (lane == 1) destination[1] = make_int4(record.first_row, record.blocks, record.masked, record.col_end);
-  if (lane == 2) destination[2] = make_int4(record.q_begin, record.q_len, record.k_begin, record.k_len);
-  if (lane == 3) destination[3] = make_int4(record.united, 0, 0, 0);
-}
-static_assert(sizeof(WorkItem) == kLanes * sizeof(int4) && offsetof(WorkItem, first_row) == 16 &&
+static_assert(sizeof(WorkItem) == sizeof(PackedRecord) && offsetof(WorkItem, first_row) == 16 &&
               offsetof(WorkItem, q_begin) == 32 && offsetof(WorkItem, united) == 48);
 
 }  // namespace
@@ -210,7 +147,7 @@ Status plan_items(const PlanParams& params, int64_t num_items, Stream stream) {
   int32_t* blocks = static_cast<int32_t*>(params.scratch);
   int32_t* masked = blocks + num_items;
   int32_t* live = masked + num_items;
-  const auto section_items = static_cast<int32_t>(count_section_items(params, tiles, num_items));
+  const int32_t section_items = count_section_items(params, tiles, num_items);
   if (tiles.united > 1) {
     const size_t bytes = mask::ceil_div(num_items, section_items) * sizeof(int32_t);
     HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(live, 0, bytes, stream), "cudaMemsetAsync"));
@@ -224,11 +161,8 @@ Status plan_items(const PlanParams& params, int64_t num_items, Stream stream) {
                                                          masked, live);
   HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetLastError(), "the launch of count_blocks"));
 
-  const int64_t ctas_per_section = mask::ceil_div(section_items, kOrderItems);
-  const auto order_ctas = static_cast<unsigned>(mask::ceil_div(num_items, section_items) * ctas_per_section);
-  order_items_kernel<<<order_ctas, kOrderThreads, 0, stream>>>(
-      grid, num_items, section_items, static_cast<int>(ctas_per_section), blocks, masked, live, params.items);
-  return cuda_status(cudaGetLastError(), "the launch of order_items");
+  return order_items(ItemList{grid, masked}, num_items, section_items, blocks, tiles.united > 1 ? live : nullptr,
+                     nullptr, params.items, stream);
 }
 
 }  // namespace hbsattn::kernels

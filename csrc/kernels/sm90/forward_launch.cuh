@@ -9,36 +9,22 @@
 #include <string>
 
 #include "kernels/common/cuda_status.h"
-#include "kernels/common/tensor_map.h"
 #include "kernels/instances.h"
 #include "kernels/sm90/forward_kernel.cuh"
+#include "kernels/sm90/tensor_rows.h"
 
 namespace hbsattn::kernels {
-
-// A batched tensor's entries are runs of rows of one long matrix: `batch_rows` apart.
-struct RowsOfTensor {
-  MatrixRows matrix;
-  int batch_rows;
-};
-
-inline RowsOfTensor rows_of(const TensorView& view, const ForwardParams& params, int64_t rows, int heads) {
-  const bool batched = !params.packed && params.mask.shape.batch > 1;
-  const int64_t batch_rows = batched ? view.batch_stride / view.row_stride : 0;
-  const int64_t all_rows = batched ? (params.mask.shape.batch - 1) * batch_rows + rows : rows;
-  // The stride of a dimension of one is arbitrary in torch; the copy engine wants a sane one.
-  const int64_t head_stride = heads > 1 ? view.head_stride : params.head_dim;
-  const int64_t row_stride = all_rows > 1 ? view.row_stride : params.head_dim;
-  return {{view.data, all_rows, row_stride, heads, head_stride, params.head_dim, params.dtype},
-          static_cast<int>(batch_rows)};
-}
 
 template <class Config>
 int forward_shared_bytes() {
   return static_cast<int>(sizeof(typename sm90::ForwardTraits<Config>::Storage));
 }
 
+// Fills what a kernel gets that streams keys and values past tiles of query rows, and tells whether the general one is
+// needed. `out_name`: what the caller knows params.out as.
 template <class Config>
-Status run_forward(const ForwardParams& params, Stream stream) {
+Status set_arguments(const ForwardParams& params, const std::string& out_name, sm90::ForwardArguments& args,
+                     bool& general) {
   using Traits = sm90::ForwardTraits<Config>;
   const MaskShape& shape = params.mask.shape;
   const RowsOfTensor q = rows_of(params.q, params, params.rows_q, params.heads_q);
@@ -52,12 +38,11 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   }
   for (const RowsOfTensor& tensor : {q, k, v, out}) {
     if (tensor.matrix.rows >= sm90::kOutOfBounds) {
-      return Status::NotSupported("q, k, v or out spans " + std::to_string(tensor.matrix.rows) +
+      return Status::NotSupported("q, k, v or " + out_name + " spans " + std::to_string(tensor.matrix.rows) +
                                   " rows over its batch; expected fewer than 2^30");
     }
   }
 
-  sm90::ForwardArguments args{};
   const int group = params.heads_q / params.heads_k;
   const TileShape tiles = shape_tiles(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads);
   const auto block_rows = static_cast<int>(std::min<int64_t>(tiles.block_rows, INT_MAX));
@@ -98,7 +83,6 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   args.items = params.items;
   args.num_items = static_cast<int>(params.num_items);
   args.ticket = static_cast<int*>(params.workspace);
-  args.cycles = reinterpret_cast<long long*>(params.cycles);
   args.out = params.out.data;
   args.out_batch_stride = params.packed ? 0 : params.out.batch_stride;
   args.out_row_stride = params.out.row_stride;
@@ -122,18 +106,34 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   args.causal = shape.causal;
   args.scale = params.softmax_scale;
   args.scale_log2 = static_cast<float>(params.softmax_scale * M_LOG2E);
+  general = args.ragged_blocks || args.box_heads > 1 || tiles.united > 1;
+  return Status::Ok();
+}
 
+// Starts persistent CTAs, as many as run at once.
+template <class Arguments>
+Status launch_tiles(void (*kernel)(Arguments), const Arguments& args, int threads, int ctas_per_sm, int shared_bytes,
+                    const char* what, Stream stream) {
   int device_capability = 0, multiprocessors = 0;
   HBSATTN_RETURN_IF_ERROR(current_device(&device_capability, &multiprocessors));
-  const bool general = args.ragged_blocks || args.box_heads > 1 || tiles.united > 1;
-  auto kernel = general ? sm90::forward_kernel<Config, true> : sm90::forward_kernel<Config, false>;
-  constexpr int kSharedBytes = sizeof(typename Traits::Storage);
   HBSATTN_RETURN_IF_ERROR(cuda_status(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "cudaFuncSetAttribute"));
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "cudaFuncSetAttribute"));
   HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.ticket, 0, sizeof(int), stream), "cudaMemsetAsync"));
-  const int grid = static_cast<int>(std::min<int64_t>(multiprocessors * Config::kCtasPerSm, params.num_items));
-  kernel<<<grid, Traits::kThreads, kSharedBytes, stream>>>(args);
-  return cuda_status(cudaGetLastError(), "the launch of the forward kernel");
+  const int grid = std::min(multiprocessors * ctas_per_sm, args.num_items);
+  kernel<<<grid, threads, shared_bytes, stream>>>(args);
+  return cuda_status(cudaGetLastError(), what);
+}
+
+template <class Config>
+Status run_forward(const ForwardParams& params, Stream stream) {
+  using Traits = sm90::ForwardTraits<Config>;
+  sm90::ForwardArguments args{};
+  bool general = false;
+  HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(params, "out", args, general));
+  args.cycles = reinterpret_cast<long long*>(params.cycles);
+  auto* kernel = general ? sm90::forward_kernel<Config, true> : sm90::forward_kernel<Config, false>;
+  return launch_tiles(kernel, args, Traits::kThreads, Config::kCtasPerSm, forward_shared_bytes<Config>(),
+                      "the launch of the forward kernel", stream);
 }
 
 }  // namespace hbsattn::kernels

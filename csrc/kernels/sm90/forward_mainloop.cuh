@@ -5,26 +5,17 @@
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
+#include "kernels/common/convert.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/softmax.cuh"
 #include "kernels/sm90/forward_producer.cuh"
 #include "kernels/sm90/forward_traits.cuh"
+#include "kernels/sm90/turn.cuh"
 
 // What one consumer warpgroup does with the stages of a tile: scores of 64 query rows against a stage of keys, softmax,
 // and the product with the values of the stage before, which overlaps the softmax.
 
 namespace hbsattn::sm90 {
-
-template <class Element>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  if constexpr (std::is_same_v<Element, cutlass::bfloat16_t>) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-}
 
 // The last key, in the sequence, that each of a thread's two rows may attend to, less the thread's own column offset
 // in a group of 8 columns: what a granule's key position is compared with.
@@ -34,20 +25,31 @@ struct KeyLimits {
   int least;     // of the rows of the warp; the general kernel's
   int granules;  // of the warp's query block, in those of a stage
 
+  // The limit of a row that does not exist. What its queries are is not known.
+  static constexpr int kNoRow = INT_MIN / 2;
+
   __device__ __forceinline__ KeyLimits(const ForwardArguments& args, const WorkItem& item, int warp_row, int lane)
       : granules(0) {
+    [[maybe_unused]] bool exists[2];
     int first_row = item.block_row;
     if (!kGeneral) first_row += args.q_block_size.rem(item.first_row + warp_row);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int in_warp = lane / 4 + 8 * row;
-      // In a box of several heads, those of a warp's rows may differ.
-      const int query = kGeneral ? place_row<kGeneral>(args, item, warp_row + in_warp).row : first_row + in_warp;
+      int query = first_row + in_warp;
+      if constexpr (kGeneral) {
+        // In a box of several heads, those of a warp's rows may differ.
+        const RowPlace place = place_row<kGeneral>(args, item, warp_row + in_warp);
+        query = place.row;
+        exists[row] = place.count > 0;
+      }
       const int diagonal = query + item.k_len - item.q_len;
       value[row] = args.causal ? min(diagonal, item.k_len - 1) : item.k_len - 1;
     }
     if constexpr (kGeneral) {
-      least = __reduce_min_sync(0xffffffffu, min(value[0], value[1]));
+      least = __reduce_min_sync(0xffffffffu, min(exists[0] ? value[0] : INT_MAX, exists[1] ? value[1] : INT_MAX));
+      if (!exists[0]) value[0] = kNoRow;
+      if (!exists[1]) value[1] = kNoRow;
       if (item.united > 1) granules = args.block_rows.div(warp_row);
     }
 #pragma unroll
@@ -55,25 +57,49 @@ struct KeyLimits {
   }
 };
 
-// Ping-pong between two consumer warpgroups: one computes its softmax while the other has the tensor cores. With one
-// warpgroup, the other CTA of the multiprocessor fills the gaps.
-template <int kUnits>
-struct Turn {
-  static constexpr uint32_t kThreads = 128 * kUnits;
-  uint32_t mine, others;
+// One rule for causality, the ends of blocks and sequences, and padding: a key past the row's limit or past its
+// block does not count. `granules`: those of the stage.
+template <class Traits, bool kGeneral, class Scores>
+__device__ __forceinline__ void mask_scores(Scores& scores, const int32_t* granules, const KeyLimits<kGeneral>& limits,
+                                            int lane) {
+  if (kGeneral) granules += limits.granules * Traits::kGranules;
+  CUTE_UNROLL
+  for (int i = 0; i < Traits::kGranules; ++i) {
+    // Lane 0 alone reads, because its arrival at keys_empty is what lets the producer overwrite them.
+    const int code = __shfl_sync(0xffffffffu, lane == 0 ? granules[i] : 0, 0);
+    int first_key = code, limit[2] = {limits.value[0], limits.value[1]};
+    if constexpr (kGeneral) {
+      if (code >= 0 && code + kGranule - 1 <= limits.least) continue;
+      first_key = granule_first_key(code);
+      const int last_key = granule_last_key(code) - 2 * (lane & 3);
+      limit[0] = min(limit[0], last_key);
+      limit[1] = min(limit[1], last_key);
+    }
+    CUTE_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      const int key = first_key + (j >> 2) * 8 + (j & 1);
+      float& score = scores(8 * i + j);
+      score = key > limit[(j >> 1) & 1] ? -INFINITY : score;
+    }
+  }
+}
 
-  __device__ __forceinline__ explicit Turn(int unit)
-      : mine(unit == 0 ? kTurn0 : kTurn1), others(unit == 0 ? kTurn1 : kTurn0) {
-    // The first turn is unit 0's.
-    if (kUnits > 1 && unit == 1) cutlass::arch::NamedBarrier::arrive(kThreads, kTurn0);
+// Makes a first operand of scores.
+template <class Scores, class Operand>
+__device__ __forceinline__ void convert_scores(const Scores& scores, Operand& operand) {
+  auto registers = cute::recast<uint32_t>(operand);
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size(registers); ++i) {
+    registers(i) = pack_pair<typename Operand::value_type>(scores(2 * i), scores(2 * i + 1));
   }
-  __device__ __forceinline__ void take() const {
-    if constexpr (kUnits > 1) cutlass::arch::NamedBarrier::sync(kThreads, mine);
-  }
-  __device__ __forceinline__ void pass() const {
-    if constexpr (kUnits > 1) cutlass::arch::NamedBarrier::arrive(kThreads, others);
-  }
-};
+}
+
+template <class Operand>
+__device__ __forceinline__ void fence_operand(Operand& operand) {
+  auto registers = cute::recast<uint32_t>(operand);
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size(registers); ++i) cute::warpgroup_fence_operand(registers(i));
+}
 
 template <class Traits, bool kGeneral>
 struct ForwardMainloop {
@@ -163,7 +189,7 @@ struct ForwardMainloop {
     Tensor sVt = make_tensor(make_smem_ptr(&storage.values[0][0]), typename Traits::SmemLayoutVt{});
     Tensor rV = thread_mma.partition_fragment_B(sVt);
     warpgroup_fence_operand(output);
-    fence_probabilities(probabilities);
+    fence_operand(probabilities);
     warpgroup_arrive();
     mma.accumulate_ = accumulate ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero;
     CUTE_UNROLL
@@ -173,47 +199,11 @@ struct ForwardMainloop {
     }
     warpgroup_commit_batch();
     warpgroup_fence_operand(output);
-    fence_probabilities(probabilities);
+    fence_operand(probabilities);
   }
 
-  static __device__ __forceinline__ void fence_probabilities(Probabilities& probabilities) {
-    auto registers = cute::recast<uint32_t>(probabilities);
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(registers); ++i) cute::warpgroup_fence_operand(registers(i));
-  }
-
-  static __device__ __forceinline__ void convert(const Scores& scores, Probabilities& probabilities) {
-    auto registers = cute::recast<uint32_t>(probabilities);
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(registers); ++i) {
-      registers(i) = pack_pair<Element>(scores(2 * i), scores(2 * i + 1));
-    }
-  }
-
-  // One rule for causality, the ends of blocks and sequences, and padding: a key past the row's limit or past its
-  // block does not count.
   __device__ __forceinline__ void mask(Scores& scores, const KeyLimits<kGeneral>& limits) const {
-    const int32_t* granules = storage.granules[key_stage.index];
-    if (kGeneral) granules += limits.granules * Traits::kGranules;
-    CUTE_UNROLL
-    for (int i = 0; i < Traits::kGranules; ++i) {
-      // Lane 0 alone reads, because its arrival at keys_empty is what lets the producer overwrite them.
-      const int code = __shfl_sync(0xffffffffu, lane == 0 ? granules[i] : 0, 0);
-      int first_key = code, limit[2] = {limits.value[0], limits.value[1]};
-      if constexpr (kGeneral) {
-        if (code >= 0 && code + kGranule - 1 <= limits.least) continue;
-        first_key = granule_first_key(code);
-        const int last_key = granule_last_key(code) - 2 * (lane & 3);
-        limit[0] = min(limit[0], last_key);
-        limit[1] = min(limit[1], last_key);
-      }
-      CUTE_UNROLL
-      for (int j = 0; j < 8; ++j) {
-        const int key = first_key + (j >> 2) * 8 + (j & 1);
-        float& score = scores(8 * i + j);
-        score = key > limit[(j >> 1) & 1] ? -INFINITY : score;
-      }
-    }
+    mask_scores<Traits>(scores, storage.granules[key_stage.index], limits, lane);
   }
 
   __device__ __forceinline__ void release_keys() {
@@ -242,15 +232,20 @@ struct ForwardMainloop {
     if constexpr (kMasked) mask(scores, limits);
     release_keys();
     // The second product still runs while the maxima are found.
-    const OnlineSoftmax::Growth growth = softmax.find_growth(scores, args.scale_log2);
+    OnlineSoftmax::Growth growth = softmax.find_growth(scores, args.scale_log2);
     hold_back_waits(growth.by[0] + growth.by[1], barriers);
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(output);
-    fence_probabilities(probabilities);
+    fence_operand(probabilities);
     release_values();
+    if constexpr (kGeneral) {
+      // Rows that do not exist have no say in when the others are rescaled, or results would differ from run to run.
+      if (limits.value[0] <= limits.kNoRow) growth.by[0] = -INFINITY;
+      if (limits.value[1] <= limits.kNoRow) growth.by[1] = -INFINITY;
+    }
     softmax.grow(growth, args.scale_log2, output);
     softmax.exponentiate<kPaced>(scores, args.scale_log2, args.zero);
-    convert(scores, probabilities);
+    convert_scores(scores, probabilities);
   }
 
   // All stages of a tile. Masked stages come first; the loop after them has no mask code.
@@ -267,7 +262,7 @@ struct ForwardMainloop {
     release_keys();
     softmax.begin(scores, args.scale_log2);
     softmax.exponentiate<kPaced>(scores, args.scale_log2, args.zero);
-    convert(scores, probabilities);
+    convert_scores(scores, probabilities);
 
     bool accumulate = false;
     int stage = 1;
@@ -286,7 +281,7 @@ struct ForwardMainloop {
     issue_values(probabilities, accumulate);
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(output);
-    fence_probabilities(probabilities);
+    fence_operand(probabilities);
     release_values();
   }
 };

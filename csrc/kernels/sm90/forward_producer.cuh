@@ -3,6 +3,7 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "kernels/common/ptx.cuh"
+#include "kernels/common/tensor_map.h"
 #include "kernels/sm90/forward_traits.cuh"
 
 // The warps that move data. One announces tiles, one loads keys, one values, one queries; it also stores outputs.
@@ -85,8 +86,8 @@ __device__ __forceinline__ int key_end_of_tile(const ForwardArguments& args, con
   return min(item.k_len, last_row + item.k_len - item.q_len + 1);
 }
 
-template <class Traits, bool kGeneral>
-__device__ __forceinline__ void load_queries(const ForwardArguments& args, typename Traits::Storage& storage,
+template <class Traits, bool kGeneral, class Arguments>
+__device__ __forceinline__ void load_queries(const Arguments& args, typename Traits::Storage& storage,
                                              const WorkItem& item, int buffer, int lane) {
   for (int unit = 0; unit < Traits::kUnits; ++unit) {
     uint64_t* full = &storage.queries_full[buffer][unit];
@@ -98,10 +99,17 @@ __device__ __forceinline__ void load_queries(const ForwardArguments& args, typen
       const RowPlace place = place_row<kGeneral>(args, item, unit * kUnitRows + first);
       const int tensor_row = item.q_begin + item.sequence * args.q_batch_rows + place.row;
       const int first_row = place.count > 0 ? tensor_row : int{kOutOfBounds};
-      uint8_t* destination =
-          reinterpret_cast<uint8_t*>(storage.queries[buffer][unit]) + (chunk * kUnitRows + first) * Traits::kChunkBytes;
-      cute::SM90_TMA_LOAD_3D::copy(&args.map_q, full, kPassThroughL2, destination, chunk * Traits::kChunkColumns,
-                                   first_row, place.head);
+      const int offset = (chunk * kUnitRows + first) * Traits::kChunkBytes;
+      cute::SM90_TMA_LOAD_3D::copy(&args.map_q, full, kPassThroughL2,
+                                   reinterpret_cast<uint8_t*>(storage.queries[buffer][unit]) + offset,
+                                   chunk * Traits::kChunkColumns, first_row, place.head);
+      if constexpr (Traits::kForGradients) {
+        const int grad_out_row = item.q_begin + item.sequence * args.grad_out_batch_rows + place.row;
+        cute::SM90_TMA_LOAD_3D::copy(&args.map_grad_out, full, kPassThroughL2,
+                                     reinterpret_cast<uint8_t*>(storage.grad_out[buffer][unit]) + offset,
+                                     chunk * Traits::kChunkColumns, place.count > 0 ? grad_out_row : int{kOutOfBounds},
+                                     place.head);
+      }
     }
   }
 }
@@ -120,7 +128,7 @@ __device__ __forceinline__ void list_segments(const ForwardArguments& args, type
                                               uint32_t first_word, int stages, int padding, int key_end, int lane) {
   const int segments_log2 = Traits::kTileNLog2 - args.segment_log2;
   const BitRows rows = rows_of<kGeneral>(args, item);
-  typename Traits::Blocks blocks(rows, item.col_end, storage.columns, first_word, lane);
+  typename Traits::Blocks blocks(rows, 0, item.col_end, storage.columns, first_word, lane);
   for (int listed = 0; listed < stages; listed += slot_stages<Traits>(args)) {
     const int first = (listed << segments_log2) - padding;
     const int last = (min(listed + slot_stages<Traits>(args), stages) << segments_log2) - padding;
@@ -173,7 +181,7 @@ __device__ __forceinline__ void run_tile_warp(const ForwardArguments& args, type
     const bool last = item.bit_row < 0;
     uint32_t first_word = 0;
     if (!last && item.blocks > 0) {
-      first_word = Traits::Blocks::load(rows_of<kGeneral>(args, item), item.col_end,
+      first_word = Traits::Blocks::load(rows_of<kGeneral>(args, item), 0, item.col_end,
                                         Traits::Blocks::first_chunk(item.col_end), lane);
     }
 
@@ -386,9 +394,8 @@ __device__ __forceinline__ void store_output(const ForwardArguments& args, typen
 }
 
 // Fills the query buffers, and stores the outputs that come to lie in them.
-template <class Traits, bool kGeneral>
-__device__ __forceinline__ void run_buffer_warp(const ForwardArguments& args, typename Traits::Storage& storage,
-                                                int lane) {
+template <class Traits, bool kGeneral, class Arguments>
+__device__ __forceinline__ void run_buffer_warp(const Arguments& args, typename Traits::Storage& storage, int lane) {
   RingPosition<Traits::kTileSlots> slot(0);
   RingPosition<Traits::kQueryBuffers> filled(0), stored(0);
   int held = 0;  // buffers in use

@@ -20,10 +20,8 @@ namespace hbsattn::sm90 {
 // 16-row boxes fast enough for both.
 enum ProducerWarp : int { kKeyWarp = 0, kTileWarp = 1, kValueWarp = 2, kBufferWarp = 3 };
 
-// Named barriers (CUTLASS keeps the first eight of the sixteen for itself).
+// Named barriers beside those of turn.cuh.
 enum ForwardBarrier : uint32_t {
-  kTurn0 = 0,  // ping-pong: the tensor cores are consumer warpgroup 0's
-  kTurn1 = 1,  //                                       warpgroup 1's
   kUnit0 = 2,  // the four warps of consumer warpgroup 0
   kUnit1 = 3,  //                                      1
 };
@@ -83,6 +81,7 @@ struct ForwardTraits {
   static constexpr int kSlotStages = 8;                     // at most
   static constexpr int kColumnEntries = kTileM == 128 ? 512 : 256;
   using Blocks = BitRow<kTileM == 128 ? 8 : 4, kColumnEntries>;
+  static constexpr bool kForGradients = false;  // tiles have output gradients beside their queries
   static_assert(kTileM == kUnits * kUnitRows);
   static_assert(kHeadDim % kChunkColumns == 0);
 

@@ -1,0 +1,174 @@
+#include <algorithm>
+#include <cstddef>
+
+#include "kernels/common/cuda_status.h"
+#include "kernels/instances.h"
+#include "kernels/mask/layout.h"
+#include "kernels/mask/order.cuh"
+
+namespace hbsattn::kernels {
+namespace {
+
+using mask::KeyGrid;
+
+constexpr int kCountWarps = 4;
+constexpr int kHeavyThreads = 256;
+
+// Items of a section: those of as many (sequence, key head) pairs as have queries, output gradients and sums of query
+// gradients that fit.
+int32_t count_section_items(const KeyPlanParams& params, const KeyGrid& grid, int64_t num_items) {
+  const MaskShape& shape = params.mask.shape;
+  const int64_t longest = std::max<int64_t>(shape.rows / shape.batch, 1) * shape.q_block_size;
+  const int64_t row_bytes = int64_t{params.head_dim} * (2 * params.element_size + int64_t{sizeof(float)});
+  const int64_t pairs = std::max<int64_t>(kSectionBytes / (longest * grid.group) / row_bytes, 1);
+  // Not so few that adding up the live items of all sections takes longer than ranking.
+  return limit_section_items(std::max(pairs * grid.count, mask::ceil_div(num_items, kSectionItems)), num_items);
+}
+
+// Of all items that have a tile: their weight and number; of the heavy ones: parts, and slots given to them.
+struct Totals {
+  unsigned long long weight;
+  uint32_t items;
+  int32_t heavy_parts;
+  int32_t slots;
+  int32_t unused;
+};
+
+// Where the parts of a heavy item go.
+struct HeavyPlace {
+  int32_t first;  // in the list
+  int32_t parts;
+  int32_t slot;  // of the workspace, if more than one
+};
+
+// A warp counts the query blocks of one item, over the masks of its head: those that any of its columns is active with.
+// An item without a tile gets -1; `live` counts the others of each section.
+__global__ void __launch_bounds__(32 * kCountWarps)
+    count_key_blocks_kernel(const KeyGrid grid, const uint32_t* columns, int64_t num_items, int32_t section_items,
+                            int32_t* blocks, int32_t* active, int32_t* live, Totals* totals) {
+  const int lane = threadIdx.x % 32;
+  const int64_t index = int64_t{blockIdx.x} * kCountWarps + threadIdx.x / 32;
+  if (index >= num_items) return;
+  const KeyItem item = mask::make_key_item(grid, index);
+  if (item.column < 0) {
+    if (lane == 0) blocks[index] = -1;
+    return;
+  }
+
+  const mask::RowRange rows = mask::find_rows(grid.shape, item.row_begin, item.q_len);
+  const auto end_word = static_cast<int>(mask::ceil_div(rows.end, 32));
+  const int64_t row_words = grid.shape.row_words();
+  int count = 0;
+  uint32_t active_columns = 0;
+  for (int head = 0; head < grid.mask_heads; ++head) {
+    const int64_t mask_head = mask::first_mask_head(grid, item.head) + head;
+    const uint32_t* column = columns + (mask_head * grid.shape.cols + item.column) * row_words;
+    for (int word = rows.begin / 32 + lane; word < end_word; word += 32) {
+      const uint32_t inside = mask::bits_before(rows.end, word) & ~mask::bits_before(rows.begin, word);
+      uint32_t any = 0;
+      for (int i = 0; i < item.united; ++i) {
+        const uint32_t bits = column[i * row_words + word] & inside;
+        any |= bits;
+        active_columns |= bits != 0 ? 1u << i : 0;
+      }
+      count += __popc(any);
+    }
+  }
+#pragma unroll
+  for (int delta = 16; delta > 0; delta /= 2) {
+    count += __shfl_xor_sync(~0u, count, delta);
+    active_columns |= __shfl_xor_sync(~0u, active_columns, delta);
+  }
+  if (lane == 0) {
+    blocks[index] = count * (grid.group / grid.mask_heads);
+    active[index] = static_cast<int32_t>(active_columns);
+    atomicAdd(live + static_cast<int32_t>(index) / section_items, 1);
+    atomicAdd(&totals->weight, static_cast<unsigned long long>(blocks[index]));
+    atomicAdd(&totals->items, 1u);
+  }
+}
+
+// Gives every heavy item its place before all others, and its parts, as long as there are slots for them.
+__global__ void __launch_bounds__(kHeavyThreads)
+    place_heavy_kernel(const MaskShape shape, const int32_t* blocks, int64_t num_tiles, int32_t section_items,
+                       int32_t slots, Totals* totals, int32_t* heavy, HeavyPlace* places) {
+  const int64_t index = int64_t{blockIdx.x} * kHeavyThreads + threadIdx.x;
+  if (index >= num_tiles || !mask::is_heavy(blocks[index], totals->weight, totals->items)) return;
+  atomicAdd(heavy + static_cast<int32_t>(index) / section_items, 1);
+  HeavyPlace place{0, mask::count_parts(shape, blocks[index], totals->weight), 0};
+  if (place.parts > 1) {
+    place.slot = atomicAdd(&totals->slots, place.parts);
+    if (place.slot + place.parts > slots) place.parts = 1;
+  }
+  place.first = atomicAdd(&totals->heavy_parts, place.parts);
+  places[index] = place;
+}
+
+// The records of the list, from what count_key_blocks_kernel found.
+struct KeyItemList {
+  static constexpr bool kHeavyFirst = true;
+  KeyGrid grid;
+  const int32_t* active;
+  const Totals* totals;
+  const HeavyPlace* places;
+
+  __device__ int32_t count_heavy_parts() const { return totals->heavy_parts; }
+  __device__ int32_t place_heavy(int64_t index, int* parts) const {
+    *parts = places[index].parts;
+    return places[index].first;
+  }
+  __device__ PackedRecord make_record(int64_t index, int weight, int part) const {
+    KeyItem record = mask::make_key_item(grid, index);
+    record.parts = 1;
+    if (record.column >= 0) {
+      record.active = active[index];
+      record.blocks = weight;
+      if (mask::is_heavy(weight, totals->weight, totals->items)) {
+        record.part = part;
+        record.parts = places[index].parts;
+        record.slot = places[index].slot;
+      }
+    }
+    return {make_int4(record.column, record.sequence, record.head, record.first_key),
+            make_int4(record.keys, record.united, record.active, record.blocks),
+            make_int4(record.row_begin, record.q_begin, record.q_len, record.k_begin),
+            make_int4(record.k_len, record.part, record.parts, record.slot)};
+  }
+};
+static_assert(sizeof(KeyItem) == sizeof(PackedRecord) && offsetof(KeyItem, keys) == 16 &&
+              offsetof(KeyItem, row_begin) == 32 && offsetof(KeyItem, k_len) == 48);
+
+}  // namespace
+
+Status plan_keys(const KeyPlanParams& params, int64_t num_key_items, Stream stream) {
+  if (num_key_items == 0) return Status::Ok();
+  const KeyGrid grid = mask::make_key_grid(params.mask, params.heads_q, params.heads_k, params.head_dim);
+  const int64_t num_tiles = int64_t{params.heads_k} * params.mask.shape.batch * grid.count;
+  auto* totals = static_cast<Totals*>(params.scratch);
+  auto* live = reinterpret_cast<int32_t*>(totals + 1);
+  int32_t* heavy = live + num_tiles;
+  int32_t* blocks = heavy + num_tiles;
+  int32_t* active = blocks + num_tiles;
+  auto* places = reinterpret_cast<HeavyPlace*>(active + num_tiles);
+  const int32_t section_items = count_section_items(params, grid, num_tiles);
+  const size_t zeros = sizeof(Totals) + 2 * num_tiles * sizeof(int32_t);
+  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(totals, 0, zeros, stream), "cudaMemsetAsync"));
+  // What nothing is written to behind the tiles has column -1.
+  HBSATTN_RETURN_IF_ERROR(cuda_status(
+      cudaMemsetAsync(params.items + num_tiles, 0xff, (num_key_items - num_tiles) * sizeof(KeyItem), stream),
+      "cudaMemsetAsync"));
+
+  const auto count_ctas = static_cast<unsigned>(mask::ceil_div(num_tiles, kCountWarps));
+  count_key_blocks_kernel<<<count_ctas, 32 * kCountWarps, 0, stream>>>(grid, params.columns, num_tiles, section_items,
+                                                                       blocks, active, live, totals);
+  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetLastError(), "the launch of count_key_blocks"));
+  const auto heavy_ctas = static_cast<unsigned>(mask::ceil_div(num_tiles, kHeavyThreads));
+  place_heavy_kernel<<<heavy_ctas, kHeavyThreads, 0, stream>>>(grid.shape, blocks, num_tiles, section_items,
+                                                               static_cast<int32_t>(num_key_items - num_tiles), totals,
+                                                               heavy, places);
+  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetLastError(), "the launch of place_heavy"));
+  return order_items(KeyItemList{grid, active, totals, places}, num_tiles, section_items, blocks, live, heavy,
+                     params.items, stream);
+}
+
+}  // namespace hbsattn::kernels

@@ -1,0 +1,90 @@
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cute/tensor.hpp>
+
+#include "kernels/common/convert.cuh"
+#include "kernels/common/ptx.cuh"
+#include "kernels/sm90/backward_traits.cuh"
+
+// What leaves a tile: gradients of its keys and values.
+
+namespace hbsattn::sm90 {
+
+// Writes the gradients of a thread's two keys, from a column on.
+template <class Traits, class GradKeys>
+__device__ __forceinline__ void store_keys(const BackwardArguments& args, const KeyItem& item, const GradKeys& grad,
+                                           int first_column, float scale, void* out, int64_t batch_stride,
+                                           int64_t row_stride, int64_t head_stride, int warp_key, int lane) {
+  using Element = typename Traits::Element;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int in_tile = warp_key + lane / 4 + 8 * row;
+    const int64_t key = int64_t{item.k_begin} + item.first_key + in_tile;
+    Element* destination =
+        static_cast<Element*>(out) + item.sequence * batch_stride + key * row_stride + item.head * head_stride;
+#pragma unroll
+    for (int group = 0; group < decltype(cute::size(grad))::value / 4; group += 4) {
+      uint32_t columns[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        columns[i] =
+            pack_pair<Element>(scale * grad(4 * (group + i) + 2 * row), scale * grad(4 * (group + i) + 2 * row + 1));
+      }
+      transpose_quad(columns, lane);
+      const int column = first_column + (group + (lane & 3)) * 8;
+      if (in_tile < item.keys && column < args.head_dim) {
+        *reinterpret_cast<uint4*>(destination + column) = make_uint4(columns[0], columns[1], columns[2], columns[3]);
+      }
+    }
+  }
+}
+
+// Leaves a part's gradients in the workspace. For the part of a tile that does so last, they become the sum of all, in
+// the order of parts, so that it is the same in every run. Whether this is that part.
+template <class Traits, class GradKeys>
+__device__ __forceinline__ bool add_parts(const BackwardArguments& args, typename Traits::Storage& storage,
+                                          const KeyItem& item, int unit, int warp, int lane, GradKeys& grad_keys,
+                                          GradKeys& grad_values) {
+  constexpr int kVectors = decltype(cute::size(grad_keys))::value / 4;
+  constexpr int kSlotVectors = 2 * kVectors * 128;  // of one warpgroup
+  const auto sums = [&](int part) {
+    return args.part_sums + (int64_t{item.slot} + part) * (Traits::kUnits * kSlotVectors) + unit * kSlotVectors +
+           warp * 32 + lane;
+  };
+  float4* mine = sums(item.part);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    mine[i * 128] = make_float4(grad_keys(4 * i), grad_keys(4 * i + 1), grad_keys(4 * i + 2), grad_keys(4 * i + 3));
+    mine[(kVectors + i) * 128] =
+        make_float4(grad_values(4 * i), grad_values(4 * i + 1), grad_values(4 * i + 2), grad_values(4 * i + 3));
+  }
+  __threadfence();
+  cutlass::arch::NamedBarrier::sync(128, kParts0 + unit);
+  if (warp == 0 && lane == 0) {
+    storage.parts_before[unit] = atomicAdd(args.parts_done + item.slot * Traits::kUnits + unit, 1);
+  }
+  cutlass::arch::NamedBarrier::sync(128, kParts0 + unit);
+  if (storage.parts_before[unit] != item.parts - 1) return false;
+  __threadfence();
+  cute::clear(grad_keys);
+  cute::clear(grad_values);
+#pragma unroll 1
+  for (int part = 0; part < item.parts; ++part) {
+    const float4* theirs = sums(part);
+#pragma unroll
+    for (int i = 0; i < 2 * kVectors; ++i) {
+      GradKeys& grad = i < kVectors ? grad_keys : grad_values;
+      const int first = 4 * (i % kVectors);
+      const float4 sum = __ldcg(theirs + i * 128);
+      grad(first) += sum.x;
+      grad(first + 1) += sum.y;
+      grad(first + 2) += sum.z;
+      grad(first + 3) += sum.w;
+    }
+  }
+  return true;
+}
+
+}  // namespace hbsattn::sm90

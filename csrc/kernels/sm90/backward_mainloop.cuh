@@ -1,0 +1,394 @@
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/atom/copy_traits_sm90.hpp>
+#include <cute/tensor.hpp>
+
+#include "kernels/common/convert.cuh"
+#include "kernels/common/ptx.cuh"
+#include "kernels/sm90/backward_traits.cuh"
+#include "kernels/sm90/turn.cuh"
+
+// What one consumer warpgroup does with the stages of a tile. With S the scaled scores of its 64 keys and the 64
+// queries of a stage, and rows of keys (everything is transposed):
+//
+//   P = exp(S - lse)      dP = V dO^T      dS = P o (dP - delta)
+//   dV += P dO            dK += dS Q       dQ += dS^T K
+//
+// (FlashAttention-2, algorithm 2). P and dS are operands out of registers for dV and dK, and dS goes through shared
+// memory for dQ, which is added to float32 in global memory. The tensor cores have work queued at every wait: dV and dK
+// while gradients of scores are exchanged, the next stage's scores while dQ leaves.
+
+namespace hbsattn::sm90 {
+
+// What each of a thread's two keys asks of a query that sees it.
+struct QueryLimits {
+  int value[2];  // the first such query, less the thread's column offset; INT_MAX: none
+  int block;     // of the united blocks, that of the warp's keys
+
+  __device__ __forceinline__ QueryLimits(const BackwardArguments& args, const KeyItem& item, int warp_key, int lane)
+      : block(item.united > 1 ? warp_key / args.mask.k_block_size : 0) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int in_tile = warp_key + lane / 4 + 8 * row;
+      const int diagonal = item.first_key + in_tile - (item.k_len - item.q_len) - 2 * (lane & 3);
+      value[row] = in_tile >= item.keys ? INT_MAX : args.mask.causal ? diagonal : INT_MIN;
+    }
+  }
+};
+
+template <class Traits>
+struct BackwardMainloop {
+  using Element = typename Traits::Element;
+  using Storage = typename Traits::Storage;
+  using MmaScores = typename Traits::MmaScores;
+  using MmaKeys = typename Traits::MmaKeys;
+  using MmaQueries = typename Traits::MmaQueries;
+
+  using Scores =
+      decltype(cute::partition_fragment_C(MmaScores{}, cute::Shape<cute::Int<kUnitKeys>, cute::Int<Traits::kTileM>>{}));
+  using GradKeys =
+      decltype(cute::partition_fragment_C(MmaKeys{}, cute::Shape<cute::Int<kUnitKeys>, cute::Int<Traits::kHeadDim>>{}));
+  using GradQueries = decltype(cute::partition_fragment_C(
+      MmaQueries{}, cute::Shape<cute::Int<Traits::kTileM>, cute::Int<Traits::kGradColumns>>{}));
+  // The scores' registers, in order, are those of a first operand.
+  using Operand = decltype(cute::make_tensor<Element>(
+      cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<Traits::kTileM / 16>>{}));
+
+  const BackwardArguments& args;
+  Storage& storage;
+  int unit;  // which consumer warpgroup
+  const int warp, lane;
+  const Turn<Traits::kUnits> turn;
+  uint32_t position = 0;  // stages before this one, over all tiles: where all rings are, in one register
+  uint32_t tiles = 0;     // with stages, before this one
+  GradKeys grad_keys, grad_values;
+
+  __device__ __forceinline__ BackwardMainloop(const BackwardArguments& args, Storage& storage, int unit, int warp,
+                                              int lane)
+      : args(args), storage(storage), unit(unit), warp(warp), lane(lane), turn(unit) {}
+
+  __device__ __forceinline__ int stage() const { return position % Traits::kStages; }
+  // The buffer, and the phase, of the gradients of scores of the stage at some position.
+  static __device__ __forceinline__ int buffer(uint32_t position) { return position % Traits::kGradBuffers; }
+  static __device__ __forceinline__ uint32_t parity(uint32_t position) { return position / Traits::kGradBuffers & 1; }
+  __device__ __forceinline__ void wait_stage() const {
+    mbarrier_wait(&storage.full[stage()], position / Traits::kStages & 1);
+  }
+
+  template <class T>
+  static __device__ __forceinline__ void fence_operand(T& registers) {
+    auto words = cute::recast<uint32_t>(registers);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(words); ++i) cute::warpgroup_fence_operand(words(i));
+  }
+
+  // One operand out of keys or values, the other out of queries or output gradients of the current stage; asynchronous.
+  __device__ __forceinline__ void issue_scores(Scores& scores, const Element* keys, const Element* rows) const {
+    using namespace cute;
+    MmaScores mma;
+    auto thread_mma = mma.get_thread_slice(_0{});
+    Tensor sA = make_tensor(make_smem_ptr(keys), typename Traits::template SmemLayout<Traits::kTileN, 1>{});
+    Tensor sB =
+        make_tensor(make_smem_ptr(rows), typename Traits::template SmemLayout<Traits::kTileM, Traits::kStages>{});
+    Tensor rA = thread_mma.partition_fragment_A(sA);
+    Tensor rB = thread_mma.partition_fragment_B(sB);
+    warpgroup_fence_operand(scores);
+    warpgroup_arrive();
+    mma.accumulate_ = GMMA::ScaleOut::Zero;
+    CUTE_UNROLL
+    for (int step = 0; step < size<2>(rA); ++step) {
+      cute::gemm(mma, rA(_, unit, step, _0{}), rB(_, _0{}, step, stage()), scores(_, _0{}, _0{}));
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+    warpgroup_fence_operand(scores);
+  }
+
+  // grad += operand x rows of the current stage; asynchronous.
+  __device__ __forceinline__ void issue_keys(GradKeys& grad, Operand& operand, const Element* rows) const {
+    using namespace cute;
+    MmaKeys mma;
+    auto thread_mma = mma.get_thread_slice(_0{});
+    Tensor sB = make_tensor(make_smem_ptr(rows),
+                            typename Traits::template SmemLayoutTransposed<Traits::kTileM, Traits::kStages>{});
+    Tensor rB = thread_mma.partition_fragment_B(sB);
+    warpgroup_fence_operand(grad);
+    fence_operand(operand);
+    warpgroup_arrive();
+    mma.accumulate_ = GMMA::ScaleOut::One;
+    CUTE_UNROLL
+    for (int step = 0; step < Traits::kTileM / 16; ++step) {
+      cute::gemm(mma, operand(_, _, step), rB(_, _, step, stage()), grad);
+    }
+    warpgroup_commit_batch();
+    warpgroup_fence_operand(grad);
+    fence_operand(operand);
+  }
+
+  // grad = some columns of the gradient of the queries of the stage at `position`, or of the part of it that comes from
+  // this warpgroup's keys; asynchronous.
+  __device__ __forceinline__ void issue_queries(GradQueries& grad, uint32_t position, int part) const {
+    using namespace cute;
+    MmaQueries mma;
+    auto thread_mma = mma.get_thread_slice(_0{});
+    Tensor sA =
+        make_tensor(make_smem_ptr(&storage.grad_scores[0][0]), typename Traits::SmemLayoutGradScoresTransposed{});
+    Tensor sB = make_tensor(make_smem_ptr(&storage.keys[0]),
+                            typename Traits::template SmemLayoutTransposed<Traits::kTileN, 1>{});
+    Tensor rA = thread_mma.partition_fragment_A(sA);
+    Tensor rB = thread_mma.partition_fragment_B(sB);
+    constexpr int kSteps = Traits::kGradKeys / 16;
+    const int first_step = Traits::kJoint ? 0 : unit * kSteps;
+    warpgroup_fence_operand(grad);
+    warpgroup_arrive();
+    mma.accumulate_ = GMMA::ScaleOut::Zero;
+    CUTE_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      cute::gemm(mma, rA(_, _0{}, first_step + step, buffer(position)), rB(_, part, first_step + step, _0{}),
+                 grad(_, _0{}, _0{}));
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+    warpgroup_fence_operand(grad);
+  }
+
+  // One rule for causality, united blocks and keys that do not exist.
+  __device__ __forceinline__ void mask(Scores& scores, const QueryLimits& limits) const {
+    const StageInfo<Traits::kGranules>& info = storage.infos[stage()];
+    CUTE_UNROLL
+    for (int granule = 0; granule < Traits::kGranules; ++granule) {
+      const int query = info.queries[granule];
+      const bool active = info.with[granule] >> limits.block & 1;
+      const int limit[2] = {active ? limits.value[0] : INT_MAX, active ? limits.value[1] : INT_MAX};
+      CUTE_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        float& score = scores(8 * granule + j);
+        score = query + (j >> 2) * 8 + (j & 1) < limit[(j >> 1) & 1] ? -INFINITY : score;
+      }
+    }
+  }
+
+  // What the statistics of a stage's queries are for a thread's columns. Read before they are waited for.
+  struct Statistics {
+    float2 of_columns[Traits::kTileM / 8];
+
+    __device__ __forceinline__ Statistics(const float* of_queries, int lane) {
+      CUTE_UNROLL
+      for (int group = 0; group < Traits::kTileM / 8; ++group) {
+        of_columns[group] = *reinterpret_cast<const float2*>(of_queries + 8 * group + 2 * (lane & 3));
+      }
+    }
+    __device__ __forceinline__ float operator[](int i) const {
+      return i & 1 ? of_columns[i / 4].y : of_columns[i / 4].x;
+    }
+  };
+
+  __device__ __forceinline__ void exponentiate(Scores& scores, const Statistics& lse) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(scores); ++i) scores(i) = exp2_approx(scores(i) * args.scale_log2 - lse[i]);
+  }
+
+  // Turns the gradients of the weights into those of the scores.
+  __device__ __forceinline__ void differentiate(const Scores& weights, Scores& grads, const Statistics& delta,
+                                                bool masked) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(grads); ++i) grads(i) = weights(i) * (grads(i) - delta[i]);
+    if (!masked) return;
+    // A weight of 0 does not silence a NaN.
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(grads); ++i) grads(i) = weights(i) == 0.f ? 0.f : grads(i);
+  }
+
+  static __device__ __forceinline__ void convert(const Scores& scores, Operand& operand) {
+    auto registers = cute::recast<uint32_t>(operand);
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(registers); ++i) {
+      registers(i) = pack_pair<Element>(scores(2 * i), scores(2 * i + 1));
+    }
+  }
+
+  static constexpr bool kLate = Traits::kLate;
+  __device__ __forceinline__ int group() const { return Traits::kJoint ? 0 : unit; }
+
+  __device__ __forceinline__ void wait_shared(uint32_t position) const {
+    mbarrier_wait(&storage.grad_scores_full[group()][buffer(position)], parity(position));
+  }
+
+  // Leaves this warpgroup's gradients of scores where the product for the queries reads them.
+  __device__ __forceinline__ void share(const Operand& grads) const {
+    using namespace cute;
+    if constexpr (kLate) {
+      mbarrier_wait(&storage.grad_scores_empty[group()][buffer(position)], parity(position) ^ 1);
+    } else {
+      cutlass::arch::NamedBarrier::sync(128, 0);
+    }
+    auto tiled_copy = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, MmaScores{});
+    auto thread_copy = tiled_copy.get_thread_slice(warp * 32 + lane);
+    Tensor source = make_tensor(grads.data(), Scores{}.layout());
+    Tensor sS = make_tensor(make_smem_ptr(&storage.grad_scores[0][0]), typename Traits::SmemLayoutGradScores{});
+    Tensor mine =
+        local_tile(sS, Shape<Int<kUnitKeys>, Int<Traits::kTileM>>{}, make_coord(unit, _0{}, buffer(position)));
+    copy(tiled_copy, thread_copy.retile_S(source), thread_copy.partition_D(mine));
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&storage.grad_scores_full[group()][buffer(position)]);
+  }
+
+  // Lets the gradients of scores of the stage at `position` be overwritten.
+  __device__ __forceinline__ void release_shared(uint32_t position) const {
+    if (lane == 0) mbarrier_arrive(&storage.grad_scores_empty[group()][buffer(position)]);
+  }
+
+  // Waits until the copy engine has read what this warp's lane 0 gave it to add.
+  __device__ __forceinline__ void wait_until_read() const {
+    if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    __syncwarp();
+  }
+
+  // Where a part of the gradient of a stage's queries leaves from. A warp has the rows of one granule.
+  __device__ __forceinline__ float* leaving_queries(int part, int of_stage) const {
+    if constexpr (!Traits::kGradLeavesFromStage) return storage.grad_queries[unit * 4 + warp];
+    Element* rows = part == 0 ? storage.queries[of_stage] : storage.grad_out[of_stage];
+    return reinterpret_cast<float*>(rows) + warp * (kGranule * Traits::kGradColumns);
+  }
+
+  __device__ __forceinline__ void put_queries(const GradQueries& grad, int part, int of_stage) const {
+    if constexpr (!Traits::kGradLeavesFromStage) wait_until_read();
+    float4* buffer = reinterpret_cast<float4*>(leaving_queries(part, of_stage)) + lane;
+    CUTE_UNROLL
+    for (int group = 0; group < Traits::kGradColumns / 8; ++group) {
+      buffer[group * 32] = make_float4(grad(4 * group), grad(4 * group + 1), grad(4 * group + 2), grad(4 * group + 3));
+    }
+  }
+
+  // Has the copy engine add what was put to the gradient in global memory.
+  __device__ __forceinline__ void send_queries(int chunk, int part, int of_stage) const {
+    constexpr int kFloats = kGranule * Traits::kGradColumns;
+    cutlass::arch::fence_view_async_shared();
+    __syncwarp();
+    if (lane == 0 && chunk >= 0) {
+      float* destination = args.grad_q + static_cast<int64_t>(chunk) * (kGranule * Traits::kHeadDim) + part * kFloats;
+      bulk_add(destination, leaving_queries(part, of_stage), kFloats * sizeof(float));
+    }
+  }
+
+  __device__ __forceinline__ void release_stage(int index) const {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&storage.empty[index]);
+  }
+
+  __device__ __forceinline__ void run(const QueryLimits& limits, int stages) {
+    cute::clear(grad_keys);
+    cute::clear(grad_values);
+    if (stages == 0) return;
+    Scores scores, grad_weights;
+    mbarrier_wait(&storage.keys_full, tiles & 1);
+    wait_stage();
+    issue_scores(scores, storage.keys, storage.queries[0]);
+    issue_scores(grad_weights, storage.values, storage.grad_out[0]);
+    bool masked = uniform(storage.infos[stage()].masked);
+    const Statistics first_lse(storage.lse[stage()], lane);
+    cute::warpgroup_wait<1>();
+    cute::warpgroup_fence_operand(scores);
+    if (masked) mask(scores, limits);
+    exponentiate(scores, first_lse);
+    const Statistics first_delta(storage.delta[stage()], lane);
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(grad_weights);
+    differentiate(scores, grad_weights, first_delta, masked);
+    int late_chunk = -1;
+#pragma unroll 1
+    for (bool first = true;; first = false) {
+      // Made anew each time, descriptors of the tile's keys do not take registers from the loop.
+      unit = uniform(opaque(unit));
+      const int this_stage = stage(), part = Traits::kJoint ? unit : 0;
+      const int chunk = storage.infos[this_stage].chunks[warp];
+      Operand weights, grads;
+      // Declared here, or their last values would count as inputs of the products that overwrite them.
+      Scores next_scores, next_grad_weights;
+      GradQueries grad_queries, more_grad_queries;
+      convert(grad_weights, grads);
+      convert(scores, weights);
+      share(grads);
+      turn.take();
+      issue_keys(grad_values, weights, storage.grad_out[0]);
+      issue_keys(grad_keys, grads, storage.queries[0]);
+      // Before the first stage there is none, and its product is of whatever lies there: ptxas wants the same products
+      // in flight on every path. The same holds for the scores behind the last stage.
+      const uint32_t of_queries = kLate ? position - 1 : position;
+      if (!kLate || !first) wait_shared(of_queries);
+      issue_queries(grad_queries, of_queries, part);
+
+      cute::warpgroup_wait<1>();
+      cute::warpgroup_fence_operand(grad_values);
+      cute::warpgroup_fence_operand(grad_keys);
+      fence_operand(weights);
+      fence_operand(grads);
+      if constexpr (Traits::kGradLeavesFromStage) {
+        cutlass::arch::NamedBarrier::sync(128, 1);  // nobody reads the stage any more
+        issue_queries(more_grad_queries, of_queries, 1);
+        cute::warpgroup_wait<1>();
+        cute::warpgroup_fence_operand(grad_queries);
+        put_queries(grad_queries, 0, this_stage);
+        send_queries(chunk, 0, this_stage);
+      } else {
+        release_stage(this_stage);
+      }
+      ++position;
+      if (--stages > 0) wait_stage();
+      issue_scores(next_scores, storage.keys, storage.queries[0]);
+      masked = uniform(storage.infos[stage()].masked);
+      cute::warpgroup_wait<1>();
+      const int last_part = Traits::kGradParts == 2 ? 1 : part;
+      GradQueries& last_grad_queries = Traits::kGradParts == 2 ? more_grad_queries : grad_queries;
+      cute::warpgroup_fence_operand(last_grad_queries);
+      put_queries(last_grad_queries, last_part, this_stage);
+      if constexpr (kLate) {
+        if (!first) release_shared(of_queries);
+      } else {
+        if (stages == 0 && lane == 0) mbarrier_arrive(&storage.keys_empty);
+      }
+      const int leaving_chunk = kLate ? late_chunk : chunk;
+      late_chunk = chunk;
+      if constexpr (Traits::kSendsFirst) send_queries(leaving_chunk, last_part, this_stage);
+      issue_scores(next_grad_weights, storage.values, storage.grad_out[0]);
+      turn.pass();
+      const Statistics lse(storage.lse[stage()], lane);
+      if constexpr (!Traits::kSendsFirst) send_queries(leaving_chunk, last_part, this_stage);
+      cute::warpgroup_wait<1>();
+      cute::warpgroup_fence_operand(next_scores);
+      if (masked) mask(next_scores, limits);
+      exponentiate(next_scores, lse);
+      const Statistics delta(storage.delta[stage()], lane);
+      if constexpr (Traits::kGradLeavesFromStage) {
+        wait_until_read();
+        release_stage((position - 1) % Traits::kStages);
+      }
+      cute::warpgroup_wait<0>();
+      cute::warpgroup_fence_operand(next_grad_weights);
+      differentiate(next_scores, next_grad_weights, delta, masked);
+      scores = next_scores;
+      grad_weights = next_grad_weights;
+      if (stages == 0) break;
+    }
+    if constexpr (kLate) {
+      GradQueries grad_queries;
+      const int part = Traits::kJoint ? unit : 0;
+      wait_shared(position - 1);
+      issue_queries(grad_queries, position - 1, part);
+      cute::warpgroup_wait<0>();
+      cute::warpgroup_fence_operand(grad_queries);
+      release_shared(position - 1);
+      if (lane == 0) mbarrier_arrive(&storage.keys_empty);
+      put_queries(grad_queries, part, 0);
+      send_queries(late_chunk, part, 0);
+    }
+    ++tiles;
+  }
+};
+
+}  // namespace hbsattn::sm90

@@ -1,0 +1,306 @@
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "kernels/common/ptx.cuh"
+#include "kernels/common/tensor_map.h"
+#include "kernels/mask/layout.h"
+#include "kernels/sm90/backward_traits.cuh"
+
+// The warps that move data: one announces tiles and loads the queries that attend to them, with their output gradients
+// and statistics; the other loads the tiles' keys and values.
+
+namespace hbsattn::sm90 {
+
+inline constexpr uint64_t kGradKeepInL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
+inline constexpr uint64_t kGradPassThroughL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+
+// Lengths that lie are cut to the tensors, so that no coordinate leaves them.
+__device__ __forceinline__ KeyItem read_item(const BackwardArguments& args, int work) {
+  KeyItem item{};
+  item.column = -1;
+  if (work >= args.num_items) return item;
+  item = args.items[work];
+  item.q_begin = min(max(item.q_begin, 0), args.rows_q);
+  item.k_begin = min(max(item.k_begin, 0), args.rows_k);
+  item.q_len = min(item.q_len, args.rows_q - item.q_begin);
+  item.k_len = min(item.k_len, args.rows_k - item.k_begin);
+  item.keys = min(item.keys, max(item.k_len - item.first_key, 0));
+  return item;
+}
+
+// The bits of the query blocks that attend to a tile from one query head.
+struct ColumnBits {
+  BitRows rows;
+  mask::RowRange blocks;  // the sequence's query blocks
+
+  __device__ __forceinline__ ColumnBits(const BackwardArguments& args, const KeyItem& item, int head)
+      : rows{args.columns + (static_cast<int64_t>(head / args.heads_per_mask_head) * args.mask.cols + item.column) *
+                                args.row_words,
+             item.united, args.row_words},
+        blocks(mask::find_rows(args.mask, item.row_begin, item.q_len)) {}
+
+  template <class Blocks>
+  __device__ __forceinline__ uint32_t load(int chunk, int lane) const {
+    return Blocks::load(rows, blocks.begin, blocks.end, chunk, lane);
+  }
+};
+
+template <class Traits>
+__device__ __forceinline__ int count_blocks(const ColumnBits& bits, int lane) {
+  const auto [begin, end] = bits.blocks;
+  if (begin >= end) return 0;
+  int count = 0;
+  for (int chunk = begin / Traits::Blocks::kColumns; chunk <= Traits::Blocks::first_chunk(end); ++chunk) {
+    count += __popc(bits.load<typename Traits::Blocks>(chunk, lane));
+  }
+  return __reduce_add_sync(0xffffffffu, count);
+}
+
+// Keys, from the tile's first on, that some query sees which attends to one of the united blocks. What lies behind must
+// not be read: a weight of 0 does not silence a NaN.
+__device__ __forceinline__ int count_seen_keys(const BackwardArguments& args, const KeyItem& item, int block,
+                                               int lane) {
+  if (!args.mask.causal) return item.active >> block & 1 ? item.keys : 0;
+  int last_row = -1;
+  const int first_head = item.head * args.group;
+  for (int head = first_head; head < first_head + args.group; head += args.heads_per_mask_head) {
+    const ColumnBits bits(args, item, head);
+    const uint32_t* column = bits.rows.first + static_cast<int64_t>(block) * bits.rows.words;
+    const auto [begin, end] = bits.blocks;
+    for (int top = (end - 1) / 32; 32 * top + 31 >= begin && 32 * top + 31 > last_row; top -= 32) {
+      const int word = top - lane;
+      uint32_t rows = word >= 0 && begin < end ? __ldg(column + word) : 0;
+      rows &= mask::bits_before(end, word) & ~mask::bits_before(begin, word);
+      const int last = rows == 0 ? -1 : 32 * word + 31 - __clz(rows);
+      last_row = max(last_row, __reduce_max_sync(0xffffffffu, last));
+    }
+  }
+  if (last_row < 0) return 0;
+  const int last_query = min((last_row - item.row_begin + 1) * args.mask.q_block_size, item.q_len) - 1;
+  return min(max(last_query + item.k_len - item.q_len + 1 - item.first_key, 0), item.keys);
+}
+
+template <class Traits>
+__device__ __forceinline__ void load_keys(const BackwardArguments& args, typename Traits::Storage& storage,
+                                          const KeyItem& item, int lane) {
+  if (lane == 0) mbarrier_arrive_expect(&storage.keys_full, 2 * Traits::kKeyBytes);
+  __syncwarp();
+  constexpr int kBoxes = Traits::kTileN / 8 * Traits::kChunks;  // of 8 rows and one chunk
+  for (int block = 0; block < item.united; ++block) {
+    const int seen = count_seen_keys(args, item, block, lane);
+    const int end = item.k_begin + item.first_key + seen;
+    const int k_end = end + item.sequence * args.k_batch_rows, v_end = end + item.sequence * args.v_batch_rows;
+    for (int box = lane; box < kBoxes; box += 32) {
+      const int row = box / Traits::kChunks * 8, column = box % Traits::kChunks * Traits::kChunkColumns;
+      if (item.united > 1 && min(row / args.mask.k_block_size, item.united - 1) != block) continue;
+      const int from_end = max(seen - row, 0);
+      cute::SM90_TMA_LOAD_5D::copy(&args.map_k_clipped, &storage.keys_full, kGradPassThroughL2,
+                                   reinterpret_cast<uint8_t*>(storage.keys) + box * Traits::kAtomBytes, column,
+                                   kRunEnd - from_end, int{kRunEnd}, k_end, item.head);
+      cute::SM90_TMA_LOAD_5D::copy(&args.map_v_clipped, &storage.keys_full, kGradPassThroughL2,
+                                   reinterpret_cast<uint8_t*>(storage.values) + box * Traits::kAtomBytes, column,
+                                   kRunEnd - from_end, int{kRunEnd}, v_end, item.head);
+    }
+  }
+}
+
+// What goes into the next stages, one segment a lane.
+struct QueryPlan {
+  int query;   // first of this lane's segment, in the sequence; -1: none
+  int end;     // queries of the segment end here
+  int chunk;   // of the workspace, where the segment's rows begin
+  int with;    // united key blocks that are active with it, one bit each
+  bool whole;  // it ends with its last row
+  bool clean;  // every key of the tile sees every query of it
+};
+
+template <class Traits>
+__device__ __forceinline__ QueryPlan plan_queries(const BackwardArguments& args, const KeyItem& item,
+                                                  const ColumnBits& bits, const typename Traits::Blocks& blocks,
+                                                  int head, int position, bool exists) {
+  if (!exists) return {-1, 0, -1, 0, true, false};
+  int entry, from_end;
+  args.segments_per_block(entry, from_end, position);
+  const int segment = args.segments_per_block.divisor - 1 - from_end;
+  const int row = blocks.column(entry), block = row - item.row_begin;
+  const int in_block = segment << args.segment_log2, rows = 1 << args.segment_log2;
+  QueryPlan plan;
+  plan.query = block * args.mask.q_block_size + in_block;
+  plan.end = min((block + 1) * args.mask.q_block_size, item.q_len);
+  plan.chunk = head * args.chunks + row * args.chunks_per_block + in_block / kGranule;
+  plan.with = item.united > 1 ? bits.rows.with(row) : 1;
+  plan.whole = args.whole_rows && plan.query + rows <= plan.end;
+  const int last_key = item.first_key + item.keys - 1;
+  plan.clean = item.keys == Traits::kTileN && plan.with == (1 << item.united) - 1 &&
+               (!args.mask.causal || plan.query + item.k_len - item.q_len >= last_key);
+  return plan;
+}
+
+template <class Traits>
+__device__ __forceinline__ void load_stage(const BackwardArguments& args, typename Traits::Storage& storage,
+                                           const KeyItem& item, const QueryPlan& plan, int head, int stage_of_plan,
+                                           int stage, int lane) {
+  const int segments_log2 = Traits::kTileMLog2 - args.segment_log2;
+  const int first_lane = stage_of_plan << segments_log2;
+  const uint32_t lanes = ((1u << (1 << segments_log2)) - 1) << first_lane;
+  const uint32_t whole = __ballot_sync(0xffffffffu, plan.whole), clean = __ballot_sync(0xffffffffu, plan.clean);
+  const auto row_in_segment = [&](int row) { return row & ((1 << args.segment_log2) - 1); };
+
+  {
+    const int row = lane % Traits::kGranules * kGranule, source = first_lane + (row >> args.segment_log2);
+    const int query = __shfl_sync(0xffffffffu, plan.query, source);
+    const int chunk = __shfl_sync(0xffffffffu, plan.chunk, source);
+    const int with = __shfl_sync(0xffffffffu, plan.with, source);
+    StageInfo<Traits::kGranules>& info = storage.infos[stage];
+    if (lane < Traits::kGranules) {
+      info.queries[lane] = query + row_in_segment(row);
+      info.with[lane] = with;
+      info.chunks[lane] = query < 0 ? -1 : chunk + row_in_segment(row) / kGranule;
+    }
+    if (lane == 0) info.masked = (clean & lanes) != lanes;
+  }
+  uint64_t* full = &storage.full[stage];
+  if (lane == 0) {
+    mbarrier_arrive_expect(full, 2 * (Traits::kStageBytes + Traits::kStatisticBytes));
+  } else {
+    mbarrier_arrive(full);
+  }
+  __syncwarp();
+
+  uint8_t* queries = reinterpret_cast<uint8_t*>(storage.queries[stage]);
+  uint8_t* grad_out = reinterpret_cast<uint8_t*>(storage.grad_out[stage]);
+  const int q_begin = item.q_begin + item.sequence * args.q_batch_rows;
+  const int grad_out_begin = item.q_begin + item.sequence * args.grad_out_batch_rows;
+  const bool mine = lanes >> lane & 1;
+  const int row = (lane - first_lane) << args.segment_log2;
+  if (mine) {
+    // Statistics of rows that do not exist make their weights 0.
+    const int64_t chunk = plan.query < 0 ? args.padding_chunk : plan.chunk;
+    const int bytes = static_cast<int>(sizeof(float)) << args.segment_log2;
+    cute::SM90_BULK_COPY_G2S::copy(args.lse + chunk * kGranule, full, &storage.lse[stage][row], bytes);
+    cute::SM90_BULK_COPY_G2S::copy(args.delta + chunk * kGranule, full, &storage.delta[stage][row], bytes);
+  }
+  if ((whole & lanes) == lanes && args.whole_rows) {
+    if (mine) {
+      const int offset = row * (Traits::kChunks * Traits::kChunkBytes);
+      const int q_row = plan.query < 0 ? 1 << 30 : q_begin + plan.query;
+      const int grad_out_row = plan.query < 0 ? 1 << 30 : grad_out_begin + plan.query;
+      cute::SM90_TMA_LOAD_5D::copy(&args.map_q, full, kGradKeepInL2, queries + offset, 0, q_row, 0, 0, head);
+      cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out, full, kGradKeepInL2, grad_out + offset, 0, grad_out_row, 0, 0,
+                                   head);
+    }
+  } else {
+    constexpr int kBoxes = Traits::kTileM / 8 * Traits::kChunks;  // of 8 rows and one chunk
+    for (int first_box = 0; first_box < kBoxes; first_box += 32) {
+      const int box = first_box + lane;
+      const int box_row = box / Traits::kChunks * 8 % Traits::kTileM;
+      const int source = first_lane + (box_row >> args.segment_log2);
+      const int first = __shfl_sync(0xffffffffu, plan.query, source), end = __shfl_sync(0xffffffffu, plan.end, source);
+      const int from_end = first < 0 ? 0 : max(end - first - row_in_segment(box_row), 0);
+      const int column = box % Traits::kChunks * Traits::kChunkColumns;
+      if (box < kBoxes) {
+        cute::SM90_TMA_LOAD_5D::copy(&args.map_q_clipped, full, kGradKeepInL2, queries + box * Traits::kAtomBytes,
+                                     column, kRunEnd - from_end, int{kRunEnd}, q_begin + end, head);
+        cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out_clipped, full, kGradKeepInL2,
+                                     grad_out + box * Traits::kAtomBytes, column, kRunEnd - from_end, int{kRunEnd},
+                                     grad_out_begin + end, head);
+      }
+    }
+  }
+}
+
+// Takes tiles off the work list, announces them, and streams the queries of each through the ring of stages.
+template <class Traits>
+__device__ __forceinline__ void run_query_warp(const BackwardArguments& args, typename Traits::Storage& storage,
+                                               int lane) {
+  const int segments_log2 = Traits::kTileMLog2 - args.segment_log2;
+  const int plan_stages = min(32 >> segments_log2, Traits::kMaxPlanStages);
+  const auto count_segments = [&](const ColumnBits& bits) {
+    return count_blocks<Traits>(bits, lane) * args.segments_per_block.divisor;
+  };
+  const auto count_stages = [&](int segments) { return (segments + (1 << segments_log2) - 1) >> segments_log2; };
+  RingPosition<Traits::kTileSlots> slot(1);
+  RingPosition<Traits::kStages> ring(1);
+  int work = blockIdx.x;
+  while (true) {
+    const KeyItem next = read_item(args, work);
+    const bool last = next.column < 0;
+    mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
+    KeyTileSlot& tile = storage.tiles[slot.index];
+    if (lane == 0) tile.item = next;
+    __syncwarp();
+    const KeyItem& item = tile.item;  // out of registers, of which there are few
+    const int first_head = item.head * args.group;
+    int all_stages = 0;
+    for (int head = first_head; !last && head < first_head + args.group; ++head) {
+      all_stages += count_stages(count_segments(ColumnBits(args, item, head)));
+    }
+    // Stages of this part of the tile, counted over all heads.
+    int begin = 0, end = all_stages;
+    if (item.parts > 1) {
+      begin = static_cast<int>(int64_t{all_stages} * item.part / item.parts);
+      end = static_cast<int>(int64_t{all_stages} * (item.part + 1) / item.parts);
+    }
+    if (lane == 0) {
+      tile.stages = end - begin;
+      mbarrier_arrive(&storage.tile_full[slot.index]);
+    }
+    slot.advance();
+    if (last) break;
+    const int ticket = lane == 0 ? atomicAdd(args.ticket, 1) : 0;
+
+    for (int head = first_head; end > 0 && head < first_head + args.group; ++head) {
+      const ColumnBits bits(args, item, head);
+      const int segments = count_segments(bits), stages = count_stages(segments);
+      const int end_of_head = min(end, stages);
+      if (begin < end_of_head) {
+        const int chunk = Traits::Blocks::first_chunk(bits.blocks.end);
+        typename Traits::Blocks blocks(bits.rows, bits.blocks.begin, bits.blocks.end, storage.columns,
+                                       bits.load<typename Traits::Blocks>(chunk, lane), lane);
+        for (int planned = begin; planned < end_of_head; planned += plan_stages) {
+          const int first_segment = planned << segments_log2;
+          const int end_segment = min(min(planned + plan_stages, end_of_head) << segments_log2, segments);
+          blocks.expand(args.segments_per_block.div(end_segment + args.segments_per_block.divisor - 1));
+          const QueryPlan plan = plan_queries<Traits>(args, item, bits, blocks, head, first_segment + lane,
+                                                      first_segment + lane < end_segment);
+          __syncwarp();
+#pragma unroll 1
+          for (int stage = 0; stage < min(plan_stages, end_of_head - planned); ++stage) {
+            mbarrier_wait(&storage.empty[ring.index], ring.parity);
+            load_stage<Traits>(args, storage, item, plan, head, stage, ring.index, lane);
+            ring.advance();
+          }
+        }
+      }
+      begin = max(begin - stages, 0);
+      end -= stages;
+    }
+    work = uniform(ticket) + static_cast<int>(gridDim.x);
+  }
+}
+
+// Loads the keys and values of every tile that has stages.
+template <class Traits>
+__device__ __forceinline__ void run_key_warp(const BackwardArguments& args, typename Traits::Storage& storage,
+                                             int lane) {
+  RingPosition<Traits::kTileSlots> slot(0);
+  RingPosition<1> keys(1);
+  while (true) {
+    mbarrier_wait(&storage.tile_full[slot.index], slot.parity);
+    const KeyItem item = storage.tiles[slot.index].item;
+    const int stages = storage.tiles[slot.index].stages;
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&storage.tile_empty[slot.index]);
+    slot.advance();
+    if (item.column < 0) break;
+    if (stages == 0) continue;
+    mbarrier_wait(&storage.keys_empty, keys.parity);
+    keys.advance();
+    load_keys<Traits>(args, storage, item, lane);
+  }
+}
+
+}  // namespace hbsattn::sm90

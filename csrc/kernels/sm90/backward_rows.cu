@@ -1,0 +1,186 @@
+#include <cmath>
+
+#include "kernels/common/convert.cuh"
+#include "kernels/common/cuda_status.h"
+#include "kernels/mask/layout.h"
+#include "kernels/sm90/backward_rows.h"
+
+namespace hbsattn::kernels {
+namespace {
+
+constexpr int kRowThreads = 8;  // that share a row
+constexpr int kPrepareThreads = kGranule * kRowThreads;
+constexpr int kFinishWarps = 4;
+
+struct RowArguments {
+  MaskShape shape;
+  const Sequence* sequences;
+  BackwardWorkspace workspace;
+  TensorView out, grad_out, grad_q;
+  const float* lse_in;
+  const float* grad_lse;
+  float *lse, *delta, *grad_q_sum;
+  int64_t rows_q;
+  int heads_q, head_dim, padded_head_dim;
+  bool packed;
+  float scale;
+};
+
+// A row of the workspace, in the tensors.
+struct QueryPlace {
+  bool exists;
+  int sequence;
+  int64_t row;  // of the sequence's batch entry
+
+  __device__ QueryPlace(const RowArguments& args, int chunk, int row_in_chunk) {
+    // Not 64-bit divisions: those are subroutines on a GPU.
+    const auto chunks = static_cast<uint32_t>(args.workspace.block_rows / kGranule);
+    const uint32_t bit_row = static_cast<uint32_t>(chunk) / chunks;
+    const int in_block = static_cast<int>(chunk - bit_row * chunks) * kGranule + row_in_chunk;
+    const mask::RowPlace place = mask::locate_row(args.shape, args.sequences, bit_row);
+    const int64_t query = place.block * args.shape.q_block_size + in_block;
+    sequence = place.index;
+    row = place.sequence.q_begin + query;
+    exists = place.used && in_block < args.shape.q_block_size && query < place.sequence.q_len && row < args.rows_q;
+  }
+};
+
+template <class Element>
+__device__ Element* address(const TensorView& view, const QueryPlace& place, int head) {
+  return static_cast<Element*>(view.data) + place.sequence * view.batch_stride + place.row * view.row_stride +
+         head * view.head_stride;
+}
+
+__device__ float2 unpack(uint32_t pair, cutlass::bfloat16_t) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+}
+__device__ float2 unpack(uint32_t pair, cutlass::half_t) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+
+template <class Element>
+__device__ float dot(const uint4& a, const uint4& b) {
+  float sum = 0.f;
+  const uint32_t pairs[4][2] = {{a.x, b.x}, {a.y, b.y}, {a.z, b.z}, {a.w, b.w}};
+#pragma unroll
+  for (const auto& pair : pairs) {
+    const float2 x = unpack(pair[0], Element{}), y = unpack(pair[1], Element{});
+    sum += x.x * y.x + x.y * y.y;
+  }
+  return sum;
+}
+
+// A CTA has a chunk of 16 rows of one head.
+template <class Element>
+__global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const RowArguments args) {
+  const int chunk = blockIdx.x, head = blockIdx.y;
+  const int row = threadIdx.x / kRowThreads, lane = threadIdx.x % kRowThreads;
+  const int64_t head_row = head * args.workspace.rows + int64_t{chunk} * kGranule;
+  auto* sums = reinterpret_cast<float4*>(args.grad_q_sum + head_row * args.padded_head_dim);
+  for (int i = threadIdx.x; i < kGranule * args.padded_head_dim / 4; i += kPrepareThreads) {
+    sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  }
+
+  const QueryPlace place(args, chunk, row);
+  float delta = 0.f, lse = INFINITY;
+  if (place.exists) {
+    const auto* out = reinterpret_cast<const uint4*>(address<Element>(args.out, place, head));
+    const auto* grad_out = reinterpret_cast<const uint4*>(address<Element>(args.grad_out, place, head));
+    for (int i = lane; 8 * i < args.head_dim; i += kRowThreads) delta += dot<Element>(out[i], grad_out[i]);
+    const int64_t entry = args.packed ? 0 : int64_t{place.sequence} * args.heads_q;
+    const int64_t position = (entry + head) * args.rows_q + place.row;
+    lse = args.lse_in[position];
+    // The weights of a row with nothing to attend become exp(s - inf) = 0.
+    lse = lse == -INFINITY ? INFINITY : lse * static_cast<float>(M_LOG2E);
+    if (lane == 0 && args.grad_lse != nullptr) delta -= args.grad_lse[position];
+  }
+#pragma unroll
+  for (int step = kRowThreads / 2; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+  if (lane == 0) {
+    args.lse[head_row + row] = lse;
+    args.delta[head_row + row] = lse == INFINITY ? 0.f : delta;
+  }
+  if (chunk == 0 && head == 0 && threadIdx.x < BackwardWorkspace::kPaddingRows) {
+    args.lse[args.heads_q * args.workspace.rows + threadIdx.x] = INFINITY;
+    args.delta[args.heads_q * args.workspace.rows + threadIdx.x] = 0.f;
+  }
+}
+
+// A warp has 32 columns of a chunk. In the workspace, four floats belong to the lane of an accumulator: two columns of
+// row lane / 4 and two of the row 8 further on.
+template <class Element>
+__global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const RowArguments args, int chunks) {
+  const int parts = args.padded_head_dim / 32;
+  const auto warp = static_cast<int>(blockIdx.x * kFinishWarps + threadIdx.x / 32);
+  const int chunk = warp / parts, part = warp - chunk * parts, head = blockIdx.y, lane = threadIdx.x % 32;
+  if (chunk >= chunks) return;
+  const int64_t head_row = head * args.workspace.rows + int64_t{chunk} * kGranule;
+  const auto* sums = reinterpret_cast<const float4*>(args.grad_q_sum + head_row * args.padded_head_dim) + part * 128;
+  uint32_t columns[2][4];
+#pragma unroll
+  for (int group = 0; group < 4; ++group) {
+    const float4 sum = __ldcs(sums + group * 32 + lane);
+    columns[0][group] = pack_pair<Element>(args.scale * sum.x, args.scale * sum.y);
+    columns[1][group] = pack_pair<Element>(args.scale * sum.z, args.scale * sum.w);
+  }
+  const int column = part * 32 + lane % 4 * 8;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    transpose_quad(columns[i], lane);
+    const QueryPlace place(args, chunk, lane / 4 + 8 * i);
+    if (place.exists && column < args.head_dim) {
+      *reinterpret_cast<uint4*>(address<Element>(args.grad_q, place, head) + column) =
+          make_uint4(columns[i][0], columns[i][1], columns[i][2], columns[i][3]);
+    }
+  }
+}
+
+RowArguments row_arguments(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim) {
+  const ForwardParams& problem = params.problem;
+  auto* bytes = static_cast<uint8_t*>(params.workspace);
+  const int64_t array = problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows;
+  auto* lse = reinterpret_cast<float*>(bytes + workspace.statistics);
+  return {problem.mask.shape,
+          problem.mask.sequences,
+          workspace,
+          problem.out,
+          params.grad_out,
+          params.grad_q,
+          problem.lse,
+          params.grad_lse,
+          lse,
+          lse + array,
+          reinterpret_cast<float*>(bytes + workspace.grad_q),
+          problem.rows_q,
+          problem.heads_q,
+          problem.head_dim,
+          padded_head_dim,
+          problem.packed,
+          problem.softmax_scale};
+}
+
+}  // namespace
+
+Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
+                    Stream stream) {
+  const RowArguments args = row_arguments(params, workspace, padded_head_dim);
+  const dim3 grid(static_cast<unsigned>(workspace.rows / kGranule), static_cast<unsigned>(args.heads_q));
+  auto* kernel = params.problem.dtype == DType::kBFloat16 ? prepare_rows_kernel<cutlass::bfloat16_t>
+                                                          : prepare_rows_kernel<cutlass::half_t>;
+  kernel<<<grid, kPrepareThreads, 0, stream>>>(args);
+  return cuda_status(cudaGetLastError(), "the launch of prepare_rows");
+}
+
+Status finish_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
+                   Stream stream) {
+  const RowArguments args = row_arguments(params, workspace, padded_head_dim);
+  const int64_t chunks = workspace.rows / kGranule;
+  const dim3 grid(static_cast<unsigned>(mask::ceil_div(chunks * (padded_head_dim / 32), kFinishWarps)),
+                  static_cast<unsigned>(args.heads_q));
+  auto* kernel = params.problem.dtype == DType::kBFloat16 ? finish_rows_kernel<cutlass::bfloat16_t>
+                                                          : finish_rows_kernel<cutlass::half_t>;
+  kernel<<<grid, 32 * kFinishWarps, 0, stream>>>(args, static_cast<int>(chunks));
+  return cuda_status(cudaGetLastError(), "the launch of finish_rows");
+}
+
+}  // namespace hbsattn::kernels

@@ -1,0 +1,19 @@
+#pragma once
+
+#include "hbsattn/params.h"
+#include "hbsattn/status.h"
+#include "kernels/config.h"
+
+// What precedes and follows the backward kernel, a pass over all query rows each.
+
+namespace hbsattn::kernels {
+
+// Fills the workspace: statistics of all rows, padding included, and zeros for the gradient of the queries.
+Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
+                    Stream stream);
+
+// Turns the accumulated gradient of the queries, which is that of unscaled scores, into rows of grad_q.
+Status finish_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
+                   Stream stream);
+
+}  // namespace hbsattn::kernels

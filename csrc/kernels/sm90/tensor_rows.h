@@ -1,0 +1,25 @@
+#pragma once
+
+#include "hbsattn/params.h"
+#include "kernels/common/tensor_map.h"
+
+namespace hbsattn::kernels {
+
+// A batched tensor's entries are runs of rows of one long matrix: `batch_rows` apart.
+struct RowsOfTensor {
+  MatrixRows matrix;
+  int batch_rows;
+};
+
+inline RowsOfTensor rows_of(const TensorView& view, const ForwardParams& params, int64_t rows, int heads) {
+  const bool batched = !params.packed && params.mask.shape.batch > 1;
+  const int64_t batch_rows = batched ? view.batch_stride / view.row_stride : 0;
+  const int64_t all_rows = batched ? (params.mask.shape.batch - 1) * batch_rows + rows : rows;
+  // The stride of a dimension of one is arbitrary in torch; the copy engine wants a sane one.
+  const int64_t head_stride = heads > 1 ? view.head_stride : params.head_dim;
+  const int64_t row_stride = all_rows > 1 ? view.row_stride : params.head_dim;
+  return {{view.data, all_rows, row_stride, heads, head_stride, params.head_dim, params.dtype},
+          static_cast<int>(batch_rows)};
+}
+
+}  // namespace hbsattn::kernels

@@ -1,0 +1,121 @@
+"""Gradients of a problem, those of the dense formula, and the rule that judges them.
+
+The rule is that of problems.py: the largest error against float64 is at most twice that of the same formula in PyTorch
+at the input dtype, plus 1e-5 (1e-3 for bfloat16). Norms agree within a hundredth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hbsattn
+from problems import Problem, compare, same
+
+SLACK = {torch.bfloat16: 1e-3}  # beside that of `compare`
+SMALL_NORM = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-6, torch.float64: 1e-6}
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+@contextlib.contextmanager
+def any_order() -> Iterator[None]:
+    """Allows algorithms that are not deterministic, which the tests' poison forbids as a side effect."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: hbsattn.BlockMask, **options: Any) -> Any:
+    """A call whose backward need not be deterministic; the call decides that, so backward itself runs under poison."""
+    with any_order():
+        return hbsattn.block_sparse_attention(q, k, v, mask, **options)
+
+
+def leaves(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v))
+
+
+def upstream(problem: Problem, lse: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Gradients of out and lse, drawn on the CPU; 0 where lse is -inf."""
+    generator = torch.Generator().manual_seed(seed)
+    grad_out = torch.randn(problem.q.shape, generator=generator).to(problem.q.dtype)
+    grad_lse = torch.randn(lse.shape, generator=generator).to(lse.dtype)
+    return grad_out.to(lse.device), grad_lse.to(lse.device).masked_fill(lse == -math.inf, 0.0)
+
+
+def differentiate(
+    problem: Problem,
+    *,
+    seed: int = 7,
+    with_lse: bool = True,
+    mask: hbsattn.BlockMask | None = None,
+    deterministic: bool = False,
+) -> Gradients:
+    q, k, v = leaves(problem)
+    mask = problem.mask() if mask is None else mask
+    options = {"softmax_scale": problem.case.scale, "return_lse": True, "deterministic": deterministic}
+    out, lse = attend(q, k, v, mask, **options)
+    grads = upstream(problem, lse.detach(), seed)
+    outputs = (out, lse) if with_lse else (out,)
+    return torch.autograd.grad(outputs, (q, k, v), grads[: len(outputs)])
+
+
+def reference(problem: Problem, seed: int, with_lse: bool, compute_dtype: torch.dtype | None) -> Gradients:
+    q, k, v = leaves(problem)
+    like = Problem(problem.case, q, k, v, problem.block_masks)
+    with any_order():
+        out, lse = like.oracle(compute_dtype)
+        if not out.requires_grad:  # no sequence has a query
+            return tuple(torch.zeros_like(x) for x in (q, k, v))
+        grad_out, grad_lse = upstream(problem, lse.detach(), seed)
+        grad_lse = grad_lse.to(torch.float32 if problem.q.dtype != torch.float64 else torch.float64)
+        outputs, grads = ((out, lse), (grad_out, grad_lse)) if with_lse else ((out,), (grad_out,))
+        dtype = compute_dtype or problem.q.dtype
+        some = [(x, grad.to(dtype)) for x, grad in zip(outputs, grads, strict=True) if x.requires_grad]
+        outputs, grads = zip(*some, strict=True)
+        return torch.autograd.grad(outputs, (q, k, v), grads, materialize_grads=True)
+
+
+def judge_gradients(problem: Problem, got: Gradients, *, seed: int = 7, with_lse: bool = True) -> None:
+    """Asserts that gradients, of what `upstream` draws, are what the contract promises."""
+    exact = reference(problem, seed, with_lse, torch.float64)
+    same_precision = reference(problem, seed, with_lse, None)
+    # Weights come from the log-sum-exp, and grad_S from a difference of two sums of products, both in float32: what
+    # they cannot resolve where logits are large, or multiplied by large queries and keys, no gradient can.
+    out, lse = problem.oracle()
+    largest = float(lse[torch.isfinite(lse)].abs().max()) if bool(torch.isfinite(lse).any()) else 0.0
+    digits = 2.0**-23 if problem.q.dtype != torch.float64 else 2.0**-52
+    relative = 1e-6 + (2 * digits * largest if largest > 64 else 0.0)
+    factors = [float(x[torch.isfinite(x)].abs().amax()) for x in (problem.q, problem.k) if bool(x.isfinite().any())]
+    scale = problem.case.scale or problem.q.shape[-1] ** -0.5
+    sums = (out.abs() * upstream(problem, lse, seed)[0].abs()).sum(-1)
+    # delta comes from the output as it was rounded, which shows where a product of huge values should cancel.
+    rounding = torch.finfo(problem.q.dtype).eps / 2 if problem.case.values != "normal" else 0.0
+    resolved = max(4 * digits, rounding)
+    difference = resolved * float(sums.max()) * scale * max(factors, default=0.0) if sums.numel() else 0.0
+    for x, result, want, like in zip((problem.q, problem.k, problem.v), got, exact, same_precision, strict=True):
+        assert result.shape == x.shape and result.dtype == x.dtype and result.device == x.device
+        resolution = relative * float(want.abs().max()) + difference if want.numel() else 0.0
+        compare(result, want, like, resolution + SLACK.get(x.dtype, 0.0))
+        norm = float(want.double().norm())
+        if norm > SMALL_NORM[x.dtype] and problem.case.values == "normal":
+            ratio = float(result.double().norm()) / norm
+            assert 0.99 <= ratio <= 1.01, f"the gradient's norm is {ratio:.4f} of what it should be"
+
+
+def assert_same_gradients(got: Gradients, want: Gradients) -> None:
+    """Bitwise equality, but for what CUDA adds up in any order: the gradient of q, which is rounded at the end."""
+    assert same(got[1], want[1]) and same(got[2], want[2])
+    if got[0].device.type == "cpu":
+        assert same(got[0], want[0])
+    else:
+        torch.testing.assert_close(got[0], want[0])

@@ -1,0 +1,207 @@
+"""What the backward pass is planned with, against plain PyTorch: the transposed bits and the tiles of keys."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+import hbsattn
+from cases import Case, case
+from problems import block_masks, build_mask
+from test_mask import tile_rows, unpack
+
+pytestmark = pytest.mark.gpu
+
+SIZES = (16, 32, 48, 64, 80, 128, 192, 7)
+LAYOUTS = (
+    {"packed": False, "lens_q": (150, 150), "lens_k": (290, 290)},
+    {"lens_q": (0, 300, 50, 33, 0), "lens_k": (40, 130, 0, 290, 0)},
+    {"lens_q": (0, 300, 50, 33, 0), "lens_k": (40, 130, 0, 290, 0), "form": "batched"},
+)
+SPECS = [
+    case(
+        f"{size}_{('batched', 'packed', 'packed_batched_mask')[j]}",
+        k_block=size,
+        q_block=SIZES[(i + 3 + j) % len(SIZES)],
+        heads_q=8,
+        mask_heads=(1, 2, 8)[(i + j) % 3],
+        causal=(i + j) % 2 == 0,
+        **layout,
+    )
+    for i, size in enumerate(SIZES)
+    for j, layout in enumerate(LAYOUTS)
+]
+SPECS += [
+    case("many_blocks", q_block=7, k_block=7, lens_q=(3000, 1500), heads_q=2, mask_heads=2, density=0.1),
+    case("one_head_each", heads_q=3, heads_k=3, mask_heads=3, k_block=16),
+    case("dense", density=1.0, k_block=32, q_block=16),
+    case("empty", pattern="none", k_block=16),
+    case("no_queries", lens_q=(0, 0), lens_k=(70, 90), k_block=16),
+    case("no_keys", lens_q=(40, 40), lens_k=(0, 0)),
+    case("no_sequences", lens_q=()),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyItem:
+    column: int
+    sequence: int
+    head: int
+    first_key: int
+    keys: int
+    united: int
+    active: int
+    blocks: int
+    row_begin: int
+    q_begin: int
+    q_len: int
+    k_begin: int
+    k_len: int
+
+
+def key_tiles(k_block: int, head_dim: int) -> tuple[int, int, int]:
+    """Keys of a tile, tiles of a block, blocks of a tile."""
+    tile = tile_rows(k_block, head_dim) if head_dim <= 128 else 64
+    united = tile // k_block if k_block % 16 == 0 and k_block < tile else 1
+    return tile, -(-k_block // tile), united
+
+
+def plan(spec: Case, mask: hbsattn.BlockMask, head_dim: int, sequences: Tensor | None = None) -> list[KeyItem]:
+    """The tiles of the list in its order; those that do not exist end it."""
+    columns = torch.ops.hbsattn.transpose_bits(mask.bits, mask.cols)
+    sizes = (mask.rows, spec.q_block, spec.k_block, spec.causal, spec.heads_q, spec.heads_k, head_dim, 2)
+    items = torch.ops.hbsattn.plan_keys(columns, mask.sequences if sequences is None else sequences, *sizes)
+    tile_keys, tiles, united = key_tiles(spec.k_block, head_dim)
+    count = spec.heads_k * mask.batch * -(-mask.cols // united) * tiles
+    slots = min(count, (15 << 20) // (8 * tile_keys * -(-head_dim // 64) * 64))
+    assert items.dtype == torch.int32 and items.device == mask.bits.device
+    assert items.shape == (count + slots, 16)
+    lines = items.tolist()
+    live = [line for line in lines if line[0] >= 0]
+    assert all(line[0] == -1 for line in lines[len(live) :])
+    used: set[int] = set()
+    whole = []
+    for line in live:
+        part, parts, slot = line[13:]
+        assert 0 <= part < parts
+        if part == 0:
+            whole.append(KeyItem(*line[:13]))
+            assert [other[13:] for other in live if other[:13] == line[:13]] == [[i, parts, slot] for i in range(parts)]
+            if parts > 1:
+                mine = set(range(slot, slot + parts))
+                assert not used & mine and max(mine) < slots
+                used |= mine
+    return whole
+
+
+def is_heavy(item: KeyItem, items: list[KeyItem]) -> bool:
+    total = sum(other.blocks for other in items)
+    return item.blocks * len(items) > 3 * total and item.blocks * 4096 > total
+
+
+def check_order(got: list[KeyItem], sections: list[list[KeyItem]]) -> None:
+    """Heavy items come first, in any order; then those of each section by weight, and as they were if that is equal."""
+    items = [item for section in sections for item in section]
+    heavy = [item for item in items if is_heavy(item, items)]
+    assert sorted(got[: len(heavy)], key=items.index) == heavy
+    rest = [[item for item in section if item not in heavy] for section in sections]
+    assert got[len(heavy) :] == [item for section in rest for item in sorted(section, key=lambda item: -item.blocks)]
+
+
+def expected_items(spec: Case, mask: hbsattn.BlockMask, head_dim: int) -> list[KeyItem]:
+    """All tiles that hold keys, in the order of heads, sequences and keys."""
+    tile_keys, tiles, united = key_tiles(spec.k_block, head_dim)
+    rows = unpack(mask.bits, mask.cols)
+    group = spec.heads_q // spec.heads_k
+    items = []
+    for head in range(spec.heads_k):
+        masks = rows[[h * spec.mask_heads // spec.heads_q for h in range(head * group, (head + 1) * group)]]
+        for b, (q_begin, q_len, k_begin, k_len, row_begin, _) in enumerate(mask.sequences.tolist()):
+            of_sequence = masks[:, row_begin : row_begin - (-q_len // spec.q_block)]
+            for first_key in (
+                column * spec.k_block + tile * tile_keys
+                for column in range(0, mask.cols, united)
+                for tile in range(tiles)
+            ):
+                column = first_key // spec.k_block
+                end = min(first_key + tile_keys, (column + united) * spec.k_block, k_len)
+                if first_key >= end:
+                    continue
+                blocks = -(-end // spec.k_block) - column
+                bits = of_sequence[:, :, column : column + blocks]
+                active = sum(1 << i for i in range(blocks) if bits[:, :, i].any())
+                counts = (end - first_key, blocks, active, int(bits.any(-1).sum()))
+                items.append(KeyItem(column, b, head, first_key, *counts, row_begin, q_begin, q_len, k_begin, k_len))
+    return items
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_transpose(spec: Case):
+    mask = build_mask(spec, block_masks(spec, seed=6), "cuda", seed=6)
+    columns = torch.ops.hbsattn.transpose_bits(mask.bits, mask.cols)
+    assert columns.dtype == torch.int32 and columns.shape == (spec.mask_heads, mask.cols, -(-mask.rows // 32))
+    got = unpack(columns, 32 * columns.shape[2])
+    assert torch.equal(got[..., : mask.rows], unpack(mask.bits, mask.cols).transpose(1, 2))
+    assert not got[..., mask.rows :].any(), "bits past the last row"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_plan_keys(spec: Case, head_dim: int):
+    mask = build_mask(spec, block_masks(spec, seed=7), "cuda", seed=7)
+    want = expected_items(spec, mask, head_dim)
+    check_order(plan(spec, mask, head_dim), [want])  # so small a problem is one section
+
+
+@pytest.mark.parametrize("k_block", [32, 128, 192])
+def test_plan_of_several_sections(k_block: int):
+    """Queries and gradients that outgrow the L2 cache: heavy tiles come first for three sequences and heads at a time.
+
+    80 blocks of 128 queries, of the average sequence, with 8 bytes for each of 128 columns are 10 MB of 32.
+    """
+    spec = case(
+        "sections", lens_q=(20000, 300), heads_q=4, heads_k=4, mask_heads=4, q_block=128, k_block=k_block, density=0.1
+    )
+    mask = build_mask(spec, block_masks(spec, seed=8), "cuda", seed=8)
+    sections: dict[int, list[KeyItem]] = {}
+    for item in expected_items(spec, mask, 128):
+        sections.setdefault((item.head * mask.batch + item.sequence) // 3, []).append(item)
+    assert len(sections) == 3
+    check_order(plan(spec, mask, 128), list(sections.values()))
+
+
+def test_parts_of_heavy_tiles():
+    """Keys that every query attends to, beside others that few do: their tiles are cut."""
+    spec = case("sinks", lens_q=(16384,), heads_q=8, heads_k=2, mask_heads=2, density=0.02)
+    masks = block_masks(spec, seed=9)
+    masks[0][:, :, 0] = True
+    mask = build_mask(spec, masks, "cuda", seed=9)
+    want = expected_items(spec, mask, 128)
+    got = plan(spec, mask, 128)
+    assert {item.column for item in got[:2]} == {0} and all(is_heavy(item, want) for item in got[:2])
+    columns = torch.ops.hbsattn.transpose_bits(mask.bits, mask.cols)
+    sizes = (mask.rows, spec.q_block, spec.k_block, spec.causal, spec.heads_q, spec.heads_k, 128, 2)
+    parts = torch.ops.hbsattn.plan_keys(columns, mask.sequences, *sizes)[:, 14]
+    assert int(parts.max()) > 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("k_block", [16, 192])
+def test_any_sequences_are_safe(k_block: int, seed: int):
+    """Random integers for a table of sequences: no crash, and no tile twice or outside the mask."""
+    generator = torch.Generator().manual_seed(seed)
+    spec = case("noise", lens_q=(100, 37, 200, 64), q_block=16, k_block=k_block, heads_q=8, mask_heads=8)
+    mask = build_mask(spec, block_masks(spec, seed), "cuda")
+    wild = torch.randint(-(2**31), 2**31 - 1, mask.sequences.shape, generator=generator)
+    mild = torch.randint(-30, 300, mask.sequences.shape, generator=generator)
+    table = torch.where(torch.rand(wild.shape, generator=generator) < 0.5, wild, mild).to("cuda", torch.int32)
+    tile_keys = key_tiles(k_block, 64)[0]
+    live = plan(spec, mask, 64, table)
+    assert len({(item.head, item.sequence, item.first_key) for item in live}) == len(live)
+    for item in live:
+        assert item.column >= 0 and item.united >= 1 and item.column + item.united <= mask.cols
+        assert 1 <= item.keys <= tile_keys and item.first_key + item.keys <= item.k_len
+        assert 0 <= item.blocks <= 4 * mask.rows
