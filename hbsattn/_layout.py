@@ -9,7 +9,7 @@ from torch import Tensor
 
 # Columns of the table of sequences.
 Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN = range(6)
-PART_BYTES = 15 << 20  # of the workspace of the backward pass, for parts of tiles
+PART_BYTES = 10 << 20  # of the workspace of the backward pass, for parts of tiles
 ITEM_INTS = 16  # of a work item: the WorkItem, or KeyItem, of csrc/include/hbsattn/params.h
 
 

@@ -76,7 +76,7 @@ def plan(spec: Case, mask: hbsattn.BlockMask, head_dim: int, sequences: Tensor |
     items = torch.ops.hbsattn.plan_keys(columns, mask.sequences if sequences is None else sequences, *sizes)
     tile_keys, tiles, united = key_tiles(spec.k_block, head_dim)
     count = spec.heads_k * mask.batch * -(-mask.cols // united) * tiles
-    slots = min(count, (15 << 20) // (8 * tile_keys * -(-head_dim // 64) * 64))
+    slots = min(count, (10 << 20) // (8 * tile_keys * -(-head_dim // 64) * 64))
     assert items.dtype == torch.int32 and items.device == mask.bits.device
     assert items.shape == (count + slots, 16)
     lines = items.tolist()

@@ -74,10 +74,10 @@ constexpr KeyTileShape shape_key_tiles(const MaskShape& shape, int32_t head_dim)
           unite ? tile_keys / shape.k_block_size : 1};
 }
 
-// Parts of tiles that the backward pass has room for: 15 MB of float32 gradients of keys and values. As many items may
+// Parts of tiles that the backward pass has room for: 10 MB of float32 gradients of keys and values. As many items may
 // follow those of whole tiles in its work list.
 constexpr int64_t count_part_slots(int64_t tiles, int32_t tile_keys, int32_t head_dim) {
-  const int64_t slots = (int64_t{15} << 20) / (2 * 4 * int64_t{tile_keys} * ((head_dim + 63) / 64 * 64));
+  const int64_t slots = (int64_t{10} << 20) / (2 * 4 * int64_t{tile_keys} * ((head_dim + 63) / 64 * 64));
   return tiles < slots ? tiles : slots;
 }
 
