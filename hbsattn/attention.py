@@ -33,8 +33,8 @@ def block_sparse_attention(
             takes longer, but hardly any workspace.
 
     Gradients flow from out and lse to q, k and v, in their dtype; what attends to nothing gets 0. On CUDA, backward
-    raises ValueError above head dim 128. It takes a workspace of about the size of q in float32, and the first one
-    with a mask transposes that for all others.
+    takes a workspace of about the size of q in float32 and 10 MB, and the first one with a mask transposes that for
+    all others.
 
     A NaN or infinity in v may reach queries that do not attend to its key, if they share a tile with one that does:
     queries of the same block, or of neighbouring blocks. In k it reaches only those that attend to it.
