@@ -70,7 +70,7 @@ def main() -> None:
         print(f"{kernel['registers']:>4} registers, {stores + loads} bytes spilled: {kernel['name'][:90]}")
         if stores + loads > (BACKWARD_SPILLS_ALLOWED if "backward_kernel" in kernel["name"] else 0):
             problems.append(f"{kernel['name']} spills {stores} bytes and reloads {loads}")
-    # Two in each file: forward and grad_queries for any block size or not, backward with the gradient of queries or not.
+    # Two in each file: for any block size or not; of the backward, with the gradient of the queries or not.
     for family in ("forward", "backward", "grad_queries"):
         found = sum(f"{family}_kernel" in kernel["name"] for kernel in kernels)
         sources = (ROOT / "csrc" / "sources.txt").read_text()
