@@ -188,6 +188,23 @@ def test_parts_of_heavy_tiles():
     assert int(parts.max()) > 1
 
 
+def test_too_many_parts():
+    """More heavy tiles than there are slots for: all are cut into fewer parts, the same ones in every plan."""
+    spec = case("globals", lens_q=(5000,), heads_q=16, heads_k=16, mask_heads=16, density=0.0)
+    masks = block_masks(spec, seed=10)
+    masks[0][:, :, :8] = True
+    cuts = []
+    for _ in range(4):
+        mask = build_mask(spec, masks, "cuda", seed=10)
+        plan(spec, mask, 64)
+        columns = torch.ops.hbsattn.transpose_bits(mask.bits, mask.cols)
+        sizes = (mask.rows, spec.q_block, spec.k_block, spec.causal, spec.heads_q, spec.heads_k, 64, 2)
+        lines = torch.ops.hbsattn.plan_keys(columns, mask.sequences, *sizes).tolist()
+        cuts.append(sorted((line[2], line[0], line[14]) for line in lines if line[0] >= 0 and line[13] == 0))
+    assert cuts[1:] == cuts[:-1]
+    assert {parts for _, column, parts in cuts[0] if column < 8} == {2}
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("k_block", [16, 192])
 def test_any_sequences_are_safe(k_block: int, seed: int):

@@ -119,7 +119,7 @@ Status plan_keys(const KeyPlanParams& params, Stream stream) {
 }
 
 size_t key_plan_scratch_size(int64_t num_key_items) {
-  return 32 + 7 * sizeof(int32_t) * static_cast<size_t>(num_key_items);
+  return 64 + 7 * sizeof(int32_t) * static_cast<size_t>(num_key_items);
 }
 
 size_t forward_workspace_size() { return kWorkspaceBytes; }

@@ -27,7 +27,7 @@ int32_t count_section_items(const KeyPlanParams& params, const KeyGrid& grid, in
 
 // Of all items that have a tile: their weight and number; of the heavy ones: parts, and slots given to them.
 struct Totals {
-  unsigned long long weight;
+  unsigned long long weight, wanted_slots;
   uint32_t items;
   int32_t heavy_parts;
   int32_t slots;
@@ -88,18 +88,31 @@ __global__ void __launch_bounds__(32 * kCountWarps)
   }
 }
 
-// Gives every heavy item its place before all others, and its parts, as long as there are slots for them.
+// Counts the heavy items of each section, and the slots that the parts of all would take.
 __global__ void __launch_bounds__(kHeavyThreads)
-    place_heavy_kernel(const MaskShape shape, const int32_t* blocks, int64_t num_tiles, int32_t section_items,
-                       int32_t slots, Totals* totals, int32_t* heavy, HeavyPlace* places) {
+    count_heavy_kernel(const MaskShape shape, const int32_t* blocks, int64_t num_tiles, int32_t section_items,
+                       Totals* totals, int32_t* heavy) {
   const int64_t index = int64_t{blockIdx.x} * kHeavyThreads + threadIdx.x;
   if (index >= num_tiles || !mask::is_heavy(blocks[index], totals->weight, totals->items)) return;
   atomicAdd(heavy + static_cast<int32_t>(index) / section_items, 1);
+  const int32_t parts = mask::count_parts(shape, blocks[index], totals->weight);
+  if (parts > 1) atomicAdd(&totals->wanted_slots, static_cast<unsigned long long>(parts));
+}
+
+// Gives every heavy item its place before all others, and its parts: fewer for all, if there are too few slots. How
+// many does not depend on the order in which items come here, only their places do.
+__global__ void __launch_bounds__(kHeavyThreads)
+    place_heavy_kernel(const MaskShape shape, const int32_t* blocks, int64_t num_tiles, int32_t slots, Totals* totals,
+                       HeavyPlace* places) {
+  const int64_t index = int64_t{blockIdx.x} * kHeavyThreads + threadIdx.x;
+  if (index >= num_tiles || !mask::is_heavy(blocks[index], totals->weight, totals->items)) return;
   HeavyPlace place{0, mask::count_parts(shape, blocks[index], totals->weight), 0};
-  if (place.parts > 1) {
-    place.slot = atomicAdd(&totals->slots, place.parts);
-    if (place.slot + place.parts > slots) place.parts = 1;
+  const auto wanted = static_cast<uint32_t>(mask::smaller<uint64_t>(totals->wanted_slots, UINT32_MAX));
+  if (place.parts > 1 && wanted > static_cast<uint32_t>(slots)) {
+    // Both factors are small: at most 32 parts, and slots of some megabytes.
+    place.parts = mask::larger<int32_t>(static_cast<uint32_t>(place.parts * slots) / wanted, 1);
   }
+  if (place.parts > 1) place.slot = atomicAdd(&totals->slots, place.parts);
   place.first = atomicAdd(&totals->heavy_parts, place.parts);
   places[index] = place;
 }
@@ -163,9 +176,11 @@ Status plan_keys(const KeyPlanParams& params, int64_t num_key_items, Stream stre
                                                                        blocks, active, live, totals);
   HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetLastError(), "the launch of count_key_blocks"));
   const auto heavy_ctas = static_cast<unsigned>(mask::ceil_div(num_tiles, kHeavyThreads));
-  place_heavy_kernel<<<heavy_ctas, kHeavyThreads, 0, stream>>>(grid.shape, blocks, num_tiles, section_items,
-                                                               static_cast<int32_t>(num_key_items - num_tiles), totals,
-                                                               heavy, places);
+  count_heavy_kernel<<<heavy_ctas, kHeavyThreads, 0, stream>>>(grid.shape, blocks, num_tiles, section_items, totals,
+                                                               heavy);
+  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetLastError(), "the launch of count_heavy"));
+  place_heavy_kernel<<<heavy_ctas, kHeavyThreads, 0, stream>>>(
+      grid.shape, blocks, num_tiles, static_cast<int32_t>(num_key_items - num_tiles), totals, places);
   HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetLastError(), "the launch of place_heavy"));
   return order_items(KeyItemList{grid, active, totals, places}, num_tiles, section_items, blocks, live, heavy,
                      params.items, stream);

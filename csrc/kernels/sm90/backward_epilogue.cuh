@@ -64,10 +64,10 @@ __device__ __forceinline__ bool add_parts(const BackwardArguments& args, typenam
   cutlass::arch::NamedBarrier::sync(128, kParts0 + unit);
   if (warp == 0 && lane == 0) {
     storage.parts_before[unit] = atomicAdd(args.parts_done + item.slot * Traits::kUnits + unit, 1);
+    __threadfence();  // what others left is read after this
   }
   cutlass::arch::NamedBarrier::sync(128, kParts0 + unit);
   if (storage.parts_before[unit] != item.parts - 1) return false;
-  __threadfence();
   cute::clear(grad_keys);
   cute::clear(grad_values);
 #pragma unroll 1

@@ -40,7 +40,9 @@ struct QueryPlace {
     const mask::RowPlace place = mask::locate_row(args.shape, args.sequences, bit_row);
     const int64_t query = place.block * args.shape.q_block_size + in_block;
     sequence = place.index;
-    row = place.sequence.q_begin + query;
+    // Lengths that lie are cut to the tensors.
+    const int64_t q_begin = mask::clamp<int64_t>(place.sequence.q_begin, 0, args.rows_q);
+    row = q_begin + query;
     exists = place.used && in_block < args.shape.q_block_size && query < place.sequence.q_len && row < args.rows_q;
   }
 };
