@@ -62,8 +62,8 @@ HeadDims choose_head_dim(int head_dim, Matches&& matches) {
 }
 
 Status refuse_head_dim(int head_dim, int largest, const char* where) {
-  const std::string expected =
-      largest > 0 ? "1 to " + std::to_string(largest) : std::string("a head dim whose kernels this build of hbsattn has");
+  const std::string expected = largest > 0 ? "1 to " + std::to_string(largest)
+                                           : std::string("a head dim whose kernels this build of hbsattn has");
   return Status::NotSupported("head_dim is " + std::to_string(head_dim) + "; expected " + expected + where);
 }
 
