@@ -65,6 +65,7 @@ class Ours:
             work.heads_k,
             work.head_dim,
             work.dtype.itemsize,
+            work.deterministic,
         )
 
     def attend(self) -> Tensor:

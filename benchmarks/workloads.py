@@ -237,7 +237,7 @@ def backward_groups() -> list[Group]:
     shapes = [_sparse(*size, 16384, 0.1, False, task="backward") for size in sizes]
     shapes += [_sparse(size, size, 16384, 0.1, False, heads_k=4, shared=True, task="backward") for size in (128, 64)]
     dims = (64, 96, 192, 256)
-    head_dims = [_sparse(128, 128, 16384, 0.1, False, head_dim=dim, task="backward") for dim in dims]
+    head_dims = [_sparse(128, 128, 32768, 0.1, False, head_dim=dim, task="backward") for dim in dims]
     dense = [_all_true(8192, False, head_dim=dim, task="backward").dense() for dim in dims]
     return [
         *groups,

@@ -427,7 +427,7 @@ def forward(
 @torch.library.impl("hbsattn::backward", "CPU")
 def backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -454,6 +454,8 @@ def backward(
     packed_heads = count_packed_heads(bits.shape[0], q_block_size, q.shape[-2], k.shape[-2], pack_heads)
     compute = _compute_dtype(q.dtype)
     results = [torch.zeros(x.shape, dtype=compute) for x in (q, k, v)]
+    if grad_lse is None:
+        grad_lse = torch.zeros_like(lse)
     views = [t.unsqueeze(0) if packed else t for t in (grad_out, grad_lse, q, k, v, out, lse, *results)]
     tile_rows = choose_tile_rows(packed_heads * q_block_size, head_dim)
     if k.numel() > 0:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 # Columns of the table of sequences.
 Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN = range(6)
+SECTION_BYTES = 32 << 20  # of the L2 cache
 PART_BYTES = 10 << 20  # of the workspace of the backward pass, for parts of tiles
 ITEM_INTS = 16  # of a work item: the WorkItem, or KeyItem, of csrc/include/hbsattn/params.h
 
@@ -41,11 +42,35 @@ def choose_tile_rows(rows: int, head_dim: int) -> int:
     return 64 if head_dim <= 128 and 5 * 64 * ceil_div(rows, 64) < 4 * 128 * ceil_div(rows, 128) else 128
 
 
-def count_key_items(batch: int, cols: int, k_block_size: int, heads_k: int, head_dim: int) -> int:
-    """Items of the backward pass's work list. The rules, and their reasons, are those of csrc/kernels/config.h."""
+def count_tile_heads(
+    batch: int,
+    rows: int,
+    q_block_size: int,
+    heads_q: int,
+    heads_k: int,
+    head_dim: int,
+    element_size: int,
+    deterministic: bool,
+) -> int:
+    """Query heads that one tile of the backward pass streams.
+
+    The rule, and its reason, are those of csrc/kernels/config.h.
+    """
+    group = heads_q // heads_k
+    if deterministic or group < 4 or batch == 0:
+        return group
+    fit = SECTION_BYTES // (max(rows // batch, 1) * q_block_size * head_dim * (2 * element_size + 4))
+    return max(heads for heads in range(1, group + 1) if group % heads == 0 and (heads == 1 or heads <= fit))
+
+
+def count_key_items(batch: int, cols: int, k_block_size: int, head_sets: int, head_dim: int) -> int:
+    """Items of the backward pass's work list, for query heads in as many sets as tiles stream one by one.
+
+    The rules, and their reasons, are those of csrc/kernels/config.h.
+    """
     tile_keys = choose_tile_rows(k_block_size, head_dim) if head_dim <= 128 else 64
     united = tile_keys // k_block_size if k_block_size % 16 == 0 and k_block_size < tile_keys else 1
-    tiles = batch * heads_k * ceil_div(cols, united) * ceil_div(k_block_size, tile_keys)
+    tiles = batch * head_sets * ceil_div(cols, united) * ceil_div(k_block_size, tile_keys)
     return tiles + min(tiles, PART_BYTES // (2 * 4 * tile_keys * ceil_div(head_dim, 64) * 64))
 
 

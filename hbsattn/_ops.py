@@ -19,7 +19,14 @@ except ImportError as error:
     ) from error
 
 from hbsattn import _cpu  # noqa: F401  (registers the CPU kernels)
-from hbsattn._layout import ITEM_INTS, ceil_div, choose_tile_rows, count_key_items, count_packed_heads
+from hbsattn._layout import (
+    ITEM_INTS,
+    ceil_div,
+    choose_tile_rows,
+    count_key_items,
+    count_packed_heads,
+    count_tile_heads,
+)
 from hbsattn._plans import plans_beside
 
 build_info = _C.build_info
@@ -127,8 +134,11 @@ def _(
     heads_k: int,
     head_dim: int,
     element_size: int,
+    deterministic: bool,
 ) -> Tensor:
-    count = count_key_items(sequences.shape[0], columns.shape[1], k_block_size, heads_k, head_dim)
+    batch, cols = sequences.shape[0], columns.shape[1]
+    tile_heads = count_tile_heads(batch, rows, q_block_size, heads_q, heads_k, head_dim, element_size, deterministic)
+    count = count_key_items(batch, cols, k_block_size, heads_q // tile_heads, head_dim)
     return columns.new_empty((count, ITEM_INTS))
 
 
@@ -173,7 +183,7 @@ def _(
 @torch.library.register_fake("hbsattn::backward")
 def _(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -188,6 +198,7 @@ FORWARD_TENSORS, FORWARD_NUMBERS = 6, 8  # inputs of the op `forward`: q, k, v, 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:FORWARD_TENSORS], *output[:2])
     ctx.numbers = inputs[FORWARD_TENSORS:-1]  # all but `profile`
+    ctx.set_materialize_grads(False)  # log-sum-exps are seldom used: no zeros for their gradients
 
 
 def _plan_keys(
@@ -200,23 +211,28 @@ def _plan_keys(
     q_block_size: int,
     k_block_size: int,
     causal: bool,
+    deterministic: bool,
 ) -> tuple[Tensor, ...]:
     """Returns the columns of a mask and the work list of its backward pass, which calls that share `items` share."""
     if q.device.type == "cpu":
         return bits.new_empty((0, 0, 0)), bits.new_empty((0, ITEM_INTS))  # the CPU kernel needs neither
-    sizes = (q.shape[-2], k.shape[-2], q.shape[-1], q.element_size())
+    sizes = (q_block_size, k_block_size, causal, q.shape[-2], k.shape[-2], q.shape[-1], q.element_size())
 
     def make() -> tuple[Tensor, ...]:
         columns = ops.transpose_bits.default(bits, cols)
-        key_items = ops.plan_keys.default(columns, sequences, bits.shape[1], q_block_size, k_block_size, causal, *sizes)
-        return columns, key_items
+        return columns, ops.plan_keys.default(columns, sequences, bits.shape[1], *sizes, deterministic)
 
-    return plans_beside(items).find_or_make("keys", make)
+    return plans_beside(items).find_or_make(("keys", deterministic), make)
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     q, k, v, bits, sequences, items, out, lse = ctx.saved_tensors
-    columns, key_items = _plan_keys(q, k, bits, sequences, items, *ctx.numbers[:4])
+    *sizes, _pack_heads, _scale, deterministic = ctx.numbers
+    columns, key_items = _plan_keys(q, k, bits, sequences, items, *sizes, deterministic)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
     grads = ops.backward.default(
         grad_out, grad_lse, q, k, v, out, lse, bits, sequences, items, columns, key_items, *ctx.numbers
     )

@@ -17,6 +17,7 @@ from gradients import assert_same_gradients, attend, differentiate, judge_gradie
 from hbsattn import _ops
 from hbsattn._plans import plans_beside
 from problems import attended_keys, make_problem, same
+from test_key_plan import plan_lines, tile_heads
 
 GPU_DTYPES = [torch.bfloat16, torch.float16]
 DEVICE_DTYPES = [*cases.DEVICE_DTYPES, pytest.param("cpu", torch.float64, id="cpu-float64")]
@@ -94,14 +95,44 @@ def test_tiles_in_parts(size: int, causal: bool):
     )
     problem = make_problem(dataclasses.replace(spec, head_dim=size), "cuda", torch.bfloat16)
     mask = problem.mask()
-    columns = torch.ops.hbsattn.transpose_bits(mask.bits, mask.cols)
-    sizes = (mask.rows, size, size, causal, spec.heads_q, spec.heads_k, size, 2)
-    assert int(torch.ops.hbsattn.plan_keys(columns, mask.sequences, *sizes)[:, 14].max()) > 1
+    assert int(plan_lines(problem.case, mask, size)[:, 14].max()) > 1
     first = differentiate(problem, mask=mask)
     judge_gradients(problem, first)
     for _ in range(5):
         again = differentiate(problem, mask=mask)
         assert same(first[1], again[1]) and same(first[2], again[2])
+
+
+# Groups of heads whose queries outgrow the L2 cache, or that would if their blocks were full: several tiles add up the
+# gradients of the same keys.
+GROUP = {"heads_q": 8, "heads_k": 1, "mask_heads": 1}
+FEW = {**GROUP, "q_block": 8192, "lens_q": (100, 37), "lens_k": (300, 70)}
+SETS_OF_HEADS = [
+    case("shared", lens_q=(4200,), q_block=128, k_block=128, head_dim=128, density=0.1, **GROUP),
+    case("causal", lens_q=(4200,), q_block=64, k_block=64, head_dim=128, density=0.1, causal=True, **GROUP),
+    case("in_parts", pattern="one_column", lens_q=(4200,), q_block=128, k_block=128, head_dim=128, **GROUP),
+    case("wide", lens_q=(2600,), q_block=80, k_block=48, head_dim=256, density=0.1, **GROUP),
+    case("own_masks", k_block=16, head_dim=128, **{**FEW, "mask_heads": 8}),
+    case("two_key_heads", k_block=64, head_dim=128, **{**FEW, "heads_q": 16, "heads_k": 2, "mask_heads": 2}),
+    case("padded_head_dim", k_block=100, head_dim=120, causal=True, **FEW),
+    case("batched", k_block=80, head_dim=96, packed=False, **{**FEW, "lens_q": (90, 90), "lens_k": (200, 200)}),
+    case("head_dim_64", k_block=128, head_dim=64, **{**FEW, "q_block": 16384}),
+    case("head_dim_192", k_block=32, head_dim=192, causal=True, **FEW),
+    case("views", k_block=128, head_dim=128, layout="padded", **FEW),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
+@pytest.mark.parametrize("spec", SETS_OF_HEADS, ids=by_name)
+def test_sets_of_heads(spec: Case, dtype: torch.dtype):
+    problem = make_problem(spec, "cuda", dtype)
+    mask = problem.mask()
+    assert tile_heads(spec, mask, spec.head_dim) < spec.heads_q // spec.heads_k
+    judge_gradients(problem, differentiate(problem, mask=mask))
+    first, again = (differentiate(problem, mask=mask, deterministic=True) for _ in range(2))
+    judge_gradients(problem, first)
+    assert all(same(x, y) for x, y in zip(first, again, strict=True))
 
 
 @pytest.mark.gpu
@@ -298,6 +329,19 @@ def differentiate_copies(problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
+def test_only_some_outputs_are_used(device: str):
+    """What is not used has no gradient at all; that is as good as one of zeros."""
+    problem = make_problem(case("outputs", causal=True), device, dtype_of(device))
+    q, k, v = leaves(problem)
+    outputs = attend(q, k, v, problem.mask(), return_lse=True)
+    grads = upstream(problem, outputs[1].detach(), 5)
+    for used in (0, 1):
+        got = torch.autograd.grad(outputs[used], (q, k, v), grads[used], retain_graph=True)
+        both = [grad if i == used else torch.zeros_like(grad) for i, grad in enumerate(grads)]
+        assert_same_gradients(got, torch.autograd.grad(outputs, (q, k, v), both, retain_graph=True))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
 def test_only_some_inputs_need_gradients(device: str):
     problem = make_problem(case("some"), device, dtype_of(device))
     k = problem.k.requires_grad_()
@@ -347,7 +391,7 @@ def test_second_derivative_is_refused(device: str):
 
 @pytest.mark.parametrize("device,dtype", cases.DEVICE_DTYPES)
 def test_repeatable(device: str, dtype: torch.dtype):
-    """Gradients of k and v always are; on the CPU also that of q."""
+    """Gradients of k and v are, unless sets of heads share keys; on the CPU also that of q."""
     spec = case("many", lens_q=(400, 333), density=0.8, q_block=16, k_block=16)
     problem = make_problem(spec, device, dtype)
     mask = problem.mask()
@@ -376,6 +420,21 @@ def test_deterministic_on_gpu(spec: Case, dtype: torch.dtype):
     for _ in range(3):
         again = differentiate(problem, mask=mask, deterministic=True)
         assert all(same(x, y) for x, y in zip(again, first, strict=True))
+
+
+@pytest.mark.gpu
+def test_deterministic_in_a_thousand_runs():
+    spec = case(
+        "thousand", lens_q=(1000, 700), heads_q=8, heads_k=4, head_dim=128, q_block=128, k_block=128, causal=True
+    )
+    problem = make_problem(spec, "cuda", torch.bfloat16)
+    q, k, v = leaves(problem)
+    out = attend(q, k, v, problem.mask(), deterministic=True)
+    grad_out = torch.randn_like(out)
+    first = torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True)
+    for _ in range(1000):
+        again = torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True)
+        assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
 
 
 @pytest.mark.gpu
@@ -410,7 +469,7 @@ def test_plan_is_made_once(device: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_ops, "_plan_keys", spy)
     attend(q, k, v, mask)
     items = mask._items(4, 2, 64, q.element_size(), True)
-    assert plans_beside(items).find("keys") is None
+    assert plans_beside(items).find(("keys", False)) is None
     for _ in range(2):
         attend(q, k, v, mask).sum().backward()
     checkpoint(lambda *inputs: attend(*inputs, mask), q, k, v, use_reentrant=False).sum().backward()

@@ -49,7 +49,7 @@ SPECS += [
 class KeyItem:
     column: int
     sequence: int
-    head: int
+    head_set: int
     first_key: int
     keys: int
     united: int
@@ -69,13 +69,39 @@ def key_tiles(k_block: int, head_dim: int) -> tuple[int, int, int]:
     return tile, -(-k_block // tile), united
 
 
-def plan(spec: Case, mask: hbsattn.BlockMask, head_dim: int, sequences: Tensor | None = None) -> list[KeyItem]:
-    """The tiles of the list in its order; those that do not exist end it."""
+def tile_heads(spec: Case, mask: hbsattn.BlockMask, head_dim: int, deterministic: bool = False) -> int:
+    """Query heads of a tile: those of a key head, or as many as have queries that fit 32 MB."""
+    group = spec.heads_q // spec.heads_k
+    if deterministic or group < 4 or mask.batch == 0:
+        return group
+    fit = (32 << 20) // (max(mask.rows // mask.batch, 1) * spec.q_block * head_dim * 8)
+    return next(heads for heads in range(group, 0, -1) if group % heads == 0 and heads <= max(fit, 1))
+
+
+def plan_lines(
+    spec: Case,
+    mask: hbsattn.BlockMask,
+    head_dim: int,
+    sequences: Tensor | None = None,
+    deterministic: bool = False,
+) -> Tensor:
     columns = torch.ops.hbsattn.transpose_bits(mask.bits, mask.cols)
-    sizes = (mask.rows, spec.q_block, spec.k_block, spec.causal, spec.heads_q, spec.heads_k, head_dim, 2)
-    items = torch.ops.hbsattn.plan_keys(columns, mask.sequences if sequences is None else sequences, *sizes)
+    sizes = (mask.rows, spec.q_block, spec.k_block, spec.causal, spec.heads_q, spec.heads_k, head_dim, 2, deterministic)
+    return torch.ops.hbsattn.plan_keys(columns, mask.sequences if sequences is None else sequences, *sizes)
+
+
+def plan(
+    spec: Case,
+    mask: hbsattn.BlockMask,
+    head_dim: int,
+    sequences: Tensor | None = None,
+    deterministic: bool = False,
+) -> list[KeyItem]:
+    """The tiles of the list in its order; those that do not exist end it."""
+    items = plan_lines(spec, mask, head_dim, sequences, deterministic)
     tile_keys, tiles, united = key_tiles(spec.k_block, head_dim)
-    count = spec.heads_k * mask.batch * -(-mask.cols // united) * tiles
+    head_sets = spec.heads_q // tile_heads(spec, mask, head_dim, deterministic)
+    count = head_sets * mask.batch * -(-mask.cols // united) * tiles
     slots = min(count, (10 << 20) // (8 * tile_keys * -(-head_dim // 64) * 64))
     assert items.dtype == torch.int32 and items.device == mask.bits.device
     assert items.shape == (count + slots, 16)
@@ -111,14 +137,14 @@ def check_order(got: list[KeyItem], sections: list[list[KeyItem]]) -> None:
     assert got[len(heavy) :] == [item for section in rest for item in sorted(section, key=lambda item: -item.blocks)]
 
 
-def expected_items(spec: Case, mask: hbsattn.BlockMask, head_dim: int) -> list[KeyItem]:
-    """All tiles that hold keys, in the order of heads, sequences and keys."""
+def expected_items(spec: Case, mask: hbsattn.BlockMask, head_dim: int, deterministic: bool = False) -> list[KeyItem]:
+    """All tiles that hold keys, in the order of sets of heads, sequences and keys."""
     tile_keys, tiles, united = key_tiles(spec.k_block, head_dim)
     rows = unpack(mask.bits, mask.cols)
-    group = spec.heads_q // spec.heads_k
+    heads = tile_heads(spec, mask, head_dim, deterministic)
     items = []
-    for head in range(spec.heads_k):
-        masks = rows[[h * spec.mask_heads // spec.heads_q for h in range(head * group, (head + 1) * group)]]
+    for head_set in range(spec.heads_q // heads):
+        masks = rows[[h * spec.mask_heads // spec.heads_q for h in range(head_set * heads, (head_set + 1) * heads)]]
         for b, (q_begin, q_len, k_begin, k_len, row_begin, _) in enumerate(mask.sequences.tolist()):
             of_sequence = masks[:, row_begin : row_begin - (-q_len // spec.q_block)]
             for first_key in (
@@ -134,7 +160,9 @@ def expected_items(spec: Case, mask: hbsattn.BlockMask, head_dim: int) -> list[K
                 bits = of_sequence[:, :, column : column + blocks]
                 active = sum(1 << i for i in range(blocks) if bits[:, :, i].any())
                 counts = (end - first_key, blocks, active, int(bits.any(-1).sum()))
-                items.append(KeyItem(column, b, head, first_key, *counts, row_begin, q_begin, q_len, k_begin, k_len))
+                items.append(
+                    KeyItem(column, b, head_set, first_key, *counts, row_begin, q_begin, q_len, k_begin, k_len)
+                )
     return items
 
 
@@ -168,7 +196,7 @@ def test_plan_of_several_sections(k_block: int):
     mask = build_mask(spec, block_masks(spec, seed=8), "cuda", seed=8)
     sections: dict[int, list[KeyItem]] = {}
     for item in expected_items(spec, mask, 128):
-        sections.setdefault((item.head * mask.batch + item.sequence) // 3, []).append(item)
+        sections.setdefault((item.head_set * mask.batch + item.sequence) // 3, []).append(item)
     assert len(sections) == 3
     check_order(plan(spec, mask, 128), list(sections.values()))
 
@@ -182,10 +210,22 @@ def test_parts_of_heavy_tiles():
     want = expected_items(spec, mask, 128)
     got = plan(spec, mask, 128)
     assert {item.column for item in got[:2]} == {0} and all(is_heavy(item, want) for item in got[:2])
-    columns = torch.ops.hbsattn.transpose_bits(mask.bits, mask.cols)
-    sizes = (mask.rows, spec.q_block, spec.k_block, spec.causal, spec.heads_q, spec.heads_k, 128, 2)
-    parts = torch.ops.hbsattn.plan_keys(columns, mask.sequences, *sizes)[:, 14]
-    assert int(parts.max()) > 1
+    assert int(plan_lines(spec, mask, 128)[:, 14].max()) > 1
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("mask_heads", "k_block"), [(1, 128), (2, 64), (16, 192)])
+def test_sets_of_heads(mask_heads: int, k_block: int, deterministic: bool):
+    """Heads of a group whose queries outgrow the L2 cache: a tile streams four of the eight, one section for each."""
+    spec = case(
+        "sets", lens_q=(5000,), heads_q=16, heads_k=2, mask_heads=mask_heads, q_block=128, k_block=k_block, density=0.2
+    )
+    mask = build_mask(spec, block_masks(spec, seed=12), "cuda", seed=12)
+    assert tile_heads(spec, mask, 128, deterministic) == (8 if deterministic else 4)
+    sections: dict[int, list[KeyItem]] = {}
+    for item in expected_items(spec, mask, 128, deterministic):
+        sections.setdefault(item.head_set, []).append(item)
+    check_order(plan(spec, mask, 128, deterministic=deterministic), list(sections.values()))
 
 
 def test_too_many_parts():
@@ -197,9 +237,7 @@ def test_too_many_parts():
     for _ in range(4):
         mask = build_mask(spec, masks, "cuda", seed=10)
         plan(spec, mask, 64)
-        columns = torch.ops.hbsattn.transpose_bits(mask.bits, mask.cols)
-        sizes = (mask.rows, spec.q_block, spec.k_block, spec.causal, spec.heads_q, spec.heads_k, 64, 2)
-        lines = torch.ops.hbsattn.plan_keys(columns, mask.sequences, *sizes).tolist()
+        lines = plan_lines(spec, mask, 64).tolist()
         cuts.append(sorted((line[2], line[0], line[14]) for line in lines if line[0] >= 0 and line[13] == 0))
     assert cuts[1:] == cuts[:-1]
     assert {parts for _, column, parts in cuts[0] if column < 8} == {2}
@@ -217,7 +255,7 @@ def test_any_sequences_are_safe(k_block: int, seed: int):
     table = torch.where(torch.rand(wild.shape, generator=generator) < 0.5, wild, mild).to("cuda", torch.int32)
     tile_keys = key_tiles(k_block, 64)[0]
     live = plan(spec, mask, 64, table)
-    assert len({(item.head, item.sequence, item.first_key) for item in live}) == len(live)
+    assert len({(item.head_set, item.sequence, item.first_key) for item in live}) == len(live)
     for item in live:
         assert item.column >= 0 and item.united >= 1 and item.column + item.united <= mask.cols
         assert 1 <= item.keys <= tile_keys and item.first_key + item.keys <= item.k_len

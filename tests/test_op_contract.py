@@ -78,7 +78,8 @@ def op_arguments(name: str, spec: Case, device: str) -> tuple[Any, ...]:
         return (mask.bits, mask.cols)
     heads = (spec.heads_q, spec.heads_k, spec.head_dim, problem.q.element_size())
     if name == "plan_keys":
-        return (ops.transpose_bits(mask.bits, mask.cols), mask.sequences, mask.rows, *sizes, spec.causal, *heads)
+        columns = ops.transpose_bits(mask.bits, mask.cols)
+        return (columns, mask.sequences, mask.rows, *sizes, spec.causal, *heads, False)
     items = mask._items(*heads, True)
     tensors = (problem.q, problem.k, problem.v, mask.bits, mask.sequences, items)
     return (*tensors, mask.cols, *sizes, spec.causal, True, 0.125)

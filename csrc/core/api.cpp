@@ -103,19 +103,23 @@ Status transpose_mask(const TransposeParams& params, Stream stream) {
   return kernels::transpose_mask(params, stream);
 }
 
-int64_t num_key_items(const MaskShape& shape, int32_t heads_k, int32_t head_dim) {
-  if (heads_k < 1 || shape.batch < 1 || shape.cols < 1 || shape.k_block_size < 1) return 0;
-  const KeyTileShape shapes = shape_key_tiles(shape, head_dim);
-  const int64_t pairs = int64_t{heads_k} * shape.batch, count = shapes.count(shape);
+int64_t num_key_items(const KeyPlanParams& params) {
+  const MaskShape& shape = params.mask.shape;
+  const bool some = params.heads_k > 0 && params.heads_q >= params.heads_k && params.head_dim > 0;
+  if (!some || shape.batch < 1 || shape.cols < 1 || shape.k_block_size < 1 || shape.q_block_size < 1) return 0;
+  const KeyTileShape shapes = shape_key_tiles(shape, params.head_dim);
+  const int32_t tile_heads = count_tile_heads(shape, params.heads_q, params.heads_k, params.head_dim,
+                                              params.element_size, params.deterministic);
+  const int64_t pairs = int64_t{params.heads_q / tile_heads} * shape.batch, count = shapes.count(shape);
   const int64_t tiles = std::min(pairs, INT64_MAX / 2 / count) * count;  // sizes yet to be checked may be too many
-  return tiles + count_part_slots(tiles, shapes.tile_keys, head_dim);
+  return tiles + count_part_slots(tiles, shapes.tile_keys, params.head_dim);
 }
 
 Status plan_keys(const KeyPlanParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(check_device());
   HBSATTN_RETURN_IF_ERROR(validate_key_plan(params));
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
-  return kernels::plan_keys(params, num_key_items(params.mask.shape, params.heads_k, params.head_dim), stream);
+  return kernels::plan_keys(params, num_key_items(params), stream);
 }
 
 size_t key_plan_scratch_size(int64_t num_key_items) {

@@ -67,12 +67,23 @@ Status check_num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k,
   return check_range("the number of tiles", num_items(shape, heads_q, heads_k, head_dim, pack_heads), 0, kItemsLimit);
 }
 
+// What decides the work list of a backward.
+KeyPlanParams key_plan_of(const BackwardParams& params) {
+  const ForwardParams& problem = params.problem;
+  KeyPlanParams plan;
+  plan.mask = problem.mask;
+  plan.heads_q = problem.heads_q;
+  plan.heads_k = problem.heads_k;
+  plan.head_dim = problem.head_dim;
+  plan.deterministic = params.deterministic;
+  return plan;
+}
+
 // Of the work list of the backward pass; heads are valid.
-Status check_num_key_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim) {
-  HBSATTN_RETURN_IF_ERROR(
-      check_range("the number of key tiles", num_key_items(shape, heads_k, head_dim), 0, kItemsLimit));
+Status check_num_key_items(const KeyPlanParams& params) {
+  HBSATTN_RETURN_IF_ERROR(check_range("the number of key tiles", num_key_items(params), 0, kItemsLimit));
   return check_range("the mask's number of query block rows over the query heads of a key head",
-                     heads_q / heads_k * shape.rows, 0, kInt32Limit);
+                     params.heads_q / params.heads_k * params.mask.shape.rows, 0, kInt32Limit);
 }
 
 // Whether a mask of this shape can belong to packed tensors. Its rows are those of each sequence without gaps, or as
@@ -233,12 +244,12 @@ Status validate_key_plan(const KeyPlanParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_heads(shape, params.heads_q, params.heads_k));
   HBSATTN_RETURN_IF_ERROR(check_range("head_dim", params.head_dim, 1, kMaxHeadDim + 1));
   HBSATTN_RETURN_IF_ERROR(check_range("element_size", params.element_size, 1, 9));
-  return check_num_key_items(shape, params.heads_q, params.heads_k, params.head_dim);
+  return check_num_key_items(params);
 }
 
 Status check_pointers(const KeyPlanParams& params) {
   const MaskShape& shape = params.mask.shape;
-  const int64_t items = num_key_items(shape, params.heads_k, params.head_dim);
+  const int64_t items = num_key_items(params);
   HBSATTN_RETURN_IF_ERROR(check_pointer("columns", params.columns, shape.heads * shape.cols * shape.row_words()));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", params.mask.sequences, shape.batch));
   HBSATTN_RETURN_IF_ERROR(check_pointer("scratch", params.scratch, items));
@@ -277,12 +288,15 @@ Status check_pointers(const ForwardParams& params) {
 Status validate_backward(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
   HBSATTN_RETURN_IF_ERROR(validate_forward(problem));
-  const int64_t items = num_key_items(problem.mask.shape, problem.heads_k, problem.head_dim);
-  HBSATTN_RETURN_IF_ERROR(check_num_key_items(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim));
+  const KeyPlanParams plan = key_plan_of(params);
+  const int64_t items = num_key_items(plan);
+  HBSATTN_RETURN_IF_ERROR(check_num_key_items(plan));
   if (params.key_items != nullptr && params.num_key_items != items) {
-    return wrong_value("the number of key work items", params.num_key_items,
-                       std::to_string(items) + ", as plan_keys makes for this mask, heads_k = " +
-                           std::to_string(problem.heads_k) + " and head_dim = " + std::to_string(problem.head_dim));
+    return wrong_value(
+        "the number of key work items", params.num_key_items,
+        std::to_string(items) + ", as plan_keys makes for this mask, heads_q = " + std::to_string(problem.heads_q) +
+            ", heads_k = " + std::to_string(problem.heads_k) + ", head_dim = " + std::to_string(problem.head_dim) +
+            (params.deterministic ? " and deterministic" : ""));
   }
   return Status::Ok();
 }
@@ -300,8 +314,7 @@ Status check_pointers(const BackwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_pointer("grad_v", params.grad_v.data, keys));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", problem.mask.sequences, shape.batch));
   HBSATTN_RETURN_IF_ERROR(check_pointer("columns", params.columns, shape.heads * shape.cols * shape.row_words()));
-  HBSATTN_RETURN_IF_ERROR(
-      check_pointer("key_items", params.key_items, num_key_items(shape, problem.heads_k, problem.head_dim)));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("key_items", params.key_items, num_key_items(key_plan_of(params))));
   if (params.deterministic) {
     HBSATTN_RETURN_IF_ERROR(check_pointer("bits", problem.mask.bits, shape.heads * shape.rows * shape.words()));
     HBSATTN_RETURN_IF_ERROR(check_pointer("items", problem.items, problem.num_items));

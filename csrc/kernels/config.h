@@ -74,6 +74,32 @@ constexpr KeyTileShape shape_key_tiles(const MaskShape& shape, int32_t head_dim)
           unite ? tile_keys / shape.k_block_size : 1};
 }
 
+// Queries, output gradients and sums of query gradients that tiles which run at the same time should find in L2 (50 MB,
+// of which what they keep and write and the far partition take a share).
+inline constexpr int64_t kSectionBytes = int64_t{32} << 20;
+
+// Of one query head, for a sequence of average length.
+constexpr int64_t count_query_bytes(const MaskShape& shape, int32_t head_dim, int32_t element_size) {
+  const int64_t rows = (shape.rows > shape.batch ? shape.rows / shape.batch : 1) * int64_t{shape.q_block_size};
+  return rows * head_dim * (2 * element_size + int64_t{sizeof(float)});
+}
+
+inline constexpr int32_t kElementSize = 2;  // bytes, of every dtype that kernels are compiled for
+
+// Query heads that one tile of the backward pass streams: those that read its key head, so that the gradients of its
+// keys never leave registers. Where the queries of that many outgrow L2 before they are used again, as many as fit, and
+// the tiles of a key head add up what they have in global memory: the sums of four or more heads take less than half
+// the memory of those of the queries.
+constexpr int32_t count_tile_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
+                                   int32_t element_size, bool deterministic) {
+  const int32_t group = heads_q / heads_k;
+  if (deterministic || group < 4 || shape.batch < 1) return group;
+  const int64_t fit = kSectionBytes / count_query_bytes(shape, head_dim, element_size);
+  int32_t heads = group;
+  while (heads > 1 && (heads > fit || group % heads != 0)) --heads;
+  return heads;
+}
+
 // Parts of tiles that the backward pass has room for: 10 MB of float32 gradients of keys and values. As many items may
 // follow those of whole tiles in its work list.
 constexpr int64_t count_part_slots(int64_t tiles, int32_t tile_keys, int32_t head_dim) {
@@ -122,12 +148,13 @@ struct Sm90Backward {
   static constexpr bool kWide = kHeadDim > 128;
   static constexpr int kCtasPerSm = kWide ? 1 : 128 / kTileN;
   static constexpr int kTileM = 64;
-  static constexpr int kStages = 2;
-  // Columns that one swizzle pattern spans. Warpgroups that share keys have half the columns each: whole patterns.
-  static constexpr int kChunkColumns = kHeadDim % (kWide ? 128 : 64) == 0 ? 64 : 32;
+  // As many as fit: short ones are over before the next are there. At head dim 192 a third brings nothing.
+  static constexpr int kStages = kHeadDim == 64 ? 4 : kHeadDim == 96 && kTileN == 128 ? 3 : 2;
+  // Columns that one swizzle pattern spans. Two warpgroups that share columns have half of them each: whole patterns.
+  static constexpr int kChunkColumns = kHeadDim % (kTileN == 128 || kWide ? 128 : 64) == 0 ? 64 : 32;
   // What ptxas needs for the mainloop without spills, and what is left.
-  static constexpr int kProducerRegisters = kTileN == 128 ? 40 : 24;
-  static constexpr int kConsumerRegisters = kWide ? 240 : 232;
+  static constexpr int kConsumerRegisters = kHeadDim == 256 ? 240 : kHeadDim < 128 && kTileN == 64 ? 216 : 232;
+  static constexpr int kProducerRegisters = kHeadDim == 256 || (kHeadDim == 128 && kTileN == 64) ? 24 : 40;
   static_assert(!kWide || kTileN == 64);
 };
 
@@ -155,7 +182,8 @@ struct BackwardWorkspace {
   int64_t block_rows;  // of a query block, padded
   int64_t rows;        // of a head
   int64_t ticket;      // of the persistent CTAs, and behind it a counter for each warpgroup's half of each slot
-  int64_t zeroed;      // bytes from there on that are to be 0
+  int64_t key_sums;    // (2, heads_k, batch * rows_k, padded head_dim) floats, if tiles add up gradients of their keys
+  int64_t zeroed;      // bytes from `ticket` on that are to be 0
   int64_t statistics;  // two arrays (heads_q, rows) of float, each followed by kPaddingRows for rows that do not exist
   int64_t parts;       // gradients of keys and values in parts of tiles, slot after slot
   int64_t grad_q;      // (heads_q, rows / 16) chunks of 16 x padded head_dim floats, in the order of accumulators
@@ -172,7 +200,11 @@ constexpr BackwardWorkspace lay_out_backward(const ForwardParams& problem, int32
   };
   const MaskShape& shape = problem.mask.shape;
   const KeyTileShape tiles = shape_key_tiles(shape, problem.head_dim);
-  const int64_t all_tiles = int64_t{problem.heads_k} * shape.batch * tiles.count(shape);
+  const int32_t tile_heads =
+      count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, !sums_queries);
+  const bool sums_keys = tile_heads < problem.heads_q / problem.heads_k;
+  const int64_t all_tiles = int64_t{problem.heads_q / tile_heads} * shape.batch * tiles.count(shape);
+  const int64_t keys = problem.heads_k * problem.rows_k * (problem.packed ? 1 : shape.batch);
   const int64_t slots = count_part_slots(all_tiles, tiles.tile_keys, problem.head_dim);
   // Blocks may be longer than all sequences. Segments must not reach into the next block's rows.
   const int64_t block = (int64_t{shape.q_block_size} + kGranule - 1) / kGranule * kGranule;
@@ -180,8 +212,9 @@ constexpr BackwardWorkspace lay_out_backward(const ForwardParams& problem, int32
   BackwardWorkspace workspace{};
   workspace.block_rows = block < longest ? block : longest;
   workspace.rows = shape.rows * workspace.block_rows;
-  workspace.zeroed = 4 * (1 + 2 * slots);
-  workspace.statistics = workspace.ticket + align(workspace.zeroed);
+  workspace.key_sums = workspace.ticket + align(4 * (1 + 2 * slots));
+  workspace.zeroed = workspace.key_sums + (sums_keys ? 2 * 4 * keys * padded_head_dim : 0);
+  workspace.statistics = align(workspace.zeroed);
   workspace.parts =
       workspace.statistics + align(2 * 4 * (problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows));
   workspace.grad_q = workspace.parts + align(slots * 2 * 4 * tiles.tile_keys * padded_head_dim);

@@ -293,7 +293,7 @@ Tensor transpose_bits(const Tensor& bits, int64_t cols) {
 
 Tensor plan_keys_op(const Tensor& columns, const Tensor& sequences, int64_t rows, int64_t q_block_size,
                     int64_t k_block_size, bool causal, int64_t heads_q, int64_t heads_k, int64_t head_dim,
-                    int64_t element_size) {
+                    int64_t element_size, bool deterministic) {
   const at::Device device = columns.device();
   const c10::DeviceGuard guard(device);
   check_table("columns", columns, 3, device);
@@ -305,9 +305,10 @@ Tensor plan_keys_op(const Tensor& columns, const Tensor& sequences, int64_t rows
   params.heads_k = to_int32("heads_k", heads_k);
   params.head_dim = to_int32("head_dim", head_dim);
   params.element_size = to_int32("element_size", element_size);
+  params.deterministic = deterministic;
   raise_if_error(validate_key_plan(params));
   check_shape("columns", columns, {shape.heads, shape.cols, shape.row_words()});
-  const int64_t count = num_key_items(shape, params.heads_k, params.head_dim);
+  const int64_t count = num_key_items(params);
   const auto scratch_bytes = static_cast<int64_t>(key_plan_scratch_size(count));
   const Tensor scratch = at::empty({scratch_bytes}, columns.options().dtype(at::kByte));
   Tensor items = empty_ints({count, kKeyItemInts}, device);
@@ -382,12 +383,12 @@ std::tuple<Tensor, Tensor, Tensor> forward_op(const Tensor& q, const Tensor& k, 
   return {out, lse, cycles};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q,
-                                               const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                                               const Tensor& bits, const Tensor& sequences, const Tensor& items,
-                                               const Tensor& columns, const Tensor& key_items, int64_t cols,
-                                               int64_t q_block_size, int64_t k_block_size, bool causal, bool pack_heads,
-                                               double softmax_scale, bool deterministic) {
+std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
+                                               const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                                               const Tensor& lse, const Tensor& bits, const Tensor& sequences,
+                                               const Tensor& items, const Tensor& columns, const Tensor& key_items,
+                                               int64_t cols, int64_t q_block_size, int64_t k_block_size, bool causal,
+                                               bool pack_heads, double softmax_scale, bool deterministic) {
   const at::Device device = q.device();
   const c10::DeviceGuard guard(device);
   BackwardParams params;
@@ -404,7 +405,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad_out, const Ten
   check("out", out, q.scalar_type(), q.sizes());
   const std::vector<int64_t> lse_shape = shape_lse(problem);
   check("lse", lse, at::kFloat, lse_shape);
-  check("grad_lse", grad_lse, at::kFloat, lse_shape);
+  if (grad_lse) check("grad_lse", *grad_lse, at::kFloat, lse_shape);
   check_table("columns", columns, 3, device);
   check_shape("columns", columns, {shape.heads, shape.cols, shape.row_words()});
   check_table("key_items", key_items, 2, device);
@@ -437,9 +438,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad_out, const Ten
   const Tensor v_read = make_addressable("v", v, problem.dtype, problem.v);
   const Tensor out_read = make_addressable("out", out, problem.dtype, problem.out);
   const Tensor grad_out_read = make_addressable("grad_out", grad_out_rows, problem.dtype, params.grad_out);
-  const Tensor lse_read = lse.contiguous(), grad_lse_read = grad_lse.contiguous();
+  const Tensor lse_read = lse.contiguous(), grad_lse_read = grad_lse ? grad_lse->contiguous() : Tensor();
   problem.lse = lse_read.data_ptr<float>();
-  params.grad_lse = grad_lse_read.const_data_ptr<float>();
+  if (grad_lse) params.grad_lse = grad_lse_read.const_data_ptr<float>();
 
   Tensor grad_q = at::empty(q.sizes(), q.options());
   Tensor grad_k = at::empty(k.sizes(), k.options());
@@ -511,10 +512,10 @@ TORCH_LIBRARY(hbsattn, m) {
   m.def("transpose_bits(Tensor bits, int cols) -> Tensor", tags);
   m.def(
       "plan_keys(Tensor columns, Tensor sequences, int rows, int q_block_size, int k_block_size, bool causal, "
-      "int heads_q, int heads_k, int head_dim, int element_size) -> Tensor",
+      "int heads_q, int heads_k, int head_dim, int element_size, bool deterministic) -> Tensor",
       tags);
   m.def(
-      "backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor bits, "
+      "backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor bits, "
       "Tensor sequences, Tensor items, Tensor columns, Tensor key_items, int cols, int q_block_size, "
       "int k_block_size, bool causal, bool pack_heads, float softmax_scale, bool deterministic) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",

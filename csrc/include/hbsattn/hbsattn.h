@@ -52,8 +52,8 @@ HBSATTN_API Status forward(const ForwardParams& params, Stream stream);
 // Transposes the bits of a mask; what the backward pass needs beside a forward plan is made from these.
 HBSATTN_API Status transpose_mask(const TransposeParams& params, Stream stream);
 
-// Number of records that plan_keys writes; depends on shapes alone.
-HBSATTN_API int64_t num_key_items(const MaskShape& shape, int32_t heads_k, int32_t head_dim);
+// Number of records that plan_keys writes; depends on shapes and numbers of heads alone.
+HBSATTN_API int64_t num_key_items(const KeyPlanParams& params);
 
 // Bytes of `scratch` that plan_keys needs.
 HBSATTN_API size_t key_plan_scratch_size(int64_t num_key_items);

@@ -135,17 +135,18 @@ struct TransposeParams {
   uint32_t* columns = nullptr;  // out, (heads, cols, row_words)
 };
 
-// One stationary tile of the backward kernel: up to 64 or 128 keys of one key block and key head. Where blocks are
-// smaller, neighbouring blocks share a tile, which then streams each query block that is active with any of them.
+// One stationary tile of the backward kernel: up to 64 or 128 keys of one key block and key head, and the query heads
+// that it streams. Where blocks are smaller, neighbouring blocks share a tile, which then streams each query block that
+// is active with any of them.
 struct alignas(64) KeyItem {
   int32_t column;     // key block, in its sequence; the first, if united. -1: no tile; such items end the list
   int32_t sequence;   // batch index
-  int32_t head;       // key head
+  int32_t head_set;   // of the query heads, cut into sets of equal size that read one key head each
   int32_t first_key;  // of the tile, in its sequence
   int32_t keys;       // of the tile; fewer than its rows where its blocks or the sequence end before
   int32_t united;     // key blocks of the tile
   int32_t active;     // which of them some query block is active with, one bit each
-  int32_t blocks;     // active query blocks, added up over the query heads that read the key head
+  int32_t blocks;     // active query blocks, added up over the query heads of the set
   int32_t row_begin;  // copied from Sequence, as are the following
   int32_t q_begin;
   int32_t q_len;
@@ -164,9 +165,10 @@ struct KeyPlanParams {
   int32_t heads_q = 0;
   int32_t heads_k = 0;
   int32_t head_dim = 0;
-  int32_t element_size = 2;  // bytes
-  void* scratch = nullptr;   // key_plan_scratch_size(num_items) bytes, aligned to 8
-  KeyItem* items = nullptr;  // out, (num_key_items)
+  int32_t element_size = 2;    // bytes
+  bool deterministic = false;  // as in the BackwardParams of the calls that use the list
+  void* scratch = nullptr;     // key_plan_scratch_size(num_items) bytes, aligned to 8
+  KeyItem* items = nullptr;    // out, (num_key_items)
 };
 
 // A tensor of (batch, rows, heads, head_dim) or, packed, (rows, heads, head_dim). Strides in elements; the last
@@ -220,7 +222,7 @@ struct BackwardParams {
   const uint32_t* columns = nullptr;   // (heads, cols, row_words)
   const KeyItem* key_items = nullptr;  // (num_key_items)
   int64_t num_key_items = 0;
-  bool deterministic = false;  // grad_q is the same in every run; grad_k and grad_v always are
+  bool deterministic = false;  // gradients are the same in every run; without, nothing promises it
 
   void* workspace = nullptr;  // device, backward_workspace_size() bytes, aligned to 128; not shared by concurrent calls
 };

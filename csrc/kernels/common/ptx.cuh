@@ -53,6 +53,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// Adds four floats to four in global memory, which are aligned to 16 bytes.
+__device__ __forceinline__ void add_quad(float* destination, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(destination), "f"(a), "f"(b), "f"(c),
+               "f"(d)
+               : "memory");
+}
+
 // Has the copy engine add `bytes` bytes of floats in shared memory to those in global memory; a bulk group of its own.
 __device__ __forceinline__ void bulk_add(float* destination, const float* source, uint32_t bytes) {
   asm volatile(
@@ -75,6 +82,19 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
 }
 
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive(shared_address(barrier)); }
+
+// A warp arrives when all its lanes have read or written what the barrier guards: __syncwarp orders them before lane 0,
+// which arrives for all, as one arrival costs as much as 32 are. compute-sanitizer's racecheck follows each lane by
+// itself and reports what the others did; builds for it let every lane arrive.
+#ifdef HBSATTN_EVERY_LANE_ARRIVES
+inline constexpr int kWarpArrivals = 32;
+#else
+inline constexpr int kWarpArrivals = 1;
+#endif
+__device__ __forceinline__ void mbarrier_arrive_warp(uint64_t* barrier, int lane) {
+  __syncwarp();
+  if (kWarpArrivals > 1 || lane == 0) mbarrier_arrive(barrier);
+}
 
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)

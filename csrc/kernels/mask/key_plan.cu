@@ -14,13 +14,11 @@ using mask::KeyGrid;
 constexpr int kCountWarps = 4;
 constexpr int kHeavyThreads = 256;
 
-// Items of a section: those of as many (sequence, key head) pairs as have queries, output gradients and sums of query
+// Items of a section: those of as many sequences and sets of heads as have queries, output gradients and sums of query
 // gradients that fit.
 int32_t count_section_items(const KeyPlanParams& params, const KeyGrid& grid, int64_t num_items) {
-  const MaskShape& shape = params.mask.shape;
-  const int64_t longest = std::max<int64_t>(shape.rows / shape.batch, 1) * shape.q_block_size;
-  const int64_t row_bytes = int64_t{params.head_dim} * (2 * params.element_size + int64_t{sizeof(float)});
-  const int64_t pairs = std::max<int64_t>(kSectionBytes / (longest * grid.group) / row_bytes, 1);
+  const int64_t bytes = count_query_bytes(params.mask.shape, params.head_dim, params.element_size) * grid.tile_heads;
+  const int64_t pairs = std::max<int64_t>(kSectionBytes / bytes, 1);
   // Not so few that adding up the live items of all sections takes longer than ranking.
   return limit_section_items(std::max(pairs * grid.count, mask::ceil_div(num_items, kSectionItems)), num_items);
 }
@@ -60,8 +58,9 @@ __global__ void __launch_bounds__(32 * kCountWarps)
   const int64_t row_words = grid.shape.row_words();
   int count = 0;
   uint32_t active_columns = 0;
-  for (int head = 0; head < grid.mask_heads; ++head) {
-    const int64_t mask_head = mask::first_mask_head(grid, item.head) + head;
+  const int mask_heads = mask::count_mask_heads(grid);
+  for (int head = 0; head < mask_heads; ++head) {
+    const int64_t mask_head = mask::first_mask_head(grid, item.head_set) + head;
     const uint32_t* column = columns + (mask_head * grid.shape.cols + item.column) * row_words;
     for (int word = rows.begin / 32 + lane; word < end_word; word += 32) {
       const uint32_t inside = mask::bits_before(rows.end, word) & ~mask::bits_before(rows.begin, word);
@@ -80,7 +79,7 @@ __global__ void __launch_bounds__(32 * kCountWarps)
     active_columns |= __shfl_xor_sync(~0u, active_columns, delta);
   }
   if (lane == 0) {
-    blocks[index] = count * (grid.group / grid.mask_heads);
+    blocks[index] = count * (grid.tile_heads / mask_heads);
     active[index] = static_cast<int32_t>(active_columns);
     atomicAdd(live + static_cast<int32_t>(index) / section_items, 1);
     atomicAdd(&totals->weight, static_cast<unsigned long long>(blocks[index]));
@@ -142,7 +141,7 @@ struct KeyItemList {
         record.slot = places[index].slot;
       }
     }
-    return {make_int4(record.column, record.sequence, record.head, record.first_key),
+    return {make_int4(record.column, record.sequence, record.head_set, record.first_key),
             make_int4(record.keys, record.united, record.active, record.blocks),
             make_int4(record.row_begin, record.q_begin, record.q_len, record.k_begin),
             make_int4(record.k_len, record.part, record.parts, record.slot)};
@@ -155,8 +154,10 @@ static_assert(sizeof(KeyItem) == sizeof(PackedRecord) && offsetof(KeyItem, keys)
 
 Status plan_keys(const KeyPlanParams& params, int64_t num_key_items, Stream stream) {
   if (num_key_items == 0) return Status::Ok();
-  const KeyGrid grid = mask::make_key_grid(params.mask, params.heads_q, params.heads_k, params.head_dim);
-  const int64_t num_tiles = int64_t{params.heads_k} * params.mask.shape.batch * grid.count;
+  const int32_t tile_heads = count_tile_heads(params.mask.shape, params.heads_q, params.heads_k, params.head_dim,
+                                              params.element_size, params.deterministic);
+  const KeyGrid grid = mask::make_key_grid(params.mask, params.heads_q, tile_heads, params.head_dim);
+  const int64_t num_tiles = int64_t{params.heads_q / tile_heads} * params.mask.shape.batch * grid.count;
   auto* totals = static_cast<Totals*>(params.scratch);
   auto* live = reinterpret_cast<int32_t*>(totals + 1);
   int32_t* heavy = live + num_tiles;

@@ -211,30 +211,29 @@ constexpr RowRange find_rows(const MaskShape& shape, int32_t row_begin, int32_t 
   return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
 }
 
-// The work list of the backward pass before it is put in order: key heads, sequences, groups of united columns, tiles
-// of a block.
+// The work list of the backward pass before it is put in order: sets of query heads, sequences, groups of united
+// columns, tiles of a block.
 struct KeyGrid {
   MaskShape shape;
   const Sequence* sequences;
   KeyTileShape tiles;
-  int32_t count;       // tiles of one sequence and key head
-  int32_t group;       // query heads that read one key head
-  int32_t mask_heads;  // that these have: all share one, or each has its own
+  int32_t count;                // tiles of one sequence and set of heads
+  int32_t tile_heads;           // query heads of a set
+  int32_t heads_per_mask_head;  // query heads
 };
 
-constexpr KeyGrid make_key_grid(const MaskView& mask, int32_t heads_q, int32_t heads_k, int32_t head_dim) {
+constexpr KeyGrid make_key_grid(const MaskView& mask, int32_t heads_q, int32_t tile_heads, int32_t head_dim) {
   const KeyTileShape tiles = shape_key_tiles(mask.shape, head_dim);
-  return {mask.shape,
-          mask.sequences,
-          tiles,
-          static_cast<int32_t>(tiles.count(mask.shape)),
-          heads_q / heads_k,
-          larger(mask.shape.heads / heads_k, 1)};
+  const auto count = static_cast<int32_t>(tiles.count(mask.shape));
+  return {mask.shape, mask.sequences, tiles, count, tile_heads, heads_q / mask.shape.heads};
 }
 
-// Of the query heads that read a key head, the mask of the first; the others' follow.
-constexpr int32_t first_mask_head(const KeyGrid& grid, int32_t head) {
-  return grid.shape.heads == 1 ? 0 : head * grid.mask_heads;
+// Masks that a set of query heads has: all share one, or each has its own. The first is that of the first head.
+constexpr int32_t count_mask_heads(const KeyGrid& grid) {
+  return larger(grid.tile_heads / grid.heads_per_mask_head, 1);
+}
+constexpr int32_t first_mask_head(const KeyGrid& grid, int32_t head_set) {
+  return head_set * grid.tile_heads / grid.heads_per_mask_head;
 }
 
 // Without what is active.
@@ -248,7 +247,7 @@ constexpr KeyItem make_key_item(const KeyGrid& grid, int64_t index) {
 
   KeyItem item{};
   item.sequence = pair % shape.batch;
-  item.head = pair / shape.batch;
+  item.head_set = pair / shape.batch;
   const Sequence& sequence = grid.sequences[item.sequence];
   item.row_begin = sequence.row_begin;
   item.q_begin = sequence.q_begin;

@@ -15,9 +15,6 @@ constexpr int kLanes = 4;  // threads that rank one item together
 constexpr int kOrderItems = kOrderThreads / kLanes;
 constexpr int kChunk = 1024;  // keys in shared memory at a time
 
-// Tiles that run at the same time should find what they stream in L2 (50 MB, of which what they keep and write and the
-// far partition take a share).
-constexpr int64_t kSectionBytes = int64_t{32} << 20;
 constexpr int64_t kSectionItems = 8192;  // ranking costs this many comparisons an item
 
 // Items of a section: a run of the list that is put in order by itself. As many as wanted, or the list cut evenly.

@@ -23,7 +23,7 @@ __device__ __forceinline__ void store_keys(const BackwardArguments& args, const 
     const int in_tile = warp_key + lane / 4 + 8 * row;
     const int64_t key = int64_t{item.k_begin} + item.first_key + in_tile;
     Element* destination =
-        static_cast<Element*>(out) + item.sequence * batch_stride + key * row_stride + item.head * head_stride;
+        static_cast<Element*>(out) + item.sequence * batch_stride + key * row_stride + item.head_set * head_stride;
 #pragma unroll
     for (int group = 0; group < decltype(cute::size(grad))::value / 4; group += 4) {
       uint32_t columns[4];
@@ -37,6 +37,30 @@ __device__ __forceinline__ void store_keys(const BackwardArguments& args, const 
       if (in_tile < item.keys && column < args.head_dim) {
         *reinterpret_cast<uint4*>(destination + column) = make_uint4(columns[0], columns[1], columns[2], columns[3]);
       }
+    }
+  }
+}
+
+// Adds the gradients of a thread's two keys, from a column on, to those that other tiles of the keys have.
+template <class Traits, class GradKeys>
+__device__ __forceinline__ void add_keys(const BackwardArguments& args, const KeyItem& item, const GradKeys& grad,
+                                         int first_column, float* sums, int warp_key, int lane) {
+  const int64_t head_row = int64_t{item.head_set / args.sets_per_key_head} * args.all_rows_k +
+                           int64_t{item.sequence} * args.sum_batch_rows + item.k_begin + item.first_key;
+  // A lane has two columns of each group of 8. Two lanes share two groups: each takes four columns of one.
+  const bool odd = lane & 1;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int in_tile = warp_key + lane / 4 + 8 * row;
+    float* destination = sums + (head_row + in_tile) * Traits::kHeadDim + first_column + (odd ? 8 : 0) + 2 * (lane & 2);
+#pragma unroll
+    for (int group = 0; group < decltype(cute::size(grad))::value / 4; group += 2) {
+      const int first = 4 * group + 2 * row, second = first + 4;
+      const float x = __shfl_xor_sync(0xffffffffu, odd ? grad(first) : grad(second), 1);
+      const float y = __shfl_xor_sync(0xffffffffu, odd ? grad(first + 1) : grad(second + 1), 1);
+      if (in_tile >= item.keys) continue;
+      add_quad(destination + 8 * group, odd ? x : grad(first), odd ? y : grad(first + 1), odd ? grad(second) : x,
+               odd ? grad(second + 1) : y);
     }
   }
 }

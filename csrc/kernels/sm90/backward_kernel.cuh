@@ -16,13 +16,13 @@ template <class Traits>
 __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage) {
   for (int i = 0; i < Traits::kTileSlots; ++i) {
     mbarrier_init(&storage.tile_full[i], 1);
-    mbarrier_init(&storage.tile_empty[i], Traits::kTileReaders);
+    mbarrier_init(&storage.tile_empty[i], kWarpArrivals * Traits::kTileReaders);
   }
   mbarrier_init(&storage.keys_full, 1);
   mbarrier_init(&storage.keys_empty, Traits::kConsumerWarps);
   for (int i = 0; i < Traits::kStages; ++i) {
     mbarrier_init(&storage.full[i], 32);  // every lane writes what it tells of a stage
-    mbarrier_init(&storage.empty[i], Traits::kConsumerWarps);
+    mbarrier_init(&storage.empty[i], kWarpArrivals * Traits::kConsumerWarps);
   }
   for (int group = 0; group < Traits::kGradGroups; ++group) {
     for (int i = 0; i < Traits::kGradBuffers; ++i) {
@@ -47,20 +47,24 @@ __device__ __forceinline__ void run_key_consumer(const BackwardArguments& args, 
     mainloop.run(QueryLimits(args, tile.item, warp_key, lane), uniform(tile.stages));
     if (uniform(tile.item.parts) == 1 ||
         add_parts<Traits>(args, storage, tile.item, unit, warp, lane, mainloop.grad_keys, mainloop.grad_values)) {
-      store_keys<Traits>(args, tile.item, mainloop.grad_keys, first_column, args.scale, args.grad_k,
-                         args.grad_k_batch_stride, args.grad_k_row_stride, args.grad_k_head_stride, warp_key, lane);
-      store_keys<Traits>(args, tile.item, mainloop.grad_values, first_column, 1.f, args.grad_v,
-                         args.grad_v_batch_stride, args.grad_v_row_stride, args.grad_v_head_stride, warp_key, lane);
+      if (args.sets_per_key_head > 1) {
+        add_keys<Traits>(args, tile.item, mainloop.grad_keys, first_column, args.key_sums, warp_key, lane);
+        add_keys<Traits>(args, tile.item, mainloop.grad_values, first_column, args.value_sums, warp_key, lane);
+      } else {
+        store_keys<Traits>(args, tile.item, mainloop.grad_keys, first_column, args.scale, args.grad_k,
+                           args.grad_k_batch_stride, args.grad_k_row_stride, args.grad_k_head_stride, warp_key, lane);
+        store_keys<Traits>(args, tile.item, mainloop.grad_values, first_column, 1.f, args.grad_v,
+                           args.grad_v_batch_stride, args.grad_v_row_stride, args.grad_v_head_stride, warp_key, lane);
+      }
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&storage.tile_empty[slot.index]);
+    mbarrier_arrive_warp(&storage.tile_empty[slot.index], lane);
     slot.advance();
   }
-  mainloop.wait_until_read();
+  if constexpr (!Traits::kWide) mainloop.wait_until_read();
 }
 
-// A persistent CTA: two producer warps, and one or two consumer warpgroups. kWithQueries: it also adds up the gradient
-// of the queries.
+// A persistent CTA: three producer warps, and one or two consumer warpgroups. kWithQueries: it also adds up the
+// gradient of the queries.
 template <class Config, bool kWithQueries>
 __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, Config::kCtasPerSm)
     backward_kernel(const __grid_constant__ BackwardArguments args) {
@@ -78,6 +82,8 @@ __global__ void __launch_bounds__(BackwardTraits<Config>::kThreads, Config::kCta
       run_query_warp<Traits>(args, storage, lane);
     } else if (warp == 1) {
       run_key_warp<Traits>(args, storage, lane);
+    } else if (warp == 2) {
+      run_tile_warp<Traits>(args, storage, lane);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();

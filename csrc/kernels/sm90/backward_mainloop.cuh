@@ -7,9 +7,9 @@
 #include <cute/atom/copy_traits_sm90.hpp>
 #include <cute/tensor.hpp>
 
-#include "kernels/common/convert.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/sm90/backward_traits.cuh"
+#include "kernels/sm90/operand.cuh"
 #include "kernels/sm90/turn.cuh"
 
 // What one consumer warpgroup does with the stages of a tile. With S the scaled scores of its 64 keys and the 64
@@ -39,6 +39,23 @@ struct QueryLimits {
     }
   }
 };
+
+// One rule for causality, united blocks and keys that do not exist, for scores of granules from some one of a stage on.
+template <class Scores, class Info>
+__device__ __forceinline__ void mask_queries(Scores& scores, const Info& info, int first_granule,
+                                             const QueryLimits& limits, int lane) {
+  CUTE_UNROLL
+  for (int granule = 0; granule < cute::size(scores) / 8; ++granule) {
+    const int query = read_info(info.queries[first_granule + granule], lane);
+    const bool active = read_info(info.with[first_granule + granule], lane) >> limits.block & 1;
+    const int limit[2] = {active ? limits.value[0] : INT_MAX, active ? limits.value[1] : INT_MAX};
+    CUTE_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      float& score = scores(8 * granule + j);
+      score = query + (j >> 2) * 8 + (j & 1) < limit[(j >> 1) & 1] ? -INFINITY : score;
+    }
+  }
+}
 
 template <class Traits>
 struct BackwardMainloop {
@@ -77,13 +94,6 @@ struct BackwardMainloop {
   static __device__ __forceinline__ uint32_t parity(uint32_t position) { return position / Traits::kGradBuffers & 1; }
   __device__ __forceinline__ void wait_stage() const {
     mbarrier_wait(&storage.full[stage()], position / Traits::kStages & 1);
-  }
-
-  template <class T>
-  static __device__ __forceinline__ void fence_operand(T& registers) {
-    auto words = cute::recast<uint32_t>(registers);
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(words); ++i) cute::warpgroup_fence_operand(words(i));
   }
 
   // One operand out of keys or values, the other out of queries or output gradients of the current stage; asynchronous.
@@ -156,22 +166,6 @@ struct BackwardMainloop {
     warpgroup_fence_operand(grad);
   }
 
-  // One rule for causality, united blocks and keys that do not exist.
-  __device__ __forceinline__ void mask(Scores& scores, const QueryLimits& limits) const {
-    const StageInfo<Traits::kGranules>& info = storage.infos[stage()];
-    CUTE_UNROLL
-    for (int granule = 0; granule < Traits::kGranules; ++granule) {
-      const int query = info.queries[granule];
-      const bool active = info.with[granule] >> limits.block & 1;
-      const int limit[2] = {active ? limits.value[0] : INT_MAX, active ? limits.value[1] : INT_MAX};
-      CUTE_UNROLL
-      for (int j = 0; j < 8; ++j) {
-        float& score = scores(8 * granule + j);
-        score = query + (j >> 2) * 8 + (j & 1) < limit[(j >> 1) & 1] ? -INFINITY : score;
-      }
-    }
-  }
-
   // What the statistics of a stage's queries are for a thread's columns. Read before they are waited for.
   struct Statistics {
     float2 of_columns[Traits::kTileM / 8];
@@ -201,14 +195,6 @@ struct BackwardMainloop {
     // A weight of 0 does not silence a NaN.
     CUTE_UNROLL
     for (int i = 0; i < cute::size(grads); ++i) grads(i) = weights(i) == 0.f ? 0.f : grads(i);
-  }
-
-  static __device__ __forceinline__ void convert(const Scores& scores, Operand& operand) {
-    auto registers = cute::recast<uint32_t>(operand);
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(registers); ++i) {
-      registers(i) = pack_pair<Element>(scores(2 * i), scores(2 * i + 1));
-    }
   }
 
   static constexpr bool kLate = Traits::kLate;
@@ -270,16 +256,13 @@ struct BackwardMainloop {
     constexpr int kFloats = kGranule * Traits::kGradColumns;
     cutlass::arch::fence_view_async_shared();
     __syncwarp();
-    if (lane == 0 && chunk >= 0) {
+    if (chunk >= 0) {
       float* destination = args.grad_q + static_cast<int64_t>(chunk) * (kGranule * Traits::kHeadDim) + part * kFloats;
       bulk_add(destination, leaving_queries(part, of_stage), kFloats * sizeof(float));
     }
   }
 
-  __device__ __forceinline__ void release_stage(int index) const {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&storage.empty[index]);
-  }
+  __device__ __forceinline__ void release_stage(int index) const { mbarrier_arrive_warp(&storage.empty[index], lane); }
 
   __device__ __forceinline__ void run(const QueryLimits& limits, int stages) {
     cute::clear(grad_keys);
@@ -290,11 +273,11 @@ struct BackwardMainloop {
     wait_stage();
     issue_scores(scores, storage.keys, storage.queries[0]);
     issue_scores(grad_weights, storage.values, storage.grad_out[0]);
-    bool masked = uniform(storage.infos[stage()].masked);
+    bool masked = read_info(storage.infos[stage()].masked, lane);
     const Statistics first_lse(storage.lse[stage()], lane);
     cute::warpgroup_wait<1>();
     cute::warpgroup_fence_operand(scores);
-    if (masked) mask(scores, limits);
+    if (masked) mask_queries(scores, storage.infos[stage()], 0, limits, lane);
     exponentiate(scores, first_lse);
     const Statistics first_delta(storage.delta[stage()], lane);
     cute::warpgroup_wait<0>();
@@ -306,13 +289,13 @@ struct BackwardMainloop {
       // Made anew each time, descriptors of the tile's keys do not take registers from the loop.
       unit = uniform(opaque(unit));
       const int this_stage = stage(), part = Traits::kJoint ? unit : 0;
-      const int chunk = storage.infos[this_stage].chunks[warp];
+      const int chunk = lane == 0 ? storage.infos[this_stage].chunks[warp] : -1;
       Operand weights, grads;
       // Declared here, or their last values would count as inputs of the products that overwrite them.
       Scores next_scores, next_grad_weights;
       GradQueries grad_queries, more_grad_queries;
-      convert(grad_weights, grads);
-      convert(scores, weights);
+      convert_scores(grad_weights, grads);
+      convert_scores(scores, weights);
       share(grads);
       turn.take();
       issue_keys(grad_values, weights, storage.grad_out[0]);
@@ -341,7 +324,6 @@ struct BackwardMainloop {
       ++position;
       if (--stages > 0) wait_stage();
       issue_scores(next_scores, storage.keys, storage.queries[0]);
-      masked = uniform(storage.infos[stage()].masked);
       cute::warpgroup_wait<1>();
       const int last_part = Traits::kGradParts == 2 ? 1 : part;
       GradQueries& last_grad_queries = Traits::kGradParts == 2 ? more_grad_queries : grad_queries;
@@ -357,16 +339,17 @@ struct BackwardMainloop {
       if constexpr (Traits::kSendsFirst) send_queries(leaving_chunk, last_part, this_stage);
       issue_scores(next_grad_weights, storage.values, storage.grad_out[0]);
       turn.pass();
-      const Statistics lse(storage.lse[stage()], lane);
+      masked = stages > 0 && read_info(storage.infos[stage()].masked, lane);
+      const Statistics lse(stages > 0 ? storage.lse[stage()] : storage.nothing, lane);
       if constexpr (!Traits::kSendsFirst) send_queries(leaving_chunk, last_part, this_stage);
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(next_scores);
-      if (masked) mask(next_scores, limits);
+      if (masked) mask_queries(next_scores, storage.infos[stage()], 0, limits, lane);
       exponentiate(next_scores, lse);
-      const Statistics delta(storage.delta[stage()], lane);
+      const Statistics delta(stages > 0 ? storage.delta[stage()] : storage.nothing, lane);
       if constexpr (Traits::kGradLeavesFromStage) {
         wait_until_read();
-        release_stage((position - 1) % Traits::kStages);
+        release_stage(this_stage);
       }
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(next_grad_weights);

@@ -7,21 +7,21 @@
 #include <cute/atom/copy_traits_sm90.hpp>
 #include <cute/tensor.hpp>
 
-#include "kernels/common/convert.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/sm90/backward_mainloop.cuh"
 #include "kernels/sm90/backward_traits.cuh"
+#include "kernels/sm90/operand.cuh"
 
 // The same as backward_mainloop.cuh for head dims above 128, where two consumer warpgroups share the tile's 64 keys.
 // Each computes the scores of half the stage's queries, and all gradients in half the columns: P and dS both go through
 // shared memory, where they are first operands of dV, dK and (dS transposed) dQ. kWithQueries: dQ is wanted.
 //
 // The tensor cores have work queued while a warpgroup computes: dP while it computes P, dV while it computes dS and the
-// warpgroups exchange it, the next stage's scores while dQ leaves. dQ leaves from the stage that it is the gradient of.
+// warpgroups exchange it, the next stage's scores while dQ leaves, which goes to global memory straight from registers.
 //
-// What each buffer waits for before it is written again: each stage has one barrier of both warpgroups, behind dV and
-// dK. P of the next stage is written after it, dQ too. dQ of one stage is complete before the barrier of the next, and
-// dS has two buffers.
+// P and dS have two buffers each. A warpgroup shares P of a stage when its products of the stage before are complete.
+// Who has waited for P of both warpgroups may therefore write dS of this stage, and P of the next, where those of the
+// stage before lay.
 
 namespace hbsattn::sm90 {
 
@@ -43,10 +43,8 @@ struct BackwardMainloopWide {
 
   static_assert(Traits::kTileN == kUnitKeys && Traits::kUnits == 2);
   static_assert(Traits::kScoreQueries % kGranule == 0);
-  static_assert(Traits::kTileM * Traits::kGradColumns * sizeof(float) == Traits::kStageBytes,
-                "half of a stage's gradient lies where its queries or output gradients lay");
-  // Buffers of scores: some for gradients, and the last for weights.
-  static constexpr int kGradBuffers = Traits::kGradBuffers - 1, kWeights = kGradBuffers;
+  // Buffers of gradients of scores, and behind them as many of weights.
+  static constexpr int kBuffers = Traits::kGradBuffers / 2;
 
   const BackwardArguments& args;
   Storage& storage;
@@ -62,7 +60,11 @@ struct BackwardMainloopWide {
       : args(args), storage(storage), unit(unit), warp(warp), lane(lane) {}
 
   __device__ __forceinline__ int stage() const { return position % Traits::kStages; }
-  __device__ __forceinline__ int buffer() const { return position % kGradBuffers; }
+  __device__ __forceinline__ int buffer() const { return position % kBuffers; }
+  __device__ __forceinline__ int weights_buffer() const { return kBuffers + buffer(); }
+  __device__ __forceinline__ void wait_shared(int index) const {
+    mbarrier_wait(&storage.grad_scores_full[0][index], position / kBuffers & 1);
+  }
   __device__ __forceinline__ void wait_stage() const {
     mbarrier_wait(&storage.full[stage()], position / Traits::kStages & 1);
   }
@@ -121,21 +123,8 @@ struct BackwardMainloopWide {
     issue<GMMA::ScaleOut::Zero>(MmaQueries{}, rA(_, _0{}, _, buffer()), rB(_, unit, _, _0{}), grad);
   }
 
-  // One rule for causality, united blocks and keys that do not exist.
   __device__ __forceinline__ void mask(Scores& scores, const QueryLimits& limits) const {
-    constexpr int kGranules = Traits::kScoreQueries / kGranule;
-    const StageInfo<Traits::kGranules>& info = storage.infos[stage()];
-    CUTE_UNROLL
-    for (int granule = 0; granule < kGranules; ++granule) {
-      const int query = info.queries[unit * kGranules + granule];
-      const bool active = info.with[unit * kGranules + granule] >> limits.block & 1;
-      const int limit[2] = {active ? limits.value[0] : INT_MAX, active ? limits.value[1] : INT_MAX};
-      CUTE_UNROLL
-      for (int j = 0; j < 8; ++j) {
-        float& score = scores(8 * granule + j);
-        score = query + (j >> 2) * 8 + (j & 1) < limit[(j >> 1) & 1] ? -INFINITY : score;
-      }
-    }
+    mask_queries(scores, storage.infos[stage()], unit * (Traits::kScoreQueries / kGranule), limits, lane);
   }
 
   // Of the stage's statistics, those of this thread's first two columns.
@@ -143,8 +132,8 @@ struct BackwardMainloopWide {
     return statistics + unit * Traits::kScoreQueries + 2 * (lane & 3);
   }
 
-  __device__ __forceinline__ void exponentiate(Scores& scores) const {
-    const float* lse = of_columns(storage.lse[stage()]);
+  __device__ __forceinline__ void exponentiate(Scores& scores, const float* of_queries) const {
+    const float* lse = of_columns(of_queries);
     CUTE_UNROLL
     for (int group = 0; group < Traits::kScoreQueries / 8; ++group) {
       const float2 pair = *reinterpret_cast<const float2*>(lse + 8 * group);
@@ -179,9 +168,7 @@ struct BackwardMainloopWide {
   __device__ __forceinline__ void share(const Scores& values, int index) const {
     using namespace cute;
     Tensor rounded = make_tensor<Element>(Scores{}.layout());
-    auto registers = recast<uint32_t>(rounded);
-    CUTE_UNROLL
-    for (int i = 0; i < size(registers); ++i) registers(i) = pack_pair<Element>(values(2 * i), values(2 * i + 1));
+    convert_scores(values, rounded);
     auto tiled_copy = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, MmaScores{});
     auto thread_copy = tiled_copy.get_thread_slice(warp * 32 + lane);
     Tensor sS = make_tensor(make_smem_ptr(&storage.grad_scores[0][0]), typename Traits::SmemLayoutGradScores{});
@@ -192,45 +179,21 @@ struct BackwardMainloopWide {
     if (lane == 0) mbarrier_arrive(&storage.grad_scores_full[0][index]);
   }
 
-  // Waits until the copy engine has read what this warp's lane 0 gave it to add.
-  __device__ __forceinline__ void wait_until_read() const {
-    if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-    __syncwarp();
-  }
-
-  // Has the copy engine add this warpgroup's columns of the gradient of a stage's queries to those in global memory. A
-  // warp has the rows of one granule.
-  __device__ __forceinline__ void add_queries(const GradQueries& grad, int chunk, int of_stage) const {
+  // Adds this warpgroup's columns of the gradient of a stage's queries to those in global memory. A warp has the rows
+  // of one granule.
+  __device__ __forceinline__ void add_queries(const GradQueries& grad, int chunk) const {
+    if (chunk < 0) return;
     constexpr int kGroups = Traits::kGradColumns / 8;
-    Element* rows = unit == 0 ? storage.queries[of_stage] : storage.grad_out[of_stage];
-    auto* source = reinterpret_cast<float*>(rows) + warp * (kGroups * 128);
+    float* destination =
+        args.grad_q + static_cast<int64_t>(chunk) * (kGranule * Traits::kHeadDim) + unit * (kGroups * 128) + 4 * lane;
     CUTE_UNROLL
     for (int group = 0; group < kGroups; ++group) {
-      *reinterpret_cast<float4*>(source + (group * 32 + lane) * 4) =
-          make_float4(grad(4 * group), grad(4 * group + 1), grad(4 * group + 2), grad(4 * group + 3));
-    }
-    cutlass::arch::fence_view_async_shared();
-    __syncwarp();
-    if (lane == 0 && chunk >= 0) {
-      float* destination =
-          args.grad_q + static_cast<int64_t>(chunk) * (kGranule * Traits::kHeadDim) + unit * (kGroups * 128);
-      bulk_add(destination, source, kGroups * 128 * sizeof(float));
+      add_quad(destination + group * 128, grad(4 * group), grad(4 * group + 1), grad(4 * group + 2),
+               grad(4 * group + 3));
     }
   }
 
-  __device__ __forceinline__ void release_stage(int index) const {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&storage.empty[index]);
-  }
-
-  // Waits until both warpgroups' products for keys and values are complete: nobody reads the stage and its weights any
-  // more. One product may be behind them.
-  __device__ __forceinline__ void wait_keys() {
-    cute::warpgroup_wait<1>();
-    cute::warpgroup_fence_operand(grad_values);
-    cute::warpgroup_fence_operand(grad_keys);
-    cutlass::arch::NamedBarrier::sync(128 * Traits::kUnits, 0);
-  }
+  __device__ __forceinline__ void release_stage(int index) const { mbarrier_arrive_warp(&storage.empty[index], lane); }
 
   __device__ __forceinline__ void run(const QueryLimits& limits, int stages) {
     cute::clear(grad_keys);
@@ -241,12 +204,12 @@ struct BackwardMainloopWide {
     wait_stage();
     issue_scores(weights, storage.keys, storage.queries[0]);
     issue_scores(grads, storage.values, storage.grad_out[0]);
-    bool masked = uniform(storage.infos[stage()].masked);
+    bool masked = read_info(storage.infos[stage()].masked, lane);
     cute::warpgroup_wait<1>();
     cute::warpgroup_fence_operand(weights);
     if (masked) mask(weights, limits);
-    exponentiate(weights);
-    share(weights, kWeights);
+    exponentiate(weights, storage.lse[stage()]);
+    share(weights, weights_buffer());
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(grads);
 #pragma unroll 1
@@ -255,44 +218,38 @@ struct BackwardMainloopWide {
       unit = uniform(opaque(unit));
       zero = uniform(opaque(zero));
       const int this_stage = stage();
-      [[maybe_unused]] const int chunk = storage.infos[this_stage].chunks[warp];
+      [[maybe_unused]] const int chunk = read_info(storage.infos[this_stage].chunks[warp], lane);
       // Declared here, or their last values would count as inputs of the products that overwrite them.
       Scores next_weights, next_grads;
       [[maybe_unused]] GradQueries grad_queries;
-      mbarrier_wait(&storage.grad_scores_full[0][kWeights], position & 1);
-      issue_keys(grad_values, kWeights, storage.grad_out[0]);
+      wait_shared(weights_buffer());
+      issue_keys(grad_values, weights_buffer(), storage.grad_out[0]);
       differentiate(weights, grads, masked);
       share(grads, buffer());
-      mbarrier_wait(&storage.grad_scores_full[0][buffer()], position / kGradBuffers & 1);
+      wait_shared(buffer());
       issue_keys(grad_keys, buffer(), storage.queries[0]);
-      if constexpr (kWithQueries) {
-        issue_queries(grad_queries);
-        wait_keys();
-      }
+      if constexpr (kWithQueries) issue_queries(grad_queries);
       ++position;
       // Behind the last stage, products of whatever lies there: ptxas wants the same products in flight on every path.
       if (--stages > 0) wait_stage();
       issue_scores(next_weights, storage.keys, storage.queries[0]);
+      cute::warpgroup_wait<kWithQueries ? 2 : 1>();
+      cute::warpgroup_fence_operand(grad_values);
+      cute::warpgroup_fence_operand(grad_keys);
+      release_stage(this_stage);
       if constexpr (kWithQueries) {
         cute::warpgroup_wait<1>();
         cute::warpgroup_fence_operand(grad_queries);
-      } else {
-        wait_keys();
-        release_stage(this_stage);
       }
       if (stages == 0 && lane == 0) mbarrier_arrive(&storage.keys_empty);
-      if constexpr (kWithQueries) add_queries(grad_queries, chunk, this_stage);
+      if constexpr (kWithQueries) add_queries(grad_queries, chunk);
       issue_scores(next_grads, storage.values, storage.grad_out[0]);
-      masked = uniform(storage.infos[stage()].masked);
+      masked = stages > 0 && read_info(storage.infos[stage()].masked, lane);
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(next_weights);
       if (masked) mask(next_weights, limits);
-      exponentiate(next_weights);
-      if (stages > 0) share(next_weights, kWeights);
-      if constexpr (kWithQueries) {
-        wait_until_read();
-        release_stage(this_stage);
-      }
+      exponentiate(next_weights, stages > 0 ? storage.lse[stage()] : storage.nothing);
+      if (stages > 0) share(next_weights, weights_buffer());
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(next_grads);
       weights = next_weights;

@@ -9,8 +9,8 @@
 #include "kernels/mask/layout.h"
 #include "kernels/sm90/backward_traits.cuh"
 
-// The warps that move data: one announces tiles and loads the queries that attend to them, with their output gradients
-// and statistics; the other loads the tiles' keys and values.
+// The warps that move data: one takes tiles off the work list and announces them, one loads their keys and values, and
+// one the queries that attend to them, with output gradients and statistics.
 
 namespace hbsattn::sm90 {
 
@@ -65,8 +65,8 @@ __device__ __forceinline__ int count_seen_keys(const BackwardArguments& args, co
                                                int lane) {
   if (!args.mask.causal) return item.active >> block & 1 ? item.keys : 0;
   int last_row = -1;
-  const int first_head = item.head * args.group;
-  for (int head = first_head; head < first_head + args.group; head += args.heads_per_mask_head) {
+  const int first_head = item.head_set * args.tile_heads;
+  for (int head = first_head; head < first_head + args.tile_heads; head += args.heads_per_mask_head) {
     const ColumnBits bits(args, item, head);
     const uint32_t* column = bits.rows.first + static_cast<int64_t>(block) * bits.rows.words;
     const auto [begin, end] = bits.blocks;
@@ -89,6 +89,7 @@ __device__ __forceinline__ void load_keys(const BackwardArguments& args, typenam
   if (lane == 0) mbarrier_arrive_expect(&storage.keys_full, 2 * Traits::kKeyBytes);
   __syncwarp();
   constexpr int kBoxes = Traits::kTileN / 8 * Traits::kChunks;  // of 8 rows and one chunk
+  const int head = item.head_set / args.sets_per_key_head;
   for (int block = 0; block < item.united; ++block) {
     const int seen = count_seen_keys(args, item, block, lane);
     const int end = item.k_begin + item.first_key + seen;
@@ -99,10 +100,10 @@ __device__ __forceinline__ void load_keys(const BackwardArguments& args, typenam
       const int from_end = max(seen - row, 0);
       cute::SM90_TMA_LOAD_5D::copy(&args.map_k_clipped, &storage.keys_full, kGradPassThroughL2,
                                    reinterpret_cast<uint8_t*>(storage.keys) + box * Traits::kAtomBytes, column,
-                                   kRunEnd - from_end, int{kRunEnd}, k_end, item.head);
+                                   kRunEnd - from_end, int{kRunEnd}, k_end, head);
       cute::SM90_TMA_LOAD_5D::copy(&args.map_v_clipped, &storage.keys_full, kGradPassThroughL2,
                                    reinterpret_cast<uint8_t*>(storage.values) + box * Traits::kAtomBytes, column,
-                                   kRunEnd - from_end, int{kRunEnd}, v_end, item.head);
+                                   kRunEnd - from_end, int{kRunEnd}, v_end, head);
     }
   }
 }
@@ -212,49 +213,72 @@ __device__ __forceinline__ void load_stage(const BackwardArguments& args, typena
   }
 }
 
-// Takes tiles off the work list, announces them, and streams the queries of each through the ring of stages.
+// How segments of queries, which are a power of two rows and never reach into the next block, fill stages.
 template <class Traits>
-__device__ __forceinline__ void run_query_warp(const BackwardArguments& args, typename Traits::Storage& storage,
-                                               int lane) {
-  const int segments_log2 = Traits::kTileMLog2 - args.segment_log2;
-  const int plan_stages = min(32 >> segments_log2, Traits::kMaxPlanStages);
-  const auto count_segments = [&](const ColumnBits& bits) {
+struct Segments {
+  const BackwardArguments& args;
+  const int per_stage_log2;
+
+  __device__ __forceinline__ explicit Segments(const BackwardArguments& args)
+      : args(args), per_stage_log2(Traits::kTileMLog2 - args.segment_log2) {}
+
+  __device__ __forceinline__ int count(const ColumnBits& bits, int lane) const {
     return count_blocks<Traits>(bits, lane) * args.segments_per_block.divisor;
-  };
-  const auto count_stages = [&](int segments) { return (segments + (1 << segments_log2) - 1) >> segments_log2; };
+  }
+  __device__ __forceinline__ int count_stages(int segments) const {
+    return (segments + (1 << per_stage_log2) - 1) >> per_stage_log2;
+  }
+};
+
+// Takes tiles off the work list and announces them, with the stages that each has.
+template <class Traits>
+__device__ __forceinline__ void run_tile_warp(const BackwardArguments& args, typename Traits::Storage& storage,
+                                              int lane) {
+  const Segments<Traits> segments(args);
   RingPosition<Traits::kTileSlots> slot(1);
-  RingPosition<Traits::kStages> ring(1);
-  int work = blockIdx.x;
-  while (true) {
-    const KeyItem next = read_item(args, work);
-    const bool last = next.column < 0;
+  for (bool first = true;; first = false) {
+    // A tile is taken when the one before the one at hand is done, not sooner: other CTAs might do it earlier.
     mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
-    KeyTileSlot& tile = storage.tiles[slot.index];
-    if (lane == 0) tile.item = next;
-    __syncwarp();
-    const KeyItem& item = tile.item;  // out of registers, of which there are few
-    const int first_head = item.head * args.group;
-    int all_stages = 0;
-    for (int head = first_head; !last && head < first_head + args.group; ++head) {
-      all_stages += count_stages(count_segments(ColumnBits(args, item, head)));
-    }
-    // Stages of this part of the tile, counted over all heads.
-    int begin = 0, end = all_stages;
-    if (item.parts > 1) {
-      begin = static_cast<int>(int64_t{all_stages} * item.part / item.parts);
-      end = static_cast<int>(int64_t{all_stages} * (item.part + 1) / item.parts);
+    const int ticket = first || lane > 0 ? 0 : atomicAdd(args.ticket, 1) + static_cast<int>(gridDim.x);
+    const KeyItem item = read_item(args, first ? static_cast<int>(blockIdx.x) : uniform(ticket));
+    const bool last = item.column < 0;
+    int stages = 0;  // over all heads
+    const int first_head = item.head_set * args.tile_heads;
+    for (int head = first_head; !last && head < first_head + args.tile_heads; ++head) {
+      stages += segments.count_stages(segments.count(ColumnBits(args, item, head), lane));
     }
     if (lane == 0) {
-      tile.stages = end - begin;
+      KeyTileSlot& tile = storage.tiles[slot.index];
+      tile.item = item;
+      tile.first_stage = item.parts > 1 ? static_cast<int>(int64_t{stages} * item.part / item.parts) : 0;
+      const int end = item.parts > 1 ? static_cast<int>(int64_t{stages} * (item.part + 1) / item.parts) : stages;
+      tile.stages = end - tile.first_stage;
       mbarrier_arrive(&storage.tile_full[slot.index]);
     }
     slot.advance();
     if (last) break;
-    const int ticket = lane == 0 ? atomicAdd(args.ticket, 1) : 0;
+  }
+}
 
-    for (int head = first_head; end > 0 && head < first_head + args.group; ++head) {
+// Streams the queries of each tile through the ring of stages.
+template <class Traits>
+__device__ __forceinline__ void run_query_warp(const BackwardArguments& args, typename Traits::Storage& storage,
+                                               int lane) {
+  const Segments<Traits> all_segments(args);
+  const int segments_log2 = all_segments.per_stage_log2;
+  const int plan_stages = min(32 >> segments_log2, Traits::kMaxPlanStages);
+  RingPosition<Traits::kTileSlots> slot(0);
+  RingPosition<Traits::kStages> ring(1);
+  while (true) {
+    mbarrier_wait(&storage.tile_full[slot.index], slot.parity);
+    const KeyItem& item = storage.tiles[slot.index].item;  // out of registers, of which there are few
+    if (item.column < 0) break;
+    // Stages of this part of the tile, counted from the head at hand on.
+    int begin = storage.tiles[slot.index].first_stage, end = begin + storage.tiles[slot.index].stages;
+    const int first_head = item.head_set * args.tile_heads;
+    for (int head = first_head; end > 0 && head < first_head + args.tile_heads; ++head) {
       const ColumnBits bits(args, item, head);
-      const int segments = count_segments(bits), stages = count_stages(segments);
+      const int segments = all_segments.count(bits, lane), stages = all_segments.count_stages(segments);
       const int end_of_head = min(end, stages);
       if (begin < end_of_head) {
         const int chunk = Traits::Blocks::first_chunk(bits.blocks.end);
@@ -278,7 +302,8 @@ __device__ __forceinline__ void run_query_warp(const BackwardArguments& args, ty
       begin = max(begin - stages, 0);
       end -= stages;
     }
-    work = uniform(ticket) + static_cast<int>(gridDim.x);
+    mbarrier_arrive_warp(&storage.tile_empty[slot.index], lane);
+    slot.advance();
   }
 }
 
@@ -292,8 +317,7 @@ __device__ __forceinline__ void run_key_warp(const BackwardArguments& args, type
     mbarrier_wait(&storage.tile_full[slot.index], slot.parity);
     const KeyItem item = storage.tiles[slot.index].item;
     const int stages = storage.tiles[slot.index].stages;
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&storage.tile_empty[slot.index]);
+    mbarrier_arrive_warp(&storage.tile_empty[slot.index], lane);
     slot.advance();
     if (item.column < 0) break;
     if (stages == 0) continue;

@@ -75,7 +75,8 @@ __device__ float dot(const uint4& a, const uint4& b) {
 // A CTA has a chunk of 16 rows of one head.
 template <class Element>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const RowArguments args) {
-  const int chunk = blockIdx.x, head = blockIdx.y;
+  // The first heads last, which find their rows in the L2 cache then.
+  const int chunk = blockIdx.x, head = static_cast<int>(gridDim.y - 1 - blockIdx.y);
   const int row = threadIdx.x / kRowThreads, lane = threadIdx.x % kRowThreads;
   const int64_t head_row = head * args.workspace.rows + int64_t{chunk} * kGranule;
   auto* sums = reinterpret_cast<float4*>(args.grad_q_sum + head_row * args.padded_head_dim);
@@ -114,7 +115,9 @@ template <class Element>
 __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const RowArguments args, int chunks) {
   const int parts = args.padded_head_dim / 32;
   const auto warp = static_cast<int>(blockIdx.x * kFinishWarps + threadIdx.x / 32);
-  const int chunk = warp / parts, part = warp - chunk * parts, head = blockIdx.y, lane = threadIdx.x % 32;
+  // The last heads first, whose sums are still in the L2 cache.
+  const int head = static_cast<int>(gridDim.y - 1 - blockIdx.y);
+  const int chunk = warp / parts, part = warp - chunk * parts, lane = threadIdx.x % 32;
   if (chunk >= chunks) return;
   const int64_t head_row = head * args.workspace.rows + int64_t{chunk} * kGranule;
   const auto* sums = reinterpret_cast<const float4*>(args.grad_q_sum + head_row * args.padded_head_dim) + part * 128;
@@ -161,6 +164,36 @@ RowArguments row_arguments(const BackwardParams& params, const BackwardWorkspace
           problem.softmax_scale};
 }
 
+constexpr int kVector = 8;    // columns of a thread
+constexpr int kKeyRows = 16;  // of a CTA
+
+struct KeyArguments {
+  const float* sums;  // (2, heads_k, rows, padded head dim): of keys, and of values
+  TensorView grad_k, grad_v;
+  float scale;               // of grad_k
+  int64_t rows, batch_rows;  // over the batch, and of a batch entry
+  int heads_k, head_dim, padded_head_dim;
+};
+
+// Writes the gradients of keys, or of values, that tiles have added up.
+template <class Element>
+__global__ void __launch_bounds__(kKeyRows * 256 / kVector) finish_keys_kernel(const KeyArguments args) {
+  const int head = blockIdx.y, which = blockIdx.z, column = static_cast<int>(threadIdx.x) * kVector;
+  const uint32_t row = blockIdx.x * kKeyRows + threadIdx.y;
+  if (row >= args.rows || column >= args.head_dim) return;
+  const int64_t head_row = (int64_t{which} * args.heads_k + head) * args.rows + row;
+  const auto* sums = reinterpret_cast<const float4*>(args.sums + head_row * args.padded_head_dim + column);
+  const float4 first = __ldcs(sums), second = __ldcs(sums + 1);
+  const float scale = which == 0 ? args.scale : 1.f;
+  const TensorView grad = which == 0 ? args.grad_k : args.grad_v;
+  const auto batch_rows = static_cast<uint32_t>(args.batch_rows);
+  auto* destination = static_cast<Element*>(grad.data) + row / batch_rows * grad.batch_stride +
+                      row % batch_rows * grad.row_stride + head * grad.head_stride + column;
+  *reinterpret_cast<uint4*>(destination) = make_uint4(
+      pack_pair<Element>(scale * first.x, scale * first.y), pack_pair<Element>(scale * first.z, scale * first.w),
+      pack_pair<Element>(scale * second.x, scale * second.y), pack_pair<Element>(scale * second.z, scale * second.w));
+}
+
 }  // namespace
 
 Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
@@ -171,6 +204,20 @@ Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& works
                                                           : prepare_rows_kernel<cutlass::half_t>;
   kernel<<<grid, kPrepareThreads, 0, stream>>>(args);
   return cuda_status(cudaGetLastError(), "the launch of prepare_rows");
+}
+
+Status finish_keys(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
+                   Stream stream) {
+  const ForwardParams& problem = params.problem;
+  const int64_t rows = problem.rows_k * (problem.packed ? 1 : problem.mask.shape.batch);
+  const auto* sums = reinterpret_cast<const float*>(static_cast<const uint8_t*>(params.workspace) + workspace.key_sums);
+  const KeyArguments args{sums,           params.grad_k,   params.grad_v,    problem.softmax_scale, rows,
+                          problem.rows_k, problem.heads_k, problem.head_dim, padded_head_dim};
+  const dim3 grid(static_cast<unsigned>(mask::ceil_div(rows, kKeyRows)), static_cast<unsigned>(problem.heads_k), 2);
+  auto* kernel =
+      problem.dtype == DType::kBFloat16 ? finish_keys_kernel<cutlass::bfloat16_t> : finish_keys_kernel<cutlass::half_t>;
+  kernel<<<grid, dim3(padded_head_dim / kVector, kKeyRows), 0, stream>>>(args);
+  return cuda_status(cudaGetLastError(), "the launch of finish_keys");
 }
 
 Status finish_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,

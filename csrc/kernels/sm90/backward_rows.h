@@ -4,7 +4,7 @@
 #include "hbsattn/status.h"
 #include "kernels/config.h"
 
-// What precedes and follows the backward kernel, a pass over all query rows each.
+// What precedes and follows the backward kernel, a pass over all rows each.
 
 namespace hbsattn::kernels {
 
@@ -14,6 +14,10 @@ Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& works
 
 // Turns the accumulated gradient of the queries, which is that of unscaled scores, into rows of grad_q.
 Status finish_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
+                   Stream stream);
+
+// Turns sums of gradients that several tiles of the same keys have added up into rows of grad_k and grad_v.
+Status finish_keys(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
                    Stream stream);
 
 }  // namespace hbsattn::kernels

@@ -9,6 +9,7 @@
 
 #include "hbsattn/params.h"
 #include "kernels/common/bit_row.cuh"
+#include "kernels/common/ptx.cuh"
 #include "kernels/config.h"
 
 namespace hbsattn::sm90 {
@@ -27,9 +28,13 @@ struct StageInfo {
   int chunks[kGranules];   // of the workspace, where its gradient is added up; -1: the granule is padding
 };
 
+// A word of it, for all lanes: only lane 0 tells the producer that it has read a stage.
+__device__ __forceinline__ int read_info(const int& word, int lane) { return uniform(lane == 0 ? word : 0); }
+
 // A tile as the producer announces it to the other warps.
 struct KeyTileSlot {
-  KeyItem item;  // column < 0: no more tiles
+  KeyItem item;     // column < 0: no more tiles
+  int first_stage;  // of those of the whole tile
   int stages;
 };
 
@@ -48,23 +53,23 @@ struct BackwardTraits {
   static constexpr int kGranules = kTileM / kGranule;
   static constexpr int kChunkColumns = Config::kChunkColumns;
   static constexpr int kChunks = kHeadDim / kChunkColumns;
-  static constexpr int kTileSlots = 2;  // a ring
-  static constexpr int kTileReaders = kConsumerWarps + 1;
-  static constexpr int kMaxPlanStages = 8;  // that the producer plans at a time
+  static constexpr int kTileSlots = 2;                     // a ring
+  static constexpr int kTileReaders = kConsumerWarps + 2;  // warps
+  static constexpr int kMaxPlanStages = 8;                 // that the producer plans at a time
   static constexpr int kColumnEntries = 256;
   using Blocks = BitRow<4, kColumnEntries>;
 
   // The gradient of a stage's queries is a product over all keys of the tile. Two warpgroups share it by columns, if
   // half the columns are a whole swizzle pattern: each then needs what the other computed. Otherwise each makes the
   // part that comes from its own keys.
-  static constexpr bool kJoint = kWide || (kUnits == 2 && kHeadDim % 128 == 0);
+  static constexpr bool kJoint = kWide || (kUnits == 2 && kHeadDim / 2 % kChunkColumns == 0);
   // Columns that registers have room for while the next scores are computed, and how often that many.
-  static constexpr int kGradColumns = kWide || kHeadDim % 128 == 0 ? kHeadDim / 2 : kHeadDim;
+  static constexpr int kGradColumns = kJoint || kHeadDim % 128 == 0 ? kHeadDim / 2 : kHeadDim;
   static constexpr int kGradParts = kJoint ? 1 : kHeadDim / kGradColumns;
   // From where a part leaves for global memory: a buffer of its own for each warp or, where there is no room for these,
-  // the stage that it is the gradient of.
-  static constexpr bool kGradLeavesFromStage = kWide || kGradParts == 2;
-  static constexpr int kGradFloats = kGradLeavesFromStage ? 4 : kGranule * kGradColumns;
+  // the stage that it is the gradient of. Warpgroups that share keys send it from registers, which no stage waits for.
+  static constexpr bool kGradLeavesFromStage = kGradParts == 2;
+  static constexpr int kGradFloats = kWide || kGradLeavesFromStage ? 4 : kGranule * kGradColumns;
   // Whether a part is sent before the next products are queued: where registers do not suffice for both.
   static constexpr bool kSendsFirst = kGradParts == 2 || kGradColumns > 64;
   static constexpr int kGradKeys = kJoint ? kTileN : kUnitKeys;
@@ -73,8 +78,8 @@ struct BackwardTraits {
   // when both have left their gradients of scores; those of three stages are in use. A single warpgroup does not wait
   // for another, and its slowest warp is waited for before the one buffer is written again.
   static constexpr bool kLate = kUnits == 2;
-  // Warpgroups that share keys have two, and exchange weights through a third.
-  static constexpr int kGradBuffers = kWide ? 3 : kLate ? 3 : 1;
+  // Warpgroups that share keys have two, and two for weights.
+  static constexpr int kGradBuffers = kWide ? 4 : kLate ? 3 : 1;
   static constexpr int kScoreQueries = kWide ? kTileM / 2 : kTileM;  // whose scores a warpgroup computes
 
   // 8 rows x kChunkColumns columns, and the same bytes transposed.
@@ -138,6 +143,7 @@ struct BackwardTraits {
     alignas(128) float grad_queries[kConsumerWarps][kGradFloats];
     float lse[kStages][kTileM];    // times log2(e); +inf: the row does not exist or attends to nothing
     float delta[kStages][kTileM];  // what each row of P o dP sums to
+    float nothing[kTileM];         // read in place of them behind a tile's last stage
     int32_t columns[kColumnEntries];
     StageInfo<kGranules> infos[kStages];
     int parts_before[kUnits];  // of the tile at hand, that were done before this one
@@ -182,9 +188,13 @@ struct BackwardArguments {
   int rows_q, rows_k;  // per batch entry; all, when packed
   int q_batch_rows, grad_out_batch_rows, k_batch_rows, v_batch_rows;
   int head_dim;
-  int group;                // query heads that read a key head
-  int heads_per_mask_head;  // query heads
-  int segment_log2;         // a segment is the largest power of two rows, up to kTileM, that divides q_block_size
+  int tile_heads;         // query heads that a tile streams
+  int sets_per_key_head;  // sets of that many query heads; if more than one, tiles add what they have to these sums:
+  float *key_sums, *value_sums;  // (heads_k, all_rows_k, head dim of the kernel)
+  int64_t all_rows_k;            // over the batch
+  int sum_batch_rows;            // between batch entries; 0 when packed
+  int heads_per_mask_head;       // query heads
+  int segment_log2;              // a segment is the largest power of two rows, up to kTileM, that divides q_block_size
   cutlass::FastDivmod segments_per_block;
   bool whole_rows;  // map_q and map_grad_out can be used; otherwise every stage goes through the clipped maps
   float scale, scale_log2;

@@ -26,7 +26,7 @@ __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage)
   }
   for (int i = 0; i < Traits::kTileSlots; ++i) {
     mbarrier_init(&storage.tile_full[i], 1);
-    mbarrier_init(&storage.tile_empty[i], Traits::kTileReaders);
+    mbarrier_init(&storage.tile_empty[i], kWarpArrivals * Traits::kTileReaders);
   }
   for (int i = 0; i < Traits::kSegmentSlots; ++i) {
     mbarrier_init(&storage.segments_full[i], 32);

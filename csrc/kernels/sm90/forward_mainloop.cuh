@@ -5,11 +5,11 @@
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
 
-#include "kernels/common/convert.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/softmax.cuh"
 #include "kernels/sm90/forward_producer.cuh"
 #include "kernels/sm90/forward_traits.cuh"
+#include "kernels/sm90/operand.cuh"
 #include "kernels/sm90/turn.cuh"
 
 // What one consumer warpgroup does with the stages of a tile: scores of 64 query rows against a stage of keys, softmax,
@@ -82,23 +82,6 @@ __device__ __forceinline__ void mask_scores(Scores& scores, const int32_t* granu
       score = key > limit[(j >> 1) & 1] ? -INFINITY : score;
     }
   }
-}
-
-// Makes a first operand of scores.
-template <class Scores, class Operand>
-__device__ __forceinline__ void convert_scores(const Scores& scores, Operand& operand) {
-  auto registers = cute::recast<uint32_t>(operand);
-  CUTE_UNROLL
-  for (int i = 0; i < cute::size(registers); ++i) {
-    registers(i) = pack_pair<typename Operand::value_type>(scores(2 * i), scores(2 * i + 1));
-  }
-}
-
-template <class Operand>
-__device__ __forceinline__ void fence_operand(Operand& operand) {
-  auto registers = cute::recast<uint32_t>(operand);
-  CUTE_UNROLL
-  for (int i = 0; i < cute::size(registers); ++i) cute::warpgroup_fence_operand(registers(i));
 }
 
 template <class Traits, bool kGeneral>

@@ -51,7 +51,7 @@ __device__ __forceinline__ BitRows rows_of(const ForwardArguments& args, const W
           args.row_words};
 }
 
-// The tile that a slot announces. Who has read it releases the slot: one of kTileReaders arrivals.
+// The tile that a slot announces. Every warp that has read it releases the slot: one of kTileReaders arrivals.
 template <class Storage, class Position>
 __device__ __forceinline__ const TileSlot& wait_tile(Storage& storage, const Position& position) {
   mbarrier_wait(&storage.tile_full[position.index], position.parity);
@@ -60,8 +60,7 @@ __device__ __forceinline__ const TileSlot& wait_tile(Storage& storage, const Pos
 
 template <class Storage, class Position>
 __device__ __forceinline__ void release_tile(Storage& storage, Position& position, int lane) {
-  __syncwarp();
-  if (lane == 0) mbarrier_arrive(&storage.tile_empty[position.index]);
+  mbarrier_arrive_warp(&storage.tile_empty[position.index], lane);
   position.advance();
 }
 

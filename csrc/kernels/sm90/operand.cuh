@@ -1,0 +1,29 @@
+#pragma once
+
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/tensor.hpp>
+
+#include "kernels/common/convert.cuh"
+
+// First operands of products that lie in registers: what accumulators hold, rounded, in the same order.
+
+namespace hbsattn::sm90 {
+
+// Makes a first operand of scores.
+template <class Scores, class Operand>
+__device__ __forceinline__ void convert_scores(const Scores& scores, Operand& operand) {
+  auto registers = cute::recast<uint32_t>(operand);
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size(registers); ++i) {
+    registers(i) = pack_pair<typename Operand::value_type>(scores(2 * i), scores(2 * i + 1));
+  }
+}
+
+template <class Operand>
+__device__ __forceinline__ void fence_operand(Operand& operand) {
+  auto registers = cute::recast<uint32_t>(operand);
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size(registers); ++i) cute::warpgroup_fence_operand(registers(i));
+}
+
+}  // namespace hbsattn::sm90
