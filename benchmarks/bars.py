@@ -262,7 +262,7 @@ def _of_ungrouped(size: str) -> Bar:
 def _gradient_dim(dim: int, target: float) -> Bar:
     ours = _ours(f"backward-128x128-s32768-dim{dim}-density0.1")
     dense = Quantity(f"backward-dense-s8192-dim{dim}", "cudnn", "tflops")
-    return Bar(f"128x128, s 16384, head dim {dim}", ours, dense, target, "of cuDNN dense")
+    return Bar(f"128x128, s 32768, head dim {dim}", ours, dense, target, "of cuDNN dense")
 
 
 def _training(batch: int, seqlen: int, densities: tuple[float, ...]) -> list[Bar]:

@@ -59,7 +59,8 @@ def count_tile_heads(
     group = heads_q // heads_k
     if deterministic or group < 4 or batch == 0:
         return group
-    fit = SECTION_BYTES // (max(rows // batch, 1) * q_block_size * head_dim * (2 * element_size + 4))
+    longest = min(max(rows // batch, 1) * q_block_size, 2**31 - 1)
+    fit = SECTION_BYTES // (longest * ceil_div(head_dim, 8) * 8 * (2 * element_size + 4))
     return max(heads for heads in range(1, group + 1) if group % heads == 0 and (heads == 1 or heads <= fit))
 
 

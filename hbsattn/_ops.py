@@ -216,13 +216,13 @@ def _plan_keys(
     """Returns the columns of a mask and the work list of its backward pass, which calls that share `items` share."""
     if q.device.type == "cpu":
         return bits.new_empty((0, 0, 0)), bits.new_empty((0, ITEM_INTS))  # the CPU kernel needs neither
-    sizes = (q_block_size, k_block_size, causal, q.shape[-2], k.shape[-2], q.shape[-1], q.element_size())
-
-    def make() -> tuple[Tensor, ...]:
-        columns = ops.transpose_bits.default(bits, cols)
-        return columns, ops.plan_keys.default(columns, sequences, bits.shape[1], *sizes, deterministic)
-
-    return plans_beside(items).find_or_make(("keys", deterministic), make)
+    sizes = (q_block_size, k_block_size, causal, q.shape[-2], k.shape[-2], q.shape[-1], q.element_size(), deterministic)
+    plans = plans_beside(items)
+    (columns,) = plans.find_or_make("columns", lambda: (ops.transpose_bits.default(bits, cols),))
+    (key_items,) = plans.find_or_make(
+        ("keys", deterministic), lambda: (ops.plan_keys.default(columns, sequences, bits.shape[1], *sizes),)
+    )
+    return columns, key_items
 
 
 def _backward(

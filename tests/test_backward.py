@@ -115,6 +115,7 @@ SETS_OF_HEADS = [
     case("own_masks", k_block=16, head_dim=128, **{**FEW, "mask_heads": 8}),
     case("two_key_heads", k_block=64, head_dim=128, **{**FEW, "heads_q": 16, "heads_k": 2, "mask_heads": 2}),
     case("padded_head_dim", k_block=100, head_dim=120, causal=True, **FEW),
+    case("copied_head_dim", k_block=64, head_dim=100, **{**FEW, "q_block": 10240}),  # as 104: 2 heads a tile, not 4
     case("batched", k_block=80, head_dim=96, packed=False, **{**FEW, "lens_q": (90, 90), "lens_k": (200, 200)}),
     case("head_dim_64", k_block=128, head_dim=64, **{**FEW, "q_block": 16384}),
     case("head_dim_192", k_block=32, head_dim=192, causal=True, **FEW),
@@ -129,6 +130,8 @@ def test_sets_of_heads(spec: Case, dtype: torch.dtype):
     problem = make_problem(spec, "cuda", dtype)
     mask = problem.mask()
     assert tile_heads(spec, mask, spec.head_dim) < spec.heads_q // spec.heads_k
+    if spec.name == "in_parts":
+        assert int(plan_lines(spec, mask, spec.head_dim)[:, 14].max()) > 1
     judge_gradients(problem, differentiate(problem, mask=mask))
     first, again = (differentiate(problem, mask=mask, deterministic=True) for _ in range(2))
     judge_gradients(problem, first)
@@ -329,8 +332,20 @@ def differentiate_copies(problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
-def test_only_some_outputs_are_used(device: str):
-    """What is not used has no gradient at all; that is as good as one of zeros."""
+def test_only_some_outputs_are_used(device: str, monkeypatch: pytest.MonkeyPatch):
+    """What is not used has no gradient; nobody makes zeros for that of the log-sum-exp."""
+    has_grad_lse, ops = [], _ops.ops
+
+    class Watched:
+        transpose_bits, plan_keys = ops.transpose_bits, ops.plan_keys
+
+        class backward:
+            @staticmethod
+            def default(*args: object) -> object:
+                has_grad_lse.append(args[1] is not None)
+                return ops.backward.default(*args)
+
+    monkeypatch.setattr(_ops, "ops", Watched)
     problem = make_problem(case("outputs", causal=True), device, dtype_of(device))
     q, k, v = leaves(problem)
     outputs = attend(q, k, v, problem.mask(), return_lse=True)
@@ -339,6 +354,7 @@ def test_only_some_outputs_are_used(device: str):
         got = torch.autograd.grad(outputs[used], (q, k, v), grads[used], retain_graph=True)
         both = [grad if i == used else torch.zeros_like(grad) for i, grad in enumerate(grads)]
         assert_same_gradients(got, torch.autograd.grad(outputs, (q, k, v), both, retain_graph=True))
+    assert has_grad_lse == [False, True, True, True]
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)

@@ -74,7 +74,7 @@ def tile_heads(spec: Case, mask: hbsattn.BlockMask, head_dim: int, deterministic
     group = spec.heads_q // spec.heads_k
     if deterministic or group < 4 or mask.batch == 0:
         return group
-    fit = (32 << 20) // (max(mask.rows // mask.batch, 1) * spec.q_block * head_dim * 8)
+    fit = (32 << 20) // (max(mask.rows // mask.batch, 1) * spec.q_block * -(-head_dim // 8) * 8 * 8)
     return next(heads for heads in range(group, 0, -1) if group % heads == 0 and heads <= max(fit, 1))
 
 

@@ -43,6 +43,7 @@ SPECS = [
     case("batched", lens_q=(90, 90), lens_k=(70, 70), packed=False),
     case("empty", pattern="none"),
     case("zero_length", lens_q=(0, 70, 50), lens_k=(40, 0, 90)),
+    case("sets_of_heads", lens_q=(70, 30), heads_q=8, heads_k=1, mask_heads=1, q_block=8192),
 ]
 
 
@@ -114,7 +115,9 @@ def test_opcheck_with_gradients(device: str):
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 def test_opcheck_backward(spec: Case, device: str):
-    torch.library.opcheck(ops.backward.default, backward_arguments(spec, device))
+    grad_out, grad_lse, *rest = backward_arguments(spec, device)
+    for grad in (grad_lse, None):
+        torch.library.opcheck(ops.backward.default, (grad_out, grad, *rest))
 
 
 # Position among the arguments, what becomes of it, and what the message says.

@@ -147,7 +147,7 @@ Status forward(const ForwardParams& params, Stream stream) {
 size_t backward_workspace_size(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
   const int padded_head_dim = choose_backward_head_dim(params);
-  if (padded_head_dim == 0) return 0;
+  if (padded_head_dim == 0 || problem.heads_k < 1 || problem.mask.shape.q_block_size < 1) return 0;
   return static_cast<size_t>(lay_out_backward(problem, padded_head_dim, !params.deterministic).bytes);
 }
 

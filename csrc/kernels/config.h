@@ -80,8 +80,11 @@ inline constexpr int64_t kSectionBytes = int64_t{32} << 20;
 
 // Of one query head, for a sequence of average length.
 constexpr int64_t count_query_bytes(const MaskShape& shape, int32_t head_dim, int32_t element_size) {
+  constexpr int64_t kMostRows = INT32_MAX;  // of a tensor; blocks may be longer
   const int64_t rows = (shape.rows > shape.batch ? shape.rows / shape.batch : 1) * int64_t{shape.q_block_size};
-  return rows * head_dim * (2 * element_size + int64_t{sizeof(float)});
+  // Head dims that are padded in copies must not be planned differently from the copies.
+  const int64_t columns = (int64_t{head_dim} + kHeadDimMultiple - 1) / kHeadDimMultiple * kHeadDimMultiple;
+  return (rows < kMostRows ? rows : kMostRows) * columns * (2 * element_size + int64_t{sizeof(float)});
 }
 
 inline constexpr int32_t kElementSize = 2;  // bytes, of every dtype that kernels are compiled for
