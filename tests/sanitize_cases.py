@@ -42,7 +42,9 @@ def main() -> None:
             continue
         problem = make_problem(spec, "cuda", (torch.bfloat16, torch.float16)[number % 2])
         out, lse = problem.run()
-        grads = differentiate(problem)
+        # Saved tensors go to the host and back: initcheck does not know that the copy engine has written them.
+        with torch.autograd.graph.save_on_cpu():
+            grads = differentiate(problem)
         torch.cuda.synchronize()
         for field in ("q", "k", "v"):
             setattr(problem, field, getattr(problem, field).cpu())

@@ -56,7 +56,7 @@ struct KeysMainloop : BackwardMainloop<Traits> {
       // Behind the last stage, products of whatever lies there: ptxas wants the same products in flight on every path.
       if (--stages > 0) this->wait_stage();
       this->issue_scores(next_scores, storage.keys, storage.queries[0]);
-      masked = stages > 0 && read_info(storage.infos[stage()].masked, lane);
+      masked = read_info(storage.infos[this->info_stage(stages)].masked, lane);
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(grad_values);
       cute::warpgroup_fence_operand(grad_keys);
@@ -65,12 +65,12 @@ struct KeysMainloop : BackwardMainloop<Traits> {
       this->release_stage(this_stage);
       if (stages == 0 && lane == 0) mbarrier_arrive(&storage.keys_empty);
       this->issue_scores(next_grad_weights, storage.values, storage.grad_out[0]);
-      const Statistics lse(stages > 0 ? storage.lse[stage()] : storage.nothing, lane);
+      const Statistics lse(storage.lse[this->info_stage(stages)], lane);
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(next_scores);
-      if (masked) mask_queries(next_scores, storage.infos[stage()], 0, limits, lane);
+      if (masked) mask_queries(next_scores, storage.infos[this->info_stage(stages)], 0, limits, lane);
       this->exponentiate(next_scores, lse);
-      const Statistics delta(stages > 0 ? storage.delta[stage()] : storage.nothing, lane);
+      const Statistics delta(storage.delta[this->info_stage(stages)], lane);
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(next_grad_weights);
       this->differentiate(next_scores, next_grad_weights, delta, masked);

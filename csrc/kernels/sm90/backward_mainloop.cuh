@@ -89,6 +89,10 @@ struct BackwardMainloop {
       : args(args), storage(storage), unit(unit), warp(warp), lane(lane), turn(unit) {}
 
   __device__ __forceinline__ int stage() const { return position % Traits::kStages; }
+  // Where a stage is described, if there is one.
+  __device__ __forceinline__ int info_stage(int stages) const {
+    return Traits::kInfoStages > Traits::kStages && stages == 0 ? Traits::kStages : stage();
+  }
   // The buffer, and the phase, of the gradients of scores of the stage at some position.
   static __device__ __forceinline__ int buffer(uint32_t position) { return position % Traits::kGradBuffers; }
   static __device__ __forceinline__ uint32_t parity(uint32_t position) { return position / Traits::kGradBuffers & 1; }
@@ -324,6 +328,7 @@ struct BackwardMainloop {
       ++position;
       if (--stages > 0) wait_stage();
       issue_scores(next_scores, storage.keys, storage.queries[0]);
+      masked = read_info(storage.infos[info_stage(stages)].masked, lane);
       cute::warpgroup_wait<1>();
       const int last_part = Traits::kGradParts == 2 ? 1 : part;
       GradQueries& last_grad_queries = Traits::kGradParts == 2 ? more_grad_queries : grad_queries;
@@ -339,14 +344,13 @@ struct BackwardMainloop {
       if constexpr (Traits::kSendsFirst) send_queries(leaving_chunk, last_part, this_stage);
       issue_scores(next_grad_weights, storage.values, storage.grad_out[0]);
       turn.pass();
-      masked = stages > 0 && read_info(storage.infos[stage()].masked, lane);
-      const Statistics lse(stages > 0 ? storage.lse[stage()] : storage.nothing, lane);
+      const Statistics lse(storage.lse[info_stage(stages)], lane);
       if constexpr (!Traits::kSendsFirst) send_queries(leaving_chunk, last_part, this_stage);
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(next_scores);
-      if (masked) mask_queries(next_scores, storage.infos[stage()], 0, limits, lane);
+      if (masked) mask_queries(next_scores, storage.infos[info_stage(stages)], 0, limits, lane);
       exponentiate(next_scores, lse);
-      const Statistics delta(stages > 0 ? storage.delta[stage()] : storage.nothing, lane);
+      const Statistics delta(storage.delta[info_stage(stages)], lane);
       if constexpr (Traits::kGradLeavesFromStage) {
         wait_until_read();
         release_stage(this_stage);

@@ -60,6 +60,10 @@ struct BackwardMainloopWide {
       : args(args), storage(storage), unit(unit), warp(warp), lane(lane) {}
 
   __device__ __forceinline__ int stage() const { return position % Traits::kStages; }
+  // Where a stage is described, if there is one.
+  __device__ __forceinline__ int info_stage(int stages) const {
+    return Traits::kInfoStages > Traits::kStages && stages == 0 ? Traits::kStages : stage();
+  }
   __device__ __forceinline__ int buffer() const { return position % kBuffers; }
   __device__ __forceinline__ int weights_buffer() const { return kBuffers + buffer(); }
   __device__ __forceinline__ void wait_shared(int index) const {
@@ -123,8 +127,8 @@ struct BackwardMainloopWide {
     issue<GMMA::ScaleOut::Zero>(MmaQueries{}, rA(_, _0{}, _, buffer()), rB(_, unit, _, _0{}), grad);
   }
 
-  __device__ __forceinline__ void mask(Scores& scores, const QueryLimits& limits) const {
-    mask_queries(scores, storage.infos[stage()], unit * (Traits::kScoreQueries / kGranule), limits, lane);
+  __device__ __forceinline__ void mask(Scores& scores, const QueryLimits& limits, int stage) const {
+    mask_queries(scores, storage.infos[stage], unit * (Traits::kScoreQueries / kGranule), limits, lane);
   }
 
   // Of the stage's statistics, those of this thread's first two columns.
@@ -132,8 +136,8 @@ struct BackwardMainloopWide {
     return statistics + unit * Traits::kScoreQueries + 2 * (lane & 3);
   }
 
-  __device__ __forceinline__ void exponentiate(Scores& scores, const float* of_queries) const {
-    const float* lse = of_columns(of_queries);
+  __device__ __forceinline__ void exponentiate(Scores& scores, int stage) const {
+    const float* lse = of_columns(storage.lse[stage]);
     CUTE_UNROLL
     for (int group = 0; group < Traits::kScoreQueries / 8; ++group) {
       const float2 pair = *reinterpret_cast<const float2*>(lse + 8 * group);
@@ -207,8 +211,8 @@ struct BackwardMainloopWide {
     bool masked = read_info(storage.infos[stage()].masked, lane);
     cute::warpgroup_wait<1>();
     cute::warpgroup_fence_operand(weights);
-    if (masked) mask(weights, limits);
-    exponentiate(weights, storage.lse[stage()]);
+    if (masked) mask(weights, limits, stage());
+    exponentiate(weights, stage());
     share(weights, weights_buffer());
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(grads);
@@ -244,11 +248,11 @@ struct BackwardMainloopWide {
       if (stages == 0 && lane == 0) mbarrier_arrive(&storage.keys_empty);
       if constexpr (kWithQueries) add_queries(grad_queries, chunk);
       issue_scores(next_grads, storage.values, storage.grad_out[0]);
-      masked = stages > 0 && read_info(storage.infos[stage()].masked, lane);
+      masked = read_info(storage.infos[info_stage(stages)].masked, lane);
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(next_weights);
-      if (masked) mask(next_weights, limits);
-      exponentiate(next_weights, stages > 0 ? storage.lse[stage()] : storage.nothing);
+      if (masked) mask(next_weights, limits, info_stage(stages));
+      exponentiate(next_weights, info_stage(stages));
       if (stages > 0) share(next_weights, weights_buffer());
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(next_grads);

@@ -53,6 +53,8 @@ struct BackwardTraits {
   static constexpr int kGranules = kTileM / kGranule;
   static constexpr int kChunkColumns = Config::kChunkColumns;
   static constexpr int kChunks = kHeadDim / kChunkColumns;
+  // Behind a tile's last stage, statistics of whatever lies there are read and not used; racecheck's build has a spare.
+  static constexpr int kInfoStages = kStages + (kWarpArrivals > 1);
   static constexpr int kTileSlots = 2;                     // a ring
   static constexpr int kTileReaders = kConsumerWarps + 2;  // warps
   static constexpr int kMaxPlanStages = 8;                 // that the producer plans at a time
@@ -141,11 +143,10 @@ struct BackwardTraits {
     Element grad_out[kStages][kTileM * kHeadDim];
     Element grad_scores[kGradBuffers][kTileN * kTileM];
     alignas(128) float grad_queries[kConsumerWarps][kGradFloats];
-    float lse[kStages][kTileM];    // times log2(e); +inf: the row does not exist or attends to nothing
-    float delta[kStages][kTileM];  // what each row of P o dP sums to
-    float nothing[kTileM];         // read in place of them behind a tile's last stage
+    float lse[kInfoStages][kTileM];    // times log2(e); +inf: the row does not exist or attends to nothing
+    float delta[kInfoStages][kTileM];  // what each row of P o dP sums to
     int32_t columns[kColumnEntries];
-    StageInfo<kGranules> infos[kStages];
+    StageInfo<kGranules> infos[kInfoStages];
     int parts_before[kUnits];  // of the tile at hand, that were done before this one
     KeyTileSlot tiles[kTileSlots];
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
