@@ -35,8 +35,8 @@ def block_sparse_attention(
     Gradients flow from out and lse to q, k and v, in their dtype; what attends to nothing gets 0. On CUDA, backward
     takes a workspace of about the size of q, padded to whole blocks, in float32, and up to 10 MB, and of k and v where
     four or more query heads read a key head and outgrow the L2 cache; the first call of a kind with a mask transposes
-    that for the others. A NaN or infinity in q or in a gradient of out may reach gradients
-    of all keys in active blocks. Rows of packed tensors that no sequence covers get no values, here as in the result.
+    that for the others. A NaN or infinity in q or in a gradient of out may reach gradients of all keys in active
+    blocks. Rows of packed tensors that no sequence covers get no values, here as in the result.
 
     A NaN or infinity in v may reach queries that do not attend to its key, if they share a tile with one that does:
     queries of the same block, or of neighbouring blocks. In k it reaches only those that attend to it.
