@@ -20,6 +20,8 @@ __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage)
   }
   mbarrier_init(&storage.keys_full, 1);
   mbarrier_init(&storage.keys_empty, Traits::kConsumerWarps);
+  mbarrier_init(&storage.values_full, 1);
+  mbarrier_init(&storage.values_empty, Traits::kConsumerWarps);
   for (int i = 0; i < Traits::kStages; ++i) {
     mbarrier_init(&storage.full[i], 32);  // every lane writes what it tells of a stage
     mbarrier_init(&storage.empty[i], kWarpArrivals * Traits::kConsumerWarps);

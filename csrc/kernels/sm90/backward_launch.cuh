@@ -59,6 +59,8 @@ Status run_backward(const BackwardParams& params, Stream stream) {
   if (args.whole_rows) {
     HBSATTN_RETURN_IF_ERROR(encode_whole_rows(q.matrix, Config::kChunkColumns, segment, &args.map_q));
     HBSATTN_RETURN_IF_ERROR(encode_whole_rows(grad_out.matrix, Config::kChunkColumns, segment, &args.map_grad_out));
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, Config::kChunkColumns, Config::kTileN, &args.map_k));
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, Config::kTileN, &args.map_v));
   }
 
   args.mask = shape;

@@ -89,10 +89,6 @@ struct BackwardMainloop {
       : args(args), storage(storage), unit(unit), warp(warp), lane(lane), turn(unit) {}
 
   __device__ __forceinline__ int stage() const { return position % Traits::kStages; }
-  // Where a stage is described, if there is one.
-  __device__ __forceinline__ int info_stage(int stages) const {
-    return Traits::kInfoStages > Traits::kStages && stages == 0 ? Traits::kStages : stage();
-  }
   // The buffer, and the phase, of the gradients of scores of the stage at some position.
   static __device__ __forceinline__ int buffer(uint32_t position) { return position % Traits::kGradBuffers; }
   static __device__ __forceinline__ uint32_t parity(uint32_t position) { return position / Traits::kGradBuffers & 1; }
@@ -268,89 +264,98 @@ struct BackwardMainloop {
 
   __device__ __forceinline__ void release_stage(int index) const { mbarrier_arrive_warp(&storage.empty[index], lane); }
 
-  __device__ __forceinline__ void run(const QueryLimits& limits, int stages) {
-    cute::clear(grad_keys);
-    cute::clear(grad_values);
-    if (stages == 0) return;
-    Scores scores, grad_weights;
-    mbarrier_wait(&storage.keys_full, tiles & 1);
+  // The first stage's weights and gradients of scores. Whether it is masked.
+  __device__ __forceinline__ bool start(Scores& scores, Scores& grad_weights, const QueryLimits& limits) const {
+    mbarrier_wait(&storage.values_full, tiles & 1);
     wait_stage();
-    issue_scores(scores, storage.keys, storage.queries[0]);
     issue_scores(grad_weights, storage.values, storage.grad_out[0]);
-    bool masked = read_info(storage.infos[stage()].masked, lane);
-    const Statistics first_lse(storage.lse[stage()], lane);
-    cute::warpgroup_wait<1>();
-    cute::warpgroup_fence_operand(scores);
-    if (masked) mask_queries(scores, storage.infos[stage()], 0, limits, lane);
-    exponentiate(scores, first_lse);
-    const Statistics first_delta(storage.delta[stage()], lane);
+    mbarrier_wait(&storage.keys_full, tiles & 1);
+    issue_scores(scores, storage.keys, storage.queries[0]);
+    const bool masked = read_info(storage.infos[stage()].masked, lane);
+    const Statistics lse(storage.lse[stage()], lane);
     cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(scores);
     cute::warpgroup_fence_operand(grad_weights);
-    differentiate(scores, grad_weights, first_delta, masked);
-    int late_chunk = -1;
-#pragma unroll 1
-    for (bool first = true;; first = false) {
-      // Made anew each time, descriptors of the tile's keys do not take registers from the loop.
-      unit = uniform(opaque(unit));
-      const int this_stage = stage(), part = Traits::kJoint ? unit : 0;
-      const int chunk = lane == 0 ? storage.infos[this_stage].chunks[warp] : -1;
-      Operand weights, grads;
-      // Declared here, or their last values would count as inputs of the products that overwrite them.
-      Scores next_scores, next_grad_weights;
-      GradQueries grad_queries, more_grad_queries;
-      convert_scores(grad_weights, grads);
-      convert_scores(scores, weights);
-      share(grads);
-      turn.take();
-      issue_keys(grad_values, weights, storage.grad_out[0]);
-      issue_keys(grad_keys, grads, storage.queries[0]);
-      // Before the first stage there is none, and its product is of whatever lies there: ptxas wants the same products
-      // in flight on every path. The same holds for the scores behind the last stage.
-      const uint32_t of_queries = kLate ? position - 1 : position;
-      if (!kLate || !first) wait_shared(of_queries);
-      issue_queries(grad_queries, of_queries, part);
+    if (masked) mask_queries(scores, storage.infos[stage()], 0, limits, lane);
+    exponentiate(scores, lse);
+    differentiate(scores, grad_weights, Statistics(storage.delta[stage()], lane), masked);
+    return masked;
+  }
 
+  // The products of the current stage and, with kNext, the scores of the one behind it, which become `scores` and
+  // `grad_weights`. `late_chunk` is the stage before's, whose dQ comes with this one.
+  template <bool kNext>
+  __device__ __forceinline__ void step(Scores& scores, Scores& grad_weights, bool& masked, int& late_chunk,
+                                       const QueryLimits& limits, bool first) {
+    const int this_stage = stage(), part = Traits::kJoint ? unit : 0;
+    const int chunk = lane == 0 ? storage.infos[this_stage].chunks[warp] : -1;
+    Operand weights, grads;
+    // Declared here, or their last values would count as inputs of the products that overwrite them.
+    [[maybe_unused]] Scores next_scores, next_grad_weights;
+    GradQueries grad_queries, more_grad_queries;
+    convert_scores(grad_weights, grads);
+    convert_scores(scores, weights);
+    share(grads);
+    turn.take();
+    issue_keys(grad_values, weights, storage.grad_out[0]);
+    issue_keys(grad_keys, grads, storage.queries[0]);
+    // Before the first stage there is none, and its product is of whatever lies there: ptxas wants the same products
+    // in flight on every path.
+    const uint32_t of_queries = kLate ? position - 1 : position;
+    if (!kLate || !first) wait_shared(of_queries);
+    issue_queries(grad_queries, of_queries, part);
+    if constexpr (!kNext) turn.pass();
+
+    cute::warpgroup_wait<1>();
+    cute::warpgroup_fence_operand(grad_values);
+    cute::warpgroup_fence_operand(grad_keys);
+    fence_operand(weights);
+    fence_operand(grads);
+    if constexpr (Traits::kGradLeavesFromStage) {
+      cutlass::arch::NamedBarrier::sync(128, 1);  // nobody reads the stage any more
+      issue_queries(more_grad_queries, of_queries, 1);
       cute::warpgroup_wait<1>();
-      cute::warpgroup_fence_operand(grad_values);
-      cute::warpgroup_fence_operand(grad_keys);
-      fence_operand(weights);
-      fence_operand(grads);
+      cute::warpgroup_fence_operand(grad_queries);
+      put_queries(grad_queries, 0, this_stage);
+      send_queries(chunk, 0, this_stage);
+    } else {
+      release_stage(this_stage);
+    }
+    ++position;
+    if constexpr (kNext) {
+      wait_stage();
+      issue_scores(next_scores, storage.keys, storage.queries[0]);
+      masked = read_info(storage.infos[stage()].masked, lane);
+    }
+    cute::warpgroup_wait<kNext ? 1 : 0>();
+    const int last_part = Traits::kGradParts == 2 ? 1 : part;
+    GradQueries& last_grad_queries = Traits::kGradParts == 2 ? more_grad_queries : grad_queries;
+    cute::warpgroup_fence_operand(last_grad_queries);
+    put_queries(last_grad_queries, last_part, this_stage);
+    if constexpr (kLate) {
+      if (!first) release_shared(of_queries);
+    } else if constexpr (!kNext) {
+      if (lane == 0) mbarrier_arrive(&storage.keys_empty);
+    }
+    const int leaving_chunk = kLate ? late_chunk : chunk;
+    late_chunk = chunk;
+    if constexpr (!kNext) {
+      send_queries(leaving_chunk, last_part, this_stage);
       if constexpr (Traits::kGradLeavesFromStage) {
-        cutlass::arch::NamedBarrier::sync(128, 1);  // nobody reads the stage any more
-        issue_queries(more_grad_queries, of_queries, 1);
-        cute::warpgroup_wait<1>();
-        cute::warpgroup_fence_operand(grad_queries);
-        put_queries(grad_queries, 0, this_stage);
-        send_queries(chunk, 0, this_stage);
-      } else {
+        wait_until_read();
         release_stage(this_stage);
       }
-      ++position;
-      if (--stages > 0) wait_stage();
-      issue_scores(next_scores, storage.keys, storage.queries[0]);
-      masked = read_info(storage.infos[info_stage(stages)].masked, lane);
-      cute::warpgroup_wait<1>();
-      const int last_part = Traits::kGradParts == 2 ? 1 : part;
-      GradQueries& last_grad_queries = Traits::kGradParts == 2 ? more_grad_queries : grad_queries;
-      cute::warpgroup_fence_operand(last_grad_queries);
-      put_queries(last_grad_queries, last_part, this_stage);
-      if constexpr (kLate) {
-        if (!first) release_shared(of_queries);
-      } else {
-        if (stages == 0 && lane == 0) mbarrier_arrive(&storage.keys_empty);
-      }
-      const int leaving_chunk = kLate ? late_chunk : chunk;
-      late_chunk = chunk;
+    } else {
       if constexpr (Traits::kSendsFirst) send_queries(leaving_chunk, last_part, this_stage);
       issue_scores(next_grad_weights, storage.values, storage.grad_out[0]);
       turn.pass();
-      const Statistics lse(storage.lse[info_stage(stages)], lane);
+      const Statistics lse(storage.lse[stage()], lane);
       if constexpr (!Traits::kSendsFirst) send_queries(leaving_chunk, last_part, this_stage);
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(next_scores);
-      if (masked) mask_queries(next_scores, storage.infos[info_stage(stages)], 0, limits, lane);
+      if (masked) mask_queries(next_scores, storage.infos[stage()], 0, limits, lane);
       exponentiate(next_scores, lse);
-      const Statistics delta(storage.delta[info_stage(stages)], lane);
+      const Statistics delta(storage.delta[stage()], lane);
       if constexpr (Traits::kGradLeavesFromStage) {
         wait_until_read();
         release_stage(this_stage);
@@ -360,8 +365,26 @@ struct BackwardMainloop {
       differentiate(next_scores, next_grad_weights, delta, masked);
       scores = next_scores;
       grad_weights = next_grad_weights;
-      if (stages == 0) break;
     }
+  }
+
+  __device__ __forceinline__ void run(const QueryLimits& limits, int stages) {
+    cute::clear(grad_keys);
+    cute::clear(grad_values);
+    if (stages == 0) return;
+    Scores scores, grad_weights;
+    bool masked = start(scores, grad_weights, limits);
+    int late_chunk = -1;
+    bool first = true;
+#pragma unroll 1
+    for (; stages > 1; --stages, first = false) {
+      // Made anew each time, descriptors of the tile's keys do not take registers from the loop.
+      unit = uniform(opaque(unit));
+      step<true>(scores, grad_weights, masked, late_chunk, limits, first);
+    }
+    if (lane == 0) mbarrier_arrive(&storage.values_empty);
+    unit = uniform(opaque(unit));
+    step<false>(scores, grad_weights, masked, late_chunk, limits, first);
     if constexpr (kLate) {
       GradQueries grad_queries;
       const int part = Traits::kJoint ? unit : 0;

@@ -60,10 +60,6 @@ struct BackwardMainloopWide {
       : args(args), storage(storage), unit(unit), warp(warp), lane(lane) {}
 
   __device__ __forceinline__ int stage() const { return position % Traits::kStages; }
-  // Where a stage is described, if there is one.
-  __device__ __forceinline__ int info_stage(int stages) const {
-    return Traits::kInfoStages > Traits::kStages && stages == 0 ? Traits::kStages : stage();
-  }
   __device__ __forceinline__ int buffer() const { return position % kBuffers; }
   __device__ __forceinline__ int weights_buffer() const { return kBuffers + buffer(); }
   __device__ __forceinline__ void wait_shared(int index) const {
@@ -199,67 +195,78 @@ struct BackwardMainloopWide {
 
   __device__ __forceinline__ void release_stage(int index) const { mbarrier_arrive_warp(&storage.empty[index], lane); }
 
+  // The products of the current stage and, with kNext, the scores of the one behind it: from P and dP to the next.
+  template <bool kNext>
+  __device__ __forceinline__ void step(Scores& weights, Scores& grads, bool& masked, const QueryLimits& limits) {
+    // Made anew each time, descriptors of the tile's keys do not take registers from the loop.
+    unit = uniform(opaque(unit));
+    zero = uniform(opaque(zero));
+    const int this_stage = stage();
+    [[maybe_unused]] const int chunk = read_info(storage.infos[this_stage].chunks[warp], lane);
+    // Declared here, or their last values would count as inputs of the products that overwrite them.
+    [[maybe_unused]] Scores next_weights, next_grads;
+    [[maybe_unused]] GradQueries grad_queries;
+    wait_shared(weights_buffer());
+    issue_keys(grad_values, weights_buffer(), storage.grad_out[0]);
+    differentiate(weights, grads, masked);
+    share(grads, buffer());
+    wait_shared(buffer());
+    issue_keys(grad_keys, buffer(), storage.queries[0]);
+    if constexpr (kWithQueries) issue_queries(grad_queries);
+    ++position;
+    if constexpr (kNext) {
+      wait_stage();
+      issue_scores(next_weights, storage.keys, storage.queries[0]);
+    }
+    constexpr int kScores = kNext ? 1 : 0;
+    cute::warpgroup_wait<kScores + kWithQueries>();
+    cute::warpgroup_fence_operand(grad_values);
+    cute::warpgroup_fence_operand(grad_keys);
+    release_stage(this_stage);
+    if constexpr (kWithQueries) {
+      cute::warpgroup_wait<kScores>();
+      cute::warpgroup_fence_operand(grad_queries);
+    }
+    if constexpr (!kNext) {
+      if (lane == 0) mbarrier_arrive(&storage.keys_empty);
+    }
+    if constexpr (kWithQueries) add_queries(grad_queries, chunk);
+    if constexpr (kNext) {
+      issue_scores(next_grads, storage.values, storage.grad_out[0]);
+      masked = read_info(storage.infos[stage()].masked, lane);
+      cute::warpgroup_wait<1>();
+      cute::warpgroup_fence_operand(next_weights);
+      if (masked) mask(next_weights, limits, stage());
+      exponentiate(next_weights, stage());
+      share(next_weights, weights_buffer());
+      cute::warpgroup_wait<0>();
+      cute::warpgroup_fence_operand(next_grads);
+      weights = next_weights;
+      grads = next_grads;
+    }
+  }
+
   __device__ __forceinline__ void run(const QueryLimits& limits, int stages) {
     cute::clear(grad_keys);
     cute::clear(grad_values);
     if (stages == 0) return;
     Scores weights, grads;
-    mbarrier_wait(&storage.keys_full, tiles & 1);
+    mbarrier_wait(&storage.values_full, tiles & 1);
     wait_stage();
-    issue_scores(weights, storage.keys, storage.queries[0]);
     issue_scores(grads, storage.values, storage.grad_out[0]);
+    mbarrier_wait(&storage.keys_full, tiles & 1);
+    issue_scores(weights, storage.keys, storage.queries[0]);
     bool masked = read_info(storage.infos[stage()].masked, lane);
-    cute::warpgroup_wait<1>();
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(grads);
     cute::warpgroup_fence_operand(weights);
     if (masked) mask(weights, limits, stage());
     exponentiate(weights, stage());
     share(weights, weights_buffer());
-    cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(grads);
 #pragma unroll 1
-    while (true) {
-      // Made anew each time, descriptors of the tile's keys do not take registers from the loop.
-      unit = uniform(opaque(unit));
-      zero = uniform(opaque(zero));
-      const int this_stage = stage();
-      [[maybe_unused]] const int chunk = read_info(storage.infos[this_stage].chunks[warp], lane);
-      // Declared here, or their last values would count as inputs of the products that overwrite them.
-      Scores next_weights, next_grads;
-      [[maybe_unused]] GradQueries grad_queries;
-      wait_shared(weights_buffer());
-      issue_keys(grad_values, weights_buffer(), storage.grad_out[0]);
-      differentiate(weights, grads, masked);
-      share(grads, buffer());
-      wait_shared(buffer());
-      issue_keys(grad_keys, buffer(), storage.queries[0]);
-      if constexpr (kWithQueries) issue_queries(grad_queries);
-      ++position;
-      // Behind the last stage, products of whatever lies there: ptxas wants the same products in flight on every path.
-      if (--stages > 0) wait_stage();
-      issue_scores(next_weights, storage.keys, storage.queries[0]);
-      cute::warpgroup_wait<kWithQueries ? 2 : 1>();
-      cute::warpgroup_fence_operand(grad_values);
-      cute::warpgroup_fence_operand(grad_keys);
-      release_stage(this_stage);
-      if constexpr (kWithQueries) {
-        cute::warpgroup_wait<1>();
-        cute::warpgroup_fence_operand(grad_queries);
-      }
-      if (stages == 0 && lane == 0) mbarrier_arrive(&storage.keys_empty);
-      if constexpr (kWithQueries) add_queries(grad_queries, chunk);
-      issue_scores(next_grads, storage.values, storage.grad_out[0]);
-      masked = read_info(storage.infos[info_stage(stages)].masked, lane);
-      cute::warpgroup_wait<1>();
-      cute::warpgroup_fence_operand(next_weights);
-      if (masked) mask(next_weights, limits, info_stage(stages));
-      exponentiate(next_weights, info_stage(stages));
-      if (stages > 0) share(next_weights, weights_buffer());
-      cute::warpgroup_wait<0>();
-      cute::warpgroup_fence_operand(next_grads);
-      weights = next_weights;
-      grads = next_grads;
-      if (stages == 0) break;
-    }
+    for (; stages > 1; --stages) step<true>(weights, grads, masked, limits);
+    if (lane == 0) mbarrier_arrive(&storage.values_empty);
+    step<false>(weights, grads, masked, limits);
     ++tiles;
   }
 };

@@ -83,27 +83,29 @@ __device__ __forceinline__ int count_seen_keys(const BackwardArguments& args, co
   return min(max(last_query + item.k_len - item.q_len + 1 - item.first_key, 0), item.keys);
 }
 
+// Keys or values of a tile. Lane i knows how many are seen up to the end of united block i; `whole`: all are.
 template <class Traits>
-__device__ __forceinline__ void load_keys(const BackwardArguments& args, typename Traits::Storage& storage,
-                                          const KeyItem& item, int lane) {
-  if (lane == 0) mbarrier_arrive_expect(&storage.keys_full, 2 * Traits::kKeyBytes);
+__device__ __forceinline__ void load_keys(const BackwardArguments& args, const KeyItem& item, int seen, bool whole,
+                                          const CUtensorMap& map, const CUtensorMap& map_clipped, int batch_rows,
+                                          typename Traits::Element* keys, uint64_t* full, int lane) {
+  if (lane == 0) mbarrier_arrive_expect(full, Traits::kKeyBytes);
   __syncwarp();
-  constexpr int kBoxes = Traits::kTileN / 8 * Traits::kChunks;  // of 8 rows and one chunk
   const int head = item.head_set / args.sets_per_key_head;
-  for (int block = 0; block < item.united; ++block) {
-    const int seen = count_seen_keys(args, item, block, lane);
-    const int end = item.k_begin + item.first_key + seen;
-    const int k_end = end + item.sequence * args.k_batch_rows, v_end = end + item.sequence * args.v_batch_rows;
-    for (int box = lane; box < kBoxes; box += 32) {
-      const int row = box / Traits::kChunks * 8, column = box % Traits::kChunks * Traits::kChunkColumns;
-      if (item.united > 1 && min(row / args.mask.k_block_size, item.united - 1) != block) continue;
-      const int from_end = max(seen - row, 0);
-      cute::SM90_TMA_LOAD_5D::copy(&args.map_k_clipped, &storage.keys_full, kGradPassThroughL2,
-                                   reinterpret_cast<uint8_t*>(storage.keys) + box * Traits::kAtomBytes, column,
-                                   kRunEnd - from_end, int{kRunEnd}, k_end, head);
-      cute::SM90_TMA_LOAD_5D::copy(&args.map_v_clipped, &storage.keys_full, kGradPassThroughL2,
-                                   reinterpret_cast<uint8_t*>(storage.values) + box * Traits::kAtomBytes, column,
-                                   kRunEnd - from_end, int{kRunEnd}, v_end, head);
+  const int begin = item.k_begin + item.first_key + item.sequence * batch_rows;
+  if (whole) {
+    if (lane == 0) cute::SM90_TMA_LOAD_5D::copy(&map, full, kGradPassThroughL2, keys, 0, begin, 0, 0, head);
+    return;
+  }
+  constexpr int kBoxes = Traits::kTileN / 8 * Traits::kChunks;  // of 8 rows and one chunk
+  for (int first_box = 0; first_box < kBoxes; first_box += 32) {
+    const int box = first_box + lane;
+    const int row = box / Traits::kChunks * 8, column = box % Traits::kChunks * Traits::kChunkColumns;
+    const int block = item.united > 1 ? min(row / args.mask.k_block_size, item.united - 1) : 0;
+    const int end = __shfl_sync(0xffffffffu, seen, block);
+    if (box < kBoxes) {
+      cute::SM90_TMA_LOAD_5D::copy(&map_clipped, full, kGradPassThroughL2,
+                                   reinterpret_cast<uint8_t*>(keys) + box * Traits::kAtomBytes, column,
+                                   kRunEnd - max(end - row, 0), int{kRunEnd}, begin + end, head);
     }
   }
 }
@@ -321,9 +323,21 @@ __device__ __forceinline__ void run_key_warp(const BackwardArguments& args, type
     slot.advance();
     if (item.column < 0) break;
     if (stages == 0) continue;
+    int seen = 0;
+    bool whole = args.whole_rows && item.keys == Traits::kTileN;
+    for (int block = 0; block < item.united; ++block) {
+      const int of_block = count_seen_keys(args, item, block, lane);
+      if (lane == block) seen = of_block;
+      whole = whole && of_block >= (item.united > 1 ? (block + 1) * args.mask.k_block_size : Traits::kTileN);
+    }
+    // Values are free a stage before keys.
+    mbarrier_wait(&storage.values_empty, keys.parity);
+    load_keys<Traits>(args, item, seen, whole, args.map_v, args.map_v_clipped, args.v_batch_rows, storage.values,
+                      &storage.values_full, lane);
     mbarrier_wait(&storage.keys_empty, keys.parity);
+    load_keys<Traits>(args, item, seen, whole, args.map_k, args.map_k_clipped, args.k_batch_rows, storage.keys,
+                      &storage.keys_full, lane);
     keys.advance();
-    load_keys<Traits>(args, storage, item, lane);
   }
 }
 

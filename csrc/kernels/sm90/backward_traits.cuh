@@ -53,8 +53,6 @@ struct BackwardTraits {
   static constexpr int kGranules = kTileM / kGranule;
   static constexpr int kChunkColumns = Config::kChunkColumns;
   static constexpr int kChunks = kHeadDim / kChunkColumns;
-  // Behind a tile's last stage, statistics of whatever lies there are read and not used; racecheck's build has a spare.
-  static constexpr int kInfoStages = kStages + (kWarpArrivals > 1);
   static constexpr int kTileSlots = 2;                     // a ring
   static constexpr int kTileReaders = kConsumerWarps + 2;  // warps
   static constexpr int kMaxPlanStages = 8;                 // that the producer plans at a time
@@ -143,14 +141,14 @@ struct BackwardTraits {
     Element grad_out[kStages][kTileM * kHeadDim];
     Element grad_scores[kGradBuffers][kTileN * kTileM];
     alignas(128) float grad_queries[kConsumerWarps][kGradFloats];
-    float lse[kInfoStages][kTileM];    // times log2(e); +inf: the row does not exist or attends to nothing
-    float delta[kInfoStages][kTileM];  // what each row of P o dP sums to
+    float lse[kStages][kTileM];    // times log2(e); +inf: the row does not exist or attends to nothing
+    float delta[kStages][kTileM];  // what each row of P o dP sums to
     int32_t columns[kColumnEntries];
-    StageInfo<kGranules> infos[kInfoStages];
+    StageInfo<kGranules> infos[kStages];
     int parts_before[kUnits];  // of the tile at hand, that were done before this one
     KeyTileSlot tiles[kTileSlots];
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
-    uint64_t keys_full, keys_empty;
+    uint64_t keys_full, keys_empty, values_full, values_empty;
     uint64_t full[kStages], empty[kStages];
     uint64_t grad_scores_full[kGradGroups][kGradBuffers], grad_scores_empty[kGradGroups][kGradBuffers];
   };
@@ -162,6 +160,7 @@ struct BackwardTraits {
 struct BackwardArguments {
   // Whole rows: (columns of a chunk, rows, chunks, groups of 8 rows, heads), box of one segment.
   CUtensorMap map_q, map_grad_out;
+  CUtensorMap map_k, map_v;  // the same, box of a tile
   // 8 rows of a chunk that end at any row, see tensor_map.h: (head_dim, rows before the end, wrap, end, heads).
   CUtensorMap map_q_clipped, map_grad_out_clipped, map_k_clipped, map_v_clipped;
 
@@ -197,7 +196,7 @@ struct BackwardArguments {
   int heads_per_mask_head;       // query heads
   int segment_log2;              // a segment is the largest power of two rows, up to kTileM, that divides q_block_size
   cutlass::FastDivmod segments_per_block;
-  bool whole_rows;  // map_q and map_grad_out can be used; otherwise every stage goes through the clipped maps
+  bool whole_rows;  // these maps can be used; otherwise all rows come through the clipped maps
   float scale, scale_log2;
 };
 
