@@ -151,6 +151,7 @@ def plan_items(
     head_dim: int,
     element_size: int,
     pack_heads: bool,
+    for_backward: bool = False,
 ) -> Tensor:
     mask_heads, rows, _ = bits.shape
     _check_heads(mask_heads, heads_q, heads_k, head_dim)

@@ -64,6 +64,24 @@ def count_tile_heads(
     return max(heads for heads in range(1, group + 1) if group % heads == 0 and (heads == 1 or heads <= fit))
 
 
+def backward_by_queries(
+    mask_heads: int,
+    q_block_size: int,
+    k_block_size: int,
+    heads_q: int,
+    heads_k: int,
+    head_dim: int,
+    pack_heads: bool,
+    deterministic: bool,
+) -> bool:
+    """Whether tiles of queries, not of keys, compute the gradients.
+
+    The rule, and its reason, are those of csrc/kernels/config.h.
+    """
+    rows = q_block_size * count_packed_heads(mask_heads, q_block_size, heads_q, heads_k, pack_heads)
+    return not deterministic and head_dim <= 128 and k_block_size < 64 and choose_tile_rows(rows, head_dim) == 128
+
+
 def count_key_items(batch: int, cols: int, k_block_size: int, head_sets: int, head_dim: int) -> int:
     """Items of the backward pass's work list, for query heads in as many sets as tiles stream one by one.
 

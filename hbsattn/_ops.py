@@ -21,6 +21,7 @@ except ImportError as error:
 from hbsattn import _cpu  # noqa: F401  (registers the CPU kernels)
 from hbsattn._layout import (
     ITEM_INTS,
+    backward_by_queries,
     ceil_div,
     choose_tile_rows,
     count_key_items,
@@ -108,6 +109,7 @@ def _(
     head_dim: int,
     element_size: int,
     pack_heads: bool,
+    for_backward: bool = False,
 ) -> Tensor:
     mask_heads, rows, _ = bits.shape
     packed_heads = count_packed_heads(mask_heads, q_block_size, heads_q, heads_k, pack_heads)
@@ -201,7 +203,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)  # log-sum-exps are seldom used: no zeros for their gradients
 
 
-def _plan_keys(
+def _plan_backward(
     q: Tensor,
     k: Tensor,
     bits: Tensor,
@@ -211,26 +213,37 @@ def _plan_keys(
     q_block_size: int,
     k_block_size: int,
     causal: bool,
+    pack_heads: bool,
     deterministic: bool,
-) -> tuple[Tensor, ...]:
-    """Returns the columns of a mask and the work list of its backward pass, which calls that share `items` share."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the work lists of the backward pass, of queries and of keys, and the columns of the mask between them.
+
+    Calls that share `items` share them. What a call does not need is empty, or the forward's.
+    """
+    columns, key_items = bits.new_empty((0, 0, 0)), bits.new_empty((0, ITEM_INTS))
     if q.device.type == "cpu":
-        return bits.new_empty((0, 0, 0)), bits.new_empty((0, ITEM_INTS))  # the CPU kernel needs neither
-    sizes = (q_block_size, k_block_size, causal, q.shape[-2], k.shape[-2], q.shape[-1], q.element_size(), deterministic)
+        return items, columns, key_items  # the CPU kernel needs none
+    blocks = (q_block_size, k_block_size)
+    heads = (q.shape[-2], k.shape[-2], q.shape[-1])
     plans = plans_beside(items)
+    if backward_by_queries(bits.shape[0], *blocks, *heads, pack_heads, deterministic):
+        sizes = (cols, *blocks, causal, *heads, q.element_size(), pack_heads, True)
+        (items,) = plans.find_or_make("queries", lambda: (ops.plan_items.default(bits, sequences, *sizes),))
+        return items, columns, key_items
+    sizes = (*blocks, causal, *heads, q.element_size(), deterministic)
     (columns,) = plans.find_or_make("columns", lambda: (ops.transpose_bits.default(bits, cols),))
     (key_items,) = plans.find_or_make(
         ("keys", deterministic), lambda: (ops.plan_keys.default(columns, sequences, bits.shape[1], *sizes),)
     )
-    return columns, key_items
+    return items, columns, key_items
 
 
 def _backward(
     ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     q, k, v, bits, sequences, items, out, lse = ctx.saved_tensors
-    *sizes, _pack_heads, _scale, deterministic = ctx.numbers
-    columns, key_items = _plan_keys(q, k, bits, sequences, items, *sizes, deterministic)
+    *sizes, _scale, deterministic = ctx.numbers
+    items, columns, key_items = _plan_backward(q, k, bits, sequences, items, *sizes, deterministic)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = ops.backward.default(

@@ -31,6 +31,8 @@ CASES = [
     case("sets_of_heads", heads_q=8, heads_k=1, mask_heads=1, q_block=8192, lens_q=(100,), lens_k=(300,), head_dim=128),
     case("head_dim_96", head_dim=96, q_block=128, k_block=128, causal=True),
     case("head_dim_256", head_dim=256, k_block=32, causal=True),
+    case("by_queries", q_block=128, k_block=16, lens_q=(300, 20), lens_k=(500, 90), head_dim=128, causal=True),
+    case("by_queries_of_heads", q_block=16, k_block=7, heads_q=8, heads_k=1, mask_heads=1, head_dim=96, lens_q=(60,)),
     case("csr", source="csr", k_block=128, q_block=128, lens_q=(400,)),
 ]
 
@@ -50,13 +52,14 @@ def main() -> None:
         judge_gradients(problem, tuple(grad.cpu() for grad in grads))
         print(f"{spec.name}: ok", flush=True)
     # Lengths that lie, within the tensors; the smaller blocks may be united.
-    for q_block in (64, 16):
-        problem = make_problem(case("lies", mask_heads=1, q_block=q_block), "cuda", torch.bfloat16)
+    for q_block, k_block in ((64, 64), (16, 64), (128, 16)):
+        spec = case("lies", mask_heads=1, q_block=q_block, k_block=k_block)
+        problem = make_problem(spec, "cuda", torch.bfloat16)
         block_mask = dense_mask(problem.case, problem.block_masks, "flat").cuda()
         for lie in ((0, 337, 0, 337), (337, 200, 100, 0), (0, 0, 0, 337)):
             lens = torch.tensor(lie, dtype=torch.int32).cuda()
             mask = hbsattn.BlockMask.from_dense(
-                block_mask, q_block, 64, cu_seqlens_q=lens, cu_seqlens_k=lens, causal=True
+                block_mask, q_block, k_block, cu_seqlens_q=lens, cu_seqlens_k=lens, causal=True
             )
             differentiate(problem, mask=mask)
             torch.cuda.synchronize()

@@ -14,7 +14,7 @@ import cases
 import hbsattn
 from cases import Case, case
 from gradients import assert_same_gradients, attend, differentiate, judge_gradients, leaves, upstream
-from hbsattn import _ops
+from hbsattn import _layout, _ops
 from hbsattn._plans import plans_beside
 from problems import attended_keys, make_problem, same
 from test_key_plan import plan_lines, tile_heads
@@ -145,6 +145,94 @@ def test_block_size_pairs(spec: Case):
     judge_gradients(problem, differentiate(problem))
 
 
+def by_queries() -> list[Case]:
+    """Small key blocks and full tiles of queries: all tails, head dims and kinds of groups."""
+    found = []
+    for n, (q_block, k_block) in enumerate(
+        [
+            (128, 16),
+            (128, 32),
+            (256, 16),
+            (100, 48),
+            (128, 7),
+            (112, 13),
+            (200, 24),
+            (16, 16),
+            (32, 40),
+            (80, 16),
+            (73, 9),
+        ]
+    ):
+        for causal in (False, True):
+            packs = q_block <= 32  # the heads of a group fill tiles
+            heads_q = (4, 16)[packs]
+            spec = case(
+                f"{q_block}x{k_block}{'_causal' if causal else ''}",
+                lens_q=(3 * q_block + 5, 130, 1, 0, 300) if n % 3 else (300, 300),
+                lens_k=(290, 333, 20, 40, 0) if n % 3 else (310, 310),
+                packed=n % 3 > 0,
+                heads_q=heads_q,
+                heads_k=1 if packs else (1, 2, 4)[n % 3],
+                mask_heads=1 if packs else (1, 4)[n % 2],
+                head_dim=(128, 64, 96, 40, 120)[(n + causal) % 5],
+                q_block=q_block,
+                k_block=k_block,
+                causal=causal,
+                density=(0.3, 0.9)[n % 2],
+            )
+            found.append(spec)
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
+@pytest.mark.parametrize("spec", by_queries(), ids=by_name)
+def test_by_queries(spec: Case, dtype: torch.dtype):
+    sizes = (spec.mask_heads, spec.q_block, spec.k_block, spec.heads_q, spec.heads_k, spec.head_dim, True, False)
+    assert _layout.backward_by_queries(*sizes)
+    problem = make_problem(spec, "cuda", dtype)
+    mask = problem.mask()
+    for _ in range(2):
+        judge_gradients(problem, differentiate(problem, mask=mask))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_many_tiles_by_queries(head_dim: int, causal: bool):
+    """More tiles than thread blocks, and rows that end in the middle of tiles."""
+    spec = case(
+        "many", lens_q=(3001, 1111), q_block=128, k_block=16, density=0.3, causal=causal, head_dim=head_dim, heads_q=8
+    )
+    problem = make_problem(dataclasses.replace(spec, mask_heads=8), "cuda", torch.bfloat16)
+    judge_gradients(problem, differentiate(problem))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("pack_heads", [False, True])
+@pytest.mark.parametrize("head_dim", [128, 136])
+@pytest.mark.parametrize("q_block,k_block", [(128, 16), (128, 63), (128, 64), (32, 16), (64, 16), (65, 16)])
+def test_who_needs_columns(q_block: int, k_block: int, head_dim: int, pack_heads: bool, deterministic: bool):
+    """The op and its Python side agree: columns of the mask may be missing where tiles of queries do the work."""
+    spec = case("method", q_block=q_block, k_block=k_block, head_dim=head_dim, mask_heads=1, lens_q=(100, 50))
+    problem = make_problem(spec, "cuda", torch.bfloat16)
+    mask = problem.mask()
+    items = mask._items(spec.heads_q, spec.heads_k, head_dim, 2, pack_heads)
+    tensors = (problem.q, problem.k, problem.v)
+    numbers = (mask.cols, q_block, k_block, False, pack_heads, 0.1, deterministic)
+    out, lse, _ = _ops.ops.forward(*tensors, mask.bits, mask.sequences, items, *numbers)
+    nothing = (mask.bits.new_empty((0, 0, 0)), mask.bits.new_empty((0, 16)))
+    arguments = (torch.ones_like(out), None, *tensors, out, lse, mask.bits, mask.sequences, items, *nothing, *numbers)
+    sizes = (1, q_block, k_block, spec.heads_q, spec.heads_k, head_dim, pack_heads, deterministic)
+    if _layout.backward_by_queries(*sizes):
+        _ops.ops.backward(*arguments)
+    else:
+        with pytest.raises(ValueError, match="columns has shape"):
+            _ops.ops.backward(*arguments)
+
+
 def groups() -> list[Case]:
     """Packed and causal, with heads in groups: the masks' heads, sizes of blocks and head dims take turns."""
     found = []
@@ -245,11 +333,13 @@ def test_unattended_keys_stay_outside(spec: Case, where: str, value: float, devi
 @pytest.mark.parametrize("device,dtype", cases.DEVICE_DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("block", [16, 48, 128])
-def test_neighbours_stay_outside(block: int, packed: bool, causal: bool, device: str, dtype: torch.dtype):
+@pytest.mark.parametrize("q_block,k_block", [(16, 16), (48, 48), (128, 128), (128, 16)])
+def test_neighbours_stay_outside(
+    q_block: int, k_block: int, packed: bool, causal: bool, device: str, dtype: torch.dtype
+):
     """A sequence of NaN between two others, whose last blocks reach into it and whose first follow it."""
     lens = (75, 61, 70, 64) if packed else (75,) * 4
-    spec = case("neighbours", lens_q=lens, q_block=block, k_block=block, density=1.0, packed=packed, causal=causal)
+    spec = case("neighbours", lens_q=lens, q_block=q_block, k_block=k_block, density=1.0, packed=packed, causal=causal)
     problem = make_problem(spec, device, dtype)
     clean = differentiate(problem)
     poisoned = slice(lens[0], lens[0] + lens[1]) if packed else slice(1, 2)
@@ -262,7 +352,8 @@ def test_neighbours_stay_outside(block: int, packed: bool, causal: bool, device:
     got = torch.autograd.grad(out, (q, k, v), grads)
     keep = torch.ones(problem.q.shape[0], dtype=torch.bool)
     keep[poisoned] = False
-    assert_same_gradients([x[keep] for x in got], [x[keep] for x in clean])
+    by_queries = q_block == 128 and k_block == 16
+    assert_same_gradients([x[keep] for x in got], [x[keep] for x in clean], by_queries=by_queries)
 
 
 # What autograd brings
@@ -407,13 +498,14 @@ def test_second_derivative_is_refused(device: str):
 
 @pytest.mark.parametrize("device,dtype", cases.DEVICE_DTYPES)
 def test_repeatable(device: str, dtype: torch.dtype):
-    """Gradients of k and v are, unless sets of heads share keys; on the CPU also that of q."""
-    spec = case("many", lens_q=(400, 333), density=0.8, q_block=16, k_block=16)
-    problem = make_problem(spec, device, dtype)
-    mask = problem.mask()
-    first = differentiate(problem, mask=mask)
-    for _ in range(20 if device == "cuda" else 5):
-        assert_same_gradients(differentiate(problem, mask=mask), first)
+    """Gradients of k and v are, unless sets of heads share keys; that of q, by queries; on the CPU all of them."""
+    for q_block in (16, 128):
+        spec = case("many", lens_q=(400, 333), density=0.8, q_block=q_block, k_block=16)
+        problem = make_problem(spec, device, dtype)
+        mask = problem.mask()
+        first = differentiate(problem, mask=mask)
+        for _ in range(20 if device == "cuda" else 5):
+            assert_same_gradients(differentiate(problem, mask=mask), first, by_queries=q_block == 128)
 
 
 def test_deterministic_on_cpu():
@@ -468,30 +560,33 @@ def test_deterministic_everywhere():
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
-def test_plan_is_made_once(device: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("q_block,k_block,kind", [(64, 64, ("keys", False)), (128, 16, "queries")])
+def test_plan_is_made_once(q_block: int, k_block: int, kind: object, device: str, monkeypatch: pytest.MonkeyPatch):
     """By the first backward, for all calls of a kind; a work list that autograd saved is still known, as it is and as
     the copy that a checkpoint makes."""
-    problem = make_problem(case("once", causal=True), device, dtype_of(device))
+    problem = make_problem(case("once", causal=True, q_block=q_block, k_block=k_block), device, dtype_of(device))
     mask = problem.mask()
     q, k, v = leaves(problem)
-    found, plan_keys = [], _ops._plan_keys
+    found, plan_backward = [], _ops._plan_backward
 
     def spy(q: Tensor, k: Tensor, bits: Tensor, sequences: Tensor, items: Tensor, *rest: object):
         plans = plans_beside(items)
-        result = plan_keys(q, k, bits, sequences, items, *rest)
+        result = plan_backward(q, k, bits, sequences, items, *rest)
         found.append((plans, *result))
         return result
 
-    monkeypatch.setattr(_ops, "_plan_keys", spy)
+    monkeypatch.setattr(_ops, "_plan_backward", spy)
     attend(q, k, v, mask)
     items = mask._items(4, 2, 64, q.element_size(), True)
-    assert plans_beside(items).find(("keys", False)) is None
+    assert plans_beside(items).find(kind) is None
     for _ in range(2):
         attend(q, k, v, mask).sum().backward()
     checkpoint(lambda *inputs: attend(*inputs, mask), q, k, v, use_reentrant=False).sum().backward()
     assert len(found) == 3 and all(plans is found[0][0] for plans, *_ in found)
     if device == "cuda":
-        assert all(columns is found[0][1] and key_items is found[0][2] for _, columns, key_items in found)
+        assert plans_beside(items).find(kind) is not None
+        made = slice(1, 2) if kind == "queries" else slice(2, 4)
+        assert all(x is y for plans in found for x, y in zip(plans[made], found[0][made], strict=True))
 
 
 # Streams, graphs, compilation

@@ -31,6 +31,16 @@ Status run_backward(const KernelKey& key, const BackwardParams& params, [[maybe_
   Status status =
       Status::NotSupported("this build of hbsattn has no backward kernel for " + std::string(name_of(key.dtype)) +
                            " and head_dim " + std::to_string(params.problem.head_dim));
+  if (choose_backward_method(params) == BackwardMethod::kByQueries) {
+    Sm90QueryBackwardKernels::any([&](auto config) {
+      using Config = decltype(config);
+      const bool chosen =
+          Config::kDType == key.dtype && Config::kHeadDim == key.head_dim && Config::kTileM == key.tile_rows;
+      if (chosen) status = kernels::run_query_backward<Config>(params, stream);
+      return chosen;
+    });
+    return status;
+  }
   Sm90BackwardKernels::any([&](auto config) {
     using Config = decltype(config);
     const bool chosen =
@@ -55,7 +65,7 @@ Status run_grad_queries(const KernelKey& key, const BackwardParams& params, [[ma
   return status;
 }
 
-std::string kernel_name(const char* direction, DType dtype, int head_dim, const std::string& tile) {
+[[maybe_unused]] std::string kernel_name(const char* direction, DType dtype, int head_dim, const std::string& tile) {
   return std::string("sm90_") + direction + (dtype == DType::kBFloat16 ? "_bf16_hd" : "_fp16_hd") +
          std::to_string(head_dim) + "_" + tile;
 }
@@ -144,11 +154,16 @@ Status forward(const ForwardParams& params, Stream stream) {
   return run_forward(key, params, stream);
 }
 
+bool backward_by_queries(const ForwardParams& problem, bool deterministic) {
+  return choose_backward_method(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
+                                problem.pack_heads, deterministic) == BackwardMethod::kByQueries;
+}
+
 size_t backward_workspace_size(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
   const int padded_head_dim = choose_backward_head_dim(params);
   if (padded_head_dim == 0 || problem.heads_k < 1 || problem.mask.shape.q_block_size < 1) return 0;
-  return static_cast<size_t>(lay_out_backward(problem, padded_head_dim, !params.deterministic).bytes);
+  return static_cast<size_t>(lay_out_backward(problem, padded_head_dim, choose_backward_method(params)).bytes);
 }
 
 Status supported(const BackwardParams& params) {
@@ -188,6 +203,14 @@ BuildInfo build_info() {
         kernel_name("backward", Config::kDType, Config::kHeadDim, "n" + std::to_string(Config::kTileN));
     info.kernels.push_back({name, "sm_90a", Config::kDType, Config::kHeadDim, Config::kTileM, Config::kTileN,
                             Config::kStages, Config::kStages, kernels::backward_shared_bytes<Config>()});
+    return false;
+  });
+  Sm90QueryBackwardKernels::any([&](auto config) {
+    using Config = decltype(config);
+    const std::string name =
+        kernel_name("query_backward", Config::kDType, Config::kHeadDim, "m" + std::to_string(Config::kTileM));
+    info.kernels.push_back({name, "sm_90a", Config::kDType, Config::kHeadDim, Config::kTileM, Config::kTileN,
+                            Config::kKeyStages, Config::kValueStages, kernels::query_backward_shared_bytes<Config>()});
     return false;
   });
   Sm90GradQueriesKernels::any([&](auto config) {

@@ -97,4 +97,15 @@ using Sm90GradQueriesKernels =
                 Sm90GradQueriesEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_192, DType::kFloat16, 192, 128>,
                 Sm90GradQueriesEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_256, DType::kFloat16, 256, 128>>;
 
+template <bool kCompiled, DType kDType, int kHeadDim>
+using Sm90QueryBackwardEntry = KernelEntry<HBSATTN_SM90 && kCompiled, Sm90QueryBackward<kDType, kHeadDim>>;
+
+using Sm90QueryBackwardKernels =
+    KernelTable<Sm90QueryBackwardEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_64, DType::kBFloat16, 64>,
+                Sm90QueryBackwardEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_96, DType::kBFloat16, 96>,
+                Sm90QueryBackwardEntry<HBSATTN_DTYPE_BF16 && HBSATTN_HEAD_DIM_128, DType::kBFloat16, 128>,
+                Sm90QueryBackwardEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_64, DType::kFloat16, 64>,
+                Sm90QueryBackwardEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_96, DType::kFloat16, 96>,
+                Sm90QueryBackwardEntry<HBSATTN_DTYPE_FP16 && HBSATTN_HEAD_DIM_128, DType::kFloat16, 128>>;
+
 }  // namespace hbsattn

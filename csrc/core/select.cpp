@@ -72,11 +72,21 @@ int query_tile_rows(const ForwardParams& problem) {
       .tile_rows;
 }
 
-int key_tile_rows(const ForwardParams& problem) {
-  return shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys;
+int backward_tile_rows(const BackwardParams& params) {
+  const ForwardParams& problem = params.problem;
+  return choose_backward_method(params) == BackwardMethod::kByQueries
+             ? query_tile_rows(problem)
+             : shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys;
 }
 
-HeadDims choose_backward(const ForwardParams& problem, int tile_rows) {
+HeadDims choose_backward(const BackwardParams& params) {
+  const ForwardParams& problem = params.problem;
+  const int tile_rows = backward_tile_rows(params);
+  if (choose_backward_method(params) == BackwardMethod::kByQueries) {
+    return choose_head_dim<Sm90QueryBackwardKernels>(problem.head_dim, [&](auto config) {
+      return decltype(config)::kDType == problem.dtype && decltype(config)::kTileM == tile_rows;
+    });
+  }
   return choose_head_dim<Sm90BackwardKernels>(problem.head_dim, [&](auto config) {
     return decltype(config)::kDType == problem.dtype && decltype(config)::kTileN == tile_rows;
   });
@@ -158,20 +168,23 @@ Status select_forward(const ForwardParams& params, KernelKey* key) {
   return Status::Ok();
 }
 
-int choose_backward_head_dim(const BackwardParams& params) {
-  return choose_backward(params.problem, key_tile_rows(params.problem)).chosen;
+BackwardMethod choose_backward_method(const BackwardParams& params) {
+  const ForwardParams& problem = params.problem;
+  return choose_backward_method(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
+                                problem.pack_heads, params.deterministic);
 }
+
+int choose_backward_head_dim(const BackwardParams& params) { return choose_backward(params).chosen; }
 
 Status select_backward(const BackwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_device());
   const ForwardParams& problem = params.problem;
   HBSATTN_RETURN_IF_ERROR(check_dtype(problem.dtype));
-  const int tile_rows = key_tile_rows(problem);
-  const HeadDims found = choose_backward(problem, tile_rows);
+  const HeadDims found = choose_backward(params);
   if (found.chosen == 0) {
     return refuse_head_dim(problem.head_dim, found.largest, " for the backward pass on CUDA");
   }
-  *key = {problem.dtype, found.chosen, tile_rows};
+  *key = {problem.dtype, found.chosen, backward_tile_rows(params)};
   return Status::Ok();
 }
 

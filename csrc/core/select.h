@@ -2,6 +2,7 @@
 
 #include "hbsattn/params.h"
 #include "hbsattn/status.h"
+#include "kernels/config.h"
 
 namespace hbsattn {
 
@@ -9,7 +10,7 @@ namespace hbsattn {
 struct KernelKey {
   DType dtype;
   int head_dim;   // that it is compiled for
-  int tile_rows;  // queries of a tile; keys of one in the backward pass
+  int tile_rows;  // queries of a tile; keys of one in the backward pass by keys
 };
 
 // Whether this build has device code for the current device.
@@ -19,6 +20,8 @@ Status check_device();
 Status select_forward(const ForwardParams& params, KernelKey* key);
 Status select_backward(const BackwardParams& params, KernelKey* key);
 Status select_grad_queries(const BackwardParams& params, KernelKey* key);  // of a deterministic call, beside the other
+
+BackwardMethod choose_backward_method(const BackwardParams& params);
 
 // The head dim that the backward kernel of a problem is compiled for, on whatever device; 0: there is none.
 int choose_backward_head_dim(const BackwardParams& params);

@@ -288,6 +288,7 @@ Status check_pointers(const ForwardParams& params) {
 Status validate_backward(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
   HBSATTN_RETURN_IF_ERROR(validate_forward(problem));
+  if (backward_by_queries(problem, params.deterministic)) return Status::Ok();
   const KeyPlanParams plan = key_plan_of(params);
   const int64_t items = num_key_items(plan);
   HBSATTN_RETURN_IF_ERROR(check_num_key_items(plan));
@@ -313,9 +314,12 @@ Status check_pointers(const BackwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_pointer("grad_k", params.grad_k.data, keys));
   HBSATTN_RETURN_IF_ERROR(check_pointer("grad_v", params.grad_v.data, keys));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", problem.mask.sequences, shape.batch));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("columns", params.columns, shape.heads * shape.cols * shape.row_words()));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("key_items", params.key_items, num_key_items(key_plan_of(params))));
-  if (params.deterministic) {
+  const bool by_queries = backward_by_queries(problem, params.deterministic);
+  if (!by_queries) {
+    HBSATTN_RETURN_IF_ERROR(check_pointer("columns", params.columns, shape.heads * shape.cols * shape.row_words()));
+    HBSATTN_RETURN_IF_ERROR(check_pointer("key_items", params.key_items, num_key_items(key_plan_of(params))));
+  }
+  if (by_queries || params.deterministic) {
     HBSATTN_RETURN_IF_ERROR(check_pointer("bits", problem.mask.bits, shape.heads * shape.rows * shape.words()));
     HBSATTN_RETURN_IF_ERROR(check_pointer("items", problem.items, problem.num_items));
   }

@@ -179,6 +179,40 @@ struct Sm90GradQueries {
   static constexpr int kConsumerRegisters = kTileM == 128 ? 232 : 216;
 };
 
+// A kernel for sm_90a that computes all gradients by tiles of queries. It has the forward's tiles and streams, in
+// stages of 64 keys: as many accumulators of their gradients fit beside those of the queries.
+template <DType kDType_, int kHeadDim_>
+struct Sm90QueryBackward {
+  static constexpr DType kDType = kDType_;
+  static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
+  static constexpr int kTileM = 128;
+  static constexpr int kCtasPerSm = 1;
+  static constexpr int kTileN = 64;
+  static constexpr int kKeyStages = kHeadDim == 128 ? 3 : 4;
+  static constexpr int kValueStages = kKeyStages - 1;
+  static constexpr int kQueryBuffers = kHeadDim == 64 ? 2 : 1;
+  static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+};
+
+// How gradients are computed.
+enum class BackwardMethod {
+  kByKeys,         // by tiles of keys; those of queries are added up in global memory
+  kByQueries,      // by tiles of queries; those of keys and values are added up
+  kDeterministic,  // those of keys and values by tiles of keys, those of queries by tiles of queries
+};
+
+// Tiles of keys compute scores of whole tiles. Where several key blocks share one, tiles of queries compute only those
+// that are wanted; as many additions to global memory as tiles of 64 keys need make them slower else.
+constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t heads_q, int32_t heads_k,
+                                                int32_t head_dim, bool pack_heads, bool deterministic) {
+  if (deterministic) return BackwardMethod::kDeterministic;
+  const bool by_queries = head_dim <= 128 && shape.k_block_size < 64 &&
+                          shape_tiles(shape, heads_q, heads_k, head_dim, pack_heads).tile_rows == 128;
+  return by_queries ? BackwardMethod::kByQueries : BackwardMethod::kByKeys;
+}
+
 // What the backward pass keeps in its workspace: for each query row, padded to whole granules in each block, its
 // log-sum-exp and the dot product of output and output gradient, and its gradient in float32. Byte offsets.
 struct BackwardWorkspace {
@@ -196,19 +230,21 @@ struct BackwardWorkspace {
   static constexpr int64_t kAlignment = 128;
 };
 
-// `padded_head_dim` is the kernel's. `sums_queries`: whether the gradient of the queries is added up in the workspace.
-constexpr BackwardWorkspace lay_out_backward(const ForwardParams& problem, int32_t padded_head_dim, bool sums_queries) {
+// `padded_head_dim` is the kernel's.
+constexpr BackwardWorkspace lay_out_backward(const ForwardParams& problem, int32_t padded_head_dim,
+                                             BackwardMethod method) {
   const auto align = [](int64_t bytes) {
     return (bytes + BackwardWorkspace::kAlignment - 1) / BackwardWorkspace::kAlignment * BackwardWorkspace::kAlignment;
   };
   const MaskShape& shape = problem.mask.shape;
   const KeyTileShape tiles = shape_key_tiles(shape, problem.head_dim);
+  const bool sums_queries = method == BackwardMethod::kByKeys, by_queries = method == BackwardMethod::kByQueries;
   const int32_t tile_heads =
       count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, !sums_queries);
-  const bool sums_keys = tile_heads < problem.heads_q / problem.heads_k;
+  const bool sums_keys = by_queries || tile_heads < problem.heads_q / problem.heads_k;
   const int64_t all_tiles = int64_t{problem.heads_q / tile_heads} * shape.batch * tiles.count(shape);
   const int64_t keys = problem.heads_k * problem.rows_k * (problem.packed ? 1 : shape.batch);
-  const int64_t slots = count_part_slots(all_tiles, tiles.tile_keys, problem.head_dim);
+  const int64_t slots = by_queries ? 0 : count_part_slots(all_tiles, tiles.tile_keys, problem.head_dim);
   // Blocks may be longer than all sequences. Segments must not reach into the next block's rows.
   const int64_t block = (int64_t{shape.q_block_size} + kGranule - 1) / kGranule * kGranule;
   const int64_t longest = (problem.rows_q + 63) / 64 * 64;

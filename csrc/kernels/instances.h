@@ -36,6 +36,12 @@ Status run_grad_queries(const BackwardParams& params, Stream stream);
 template <class Config>
 int grad_queries_shared_bytes();
 
+template <class Config>
+Status run_query_backward(const BackwardParams& params, Stream stream);
+
+template <class Config>
+int query_backward_shared_bytes();
+
 // Compute capability (major * 10 + minor) and multiprocessors of the current device.
 Status current_device(int* compute_capability, int* multiprocessors);
 

@@ -254,7 +254,7 @@ Tensor pack_csr(const Tensor& indptr, const Tensor& indices, const Tensor& seque
 
 Tensor plan_items_op(const Tensor& bits, const Tensor& sequences, int64_t cols, int64_t q_block_size,
                      int64_t k_block_size, bool causal, int64_t heads_q, int64_t heads_k, int64_t head_dim,
-                     int64_t element_size, bool pack_heads) {
+                     int64_t element_size, bool pack_heads, bool for_backward) {
   const at::Device device = bits.device();
   const c10::DeviceGuard guard(device);
   PlanParams params;
@@ -264,6 +264,7 @@ Tensor plan_items_op(const Tensor& bits, const Tensor& sequences, int64_t cols, 
   params.head_dim = to_int32("head_dim", head_dim);
   params.element_size = to_int32("element_size", element_size);
   params.pack_heads = pack_heads;
+  params.for_backward = for_backward;
   raise_if_error(validate_plan(params));
   const int64_t count = num_items(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, pack_heads);
   const auto scratch_bytes = static_cast<int64_t>(plan_scratch_size(count));
@@ -407,7 +408,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad_out, const std
   check("lse", lse, at::kFloat, lse_shape);
   if (grad_lse) check("grad_lse", *grad_lse, at::kFloat, lse_shape);
   check_table("columns", columns, 3, device);
-  check_shape("columns", columns, {shape.heads, shape.cols, shape.row_words()});
+  if (!backward_by_queries(problem, deterministic)) {
+    check_shape("columns", columns, {shape.heads, shape.cols, shape.row_words()});
+  }
   check_table("key_items", key_items, 2, device);
   check_shape("key_items", key_items, {key_items.size(0), kKeyItemInts});
   params.columns = static_cast<const uint32_t*>(columns.const_data_ptr());
@@ -502,7 +505,7 @@ TORCH_LIBRARY(hbsattn, m) {
       tags);
   m.def(
       "plan_items(Tensor bits, Tensor sequences, int cols, int q_block_size, int k_block_size, bool causal, "
-      "int heads_q, int heads_k, int head_dim, int element_size, bool pack_heads) -> Tensor",
+      "int heads_q, int heads_k, int head_dim, int element_size, bool pack_heads, bool for_backward=False) -> Tensor",
       tags);
   m.def(
       "forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor items, int cols, "

@@ -61,6 +61,10 @@ HBSATTN_API size_t key_plan_scratch_size(int64_t num_key_items);
 // Builds the work list of the backward pass.
 HBSATTN_API Status plan_keys(const KeyPlanParams& params, Stream stream);
 
+// Whether gradients of such a problem, of which no pointer is read, are computed by tiles of queries. Their work list
+// is then problem.items, best from plan_items with `for_backward`; otherwise they need columns and key_items.
+HBSATTN_API bool backward_by_queries(const ForwardParams& problem, bool deterministic);
+
 // Bytes of `workspace` that one backward call needs; 0 where this build has no kernel for it.
 HBSATTN_API size_t backward_workspace_size(const BackwardParams& params);
 

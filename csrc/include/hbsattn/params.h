@@ -124,6 +124,7 @@ struct PlanParams {
   int32_t head_dim = 0;
   int32_t element_size = 2;   // bytes
   bool pack_heads = true;     // let query heads that share a mask and a key head share tiles
+  bool for_backward = false;  // tiles that run at the same time add to gradients of their keys, too
   void* scratch = nullptr;    // plan_scratch_size(num_items) bytes, aligned to 4
   WorkItem* items = nullptr;  // out, (num_items)
 };

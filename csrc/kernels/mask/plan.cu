@@ -19,7 +19,8 @@ constexpr int64_t kUnitedSectionItems = 1024;
 int32_t count_section_items(const PlanParams& params, const TileShape& tiles, int64_t num_items) {
   const MaskShape& shape = params.mask.shape;
   const int64_t longest = std::max<int64_t>(shape.cols * shape.k_block_size, 1);
-  const int64_t bytes = 2 * longest * params.head_dim * params.element_size;
+  const int64_t column_bytes = params.element_size + (params.for_backward ? sizeof(float) : 0);
+  const int64_t bytes = 2 * longest * params.head_dim * column_bytes;
   const int64_t pairs = std::max<int64_t>(kSectionBytes / bytes, 1);
   const int64_t batch = std::max(shape.batch, 1);
   const int64_t row_groups = params.heads_q / tiles.packed_heads / params.heads_k;  // that read one key head

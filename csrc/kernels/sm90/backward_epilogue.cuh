@@ -6,6 +6,7 @@
 
 #include "kernels/common/convert.cuh"
 #include "kernels/common/ptx.cuh"
+#include "kernels/sm90/add_rows.cuh"
 #include "kernels/sm90/backward_traits.cuh"
 
 // What leaves a tile: gradients of its keys and values.
@@ -47,22 +48,8 @@ __device__ __forceinline__ void add_keys(const BackwardArguments& args, const Ke
                                          int first_column, float* sums, int warp_key, int lane) {
   const int64_t head_row = int64_t{item.head_set / args.sets_per_key_head} * args.all_rows_k +
                            int64_t{item.sequence} * args.sum_batch_rows + item.k_begin + item.first_key;
-  // A lane has two columns of each group of 8. Two lanes share two groups: each takes four columns of one.
-  const bool odd = lane & 1;
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const int in_tile = warp_key + lane / 4 + 8 * row;
-    float* destination = sums + (head_row + in_tile) * Traits::kHeadDim + first_column + (odd ? 8 : 0) + 2 * (lane & 2);
-#pragma unroll
-    for (int group = 0; group < decltype(cute::size(grad))::value / 4; group += 2) {
-      const int first = 4 * group + 2 * row, second = first + 4;
-      const float x = __shfl_xor_sync(0xffffffffu, odd ? grad(first) : grad(second), 1);
-      const float y = __shfl_xor_sync(0xffffffffu, odd ? grad(first + 1) : grad(second + 1), 1);
-      if (in_tile >= item.keys) continue;
-      add_quad(destination + 8 * group, odd ? x : grad(first), odd ? y : grad(first + 1), odd ? grad(second) : x,
-               odd ? grad(second + 1) : y);
-    }
-  }
+  add_rows<Traits::kHeadDim>(grad, sums + (head_row + warp_key) * Traits::kHeadDim + first_column, item.keys - warp_key,
+                             lane);
 }
 
 // Leaves a part's gradients in the workspace. For the part of a tile that does so last, they become the sum of all, in

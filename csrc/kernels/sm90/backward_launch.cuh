@@ -39,7 +39,8 @@ Status run_backward(const BackwardParams& params, Stream stream) {
     return Status::NotSupported("heads_q is " + std::to_string(problem.heads_q) + "; expected at most " +
                                 std::to_string(kMostHeads) + " for gradients on CUDA");
   }
-  const BackwardWorkspace workspace = lay_out_backward(problem, Config::kHeadDim, !params.deterministic);
+  const BackwardMethod method = params.deterministic ? BackwardMethod::kDeterministic : BackwardMethod::kByKeys;
+  const BackwardWorkspace workspace = lay_out_backward(problem, Config::kHeadDim, method);
   const int64_t chunks = workspace.rows / kGranule;
   if (problem.heads_q * chunks >= INT_MAX) {
     return Status::NotSupported("the mask's query blocks hold " + std::to_string(problem.heads_q * workspace.rows) +

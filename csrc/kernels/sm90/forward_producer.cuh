@@ -310,7 +310,7 @@ __device__ __forceinline__ void run_stream_warp(const ForwardArguments& args, ty
       for (int stage = 0; stage < count; ++stage) {
         mbarrier_wait(&empty[ring.index], ring.parity);
         uint8_t* destination = stages + ring.index * Traits::kStageBytes;
-        if (kKeys && planned + stage < tile.masked_stages) {
+        if (kKeys && (Traits::kAddsKeys || planned + stage < tile.masked_stages)) {
           write_granules(args, plan, stage, storage.granules[ring.index], lane);
         }
         if (lane == 0) {
@@ -417,6 +417,21 @@ __device__ __forceinline__ void run_buffer_warp(const Arguments& args, typename 
     store_output<Traits, kGeneral>(args, storage, storage.held_items[stored.index], stored.index, stored.parity, lane);
     stored.advance();
     --held;
+  }
+}
+
+// One of the warps of the producer warpgroup.
+template <class Traits, bool kGeneral, class Arguments>
+__device__ __forceinline__ void run_producer(const Arguments& args, typename Traits::Storage& storage, int warp,
+                                             int lane) {
+  if (warp == kKeyWarp) {
+    run_stream_warp<Traits, true, kGeneral>(args, storage, lane);
+  } else if (warp == kTileWarp) {
+    run_tile_warp<Traits, kGeneral>(args, storage, lane);
+  } else if (warp == kValueWarp) {
+    run_stream_warp<Traits, false, kGeneral>(args, storage, lane);
+  } else {
+    run_buffer_warp<Traits, kGeneral>(args, storage, lane);
   }
 }
 

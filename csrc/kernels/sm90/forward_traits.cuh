@@ -82,6 +82,7 @@ struct ForwardTraits {
   static constexpr int kColumnEntries = kTileM == 128 ? 512 : 256;
   using Blocks = BitRow<kTileM == 128 ? 8 : 4, kColumnEntries>;
   static constexpr bool kForGradients = false;  // tiles have output gradients beside their queries
+  static constexpr bool kAddsKeys = false;      // consumers need to know where all keys lie
   static_assert(kTileM == kUnits * kUnitRows);
   static_assert(kHeadDim % kChunkColumns == 0);
 

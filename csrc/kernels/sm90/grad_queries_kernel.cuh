@@ -46,15 +46,7 @@ __global__ void __launch_bounds__(GradQueriesTraits<Config>::kThreads, Config::k
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
-    if (warp == kKeyWarp) {
-      run_stream_warp<Traits, true, kGeneral>(args, storage, lane);
-    } else if (warp == kTileWarp) {
-      run_tile_warp<Traits, kGeneral>(args, storage, lane);
-    } else if (warp == kValueWarp) {
-      run_stream_warp<Traits, false, kGeneral>(args, storage, lane);
-    } else {
-      run_buffer_warp<Traits, kGeneral>(args, storage, lane);
-    }
+    run_producer<Traits, kGeneral>(args, storage, warp, lane);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
     run_query_consumer<Traits, kGeneral>(args, storage, warpgroup - 1, warp % 4, lane);

@@ -10,20 +10,16 @@ int grad_queries_shared_bytes() {
   return static_cast<int>(sizeof(typename sm90::GradQueriesTraits<Config>::Storage));
 }
 
-// Follows run_backward, which fills the statistics of the workspace.
+// Fills what a kernel gets whose tiles of query rows compute their gradient, and tells whether the general one is
+// needed.
 template <class Config>
-Status run_grad_queries(const BackwardParams& params, Stream stream) {
-  using Traits = sm90::GradQueriesTraits<Config>;
+Status set_query_arguments(const BackwardParams& params, const BackwardWorkspace& workspace,
+                           sm90::GradQueriesArguments& args, bool& general) {
   ForwardParams problem = params.problem;
-  const MaskShape& shape = problem.mask.shape;
-  const BackwardWorkspace workspace = lay_out_backward(problem, Config::kHeadDim, false);
   auto* bytes = static_cast<uint8_t*>(params.workspace);
   problem.out = params.grad_q;
   problem.lse = nullptr;
   problem.workspace = bytes + workspace.ticket;
-
-  sm90::GradQueriesArguments args{};
-  bool general = false;
   HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(problem, "grad_q", args, general));
   const RowsOfTensor grad_out = rows_of(params.grad_out, problem, problem.rows_q, problem.heads_q);
   HBSATTN_RETURN_IF_ERROR(
@@ -34,8 +30,19 @@ Status run_grad_queries(const BackwardParams& params, Stream stream) {
   args.delta = args.statistics_lse + problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows;
   args.workspace_rows = workspace.rows;
   args.workspace_block_rows = static_cast<int>(workspace.block_rows);
-  args.mask_rows = static_cast<int>(shape.rows);
+  args.mask_rows = static_cast<int>(problem.mask.shape.rows);
+  return Status::Ok();
+}
 
+// Follows run_backward, which fills the statistics of the workspace.
+template <class Config>
+Status run_grad_queries(const BackwardParams& params, Stream stream) {
+  using Traits = sm90::GradQueriesTraits<Config>;
+  const BackwardWorkspace workspace =
+      lay_out_backward(params.problem, Config::kHeadDim, BackwardMethod::kDeterministic);
+  sm90::GradQueriesArguments args{};
+  bool general = false;
+  HBSATTN_RETURN_IF_ERROR(set_query_arguments<Config>(params, workspace, args, general));
   auto* kernel = general ? sm90::grad_queries_kernel<Config, true> : sm90::grad_queries_kernel<Config, false>;
   return launch_tiles(kernel, args, Traits::kThreads, Config::kCtasPerSm, grad_queries_shared_bytes<Config>(),
                       "the launch of the kernel for grad_q", stream);
