@@ -7,7 +7,6 @@ from torch import Tensor
 
 import hbsattn
 import masks
-from hbsattn._layout import backward_by_queries
 from workloads import Workload
 
 QUERY_ROW_BYTES = 8  # of scratch memory that a backward may use for each query row and head, beside grad_q in float32
@@ -55,11 +54,6 @@ class Ours:
     def plan_columns(self) -> Tensor:
         """From bits to what a backward needs beside the work list, which the mask keeps after its first backward."""
         work, mask = self._workload, self.mask
-        heads = (work.heads, work.heads_k, work.head_dim)
-        blocks = (mask.q_block_size, mask.k_block_size)
-        if backward_by_queries(mask.heads, *blocks, *heads, True, work.deterministic):
-            sizes = (mask.cols, *blocks, mask.causal, *heads, work.dtype.itemsize)
-            return torch.ops.hbsattn.plan_items(mask.bits, mask.sequences, *sizes, True, True)
         return torch.ops.hbsattn.plan_keys(
             torch.ops.hbsattn.transpose_bits(mask.bits, mask.cols),
             mask.sequences,
