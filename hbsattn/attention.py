@@ -34,7 +34,8 @@ def block_sparse_attention(
 
     Gradients flow from out and lse to q, k and v, in their dtype; what attends to nothing gets 0. On CUDA, backward
     takes a workspace of about the size of q, padded to whole blocks, in float32, and up to 10 MB, and of k and v where
-    four or more query heads read a key head and outgrow the L2 cache; the first call of a kind with a mask transposes
+    four or more query heads read a key head and outgrow the L2 cache; with key blocks below 64 and query blocks of 65
+    or more rows, counted over heads that share a mask, of k and v alone. The first call of a kind with a mask plans
     that for the others. A NaN or infinity in q or in a gradient of out may reach gradients of all keys in active
     blocks. Rows of packed tensors that no sequence covers get no values, here as in the result.
 

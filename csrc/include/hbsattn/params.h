@@ -211,7 +211,7 @@ struct ForwardParams {
 };
 
 // Gradients of forward(). `problem` is that of the forward call, with its results in `out` and `lse`; its workspace and
-// cycles are not used.
+// cycles are not used. Columns and key items are not, either, if backward_by_queries().
 struct BackwardParams {
   ForwardParams problem;
   TensorView grad_out;              // as out

@@ -72,36 +72,45 @@ __device__ float dot(const uint4& a, const uint4& b) {
   return sum;
 }
 
-// A CTA has a chunk of 16 rows of one head.
-template <class Element>
+// A CTA has a chunk of 16 rows of one head, a thread up to kVectors vectors of 8 columns of a row.
+template <class Element, int kVectors>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const RowArguments args) {
   // The first heads last, which find their rows in the L2 cache then.
   const int chunk = blockIdx.x, head = static_cast<int>(gridDim.y - 1 - blockIdx.y);
   const int row = threadIdx.x / kRowThreads, lane = threadIdx.x % kRowThreads;
   const int64_t head_row = head * args.workspace.rows + int64_t{chunk} * kGranule;
+  const QueryPlace place(args, chunk, row);
+  uint4 out[kVectors] = {}, grad_out[kVectors] = {};
+  float lse = -INFINITY, grad_lse = 0.f;
+  if (place.exists) {
+    const auto* out_row = reinterpret_cast<const uint4*>(address<Element>(args.out, place, head));
+    const auto* grad_out_row = reinterpret_cast<const uint4*>(address<Element>(args.grad_out, place, head));
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int vector = lane + i * kRowThreads;
+      if (8 * vector >= args.head_dim) continue;
+      out[i] = __ldcs(out_row + vector);
+      grad_out[i] = grad_out_row[vector];
+    }
+    const int64_t entry = args.packed ? 0 : int64_t{place.sequence} * args.heads_q;
+    const int64_t position = (entry + head) * args.rows_q + place.row;
+    lse = args.lse_in[position];
+    if (args.grad_lse != nullptr) grad_lse = args.grad_lse[position];
+  }
   auto* sums = reinterpret_cast<float4*>(args.grad_q_sum + head_row * args.padded_head_dim);
   for (int i = threadIdx.x; i < kGranule * args.padded_head_dim / 4; i += kPrepareThreads) {
     sums[i] = make_float4(0.f, 0.f, 0.f, 0.f);
   }
 
-  const QueryPlace place(args, chunk, row);
-  float delta = 0.f, lse = INFINITY;
-  if (place.exists) {
-    const auto* out = reinterpret_cast<const uint4*>(address<Element>(args.out, place, head));
-    const auto* grad_out = reinterpret_cast<const uint4*>(address<Element>(args.grad_out, place, head));
-    for (int i = lane; 8 * i < args.head_dim; i += kRowThreads) delta += dot<Element>(out[i], grad_out[i]);
-    const int64_t entry = args.packed ? 0 : int64_t{place.sequence} * args.heads_q;
-    const int64_t position = (entry + head) * args.rows_q + place.row;
-    lse = args.lse_in[position];
-    // The weights of a row with nothing to attend become exp(s - inf) = 0.
-    lse = lse == -INFINITY ? INFINITY : lse * static_cast<float>(M_LOG2E);
-    if (lane == 0 && args.grad_lse != nullptr) delta -= args.grad_lse[position];
-  }
+  float delta = 0.f;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) delta += dot<Element>(out[i], grad_out[i]);
 #pragma unroll
   for (int step = kRowThreads / 2; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
   if (lane == 0) {
-    args.lse[head_row + row] = lse;
-    args.delta[head_row + row] = lse == INFINITY ? 0.f : delta;
+    // The weights of a row with nothing to attend become exp(s - inf) = 0.
+    args.lse[head_row + row] = lse == -INFINITY ? INFINITY : lse * static_cast<float>(M_LOG2E);
+    args.delta[head_row + row] = lse == -INFINITY ? 0.f : delta - grad_lse;
   }
   if (chunk == 0 && head == 0 && threadIdx.x < BackwardWorkspace::kPaddingRows) {
     args.lse[args.heads_q * args.workspace.rows + threadIdx.x] = INFINITY;
@@ -137,6 +146,16 @@ __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const Ro
       *reinterpret_cast<uint4*>(address<Element>(args.grad_q, place, head) + column) =
           make_uint4(columns[i][0], columns[i][1], columns[i][2], columns[i][3]);
     }
+  }
+}
+
+// Calls visit(Element{}) with the dtype of a problem.
+template <class Visitor>
+void visit_dtype(DType dtype, Visitor&& visit) {
+  if (dtype == DType::kBFloat16) {
+    visit(cutlass::bfloat16_t{});
+  } else {
+    visit(cutlass::half_t{});
   }
 }
 
@@ -200,9 +219,13 @@ Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& works
                     Stream stream) {
   const RowArguments args = row_arguments(params, workspace, padded_head_dim);
   const dim3 grid(static_cast<unsigned>(workspace.rows / kGranule), static_cast<unsigned>(args.heads_q));
-  auto* kernel = params.problem.dtype == DType::kBFloat16 ? prepare_rows_kernel<cutlass::bfloat16_t>
-                                                          : prepare_rows_kernel<cutlass::half_t>;
-  kernel<<<grid, kPrepareThreads, 0, stream>>>(args);
+  visit_dtype(params.problem.dtype, [&](auto element) {
+    using Element = decltype(element);
+    auto* kernel = args.head_dim <= 64    ? prepare_rows_kernel<Element, 1>
+                   : args.head_dim <= 128 ? prepare_rows_kernel<Element, 2>
+                                          : prepare_rows_kernel<Element, 4>;
+    kernel<<<grid, kPrepareThreads, 0, stream>>>(args);
+  });
   return cuda_status(cudaGetLastError(), "the launch of prepare_rows");
 }
 
@@ -214,9 +237,9 @@ Status finish_keys(const BackwardParams& params, const BackwardWorkspace& worksp
   const KeyArguments args{sums,           params.grad_k,   params.grad_v,    problem.softmax_scale, rows,
                           problem.rows_k, problem.heads_k, problem.head_dim, padded_head_dim};
   const dim3 grid(static_cast<unsigned>(mask::ceil_div(rows, kKeyRows)), static_cast<unsigned>(problem.heads_k), 2);
-  auto* kernel =
-      problem.dtype == DType::kBFloat16 ? finish_keys_kernel<cutlass::bfloat16_t> : finish_keys_kernel<cutlass::half_t>;
-  kernel<<<grid, dim3(padded_head_dim / kVector, kKeyRows), 0, stream>>>(args);
+  visit_dtype(problem.dtype, [&](auto element) {
+    finish_keys_kernel<decltype(element)><<<grid, dim3(padded_head_dim / kVector, kKeyRows), 0, stream>>>(args);
+  });
   return cuda_status(cudaGetLastError(), "the launch of finish_keys");
 }
 
@@ -226,9 +249,9 @@ Status finish_rows(const BackwardParams& params, const BackwardWorkspace& worksp
   const int64_t chunks = workspace.rows / kGranule;
   const dim3 grid(static_cast<unsigned>(mask::ceil_div(chunks * (padded_head_dim / 32), kFinishWarps)),
                   static_cast<unsigned>(args.heads_q));
-  auto* kernel = params.problem.dtype == DType::kBFloat16 ? finish_rows_kernel<cutlass::bfloat16_t>
-                                                          : finish_rows_kernel<cutlass::half_t>;
-  kernel<<<grid, 32 * kFinishWarps, 0, stream>>>(args, static_cast<int>(chunks));
+  visit_dtype(params.problem.dtype, [&](auto element) {
+    finish_rows_kernel<decltype(element)><<<grid, 32 * kFinishWarps, 0, stream>>>(args, static_cast<int>(chunks));
+  });
   return cuda_status(cudaGetLastError(), "the launch of finish_rows");
 }
 
