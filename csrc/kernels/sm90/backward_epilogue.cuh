@@ -2,8 +2,6 @@
 
 #include <cutlass/arch/barrier.h>
 
-#include <cute/arch/copy_sm90.hpp>
-#include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/tensor.hpp>
 
 #include "kernels/common/convert.cuh"
@@ -42,41 +40,6 @@ __device__ __forceinline__ void store_keys(const BackwardArguments& args, const 
       }
     }
   }
-}
-
-// The same for all columns, by the copy engine, out of a buffer of the warp's. There, rows are turned by their number
-// in vectors of 16 bytes, so that 8 of them fall into different banks; a row leaves in two pieces, one a lane.
-template <class Traits, class GradKeys>
-__device__ __forceinline__ void send_keys(const BackwardArguments& args, const KeyItem& item, const GradKeys& grad,
-                                          float scale, void* out, int64_t batch_stride, int64_t row_stride,
-                                          int64_t head_stride, int warp_key, void* buffer, int lane) {
-  using Element = typename Traits::Element;
-  constexpr int kVectors = Traits::kHeadDim / 8;
-  auto* vectors = static_cast<cute::uint128_t*>(buffer);
-  const int row_to = lane & 15;  // a matrix has 8 rows, two of them a group of 8 columns
-#pragma unroll
-  for (int group = 0; group < kVectors; group += 2) {
-    uint32_t pairs[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int first = 4 * (group + i / 2) + 2 * (i & 1);
-      pairs[i] = pack_pair<Element>(scale * grad(first), scale * grad(first + 1));
-    }
-    const int turned = (group + lane / 16 + row_to) % kVectors;
-    cute::SM90_U32x4_STSM_N::copy(pairs[0], pairs[1], pairs[2], pairs[3], vectors[row_to * kVectors + turned]);
-  }
-  cutlass::arch::fence_view_async_shared();
-  __syncwarp();
-  const int row = lane / 2, turn = row % kVectors, count = args.head_dim / 8;
-  const int begin = lane & 1 ? kVectors - turn : 0, end = lane & 1 ? count : min(count, kVectors - turn);
-  if (warp_key + row < item.keys && begin < end) {
-    const int64_t key = int64_t{item.k_begin} + item.first_key + warp_key + row;
-    Element* destination =
-        static_cast<Element*>(out) + item.sequence * batch_stride + key * row_stride + item.head_set * head_stride;
-    cute::SM90_BULK_COPY_S2G::copy(vectors + row * kVectors + (lane & 1 ? 0 : turn), destination + 8 * begin,
-                                   16 * (end - begin));
-  }
-  bulk_commit();
 }
 
 // Adds the gradients of a thread's two keys, from a column on, to those that other tiles of the keys have.

@@ -52,14 +52,6 @@ __device__ __forceinline__ void run_key_consumer(const BackwardArguments& args, 
       if (args.sets_per_key_head > 1) {
         add_keys<Traits>(args, tile.item, mainloop.grad_keys, first_column, args.key_sums, warp_key, lane);
         add_keys<Traits>(args, tile.item, mainloop.grad_values, first_column, args.value_sums, warp_key, lane);
-      } else if constexpr (Traits::kSendsKeys) {
-        void* buffer = mainloop.leaving_queries(0, 0);
-        bulk_wait_read();
-        send_keys<Traits>(args, tile.item, mainloop.grad_values, 1.f, args.grad_v, args.grad_v_batch_stride,
-                          args.grad_v_row_stride, args.grad_v_head_stride, warp_key, buffer, lane);
-        bulk_wait_read();
-        send_keys<Traits>(args, tile.item, mainloop.grad_keys, args.scale, args.grad_k, args.grad_k_batch_stride,
-                          args.grad_k_row_stride, args.grad_k_head_stride, warp_key, buffer, lane);
       } else {
         store_keys<Traits>(args, tile.item, mainloop.grad_keys, first_column, args.scale, args.grad_k,
                            args.grad_k_batch_stride, args.grad_k_row_stride, args.grad_k_head_stride, warp_key, lane);
@@ -70,7 +62,7 @@ __device__ __forceinline__ void run_key_consumer(const BackwardArguments& args, 
     mbarrier_arrive_warp(&storage.tile_empty[slot.index], lane);
     slot.advance();
   }
-  if constexpr (!Traits::kWide) bulk_wait_read();
+  if constexpr (!Traits::kWide) mainloop.wait_until_read();
 }
 
 // A persistent CTA: three producer warps, and one or two consumer warpgroups. kWithQueries: it also adds up the

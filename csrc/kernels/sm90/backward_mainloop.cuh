@@ -374,7 +374,6 @@ struct BackwardMainloop {
     if (stages == 0) return;
     Scores scores, grad_weights;
     bool masked = start(scores, grad_weights, limits);
-    if constexpr (Traits::kSendsKeys) bulk_wait_read();  // the last tile's gradients of keys
     int late_chunk = -1;
     bool first = true;
 #pragma unroll 1

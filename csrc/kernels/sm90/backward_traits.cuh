@@ -70,9 +70,6 @@ struct BackwardTraits {
   // the stage that it is the gradient of. Warpgroups that share keys send it from registers, which no stage waits for.
   static constexpr bool kGradLeavesFromStage = kGradParts == 2;
   static constexpr int kGradFloats = kWide || kGradLeavesFromStage ? 4 : kGranule * kGradColumns;
-  // Whether gradients of keys and values leave from there, too.
-  static constexpr bool kSendsKeys = !kWide && !kGradLeavesFromStage;
-  static_assert(!kSendsKeys || kGradFloats * sizeof(float) >= kGranule * kHeadDim * sizeof(Element));
   // Whether a part is sent before the next products are queued: where registers do not suffice for both.
   static constexpr bool kSendsFirst = kGradParts == 2 || kGradColumns > 64;
   static constexpr int kGradKeys = kJoint ? kTileN : kUnitKeys;
