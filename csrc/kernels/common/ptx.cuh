@@ -69,6 +69,12 @@ __device__ __forceinline__ void bulk_add(float* destination, const float* source
       : "memory");
 }
 
+// Waits until the copy engine has read what this warp's lane 0 gave it.
+__device__ __forceinline__ void bulk_wait_read(int lane) {
+  if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  __syncwarp();
+}
+
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }

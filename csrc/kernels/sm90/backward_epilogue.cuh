@@ -2,6 +2,8 @@
 
 #include <cutlass/arch/barrier.h>
 
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/tensor.hpp>
 
 #include "kernels/common/convert.cuh"
@@ -39,6 +41,42 @@ __device__ __forceinline__ void store_keys(const BackwardArguments& args, const 
         *reinterpret_cast<uint4*>(destination + column) = make_uint4(columns[0], columns[1], columns[2], columns[3]);
       }
     }
+  }
+}
+
+// Writes a warp's 16 rows of gradients, which all exist, by the copy engine out of a buffer of the warp's: its lane 0
+// starts that.
+template <class Traits, class GradKeys>
+__device__ __forceinline__ void send_keys(const BackwardArguments& args, const GradKeys& grad, float scale,
+                                          const CUtensorMap& map, int row, int head, float* buffer, int lane) {
+  using Element = typename Traits::Element;
+  constexpr int kVectors = Traits::kChunkColumns / 8;  // of 16 bytes, in a row of a chunk
+  auto* vectors = reinterpret_cast<cute::uint128_t*>(buffer);
+  const int row_to = lane & 15;  // of a matrix of 8 x 8; four of them at a time are 16 rows of two groups of columns
+  const int swizzle = kVectors == 8 ? row_to % 8 : row_to / 2 % 4;
+#pragma unroll
+  for (int group = 0; group < Traits::kHeadDim / 8; group += 2) {
+    uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int first = 4 * (group + i / 2) + 2 * (i & 1);
+      pairs[i] = pack_pair<Element>(scale * grad(first), scale * grad(first + 1));
+    }
+    const int vector = (group % kVectors + lane / 16) ^ swizzle;
+    cute::SM90_U32x4_STSM_N::copy(pairs[0], pairs[1], pairs[2], pairs[3],
+                                  vectors[(group / kVectors * kGranule + row_to) * kVectors + vector]);
+  }
+  cutlass::arch::fence_view_async_shared();
+  __syncwarp();
+  if (lane == 0) {
+#pragma unroll
+    for (int chunk = 0; chunk < Traits::kChunks; ++chunk) {
+      if (chunk * Traits::kChunkColumns < args.head_dim) {
+        cute::SM90_TMA_STORE_3D::copy(&map, vectors + chunk * (kGranule * kVectors), chunk * Traits::kChunkColumns, row,
+                                      head);
+      }
+    }
+    cute::tma_store_arrive();
   }
 }
 
@@ -96,6 +134,38 @@ __device__ __forceinline__ bool add_parts(const BackwardArguments& args, typenam
     }
   }
   return true;
+}
+
+// What becomes of the gradients of a tile: they are added to those of other tiles, or written.
+template <class Traits, class GradKeys>
+__device__ __forceinline__ void leave_keys(const BackwardArguments& args, typename Traits::Storage& storage,
+                                           const KeyItem& item, int unit, int warp, int lane, const GradKeys& grad_keys,
+                                           const GradKeys& grad_values) {
+  const int warp_key = (Traits::kWide ? 0 : unit * kUnitKeys) + warp * 16;
+  const int first_column = Traits::kWide ? unit * Traits::kGradColumns : 0;
+  if (args.sets_per_key_head > 1) {
+    add_keys<Traits>(args, item, grad_keys, first_column, args.key_sums, warp_key, lane);
+    add_keys<Traits>(args, item, grad_values, first_column, args.value_sums, warp_key, lane);
+    return;
+  }
+  if constexpr (Traits::kSendsKeys) {
+    // The copy engine would overwrite rows of the next sequence.
+    if (warp_key + kGranule <= uniform(item.keys)) {
+      const int row = item.k_begin + item.first_key + warp_key;
+      float* buffer = storage.grad_queries[unit * 4 + warp];
+      bulk_wait_read(lane);
+      send_keys<Traits>(args, grad_values, 1.f, args.map_grad_v, row + item.sequence * args.grad_v_batch_rows,
+                        item.head_set, buffer, lane);
+      bulk_wait_read(lane);
+      send_keys<Traits>(args, grad_keys, args.scale, args.map_grad_k, row + item.sequence * args.grad_k_batch_rows,
+                        item.head_set, buffer, lane);
+      return;
+    }
+  }
+  store_keys<Traits>(args, item, grad_keys, first_column, args.scale, args.grad_k, args.grad_k_batch_stride,
+                     args.grad_k_row_stride, args.grad_k_head_stride, warp_key, lane);
+  store_keys<Traits>(args, item, grad_values, first_column, 1.f, args.grad_v, args.grad_v_batch_stride,
+                     args.grad_v_row_stride, args.grad_v_head_stride, warp_key, lane);
 }
 
 }  // namespace hbsattn::sm90

@@ -40,7 +40,6 @@ __device__ __forceinline__ void run_key_consumer(const BackwardArguments& args, 
                                                  int unit, int warp, int lane) {
   Mainloop mainloop(args, storage, unit, warp, lane);
   const int warp_key = (Traits::kWide ? 0 : unit * kUnitKeys) + warp * 16;
-  const int first_column = Traits::kWide ? unit * Traits::kGradColumns : 0;
   RingPosition<Traits::kTileSlots> slot(0);
   while (true) {
     mbarrier_wait(&storage.tile_full[slot.index], slot.parity);
@@ -49,20 +48,12 @@ __device__ __forceinline__ void run_key_consumer(const BackwardArguments& args, 
     mainloop.run(QueryLimits(args, tile.item, warp_key, lane), uniform(tile.stages));
     if (uniform(tile.item.parts) == 1 ||
         add_parts<Traits>(args, storage, tile.item, unit, warp, lane, mainloop.grad_keys, mainloop.grad_values)) {
-      if (args.sets_per_key_head > 1) {
-        add_keys<Traits>(args, tile.item, mainloop.grad_keys, first_column, args.key_sums, warp_key, lane);
-        add_keys<Traits>(args, tile.item, mainloop.grad_values, first_column, args.value_sums, warp_key, lane);
-      } else {
-        store_keys<Traits>(args, tile.item, mainloop.grad_keys, first_column, args.scale, args.grad_k,
-                           args.grad_k_batch_stride, args.grad_k_row_stride, args.grad_k_head_stride, warp_key, lane);
-        store_keys<Traits>(args, tile.item, mainloop.grad_values, first_column, 1.f, args.grad_v,
-                           args.grad_v_batch_stride, args.grad_v_row_stride, args.grad_v_head_stride, warp_key, lane);
-      }
+      leave_keys<Traits>(args, storage, tile.item, unit, warp, lane, mainloop.grad_keys, mainloop.grad_values);
     }
     mbarrier_arrive_warp(&storage.tile_empty[slot.index], lane);
     slot.advance();
   }
-  if constexpr (!Traits::kWide) mainloop.wait_until_read();
+  if constexpr (!Traits::kWide) bulk_wait_read(lane);
 }
 
 // A persistent CTA: three producer warps, and one or two consumer warpgroups. kWithQueries: it also adds up the

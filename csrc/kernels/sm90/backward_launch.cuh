@@ -64,6 +64,12 @@ Status run_backward(const BackwardParams& params, Stream stream) {
     HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, Config::kTileN, &args.map_v));
   }
 
+  const RowsOfTensor grad_k = rows_of(params.grad_k, problem, problem.rows_k, problem.heads_k);
+  const RowsOfTensor grad_v = rows_of(params.grad_v, problem, problem.rows_k, problem.heads_k);
+  HBSATTN_RETURN_IF_ERROR(encode_rows(grad_k.matrix, Config::kChunkColumns, kGranule, 1, &args.map_grad_k));
+  HBSATTN_RETURN_IF_ERROR(encode_rows(grad_v.matrix, Config::kChunkColumns, kGranule, 1, &args.map_grad_v));
+  args.grad_k_batch_rows = grad_k.batch_rows;
+  args.grad_v_batch_rows = grad_v.batch_rows;
   args.mask = shape;
   args.columns = params.columns;
   args.items = params.key_items;

@@ -229,12 +229,6 @@ struct BackwardMainloop {
     if (lane == 0) mbarrier_arrive(&storage.grad_scores_empty[group()][buffer(position)]);
   }
 
-  // Waits until the copy engine has read what this warp's lane 0 gave it to add.
-  __device__ __forceinline__ void wait_until_read() const {
-    if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-    __syncwarp();
-  }
-
   // Where a part of the gradient of a stage's queries leaves from. A warp has the rows of one granule.
   __device__ __forceinline__ float* leaving_queries(int part, int of_stage) const {
     if constexpr (!Traits::kGradLeavesFromStage) return storage.grad_queries[unit * 4 + warp];
@@ -243,7 +237,7 @@ struct BackwardMainloop {
   }
 
   __device__ __forceinline__ void put_queries(const GradQueries& grad, int part, int of_stage) const {
-    if constexpr (!Traits::kGradLeavesFromStage) wait_until_read();
+    if constexpr (!Traits::kGradLeavesFromStage) bulk_wait_read(lane);
     float4* buffer = reinterpret_cast<float4*>(leaving_queries(part, of_stage)) + lane;
     CUTE_UNROLL
     for (int group = 0; group < Traits::kGradColumns / 8; ++group) {
@@ -321,13 +315,18 @@ struct BackwardMainloop {
     } else {
       release_stage(this_stage);
     }
+    if constexpr (kLate && !kNext) {
+      // The last stage's own, too.
+      wait_shared(position);
+      issue_queries(more_grad_queries, position, part);
+    }
     ++position;
     if constexpr (kNext) {
       wait_stage();
       issue_scores(next_scores, storage.keys, storage.queries[0]);
       masked = read_info(storage.infos[stage()].masked, lane);
     }
-    cute::warpgroup_wait<kNext ? 1 : 0>();
+    cute::warpgroup_wait<kNext || kLate ? 1 : 0>();
     const int last_part = Traits::kGradParts == 2 ? 1 : part;
     GradQueries& last_grad_queries = Traits::kGradParts == 2 ? more_grad_queries : grad_queries;
     cute::warpgroup_fence_operand(last_grad_queries);
@@ -341,8 +340,16 @@ struct BackwardMainloop {
     late_chunk = chunk;
     if constexpr (!kNext) {
       send_queries(leaving_chunk, last_part, this_stage);
+      if constexpr (kLate) {
+        cute::warpgroup_wait<0>();
+        cute::warpgroup_fence_operand(more_grad_queries);
+        release_shared(position - 1);
+        if (lane == 0) mbarrier_arrive(&storage.keys_empty);
+        put_queries(more_grad_queries, part, 0);
+        send_queries(chunk, part, 0);
+      }
       if constexpr (Traits::kGradLeavesFromStage) {
-        wait_until_read();
+        bulk_wait_read(lane);
         release_stage(this_stage);
       }
     } else {
@@ -357,7 +364,7 @@ struct BackwardMainloop {
       exponentiate(next_scores, lse);
       const Statistics delta(storage.delta[stage()], lane);
       if constexpr (Traits::kGradLeavesFromStage) {
-        wait_until_read();
+        bulk_wait_read(lane);
         release_stage(this_stage);
       }
       cute::warpgroup_wait<0>();
@@ -385,18 +392,6 @@ struct BackwardMainloop {
     if (lane == 0) mbarrier_arrive(&storage.values_empty);
     unit = uniform(opaque(unit));
     step<false>(scores, grad_weights, masked, late_chunk, limits, first);
-    if constexpr (kLate) {
-      GradQueries grad_queries;
-      const int part = Traits::kJoint ? unit : 0;
-      wait_shared(position - 1);
-      issue_queries(grad_queries, position - 1, part);
-      cute::warpgroup_wait<0>();
-      cute::warpgroup_fence_operand(grad_queries);
-      release_shared(position - 1);
-      if (lane == 0) mbarrier_arrive(&storage.keys_empty);
-      put_queries(grad_queries, part, 0);
-      send_queries(late_chunk, part, 0);
-    }
     ++tiles;
   }
 };

@@ -70,6 +70,9 @@ struct BackwardTraits {
   // the stage that it is the gradient of. Warpgroups that share keys send it from registers, which no stage waits for.
   static constexpr bool kGradLeavesFromStage = kGradParts == 2;
   static constexpr int kGradFloats = kWide || kGradLeavesFromStage ? 4 : kGranule * kGradColumns;
+  // Whether gradients of keys and values leave from there, too.
+  static constexpr bool kSendsKeys = kUnits == 2 && !kWide;
+  static_assert(!kSendsKeys || kGradFloats * sizeof(float) >= kGranule * kHeadDim * sizeof(Element));
   // Whether a part is sent before the next products are queued: where registers do not suffice for both.
   static constexpr bool kSendsFirst = kGradParts == 2 || kGradColumns > 64;
   static constexpr int kGradKeys = kJoint ? kTileN : kUnitKeys;
@@ -140,7 +143,7 @@ struct BackwardTraits {
     Element queries[kStages][kTileM * kHeadDim];
     Element grad_out[kStages][kTileM * kHeadDim];
     Element grad_scores[kGradBuffers][kTileN * kTileM];
-    alignas(128) float grad_queries[kConsumerWarps][kGradFloats];
+    alignas(kSendsKeys ? 1024 : 128) float grad_queries[kConsumerWarps][kGradFloats];
     float lse[kStages][kTileM];    // times log2(e); +inf: the row does not exist or attends to nothing
     float delta[kStages][kTileM];  // what each row of P o dP sums to
     int32_t columns[kColumnEntries];
@@ -160,7 +163,9 @@ struct BackwardTraits {
 struct BackwardArguments {
   // Whole rows: (columns of a chunk, rows, chunks, groups of 8 rows, heads), box of one segment.
   CUtensorMap map_q, map_grad_out;
-  CUtensorMap map_k, map_v;  // the same, box of a tile
+  CUtensorMap map_k, map_v;            // the same, box of a tile
+  CUtensorMap map_grad_k, map_grad_v;  // (head_dim, rows, heads), box of a chunk of 16 rows
+  int grad_k_batch_rows, grad_v_batch_rows;
   // 8 rows of a chunk that end at any row, see tensor_map.h: (head_dim, rows before the end, wrap, end, heads).
   CUtensorMap map_q_clipped, map_grad_out_clipped, map_k_clipped, map_v_clipped;
 
