@@ -10,6 +10,7 @@ from torch import Tensor
 # Columns of the table of sequences.
 Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN = range(6)
 SECTION_BYTES = 32 << 20  # of the L2 cache
+RUNNING_KEYS, RUNNING_BYTES, TOGETHER_BYTES = 132 * 128, 36 << 20, 5 << 20  # count_tile_heads
 PART_BYTES = 10 << 20  # of the workspace of the backward pass, for parts of tiles
 ITEM_INTS = 16  # of a work item: the WorkItem, or KeyItem, of csrc/include/hbsattn/params.h
 
@@ -50,6 +51,7 @@ def count_tile_heads(
     heads_k: int,
     head_dim: int,
     element_size: int,
+    causal: bool,
     deterministic: bool,
 ) -> int:
     """Query heads that one tile of the backward pass streams.
@@ -59,8 +61,11 @@ def count_tile_heads(
     group = heads_q // heads_k
     if deterministic or group < 4 or batch == 0:
         return group
-    longest = min(max(rows // batch, 1) * q_block_size, 2**31 - 1)
-    fit = SECTION_BYTES // (longest * ceil_div(head_dim, 8) * 8 * (2 * element_size + 4))
+    of_row = ceil_div(head_dim, 8) * 8 * (2 * element_size + 4)
+    of_head = min(max(rows // batch, 1) * q_block_size, 2**31 - 1) * of_row
+    if of_head <= TOGETHER_BYTES // group:
+        return group
+    fit = RUNNING_BYTES // max(of_head, RUNNING_KEYS * of_row) // (2 if causal else 1)
     return max(heads for heads in range(1, group + 1) if group % heads == 0 and (heads == 1 or heads <= fit))
 
 

@@ -139,7 +139,8 @@ def _(
     deterministic: bool,
 ) -> Tensor:
     batch, cols = sequences.shape[0], columns.shape[1]
-    tile_heads = count_tile_heads(batch, rows, q_block_size, heads_q, heads_k, head_dim, element_size, deterministic)
+    heads = (heads_q, heads_k, head_dim)
+    tile_heads = count_tile_heads(batch, rows, q_block_size, *heads, element_size, causal, deterministic)
     count = count_key_items(batch, cols, k_block_size, heads_q // tile_heads, head_dim)
     return columns.new_empty((count, ITEM_INTS))
 

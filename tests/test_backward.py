@@ -115,7 +115,7 @@ SETS_OF_HEADS = [
     case("own_masks", k_block=16, head_dim=128, **{**FEW, "mask_heads": 8}),
     case("two_key_heads", k_block=64, head_dim=128, **{**FEW, "heads_q": 16, "heads_k": 2, "mask_heads": 2}),
     case("padded_head_dim", k_block=100, head_dim=120, causal=True, **FEW),
-    case("copied_head_dim", k_block=64, head_dim=100, **{**FEW, "q_block": 10240}),  # as 104: 2 heads a tile, not 4
+    case("copied_head_dim", k_block=64, head_dim=100, **{**FEW, "q_block": 23040}),  # as 104: 1 head a tile, not 2
     case("batched", k_block=80, head_dim=96, packed=False, **{**FEW, "lens_q": (90, 90), "lens_k": (200, 200)}),
     case("head_dim_64", k_block=128, head_dim=64, **{**FEW, "q_block": 16384}),
     case("head_dim_192", k_block=32, head_dim=192, causal=True, **FEW),
@@ -245,13 +245,15 @@ def test_unattended_keys_stay_outside(spec: Case, where: str, value: float, devi
 @pytest.mark.parametrize("device,dtype", cases.DEVICE_DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("q_block,k_block", [(16, 16), (48, 48), (128, 128), (128, 16)])
+@pytest.mark.parametrize("q_block,k_block", [(16, 16), (48, 48), (128, 128), (128, 16), (128, 24), (32, 16)])
 def test_neighbours_stay_outside(
     q_block: int, k_block: int, packed: bool, causal: bool, device: str, dtype: torch.dtype
 ):
     """A sequence of NaN between two others, whose last blocks reach into it and whose first follow it."""
     lens = (75, 61, 70, 64) if packed else (75,) * 4
-    spec = case("neighbours", lens_q=lens, q_block=q_block, k_block=k_block, density=1.0, packed=packed, causal=causal)
+    heads = {"heads_q": 4, "heads_k": 1, "mask_heads": 1} if q_block == 32 else {}  # which fill a tile together
+    blocks = {"q_block": q_block, "k_block": k_block, "density": 1.0}
+    spec = case("neighbours", lens_q=lens, packed=packed, causal=causal, **blocks, **heads)
     problem = make_problem(spec, device, dtype)
     clean = differentiate(problem)
     poisoned = slice(lens[0], lens[0] + lens[1]) if packed else slice(1, 2)
@@ -264,7 +266,7 @@ def test_neighbours_stay_outside(
     got = torch.autograd.grad(out, (q, k, v), grads)
     keep = torch.ones(problem.q.shape[0], dtype=torch.bool)
     keep[poisoned] = False
-    by_queries = q_block == 128 and k_block == 16
+    by_queries = (q_block, k_block) in ((128, 16), (128, 24), (32, 16))
     assert_same_gradients([x[keep] for x in got], [x[keep] for x in clean], by_queries=by_queries)
 
 
@@ -521,8 +523,9 @@ def test_no_synchronization():
 
 
 @pytest.mark.gpu
-def test_two_streams_share_a_mask():
-    spec = case("streams", lens_q=(1500, 1000, 100), q_block=128, k_block=64, causal=True)
+@pytest.mark.parametrize("k_block", [64, 32])
+def test_two_streams_share_a_mask(k_block: int):
+    spec = case("streams", lens_q=(1500, 1000, 100), q_block=128, k_block=k_block, causal=True)
     problems = [make_problem(spec, "cuda", torch.bfloat16, seed=s) for s in (0, 1)]
     problems[1].block_masks = problems[0].block_masks
     mask = problems[0].mask()
@@ -622,7 +625,8 @@ def test_graph_replay(when: str):
     ],
 )
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled(device: str, backend: str, dynamic: bool):
+@pytest.mark.parametrize("q_block,k_block", [(64, 64), (128, 16)])
+def test_compiled(q_block: int, k_block: int, device: str, backend: str, dynamic: bool):
     torch._dynamo.reset()
 
     def loss(q: Tensor, k: Tensor, v: Tensor, mask: hbsattn.BlockMask) -> Tensor:
@@ -630,7 +634,8 @@ def test_compiled(device: str, backend: str, dynamic: bool):
 
     compiled = torch.compile(loss, backend=backend, fullgraph=True, dynamic=dynamic)
     for lens in ((100, 37, 200), (64, 130, 11)):
-        problem = make_problem(case("compiled", lens_q=lens, causal=True), device, dtype_of(device))
+        spec = case("compiled", lens_q=lens, causal=True, q_block=q_block, k_block=k_block)
+        problem = make_problem(spec, device, dtype_of(device))
         mask = problem.mask()
         inputs = leaves(problem)
         torch.use_deterministic_algorithms(False)

@@ -83,7 +83,9 @@ def test_many_tiles_by_queries(head_dim: int, causal: bool):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("pack_heads", [False, True])
 @pytest.mark.parametrize("head_dim", [128, 136])
-@pytest.mark.parametrize("q_block,k_block", [(128, 16), (128, 63), (128, 64), (32, 16), (64, 16), (65, 16)])
+@pytest.mark.parametrize(
+    "q_block,k_block", [(128, 16), (128, 63), (128, 64), (32, 16), (64, 16), (65, 16), (160, 16), (193, 16), (40, 16)]
+)
 def test_who_needs_columns(q_block: int, k_block: int, head_dim: int, pack_heads: bool, deterministic: bool):
     """The op and its Python side agree: columns of the mask may be missing where tiles of queries do the work."""
     spec = case("method", q_block=q_block, k_block=k_block, head_dim=head_dim, mask_heads=1, lens_q=(100, 50))

@@ -161,8 +161,12 @@ bool backward_by_queries(const ForwardParams& problem, bool deterministic) {
 
 size_t backward_workspace_size(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
+  const MaskShape& shape = problem.mask.shape;
+  if (problem.heads_k < 1 || problem.heads_q < problem.heads_k || shape.q_block_size < 1 || shape.k_block_size < 1) {
+    return 0;
+  }
   const int padded_head_dim = choose_backward_head_dim(params);
-  if (padded_head_dim == 0 || problem.heads_k < 1 || problem.mask.shape.q_block_size < 1) return 0;
+  if (padded_head_dim == 0) return 0;
   return static_cast<size_t>(lay_out_backward(problem, padded_head_dim, choose_backward_method(params)).bytes);
 }
 

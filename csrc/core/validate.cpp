@@ -321,7 +321,8 @@ Status check_pointers(const BackwardParams& params) {
   }
   if (by_queries || params.deterministic) {
     HBSATTN_RETURN_IF_ERROR(check_pointer("bits", problem.mask.bits, shape.heads * shape.rows * shape.words()));
-    HBSATTN_RETURN_IF_ERROR(check_pointer("items", problem.items, problem.num_items));
+    const int64_t items = num_items(shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads);
+    HBSATTN_RETURN_IF_ERROR(check_pointer("items", problem.items, items));
   }
   HBSATTN_RETURN_IF_ERROR(
       check_pointer("workspace", params.workspace, static_cast<int64_t>(backward_workspace_size(params))));

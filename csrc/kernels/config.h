@@ -78,26 +78,40 @@ constexpr KeyTileShape shape_key_tiles(const MaskShape& shape, int32_t head_dim)
 // of which what they keep and write and the far partition take a share).
 inline constexpr int64_t kSectionBytes = int64_t{32} << 20;
 
+// Of a row. Head dims that are padded in copies must not be planned differently from the copies.
+constexpr int64_t count_row_bytes(int32_t head_dim, int32_t element_size) {
+  const int64_t columns = (int64_t{head_dim} + kHeadDimMultiple - 1) / kHeadDimMultiple * kHeadDimMultiple;
+  return columns * (2 * element_size + int64_t{sizeof(float)});
+}
+
 // Of one query head, for a sequence of average length.
 constexpr int64_t count_query_bytes(const MaskShape& shape, int32_t head_dim, int32_t element_size) {
   constexpr int64_t kMostRows = INT32_MAX;  // of a tensor; blocks may be longer
   const int64_t rows = (shape.rows > shape.batch ? shape.rows / shape.batch : 1) * int64_t{shape.q_block_size};
-  // Head dims that are padded in copies must not be planned differently from the copies.
-  const int64_t columns = (int64_t{head_dim} + kHeadDimMultiple - 1) / kHeadDimMultiple * kHeadDimMultiple;
-  return (rows < kMostRows ? rows : kMostRows) * columns * (2 * element_size + int64_t{sizeof(float)});
+  return (rows < kMostRows ? rows : kMostRows) * count_row_bytes(head_dim, element_size);
 }
 
 inline constexpr int32_t kElementSize = 2;  // bytes, of every dtype that kernels are compiled for
 
+// Keys of all tiles that run at the same time: two CTAs or one to each of 132 multiprocessors. Shorter sequences have
+// as many tiles in flight, of several key heads.
+inline constexpr int64_t kRunningKeys = 132 * 128;
+// What their queries may take of L2, and of what a key head's queries may take until it pays to add gradients of keys
+// up.
+inline constexpr int64_t kRunningBytes = int64_t{36} << 20, kTogetherBytes = int64_t{5} << 20;
+
 // Query heads that one tile of the backward pass streams: those that read its key head, so that the gradients of its
 // keys never leave registers. Where the queries of that many outgrow L2 before they are used again, as many as fit, and
 // the tiles of a key head add up what they have in global memory: the sums of four or more heads take less than half
-// the memory of those of the queries.
+// the memory of those of the queries. Causal tiles have different numbers of stages and are soon at different heads.
 constexpr int32_t count_tile_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
                                    int32_t element_size, bool deterministic) {
   const int32_t group = heads_q / heads_k;
   if (deterministic || group < 4 || shape.batch < 1) return group;
-  const int64_t fit = kSectionBytes / count_query_bytes(shape, head_dim, element_size);
+  const int64_t of_head = count_query_bytes(shape, head_dim, element_size);
+  if (of_head <= kTogetherBytes / group) return group;
+  const int64_t running = kRunningKeys * count_row_bytes(head_dim, element_size);
+  const int64_t fit = kRunningBytes / (of_head > running ? of_head : running) / (shape.causal ? 2 : 1);
   int32_t heads = group;
   while (heads > 1 && (heads > fit || group % heads != 0)) --heads;
   return heads;
@@ -208,6 +222,8 @@ enum class BackwardMethod {
 constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t heads_q, int32_t heads_k,
                                                 int32_t head_dim, bool pack_heads, bool deterministic) {
   if (deterministic) return BackwardMethod::kDeterministic;
+  // Sizes yet to be checked.
+  if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return BackwardMethod::kByKeys;
   const bool by_queries = head_dim <= 128 && shape.k_block_size < 64 &&
                           shape_tiles(shape, heads_q, heads_k, head_dim, pack_heads).tile_rows == 128;
   return by_queries ? BackwardMethod::kByQueries : BackwardMethod::kByKeys;

@@ -28,17 +28,7 @@ Status run_backward(const BackwardParams& params, Stream stream) {
   const RowsOfTensor grad_out = rows_of(params.grad_out, problem, problem.rows_q, problem.heads_q);
   const RowsOfTensor k = rows_of(problem.k, problem, problem.rows_k, problem.heads_k);
   const RowsOfTensor v = rows_of(problem.v, problem, problem.rows_k, problem.heads_k);
-  for (const RowsOfTensor& tensor : {q, k, v, grad_out}) {
-    if (tensor.matrix.rows >= 1 << 30) {
-      return Status::NotSupported("q, k, v or grad_out spans " + std::to_string(tensor.matrix.rows) +
-                                  " rows over its batch; expected fewer than 2^30");
-    }
-  }
-  constexpr int kMostHeads = 65535;  // of a grid's second dimension
-  if (problem.heads_q > kMostHeads) {
-    return Status::NotSupported("heads_q is " + std::to_string(problem.heads_q) + "; expected at most " +
-                                std::to_string(kMostHeads) + " for gradients on CUDA");
-  }
+  HBSATTN_RETURN_IF_ERROR(check_launchable(params));
   const BackwardMethod method = params.deterministic ? BackwardMethod::kDeterministic : BackwardMethod::kByKeys;
   const BackwardWorkspace workspace = lay_out_backward(problem, Config::kHeadDim, method);
   const int64_t chunks = workspace.rows / kGranule;
@@ -64,12 +54,14 @@ Status run_backward(const BackwardParams& params, Stream stream) {
     HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, Config::kTileN, &args.map_v));
   }
 
-  const RowsOfTensor grad_k = rows_of(params.grad_k, problem, problem.rows_k, problem.heads_k);
-  const RowsOfTensor grad_v = rows_of(params.grad_v, problem, problem.rows_k, problem.heads_k);
-  HBSATTN_RETURN_IF_ERROR(encode_rows(grad_k.matrix, Config::kChunkColumns, kGranule, 1, &args.map_grad_k));
-  HBSATTN_RETURN_IF_ERROR(encode_rows(grad_v.matrix, Config::kChunkColumns, kGranule, 1, &args.map_grad_v));
-  args.grad_k_batch_rows = grad_k.batch_rows;
-  args.grad_v_batch_rows = grad_v.batch_rows;
+  if constexpr (Traits::kSendsKeys) {
+    const RowsOfTensor grad_k = rows_of(params.grad_k, problem, problem.rows_k, problem.heads_k);
+    const RowsOfTensor grad_v = rows_of(params.grad_v, problem, problem.rows_k, problem.heads_k);
+    HBSATTN_RETURN_IF_ERROR(encode_rows(grad_k.matrix, Config::kChunkColumns, kGranule, 1, &args.map_grad_k));
+    HBSATTN_RETURN_IF_ERROR(encode_rows(grad_v.matrix, Config::kChunkColumns, kGranule, 1, &args.map_grad_v));
+    args.grad_k_batch_rows = grad_k.batch_rows;
+    args.grad_v_batch_rows = grad_v.batch_rows;
+  }
   args.mask = shape;
   args.columns = params.columns;
   args.items = params.key_items;

@@ -1,9 +1,11 @@
 #include <cmath>
+#include <string>
 
 #include "kernels/common/convert.cuh"
 #include "kernels/common/cuda_status.h"
 #include "kernels/mask/layout.h"
 #include "kernels/sm90/backward_rows.h"
+#include "kernels/sm90/tensor_rows.h"
 
 namespace hbsattn::kernels {
 namespace {
@@ -214,6 +216,27 @@ __global__ void __launch_bounds__(kKeyRows * 256 / kVector) finish_keys_kernel(c
 }
 
 }  // namespace
+
+Status check_launchable(const BackwardParams& params) {
+  const ForwardParams& problem = params.problem;
+  const auto of_queries = [&](const TensorView& view) {
+    return rows_of(view, problem, problem.rows_q, problem.heads_q).matrix.rows;
+  };
+  const auto of_keys = [&](const TensorView& view) {
+    return rows_of(view, problem, problem.rows_k, problem.heads_k).matrix.rows;
+  };
+  for (const int64_t rows : {of_queries(problem.q), of_queries(params.grad_out), of_keys(problem.k), of_keys(problem.v),
+                             of_keys(params.grad_k), of_keys(params.grad_v)}) {
+    if (rows >= 1 << 30) {
+      return Status::NotSupported("q, k, v or a gradient of theirs or of out spans " + std::to_string(rows) +
+                                  " rows over its batch; expected fewer than 2^30");
+    }
+  }
+  constexpr int kMostHeads = 65535;  // of a grid's second dimension
+  if (problem.heads_q <= kMostHeads) return Status::Ok();
+  return Status::NotSupported("heads_q is " + std::to_string(problem.heads_q) + "; expected at most " +
+                              std::to_string(kMostHeads) + " for gradients on CUDA");
+}
 
 Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
                     Stream stream) {

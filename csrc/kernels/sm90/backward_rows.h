@@ -8,6 +8,9 @@
 
 namespace hbsattn::kernels {
 
+// Whether grids and 32-bit row coordinates hold a problem.
+Status check_launchable(const BackwardParams& params);
+
 // Fills the workspace: statistics of all rows, padding included, and zeros for the gradient of the queries.
 Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
                     Stream stream);

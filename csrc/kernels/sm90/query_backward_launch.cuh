@@ -15,6 +15,7 @@ template <class Config>
 Status run_query_backward(const BackwardParams& params, Stream stream) {
   using Traits = sm90::QueryBackwardTraits<Config>;
   const ForwardParams& problem = params.problem;
+  HBSATTN_RETURN_IF_ERROR(check_launchable(params));
   const BackwardWorkspace workspace = lay_out_backward(problem, Config::kHeadDim, BackwardMethod::kByQueries);
   sm90::QueryBackwardArguments args{};
   bool general = false;
