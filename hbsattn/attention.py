@@ -36,8 +36,8 @@ def block_sparse_attention(
     takes a workspace of about the size of q, padded to whole blocks, in float32, and up to 10 MB, and of k and v where
     four or more query heads read a key head and outgrow the L2 cache; up to head dim 128, with key blocks below 64 and
     query blocks (over the heads that share tiles) of 65 to 128 or more than 192 rows, of k and v alone. The first call
-    of a kind with a mask plans that for the others. A NaN or infinity in q or in a gradient of out may reach gradients of all keys in active
-    blocks. Rows of packed tensors that no sequence covers get no values, here as in the result.
+    of a kind with a mask plans that for the others. A NaN or infinity in q or in a gradient of out may reach gradients
+    of all keys in active blocks. Rows of packed tensors that no sequence covers get no values, here as in the result.
 
     A NaN or infinity in v may reach queries that do not attend to its key, if they share a tile with one that does:
     queries of the same block, or of neighbouring blocks. In k it reaches only those that attend to it.
