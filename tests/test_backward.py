@@ -544,7 +544,7 @@ def test_two_streams_share_a_mask(k_block: int):
     torch.cuda.synchronize()
     for i, runs in enumerate(results):
         for got in runs:
-            assert_same_gradients(got, expected[i])
+            assert_same_gradients(got, expected[i], by_queries=k_block == 32)
 
 
 @pytest.mark.gpu

@@ -90,7 +90,7 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive(shared_address(barrier)); }
 
 // A warp arrives when all its lanes have read or written what the barrier guards: __syncwarp orders them before lane 0,
-// which arrives for all, as one arrival costs as much as 32 are. compute-sanitizer's racecheck follows each lane by
+// which arrives for all: 32 arrivals take 32 times as long as one. compute-sanitizer's racecheck follows each lane by
 // itself and reports what the others did; builds for it let every lane arrive.
 #ifdef HBSATTN_EVERY_LANE_ARRIVES
 inline constexpr int kWarpArrivals = 32;
