@@ -33,11 +33,11 @@ def block_sparse_attention(
             takes longer, but hardly any workspace.
 
     Gradients flow from out and lse to q, k and v, in their dtype; what attends to nothing gets 0. On CUDA, backward
-    takes a workspace of about the size of q, padded to whole blocks, in float32, and up to 10 MB, and of k and v where
-    four or more query heads read a key head and outgrow the L2 cache; up to head dim 128, with key blocks below 64 and
-    query blocks (over the heads that share tiles) of 65 to 128 or more than 192 rows, of k and v alone. The first call
-    of a kind with a mask plans that for the others. A NaN or infinity in q or in a gradient of out may reach gradients
-    of all keys in active blocks. Rows of packed tensors that no sequence covers get no values, here as in the result.
+    allocates float32 sums, of about the size of q padded to whole blocks, besides up to 10 MB; for key blocks below
+    64, in most shapes, of the size of k and v instead; and of both where four or more query heads read a key head of
+    long sequences. The first backward with a mask plans the work, and later ones with that mask share the plan. A NaN
+    or infinity in q or in a gradient of out may reach gradients of all keys in active blocks. Rows of packed tensors
+    that no sequence covers get no values, here as in the result.
 
     A NaN or infinity in v may reach queries that do not attend to its key, if they share a tile with one that does:
     queries of the same block, or of neighbouring blocks. In k it reaches only those that attend to it.
