@@ -327,9 +327,29 @@ int run_with_gpu() { return 1; }
 
 #endif
 
+// Sizes that no check has seen are answered, not divided by.
+bool answers_unchecked_sizes() {
+  hbsattn::BackwardParams params;
+  hbsattn::ForwardParams& problem = params.problem;
+  problem.head_dim = 64;
+  for (const int zero : {0, 1, 2, 3}) {
+    problem.heads_q = problem.heads_k = zero == 0 ? 0 : 2;
+    if (zero == 1) problem.heads_k = 0;
+    problem.mask.shape.q_block_size = zero == 2 ? 0 : 128;
+    problem.mask.shape.k_block_size = zero == 3 ? 0 : 16;
+    if (hbsattn::backward_workspace_size(params) != 0) return false;
+    if (zero < 3 && hbsattn::backward_by_queries(problem, false)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int main() {
+  if (!answers_unchecked_sizes()) {
+    std::printf("a size of 0 was taken for a problem\n");
+    return 1;
+  }
   const hbsattn::BuildInfo info = hbsattn::build_info();
   std::printf("hbsattn: %zu kernels, CUDA %s\n", info.kernels.size(), info.cuda ? info.cuda_version.c_str() : "none");
   return has_gpu() ? run_with_gpu() : run_without_gpu();
