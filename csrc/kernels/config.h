@@ -232,11 +232,12 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
 // What the backward pass keeps in its workspace: for each query row, padded to whole granules in each block, its
 // log-sum-exp and the dot product of output and output gradient, and its gradient in float32. Byte offsets.
 struct BackwardWorkspace {
-  int64_t block_rows;  // of a query block, padded
-  int64_t rows;        // of a head
-  int64_t ticket;      // of the persistent CTAs, and behind it a counter for each warpgroup's half of each slot
-  int64_t key_sums;    // (2, heads_k, batch * rows_k, padded head_dim) floats, if tiles add up gradients of their keys
-  int64_t zeroed;      // bytes from `ticket` on that are to be 0
+  int64_t block_rows;    // of a query block, padded
+  int64_t rows;          // of a head
+  int64_t ticket;        // of the persistent CTAs, and behind it a counter for each warpgroup's half of each slot
+  int64_t set_counters;  // (heads_k, batch * rows_k), twice above head dim 128, if sets of heads pass sums on
+  int64_t zeroed;        // bytes from `ticket` on that are to be 0; by queries, with key_sums
+  int64_t key_sums;  // (heads_k, batch * rows_k, padded head_dim) floats, twice, where several tiles have the same keys
   int64_t statistics;  // two arrays (heads_q, rows) of float, each followed by kPaddingRows for rows that do not exist
   int64_t parts;       // gradients of keys and values in parts of tiles, slot after slot
   int64_t grad_q;      // (heads_q, rows / 16) chunks of 16 x padded head_dim floats, in the order of accumulators
@@ -257,7 +258,7 @@ constexpr BackwardWorkspace lay_out_backward(const ForwardParams& problem, int32
   const bool sums_queries = method == BackwardMethod::kByKeys, by_queries = method == BackwardMethod::kByQueries;
   const int32_t tile_heads =
       count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, !sums_queries);
-  const bool sums_keys = by_queries || tile_heads < problem.heads_q / problem.heads_k;
+  const bool passes_sets = !by_queries && tile_heads < problem.heads_q / problem.heads_k;
   const int64_t all_tiles = int64_t{problem.heads_q / tile_heads} * shape.batch * tiles.count(shape);
   const int64_t keys = problem.heads_k * problem.rows_k * (problem.packed ? 1 : shape.batch);
   const int64_t slots = by_queries ? 0 : count_part_slots(all_tiles, tiles.tile_keys, problem.head_dim);
@@ -267,9 +268,12 @@ constexpr BackwardWorkspace lay_out_backward(const ForwardParams& problem, int32
   BackwardWorkspace workspace{};
   workspace.block_rows = block < longest ? block : longest;
   workspace.rows = shape.rows * workspace.block_rows;
-  workspace.key_sums = workspace.ticket + align(4 * (1 + 2 * slots));
-  workspace.zeroed = workspace.key_sums + (sums_keys ? 2 * 4 * keys * padded_head_dim : 0);
-  workspace.statistics = align(workspace.zeroed);
+  workspace.set_counters = workspace.ticket + align(4 * (1 + 2 * slots));
+  const int64_t sum_bytes = by_queries || passes_sets ? 2 * 4 * keys * padded_head_dim : 0;
+  const int64_t counters_end = workspace.set_counters + (passes_sets ? 4 * keys * (padded_head_dim > 128 ? 2 : 1) : 0);
+  workspace.key_sums = align(counters_end);
+  workspace.zeroed = by_queries ? workspace.key_sums + sum_bytes : counters_end;
+  workspace.statistics = align(workspace.key_sums + sum_bytes);
   workspace.parts =
       workspace.statistics + align(2 * 4 * (problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows));
   workspace.grad_q = workspace.parts + align(slots * 2 * 4 * tiles.tile_keys * padded_head_dim);

@@ -12,7 +12,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 
 // Tells the compiler that a value is the same in all lanes, so that it may live in a uniform register.
-__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+template <class Word>
+__device__ __forceinline__ Word uniform(Word value) {
+  return __shfl_sync(0xffffffffu, value, 0);
+}
 
 // Hides where a value comes from, so that the compiler keeps it in a register and does not compute it anew.
 __device__ __forceinline__ uint32_t opaque(uint32_t value) {
@@ -58,6 +61,25 @@ __device__ __forceinline__ void add_quad(float* destination, float a, float b, f
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(destination), "f"(a), "f"(b), "f"(c),
                "f"(d)
                : "memory");
+}
+
+// Reads a word that others release.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* address) {
+  uint32_t word;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
+  return word;
+}
+
+// Adds to a word that others release, and returns what it was.
+__device__ __forceinline__ uint32_t add_acquire(uint32_t* address, uint32_t value) {
+  uint32_t word;
+  asm volatile("atom.acquire.gpu.global.add.u32 %0, [%1], %2;" : "=r"(word) : "l"(address), "r"(value) : "memory");
+  return word;
+}
+
+// Adds to a word; who acquires it then sees what was written before.
+__device__ __forceinline__ void add_release(uint32_t* address, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 // Has the copy engine add `bytes` bytes of floats in shared memory to those in global memory; a bulk group of its own.

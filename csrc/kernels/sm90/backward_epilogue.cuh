@@ -8,25 +8,24 @@
 
 #include "kernels/common/convert.cuh"
 #include "kernels/common/ptx.cuh"
-#include "kernels/sm90/add_rows.cuh"
-#include "kernels/sm90/backward_traits.cuh"
+#include "kernels/sm90/set_sum.cuh"
 
 // What leaves a tile: gradients of its keys and values.
 
 namespace hbsattn::sm90 {
 
-// Writes the gradients of a thread's two keys, from a column on.
+// Writes the gradients of a thread's two keys of one key head, from a column on.
 template <class Traits, class GradKeys>
 __device__ __forceinline__ void store_keys(const BackwardArguments& args, const KeyItem& item, const GradKeys& grad,
                                            int first_column, float scale, void* out, int64_t batch_stride,
-                                           int64_t row_stride, int64_t head_stride, int warp_key, int lane) {
+                                           int64_t row_stride, int64_t head_stride, int head, int warp_key, int lane) {
   using Element = typename Traits::Element;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const int in_tile = warp_key + lane / 4 + 8 * row;
     const int64_t key = int64_t{item.k_begin} + item.first_key + in_tile;
     Element* destination =
-        static_cast<Element*>(out) + item.sequence * batch_stride + key * row_stride + item.head_set * head_stride;
+        static_cast<Element*>(out) + item.sequence * batch_stride + key * row_stride + head * head_stride;
 #pragma unroll
     for (int group = 0; group < decltype(cute::size(grad))::value / 4; group += 4) {
       uint32_t columns[4];
@@ -80,16 +79,6 @@ __device__ __forceinline__ void send_keys(const BackwardArguments& args, const G
   }
 }
 
-// Adds the gradients of a thread's two keys, from a column on, to those that other tiles of the keys have.
-template <class Traits, class GradKeys>
-__device__ __forceinline__ void add_keys(const BackwardArguments& args, const KeyItem& item, const GradKeys& grad,
-                                         int first_column, float* sums, int warp_key, int lane) {
-  const int64_t head_row = int64_t{item.head_set / args.sets_per_key_head} * args.all_rows_k +
-                           int64_t{item.sequence} * args.sum_batch_rows + item.k_begin + item.first_key;
-  add_rows<Traits::kHeadDim>(grad, sums + (head_row + warp_key) * Traits::kHeadDim + first_column, item.keys - warp_key,
-                             lane);
-}
-
 // Leaves a part's gradients in the workspace. For the part of a tile that does so last, they become the sum of all, in
 // the order of parts, so that it is the same in every run. Whether this is that part.
 template <class Traits, class GradKeys>
@@ -136,36 +125,40 @@ __device__ __forceinline__ bool add_parts(const BackwardArguments& args, typenam
   return true;
 }
 
-// What becomes of the gradients of a tile: they are added to those of other tiles, or written.
+// What becomes of the gradients of a tile: they are passed on to the next set of heads, or written. `turn`: from
+// SetSum::come.
 template <class Traits, class GradKeys>
 __device__ __forceinline__ void leave_keys(const BackwardArguments& args, typename Traits::Storage& storage,
-                                           const KeyItem& item, int unit, int warp, int lane, const GradKeys& grad_keys,
-                                           const GradKeys& grad_values) {
-  const int warp_key = (Traits::kWide ? 0 : unit * kUnitKeys) + warp * 16;
+                                           const KeyItem& item, int unit, int warp, int lane, uint32_t turn,
+                                           GradKeys& grad_keys, GradKeys& grad_values) {
+  // Made from these anew for each tile, addresses do not take registers from the mainloop.
+  lane = static_cast<int>(opaque(lane));
+  warp = uniform(static_cast<int>(opaque(warp)));
+  const int warp_key = first_key_of_warp<Traits>(unit, warp);
   const int first_column = Traits::kWide ? unit * Traits::kGradColumns : 0;
   if (args.sets_per_key_head > 1) {
-    add_keys<Traits>(args, item, grad_keys, first_column, args.key_sums, warp_key, lane);
-    add_keys<Traits>(args, item, grad_values, first_column, args.value_sums, warp_key, lane);
-    return;
+    const SetSum<Traits> sum(args, item, unit, warp_key);
+    if (!sum.add(turn, lane, grad_keys, grad_values)) return;
   }
+  const int head = item.head_set / args.sets_per_key_head;
   if constexpr (Traits::kSendsKeys) {
     // The copy engine would overwrite rows of the next sequence.
     if (warp_key + kGranule <= uniform(item.keys)) {
       const int row = item.k_begin + item.first_key + warp_key;
       float* buffer = storage.grad_queries[unit * 4 + warp];
       bulk_wait_read(lane);
-      send_keys<Traits>(args, grad_values, 1.f, args.map_grad_v, row + item.sequence * args.grad_v_batch_rows,
-                        item.head_set, buffer, lane);
+      send_keys<Traits>(args, grad_values, 1.f, args.map_grad_v, row + item.sequence * args.grad_v_batch_rows, head,
+                        buffer, lane);
       bulk_wait_read(lane);
       send_keys<Traits>(args, grad_keys, args.scale, args.map_grad_k, row + item.sequence * args.grad_k_batch_rows,
-                        item.head_set, buffer, lane);
+                        head, buffer, lane);
       return;
     }
   }
   store_keys<Traits>(args, item, grad_keys, first_column, args.scale, args.grad_k, args.grad_k_batch_stride,
-                     args.grad_k_row_stride, args.grad_k_head_stride, warp_key, lane);
+                     args.grad_k_row_stride, args.grad_k_head_stride, head, warp_key, lane);
   store_keys<Traits>(args, item, grad_values, first_column, 1.f, args.grad_v, args.grad_v_batch_stride,
-                     args.grad_v_row_stride, args.grad_v_head_stride, warp_key, lane);
+                     args.grad_v_row_stride, args.grad_v_head_stride, head, warp_key, lane);
 }
 
 }  // namespace hbsattn::sm90

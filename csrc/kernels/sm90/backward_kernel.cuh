@@ -39,16 +39,22 @@ template <class Traits, class Mainloop>
 __device__ __forceinline__ void run_key_consumer(const BackwardArguments& args, typename Traits::Storage& storage,
                                                  int unit, int warp, int lane) {
   Mainloop mainloop(args, storage, unit, warp, lane);
-  const int warp_key = (Traits::kWide ? 0 : unit * kUnitKeys) + warp * 16;
+  const int warp_key = first_key_of_warp<Traits>(unit, warp);
   RingPosition<Traits::kTileSlots> slot(0);
   while (true) {
     mbarrier_wait(&storage.tile_full[slot.index], slot.parity);
     const KeyTileSlot& tile = storage.tiles[slot.index];
     if (uniform(tile.item.column) < 0) break;
-    mainloop.run(QueryLimits(args, tile.item, warp_key, lane), uniform(tile.stages));
+    uint32_t turn = SetSum<Traits>::kNotCome;
+    const auto come = [&] {
+      if (args.sets_per_key_head > 1 && uniform(tile.item.parts) == 1) {
+        turn = SetSum<Traits>(args, tile.item, unit, first_key_of_warp<Traits>(unit, opaque(warp))).come(lane);
+      }
+    };
+    mainloop.run(QueryLimits(args, tile.item, warp_key, lane), uniform(tile.stages), come);
     if (uniform(tile.item.parts) == 1 ||
         add_parts<Traits>(args, storage, tile.item, unit, warp, lane, mainloop.grad_keys, mainloop.grad_values)) {
-      leave_keys<Traits>(args, storage, tile.item, unit, warp, lane, mainloop.grad_keys, mainloop.grad_values);
+      leave_keys<Traits>(args, storage, tile.item, unit, warp, lane, turn, mainloop.grad_keys, mainloop.grad_values);
     }
     mbarrier_arrive_warp(&storage.tile_empty[slot.index], lane);
     slot.advance();

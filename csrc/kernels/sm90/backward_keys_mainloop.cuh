@@ -60,7 +60,9 @@ struct KeysMainloop : BackwardMainloop<Traits> {
     }
   }
 
-  __device__ __forceinline__ void run(const QueryLimits& limits, int stages) {
+  // `before_last`: called before the last stage, if there is one.
+  template <class BeforeLast>
+  __device__ __forceinline__ void run(const QueryLimits& limits, int stages, BeforeLast&& before_last) {
     cute::clear(grad_keys);
     cute::clear(grad_values);
     if (stages == 0) return;
@@ -76,6 +78,7 @@ struct KeysMainloop : BackwardMainloop<Traits> {
       mbarrier_arrive(&storage.values_empty);
       mbarrier_arrive(&storage.keys_empty);
     }
+    before_last();
     step<false>(scores, grad_weights, masked, limits);
     ++this->tiles;
   }

@@ -97,8 +97,8 @@ Status run_backward(const BackwardParams& params, Stream stream) {
   args.sets_per_key_head = problem.heads_q / problem.heads_k / args.tile_heads;
   args.all_rows_k = problem.rows_k * (problem.packed ? 1 : shape.batch);
   args.sum_batch_rows = problem.packed ? 0 : static_cast<int>(problem.rows_k);
-  args.key_sums = reinterpret_cast<float*>(bytes + workspace.key_sums);
-  args.value_sums = args.key_sums + problem.heads_k * args.all_rows_k * Config::kHeadDim;
+  args.set_sums = reinterpret_cast<float*>(bytes + workspace.key_sums);
+  args.set_counters = reinterpret_cast<uint32_t*>(bytes + workspace.set_counters);
   args.heads_per_mask_head = problem.heads_q / shape.heads;
   args.segments_per_block = (std::min<int64_t>(shape.q_block_size, workspace.block_rows) + segment - 1) / segment;
   while ((1 << args.segment_log2) < segment) ++args.segment_log2;
@@ -118,9 +118,6 @@ Status run_backward(const BackwardParams& params, Stream stream) {
     const auto grid = std::min<int64_t>(multiprocessors * Config::kCtasPerSm, params.num_key_items);
     kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kSharedBytes, stream>>>(args);
     HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetLastError(), "the launch of the backward kernel"));
-  }
-  if (args.sets_per_key_head > 1) {
-    HBSATTN_RETURN_IF_ERROR(finish_keys(params, workspace, Config::kHeadDim, stream));
   }
   if (params.deterministic) return Status::Ok();  // run_grad_queries follows
   return finish_rows(params, workspace, Config::kHeadDim, stream);

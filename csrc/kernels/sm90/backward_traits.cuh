@@ -194,12 +194,14 @@ struct BackwardArguments {
   int q_batch_rows, grad_out_batch_rows, k_batch_rows, v_batch_rows;
   int head_dim;
   int tile_heads;         // query heads that a tile streams
-  int sets_per_key_head;  // sets of that many query heads; if more than one, tiles add what they have to these sums:
-  float *key_sums, *value_sums;  // (heads_k, all_rows_k, head dim of the kernel)
-  int64_t all_rows_k;            // over the batch
-  int sum_batch_rows;            // between batch entries; 0 when packed
-  int heads_per_mask_head;       // query heads
-  int segment_log2;              // a segment is the largest power of two rows, up to kTileM, that divides q_block_size
+  int sets_per_key_head;  // sets of that many query heads; if more than one, their tiles of the same keys pass on:
+  float* set_sums;        // (heads_k, all_rows_k, 2 x head dim of the kernel), see add_sets
+  uint32_t*
+      set_counters;    // (heads_k, all_rows_k, warps that share a row), of which those of each warp's first row count
+  int64_t all_rows_k;  // over the batch
+  int sum_batch_rows;  // between batch entries; 0 when packed
+  int heads_per_mask_head;  // query heads
+  int segment_log2;         // a segment is the largest power of two rows, up to kTileM, that divides q_block_size
   cutlass::FastDivmod segments_per_block;
   bool whole_rows;  // these maps can be used; otherwise all rows come through the clipped maps
   float scale, scale_log2;
