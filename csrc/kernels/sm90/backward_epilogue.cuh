@@ -125,12 +125,11 @@ __device__ __forceinline__ bool add_parts(const BackwardArguments& args, typenam
   return true;
 }
 
-// What becomes of the gradients of a tile: they are passed on to the next set of heads, or written. `turn`: from
-// SetSum::come.
+// What becomes of the gradients of a tile: they are passed on to the next set of heads, or written.
 template <class Traits, class GradKeys>
 __device__ __forceinline__ void leave_keys(const BackwardArguments& args, typename Traits::Storage& storage,
-                                           const KeyItem& item, int unit, int warp, int lane, uint32_t turn,
-                                           GradKeys& grad_keys, GradKeys& grad_values) {
+                                           const KeyItem& item, int unit, int warp, int lane, GradKeys& grad_keys,
+                                           GradKeys& grad_values) {
   // Made from these anew for each tile, addresses do not take registers from the mainloop.
   lane = static_cast<int>(opaque(lane));
   warp = uniform(static_cast<int>(opaque(warp)));
@@ -138,7 +137,7 @@ __device__ __forceinline__ void leave_keys(const BackwardArguments& args, typena
   const int first_column = Traits::kWide ? unit * Traits::kGradColumns : 0;
   if (args.sets_per_key_head > 1) {
     const SetSum<Traits> sum(args, item, unit, warp_key);
-    if (!sum.add(turn, lane, grad_keys, grad_values)) return;
+    if (!sum.add(lane, grad_keys, grad_values)) return;
   }
   const int head = item.head_set / args.sets_per_key_head;
   if constexpr (Traits::kSendsKeys) {

@@ -45,16 +45,10 @@ __device__ __forceinline__ void run_key_consumer(const BackwardArguments& args, 
     mbarrier_wait(&storage.tile_full[slot.index], slot.parity);
     const KeyTileSlot& tile = storage.tiles[slot.index];
     if (uniform(tile.item.column) < 0) break;
-    uint32_t turn = SetSum<Traits>::kNotCome;
-    const auto come = [&] {
-      if (args.sets_per_key_head > 1 && uniform(tile.item.parts) == 1) {
-        turn = SetSum<Traits>(args, tile.item, unit, first_key_of_warp<Traits>(unit, opaque(warp))).come(lane);
-      }
-    };
-    mainloop.run(QueryLimits(args, tile.item, warp_key, lane), uniform(tile.stages), come);
+    mainloop.run(QueryLimits(args, tile.item, warp_key, lane), uniform(tile.stages));
     if (uniform(tile.item.parts) == 1 ||
         add_parts<Traits>(args, storage, tile.item, unit, warp, lane, mainloop.grad_keys, mainloop.grad_values)) {
-      leave_keys<Traits>(args, storage, tile.item, unit, warp, lane, turn, mainloop.grad_keys, mainloop.grad_values);
+      leave_keys<Traits>(args, storage, tile.item, unit, warp, lane, mainloop.grad_keys, mainloop.grad_values);
     }
     mbarrier_arrive_warp(&storage.tile_empty[slot.index], lane);
     slot.advance();

@@ -60,9 +60,7 @@ struct KeysMainloop : BackwardMainloop<Traits> {
     }
   }
 
-  // `before_last`: called before the last stage, if there is one.
-  template <class BeforeLast>
-  __device__ __forceinline__ void run(const QueryLimits& limits, int stages, BeforeLast&& before_last) {
+  __device__ __forceinline__ void run(const QueryLimits& limits, int stages) {
     cute::clear(grad_keys);
     cute::clear(grad_values);
     if (stages == 0) return;
@@ -78,7 +76,6 @@ struct KeysMainloop : BackwardMainloop<Traits> {
       mbarrier_arrive(&storage.values_empty);
       mbarrier_arrive(&storage.keys_empty);
     }
-    before_last();
     step<false>(scores, grad_weights, masked, limits);
     ++this->tiles;
   }

@@ -375,9 +375,7 @@ struct BackwardMainloop {
     }
   }
 
-  // `before_last`: called before the last stage, if there is one.
-  template <class BeforeLast>
-  __device__ __forceinline__ void run(const QueryLimits& limits, int stages, BeforeLast&& before_last) {
+  __device__ __forceinline__ void run(const QueryLimits& limits, int stages) {
     cute::clear(grad_keys);
     cute::clear(grad_values);
     if (stages == 0) return;
@@ -393,7 +391,6 @@ struct BackwardMainloop {
     }
     if (lane == 0) mbarrier_arrive(&storage.values_empty);
     unit = uniform(opaque(unit));
-    before_last();
     step<false>(scores, grad_weights, masked, late_chunk, limits, first);
     ++tiles;
   }

@@ -246,9 +246,7 @@ struct BackwardMainloopWide {
     }
   }
 
-  // `before_last`: called before the last stage, if there is one.
-  template <class BeforeLast>
-  __device__ __forceinline__ void run(const QueryLimits& limits, int stages, BeforeLast&& before_last) {
+  __device__ __forceinline__ void run(const QueryLimits& limits, int stages) {
     cute::clear(grad_keys);
     cute::clear(grad_values);
     if (stages == 0) return;
@@ -268,7 +266,6 @@ struct BackwardMainloopWide {
 #pragma unroll 1
     for (; stages > 1; --stages) step<true>(weights, grads, masked, limits);
     if (lane == 0) mbarrier_arrive(&storage.values_empty);
-    before_last();
     step<false>(weights, grads, masked, limits);
     ++tiles;
   }

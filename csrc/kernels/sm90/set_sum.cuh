@@ -21,7 +21,6 @@ template <class Traits>
 struct SetSum {
   static constexpr int kLeftShift = 16;
   static constexpr uint32_t kComeMask = (1u << kLeftShift) - 1;
-  static constexpr uint32_t kNotCome = ~0u;
   static constexpr int kRowFloats = 2 * Traits::kHeadDim;
 
   uint32_t* counter;  // of those that have come, and, from kLeftShift on, of those that have left their sum
@@ -38,17 +37,11 @@ struct SetSum {
     sums = args.set_sums + row * kRowFloats + (Traits::kWide ? unit * Traits::kHeadDim : 0);
   }
 
-  // Takes its turn; for `add`. Only lane 0 knows it, so that nobody waits for it before.
-  __device__ __forceinline__ uint32_t come(int lane) const {
-    return lane == 0 && rows > 0 ? add_acquire(counter, 1) : 0;
-  }
-
   // Whether this warp is the last; its gradients are the sum of all then.
   template <class GradKeys>
-  __device__ __forceinline__ bool add(uint32_t turn, int lane, GradKeys& grad_keys, GradKeys& grad_values) const {
+  __device__ __forceinline__ bool add(int lane, GradKeys& grad_keys, GradKeys& grad_values) const {
     if (rows <= 0) return false;
-    turn = uniform(turn);
-    if (turn == kNotCome) turn = uniform(come(lane));
+    const uint32_t turn = uniform(lane == 0 ? add_acquire(counter, 1) : 0);
     const uint32_t before = turn & kComeMask;
     if (before > 0) {
       for (uint32_t left = turn >> kLeftShift; left < before;) left = uniform(load_acquire(counter)) >> kLeftShift;
