@@ -24,6 +24,7 @@ from hbsattn._placement import (
     Lengths,
     Place,
     check_block_sizes,
+    check_is_tensor,
     check_lengths,
     check_lists,
     check_rows,
@@ -353,8 +354,7 @@ class BlockMask:
         """Checks tensors against the lengths that the mask was built for, which the op is not told."""
         dims, form = (3, "packed") if self.packed else (4, "batched")
         for name, tensor, seqlen in (("q", q, self.seqlen_q), ("k", k, self.seqlen_k)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} is a {type(tensor).__name__}; expected a Tensor")
+            check_is_tensor(name, tensor)
             if tensor.dim() != dims:
                 raise ValueError(
                     f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {dims}, as mask was "
