@@ -10,6 +10,8 @@ from torch import Tensor
 from hbsattn._layout import K_LEN, ceil_div, count_blocks, locate_rows
 from hbsattn._ops import ops
 
+CU_SEQLENS = "an int32 Tensor (batch + 1)"
+
 
 class Lengths(NamedTuple):
     """The keywords of the constructors that say where sequences begin and end."""
@@ -116,11 +118,12 @@ def place_blocks(
 
 
 def _batch_of(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> int:
+    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu_seqlens is not None:
+            check_is_tensor(name, cu_seqlens, CU_SEQLENS)
     if cu_seqlens_q is None or cu_seqlens_k is None:
         side, other = ("q", "k") if cu_seqlens_q is None else ("k", "q")
-        raise ValueError(
-            f"cu_seqlens_{side} is None; expected an int32 tensor (batch + 1), as cu_seqlens_{other} is given"
-        )
+        raise ValueError(f"cu_seqlens_{side} is None; expected {CU_SEQLENS}, as cu_seqlens_{other} is given")
     if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape[0] == 0:
         raise ValueError(f"cu_seqlens_q has shape {tuple(cu_seqlens_q.shape)}; expected (batch + 1,)")
     return cu_seqlens_q.shape[0] - 1
@@ -134,11 +137,16 @@ def check_block_sizes(q_block_size: int, k_block_size: int) -> None:
             raise ValueError(f"{name} is {value}; expected at least 1")
 
 
+def check_is_tensor(name: str, value: object, accepted: str = "a Tensor") -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected {accepted}")
+
+
 def check_tensor(name: str, tensor: Tensor, dims: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+    accepted = " or ".join(map(str, dtypes))
+    check_is_tensor(name, tensor, f"a Tensor of {accepted}")
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {accepted}")
     if tensor.dim() not in dims:
         raise ValueError(
             f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {' or '.join(map(str, dims))}"

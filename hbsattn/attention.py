@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from hbsattn._ops import ops
+from hbsattn._placement import check_is_tensor
 from hbsattn.mask import BlockMask
 
 
@@ -66,8 +67,7 @@ def _attend(
     if not isinstance(mask, BlockMask):
         raise TypeError(f"mask is a {type(mask).__name__}; expected a BlockMask")
     mask._check_use(q, k)
-    if not isinstance(v, Tensor):
-        raise TypeError(f"v is a {type(v).__name__}; expected a Tensor")
+    check_is_tensor("v", v)
     heads_q, head_dim = q.shape[-2:]
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5 if head_dim else 1.0  # the op refuses a head_dim of 0

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from hbsattn._placement import CU_SEQLENS, check_is_tensor
 from hbsattn.attention import _attend
 from hbsattn.mask import BlockMask
 
@@ -44,6 +45,8 @@ def HBSAttention(
     """
     if tile_mode not in ("auto", "fix"):
         raise ValueError(f"tile_mode is {tile_mode!r}; expected 'auto' or 'fix'")
+    check_is_tensor("cu_q_seqlens", cu_q_seqlens, CU_SEQLENS)
+    check_is_tensor("cu_k_seqlens", cu_k_seqlens, CU_SEQLENS)
     mask = BlockMask.from_dense(
         block_mask,
         q_block_size,

@@ -24,6 +24,7 @@ from hbsattn._placement import (
     Lengths,
     Place,
     check_block_sizes,
+    check_is_tensor,
     check_lengths,
     check_lists,
     check_rows,
@@ -65,7 +66,7 @@ class BlockMask:
     * For packed tensors, (total, heads, head_dim): `cu_seqlens_q` and `cu_seqlens_k`, int32 (batch + 1) on the mask's
       device, and the host integers `max_seqlen_q` and `max_seqlen_k`, which no length exceeds. The mask is flat (no
       batch dimension, the blocks of all sequences one after another) or has a batch dimension (batch or 1) and is
-      padded to the longest sequence.
+      padded to the longest sequence or more.
     * For batched tensors, (batch, seqlen, heads, head_dim): `seqlen_q` and `seqlen_k`, and `batch_size` if the mask's
       batch dimension is 1 and stands for more.
     * `causal`.
@@ -121,7 +122,8 @@ class BlockMask:
                 sequences), sequences on the block diagonal and the rest ignored. Batched: (batch or 1, heads, query
                 blocks, key blocks).
             max_seqlen_q, max_seqlen_k: optional here; with `max_seqlen_k` a flat mask packs into fewer bits.
-            seqlen_q, seqlen_k: by default the mask's blocks times the block size.
+            seqlen_q, seqlen_k: by default the mask's blocks times the block size; a length that is given ends in the
+                mask's last block.
         """
         check_block_sizes(q_block_size, k_block_size)
         check_tensor("block_mask", block_mask, (3, 4), (torch.bool,))
@@ -162,7 +164,7 @@ class BlockMask:
                 their own sequence and come in any order; repeated ones count once. Entries past the count are not
                 read, entries out of range are dropped (in debug mode: ValueError).
             max_seqlen_q, max_seqlen_k: required for packed tensors.
-            seqlen_q: by default the query blocks times the block size.
+            seqlen_q: by default the query blocks times the block size; a length that is given ends in the last one.
             seqlen_k: required for batched tensors.
         """
         check_block_sizes(q_block_size, k_block_size)
@@ -334,12 +336,18 @@ class BlockMask:
         return 4 * head_dim * active * (num_heads // max(self.heads, 1))
 
     def __repr__(self) -> str:
+        if self.packed:
+            form, name, blocks = "packed", "max_seqlen", f"rows={self.rows}, cols={self.cols}"
+        else:
+            form, name = "batched", "seqlen"
+            blocks = f"{ceil_div(self.seqlen_q, self.q_block_size)} x {self.cols} in each sequence"
+        sides = (("q", self.seqlen_q), ("k", self.seqlen_k))
+        lengths = "".join(f"{name}_{side}={length}, " for side, length in sides if length is not None)
         # On another device the density would make whoever prints a mask wait.
-        density = f", density={self.density:.3f}" if type(self.bits) is Tensor and self.device.type == "cpu" else ""
-        form = "packed" if self.packed else f"{self.seqlen_q} x {self.seqlen_k}"
+        density = f", density={self.density:.3g}" if type(self.bits) is Tensor and self.device.type == "cpu" else ""
         return (
-            f"BlockMask({form}, batch={self.batch}, heads={self.heads}, {self.rows} x {self.cols} blocks of "
-            f"{self.q_block_size} x {self.k_block_size}, causal={self.causal}{density}, device='{self.device}')"
+            f"BlockMask({form}, batch={self.batch}, {lengths}heads={self.heads}, blocks of {self.q_block_size} x "
+            f"{self.k_block_size}, {blocks}, causal={self.causal}{density}, device='{self.device}')"
         )
 
     def _heads(self) -> Iterator[Tensor]:
@@ -353,8 +361,7 @@ class BlockMask:
         """Checks tensors against the lengths that the mask was built for, which the op is not told."""
         dims, form = (3, "packed") if self.packed else (4, "batched")
         for name, tensor, seqlen in (("q", q, self.seqlen_q), ("k", k, self.seqlen_k)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} is a {type(tensor).__name__}; expected a Tensor")
+            check_is_tensor(name, tensor)
             if tensor.dim() != dims:
                 raise ValueError(
                     f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {dims}, as mask was "

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hbsattn._placement import CU_SEQLENS, check_is_tensor
+
 
 def calculate_blocks(cu_seqlens: Tensor, block_size: int) -> tuple[int, Tensor, Tensor, Tensor]:
     """Tells where the blocks of packed sequences lie. Waits for the device; `HBSAttention` does not need it.
@@ -17,6 +19,7 @@ def calculate_blocks(cu_seqlens: Tensor, block_size: int) -> tuple[int, Tensor, 
         block_to_batch: int32 (num_block), the sequence of each block.
         cu_num_block: int32 (batch + 1), blocks of all sequences before each one.
     """
+    check_is_tensor("cu_seqlens", cu_seqlens, CU_SEQLENS)
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; expected at least 1")
     begins, ends = cu_seqlens[:-1], cu_seqlens[1:]

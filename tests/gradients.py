@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 import hbsattn
+from cases import Case
+from hbsattn import _layout
 from problems import Problem, compare, same
 
 SLACK = {torch.bfloat16: 1e-3}  # beside that of `compare`
@@ -112,9 +114,16 @@ def judge_gradients(problem: Problem, got: Gradients, *, seed: int = 7, with_lse
             assert 0.99 <= ratio <= 1.01, f"the gradient's norm is {ratio:.4f} of what it should be"
 
 
-def assert_same_gradients(got: Gradients, want: Gradients, *, by_queries: bool = False) -> None:
+def goes_by_queries(spec: Case) -> bool:
+    """Whether tiles of queries, not of keys, compute the gradients of a problem on CUDA, in any order."""
+    heads = (spec.heads_q, spec.heads_k)
+    return _layout.backward_by_queries(spec.mask_heads, spec.q_block, spec.k_block, *heads, spec.head_dim, True, False)
+
+
+def assert_same_gradients(got: Gradients, want: Gradients, spec: Case) -> None:
     """Bitwise equality, but for what CUDA adds up in any order and rounds at the end: the gradient of q, or, if tiles
     of queries compute them, those of k and v."""
+    by_queries = goes_by_queries(spec)
     for x, y, exact in zip(got, want, (by_queries, not by_queries, not by_queries), strict=True):
         if exact or x.device.type == "cpu":
             assert same(x, y)

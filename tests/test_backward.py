@@ -266,8 +266,7 @@ def test_neighbours_stay_outside(
     got = torch.autograd.grad(out, (q, k, v), grads)
     keep = torch.ones(problem.q.shape[0], dtype=torch.bool)
     keep[poisoned] = False
-    by_queries = (q_block, k_block) in ((128, 16), (128, 24), (32, 16))
-    assert_same_gradients([x[keep] for x in got], [x[keep] for x in clean], by_queries=by_queries)
+    assert_same_gradients([x[keep] for x in got], [x[keep] for x in clean], spec)
 
 
 # What autograd brings
@@ -300,7 +299,8 @@ def test_layouts_of_output_gradients(head_dim: int, layout: str, device: str, dt
             torch.nn.functional.pad(x.flatten(), (1, 0), value=math.nan)[1:].view(x.shape) for x in (dense, dense_lse)
         )
     got = torch.autograd.grad((out, lse), (q, k, v), (grad, grad_lse), retain_graph=True)
-    assert_same_gradients(got, torch.autograd.grad((out, lse), (q, k, v), (grad.contiguous(), grad_lse.contiguous())))
+    want = torch.autograd.grad((out, lse), (q, k, v), (grad.contiguous(), grad_lse.contiguous()))
+    assert_same_gradients(got, want, problem.case)
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -311,7 +311,7 @@ def test_sum_of_outputs(device: str):
     mask = problem.mask()
     got = torch.autograd.grad(attend(q, k, v, mask).sum(), (q, k, v))
     want = torch.autograd.grad(attend(q, k, v, mask), (q, k, v), torch.ones_like(q))
-    assert_same_gradients(got, want)
+    assert_same_gradients(got, want, problem.case)
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -358,7 +358,8 @@ def test_only_some_outputs_are_used(device: str, monkeypatch: pytest.MonkeyPatch
     for used in (0, 1):
         got = torch.autograd.grad(outputs[used], (q, k, v), grads[used], retain_graph=True)
         both = [grad if i == used else torch.zeros_like(grad) for i, grad in enumerate(grads)]
-        assert_same_gradients(got, torch.autograd.grad(outputs, (q, k, v), both, retain_graph=True))
+        want = torch.autograd.grad(outputs, (q, k, v), both, retain_graph=True)
+        assert_same_gradients(got, want, problem.case)
     assert has_grad_lse == [False, True, True, True]
 
 
@@ -419,7 +420,7 @@ def test_repeatable(device: str, dtype: torch.dtype):
         mask = problem.mask()
         first = differentiate(problem, mask=mask)
         for _ in range(20 if device == "cuda" else 5):
-            assert_same_gradients(differentiate(problem, mask=mask), first, by_queries=q_block == 128)
+            assert_same_gradients(differentiate(problem, mask=mask), first, spec)
 
 
 def test_deterministic_on_cpu():
@@ -428,7 +429,7 @@ def test_deterministic_on_cpu():
     q, k, v = leaves(problem)
     out = attend(q, k, v, problem.mask(), return_lse=True, deterministic=True)
     grads = upstream(problem, out[1].detach(), 7)
-    assert_same_gradients(torch.autograd.grad(out, (q, k, v), grads), want)
+    assert_same_gradients(torch.autograd.grad(out, (q, k, v), grads), want, problem.case)
 
 
 @pytest.mark.gpu
@@ -544,7 +545,7 @@ def test_two_streams_share_a_mask(k_block: int):
     torch.cuda.synchronize()
     for i, runs in enumerate(results):
         for got in runs:
-            assert_same_gradients(got, expected[i], by_queries=k_block == 32)
+            assert_same_gradients(got, expected[i], spec)
 
 
 @pytest.mark.gpu
@@ -565,7 +566,7 @@ def test_stream_order():
             target.copy_(value)
         got = torch.autograd.grad(out, (q, k, v), late)
     stream.synchronize()
-    assert_same_gradients(got, expected)
+    assert_same_gradients(got, expected, problem.case)
 
 
 @pytest.mark.gpu

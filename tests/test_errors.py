@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ import cases
 import hbsattn
 from cases import case
 from hbsattn import BlockMask
+from hbsattn.utils import calculate_blocks
 from problems import build_mask, cu_seqlens, make_problem
 
 INVALID = (ValueError, TypeError)
@@ -154,8 +156,8 @@ def test_mask_of_another_problem(device: str):
 def test_mask_type(mask: object, device: str):
     problem = make_problem(case("valid"), device, DTYPES[device])
     wrong = torch.ones((4, 7, 7), dtype=torch.bool, device=device) if mask == "dense" else mask
-    with pytest.raises((TypeError, ValueError, AttributeError)):
-        hbsattn.block_sparse_attention(problem.q, problem.k, problem.v, wrong)
+    patterns = (f"mask is a {type(wrong).__name__}", "BlockMask")
+    expect(TypeError, patterns, lambda: hbsattn.block_sparse_attention(problem.q, problem.k, problem.v, wrong))
 
 
 # Constructors
@@ -438,6 +440,40 @@ CONSTRUCTOR_ERRORS: dict[str, tuple[Callable[[str], Any], Any, tuple[str, ...]]]
 def test_constructors(name: str, device: str):
     call, kinds, patterns = CONSTRUCTOR_ERRORS[name]
     expect(kinds, patterns, lambda: call(device))
+
+
+def valid_calls(device: str) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
+    """A call of each public function that takes tensors, with all those that it reads."""
+    cu, blocks = lens(device), {"q_block_size": 32, "k_block_size": 32}
+    block_mask = dense(device, (2, 6, 6))
+    q, k, v = (torch.zeros(shape, dtype=DTYPES[device], device=device) for shape in ((137, 4, 64), *[(150, 2, 64)] * 2))
+    tensors = {"q": q, "k": k, "v": v}
+    lists = {"counts": integers(device, 1, 6), "indices": integers(device, 1, 6, 2)}
+    rows = {"indptr": integers(device, 1, 7), "indices": integers(device, 3)}
+    door = {"cu_q_seqlens": cu["cu_seqlens_q"], "cu_k_seqlens": cu["cu_seqlens_k"], "block_mask": block_mask}
+    mask = BlockMask.from_dense(block_mask, **blocks, **cu)
+    return {
+        "from_dense": (BlockMask.from_dense, {"block_mask": block_mask, **blocks, **cu}),
+        "from_indices": (BlockMask.from_indices, {**lists, **blocks, **cu, **LONGEST}),
+        "from_csr": (BlockMask.from_csr, {**rows, **blocks, **cu, **LONGEST}),
+        "block_sparse_attention": (hbsattn.block_sparse_attention, {**tensors, "mask": mask}),
+        "HBSAttention": (hbsattn.HBSAttention, {**tensors, **door, **blocks, "causal": False, "softmax_scale": None}),
+        "calculate_blocks": (calculate_blocks, {"cu_seqlens": cu["cu_seqlens_q"], "block_size": 32}),
+    }
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize(
+    "function,argument",
+    [(name, key) for name, (_, call) in valid_calls("cpu").items() for key, x in call.items() if torch.is_tensor(x)],
+)
+def test_not_a_tensor(function: str, argument: str, device: str):
+    call, arguments = valid_calls(device)[function]
+    call(**arguments)
+    tensor = arguments[argument]
+    for wrong in (tensor.tolist(), np.zeros(tensor.shape, dtype=np.int32), 3):
+        patterns = (rf"^{argument} is a {type(wrong).__name__}\b", "Tensor")
+        expect(TypeError, patterns, lambda wrong=wrong: call(**{**arguments, argument: wrong}))
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)

@@ -175,14 +175,45 @@ def test_to_dense_density_flops(spec: Case, device: str):
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
-def test_repr_and_frozen(device: str):
-    spec = case("repr", q_block=48, k_block=80, causal=True)
-    mask = build_mask(spec, block_masks(spec, 0), device)
-    text = repr(mask)
-    for part in ("BlockMask", "48", "80", "causal", device):
-        assert part in text
+def test_repr(device: str):
+    """Lengths and blocks by the names of the attributes or for each sequence; the density where it is at hand."""
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+
+    def check(mask: hbsattn.BlockMask, text: str, density: str) -> None:
+        where = f", density={density}, device='cpu')" if device == "cpu" else f", device='{mask.device}')"
+        assert repr(mask) == f"BlockMask({text}{where}"
+
+    from_dense = hbsattn.BlockMask.from_dense
+    lens = {"cu_seqlens_q": cu_seqlens((100, 37), device), "cu_seqlens_k": cu_seqlens((90, 70), device)}
+    flat = ones(2, 6, 6)
+    flat[:, 1:] = False
+    text = "packed, batch=2, heads=2, blocks of 32 x 32, rows=6, cols=6, causal=False"
+    check(from_dense(flat, 32, 32, **lens), text, "0.167")
+    text = "packed, batch=2, max_seqlen_k=90, heads=2, blocks of 32 x 32, rows=6, cols=3, causal=True"
+    check(from_dense(flat, 32, 32, **lens, max_seqlen_k=90, causal=True), text, "0.0667")  # 1 of 15
+    text = (
+        "packed, batch=2, max_seqlen_q=100, max_seqlen_k=90, heads=1, blocks of 32 x 32, rows=8, cols=3, causal=False"
+    )
+    check(from_dense(ones(1, 1, 4, 4), 32, 32, **lens, max_seqlen_q=100, max_seqlen_k=90), text, "1")
+
+    batched = ones(2, 1, 3, 5)
+    batched[1] = False
+    text = (
+        "batched, batch=2, seqlen_q=96, seqlen_k=80, heads=1, blocks of 32 x 16, 3 x 5 in each sequence, causal=False"
+    )
+    check(from_dense(batched, 32, 16), text, "0.5")
+    text = "batched, batch=3, seqlen_q=70, seqlen_k=66, heads=1, blocks of 32 x 16, 3 x 5 in each sequence, causal=True"
+    check(from_dense(batched[1:], 32, 16, seqlen_q=70, seqlen_k=66, batch_size=3, causal=True), text, "0")
+    text = "batched, batch=1, seqlen_q=0, seqlen_k=16, heads=1, blocks of 32 x 16, 0 x 1 in each sequence, causal=False"
+    check(from_dense(ones(1, 1, 0, 1), 32, 16), text, "0")
+
+
+def test_frozen():
+    spec = case("frozen", causal=True)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        mask.causal = False
+        build_mask(spec, block_masks(spec, 0), "cpu").causal = False
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)

@@ -356,5 +356,19 @@ def test_build_info():
             "value_stages",
             "shared_bytes",
         } <= set(kernel)
+    for key in ("archs", "head_dims", "dtypes"):
+        assert bool(info[key]) == info["cuda"]
     if info["cuda"]:
         assert all(any(f"_{way}_" in kernel["name"] for kernel in info["kernels"]) for way in ("forward", "backward"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "int32", "complex64"])
+def test_cpu_dtypes(dtype: str):
+    """Those that build_info() names run on a CPU, and no others."""
+    problem = make_problem(case("dtypes"), "cpu", torch.float32)
+    inputs = [x.to(getattr(torch, dtype)) for x in (problem.q, problem.k, problem.v)]
+    if dtype in hbsattn.build_info()["cpu_dtypes"]:
+        assert hbsattn.block_sparse_attention(*inputs, problem.mask()).dtype == inputs[0].dtype
+    else:
+        with pytest.raises(TypeError, match=rf"q has dtype {dtype}"):
+            hbsattn.block_sparse_attention(*inputs, problem.mask())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cases import Case, case
-from gradients import differentiate, judge_gradients
+from gradients import differentiate, goes_by_queries, judge_gradients
 from hbsattn import _layout
 from hbsattn._ops import ops
 from problems import make_problem
@@ -60,8 +60,7 @@ def by_queries() -> list[Case]:
 @pytest.mark.parametrize("dtype", GPU_DTYPES)
 @pytest.mark.parametrize("spec", by_queries(), ids=lambda s: s.name)
 def test_by_queries(spec: Case, dtype: torch.dtype):
-    sizes = (spec.mask_heads, spec.q_block, spec.k_block, spec.heads_q, spec.heads_k, spec.head_dim, True, False)
-    assert _layout.backward_by_queries(*sizes)
+    assert goes_by_queries(spec)
     problem = make_problem(spec, "cuda", dtype)
     mask = problem.mask()
     for _ in range(2):

@@ -26,6 +26,10 @@ const char* name_of(hbsattn::DType dtype) {
   return "unknown";
 }
 
+// Of CPU tensors, in every build: all that the operators' checks let through.
+constexpr hbsattn::DType kCpuDTypes[] = {hbsattn::DType::kFloat16, hbsattn::DType::kBFloat16, hbsattn::DType::kFloat32,
+                                         hbsattn::DType::kFloat64};
+
 py::dict build_info() {
   const hbsattn::BuildInfo info = hbsattn::build_info();
   std::set<std::string> archs, dtypes;
@@ -60,11 +64,16 @@ py::dict build_info() {
   result["head_dims"] = sorted(head_dims);
   result["dtypes"] = sorted(dtypes);
   result["kernels"] = kernels;
+  py::list cpu_dtypes;
+  for (const hbsattn::DType dtype : kCpuDTypes) cpu_dtypes.append(name_of(dtype));
+  result["cpu_dtypes"] = cpu_dtypes;
   return result;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("build_info", &build_info, "What this build contains: versions, architectures, head dims, dtypes, kernels.");
+  m.def("build_info", &build_info,
+        "What this build contains. archs, head_dims, dtypes and kernels are what was compiled for CUDA: in a host-only "
+        "build, where cuda is False, they are empty. cpu_dtypes are those of CPU tensors, the same in every build.");
 }

@@ -1,4 +1,4 @@
-// One block-sparse attention call from C++, checked against a double loop on the host. Without a GPU, the same call
+// Block-sparse attention and its gradients from C++, checked against loops on the host. Without a GPU, the same calls
 // must come back with a Status that says why.
 
 #include <hbsattn/hbsattn.h>
@@ -19,112 +19,28 @@
 namespace {
 
 constexpr int kBatch = 2;
-constexpr int kLengthsQ[kBatch] = {100, 37};
+constexpr int kLengthsQ[kBatch] = {100, 70};
 constexpr int kLengthsK[kBatch] = {130, 64};
-constexpr int kTotalQ = 137;
+constexpr int kTotalQ = 170;
 constexpr int kTotalK = 194;
 constexpr int kHeadsQ = 4;
 constexpr int kHeadsK = 2;
 constexpr int kMaskHeads = 2;
 constexpr int kHeadDim = 64;
-constexpr int kQBlock = 32;
+constexpr int kQBlock = 64;
 constexpr int kKBlock = 48;
-constexpr int kRowsOf[kBatch] = {4, 2};  // query blocks of each sequence
+constexpr int kRowsOf[kBatch] = {2, 2};  // query blocks of each sequence
 constexpr int kColsOf[kBatch] = {3, 2};  // key blocks of each sequence
-constexpr int kRows = 6;
+constexpr int kRows = 4;
 constexpr int kCols = 5;         // columns of the flat mask
 constexpr int kLongestCols = 3;  // key blocks of the longest sequence
 constexpr float kScale = 0.125f;
 
-float from_bfloat16(uint16_t x) {
-  uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-// Numbers in (-2, 2) that bfloat16 holds exactly.
-std::vector<uint16_t> random_bfloat16(size_t count, uint32_t seed) {
-  std::vector<uint16_t> values(count);
-  for (uint16_t& value : values) {
-    seed = seed * 1664525u + 1013904223u;
-    const float number = static_cast<float>(static_cast<int>(seed >> 24) - 128) / 64.f;
-    uint32_t bits;
-    std::memcpy(&bits, &number, sizeof(bits));
-    value = static_cast<uint16_t>(bits >> 16);
-  }
-  return values;
-}
-
-// A flat mask with about half of the blocks on; the second block row of the last sequence is empty, and what lies off
-// the block diagonal is on but must be ignored.
-std::vector<uint8_t> make_mask() {
-  std::vector<uint8_t> mask(kMaskHeads * kRows * kCols, 1);
-  for (int h = 0; h < kMaskHeads; ++h) {
-    for (int b = 0, row = 0, col = 0; b < kBatch; row += kRowsOf[b], col += kColsOf[b], ++b) {
-      for (int i = 0; i < kRowsOf[b]; ++i) {
-        for (int c = 0; c < kColsOf[b]; ++c) {
-          const bool empty_row = b == kBatch - 1 && i == 1;
-          mask[(h * kRows + row + i) * kCols + col + c] = !empty_row && (c + i + h) % 2 == 0;
-        }
-      }
-    }
-  }
-  return mask;
-}
-
-struct Problem {
-  std::vector<uint16_t> q = random_bfloat16(size_t{kTotalQ} * kHeadsQ * kHeadDim, 1);
-  std::vector<uint16_t> k = random_bfloat16(size_t{kTotalK} * kHeadsK * kHeadDim, 2);
-  std::vector<uint16_t> v = random_bfloat16(size_t{kTotalK} * kHeadsK * kHeadDim, 3);
-  std::vector<uint8_t> mask = make_mask();
-  std::vector<int32_t> cu_seqlens_q = {0, kLengthsQ[0], kTotalQ};
-  std::vector<int32_t> cu_seqlens_k = {0, kLengthsK[0], kTotalK};
-};
-
-// The definition, in double precision.
-void reference(const Problem& problem, std::vector<double>* out, std::vector<double>* lse) {
-  out->assign(size_t{kTotalQ} * kHeadsQ * kHeadDim, 0.0);
-  lse->assign(size_t{kHeadsQ} * kTotalQ, -std::numeric_limits<double>::infinity());
-  for (int b = 0, row = 0, col = 0; b < kBatch; row += kRowsOf[b], col += kColsOf[b], ++b) {
-    const int q_begin = problem.cu_seqlens_q[b], k_begin = problem.cu_seqlens_k[b];
-    const int shift = kLengthsK[b] - kLengthsQ[b];
-    for (int h = 0; h < kHeadsQ; ++h) {
-      const int key_head = h / (kHeadsQ / kHeadsK);
-      for (int i = 0; i < kLengthsQ[b]; ++i) {
-        const uint8_t* blocks = &problem.mask[(key_head * kRows + row + i / kQBlock) * kCols + col];
-        std::vector<int> keys;
-        std::vector<double> scores;
-        double largest = -std::numeric_limits<double>::infinity();
-        for (int j = 0; j < kLengthsK[b] && j <= i + shift; ++j) {
-          if (!blocks[j / kKBlock]) continue;
-          double score = 0;
-          for (int d = 0; d < kHeadDim; ++d) {
-            score += static_cast<double>(from_bfloat16(problem.q[((q_begin + i) * kHeadsQ + h) * kHeadDim + d])) *
-                     from_bfloat16(problem.k[((k_begin + j) * kHeadsK + key_head) * kHeadDim + d]);
-          }
-          keys.push_back(j);
-          scores.push_back(score * kScale);
-          largest = std::max(largest, scores.back());
-        }
-        if (keys.empty()) continue;
-        double sum = 0;
-        for (double& score : scores) sum += (score = std::exp(score - largest));
-        (*lse)[h * kTotalQ + q_begin + i] = largest + std::log(sum);
-        for (size_t n = 0; n < keys.size(); ++n) {
-          for (int d = 0; d < kHeadDim; ++d) {
-            (*out)[((q_begin + i) * kHeadsQ + h) * kHeadDim + d] +=
-                scores[n] / sum * from_bfloat16(problem.v[((k_begin + keys[n]) * kHeadsK + key_head) * kHeadDim + d]);
-          }
-        }
-      }
-    }
-  }
-}
-
 // Every call needs pointers to what it reads and writes; they are device pointers where there is a device.
 struct Buffers {
-  void *q, *k, *v, *out, *lse, *mask, *cu_seqlens_q, *cu_seqlens_k, *sequences, *bits, *items, *scratch, *workspace;
+  void *mask, *cu_seqlens_q, *cu_seqlens_k, *sequences, *bits, *columns;
+  void *q, *k, *v, *out, *lse, *items, *scratch, *workspace;
+  void *grad_out, *grad_q, *grad_k, *grad_v, *backward_items, *key_items, *key_scratch, *backward_workspace;
 };
 
 hbsattn::MaskShape mask_shape() {
@@ -168,24 +84,28 @@ hbsattn::MaskView mask_view(const Buffers& buffers) {
   return {mask_shape(), static_cast<uint32_t*>(buffers.bits), static_cast<hbsattn::Sequence*>(buffers.sequences)};
 }
 
-hbsattn::Status plan_items(const Buffers& buffers) {
+hbsattn::Status plan_items(const Buffers& buffers, bool for_backward) {
   hbsattn::PlanParams params;
   params.mask = mask_view(buffers);
   params.heads_q = kHeadsQ;
   params.heads_k = kHeadsK;
   params.head_dim = kHeadDim;
   params.element_size = 2;
-  params.scratch = static_cast<hbsattn::WorkItem*>(buffers.scratch);
-  params.items = static_cast<hbsattn::WorkItem*>(buffers.items);
+  params.for_backward = for_backward;
+  params.scratch = buffers.scratch;
+  params.items = static_cast<hbsattn::WorkItem*>(for_backward ? buffers.backward_items : buffers.items);
   return hbsattn::plan_items(params, nullptr);
 }
 
+hbsattn::TensorView queries(void* data) { return {data, 0, kHeadsQ * kHeadDim, kHeadDim}; }
+hbsattn::TensorView keys(void* data) { return {data, 0, kHeadsK * kHeadDim, kHeadDim}; }
+
 hbsattn::ForwardParams forward_params(const Buffers& buffers) {
   hbsattn::ForwardParams params;
-  params.q = {buffers.q, 0, kHeadsQ * kHeadDim, kHeadDim};
-  params.k = {buffers.k, 0, kHeadsK * kHeadDim, kHeadDim};
-  params.v = {buffers.v, 0, kHeadsK * kHeadDim, kHeadDim};
-  params.out = {buffers.out, 0, kHeadsQ * kHeadDim, kHeadDim};
+  params.q = queries(buffers.q);
+  params.k = keys(buffers.k);
+  params.v = keys(buffers.v);
+  params.out = queries(buffers.out);
   params.lse = static_cast<float*>(buffers.lse);
   params.packed = true;
   params.rows_q = kTotalQ;
@@ -202,13 +122,58 @@ hbsattn::ForwardParams forward_params(const Buffers& buffers) {
   return params;
 }
 
+hbsattn::Status transpose_mask(const Buffers& buffers) {
+  return hbsattn::transpose_mask({mask_view(buffers), static_cast<uint32_t*>(buffers.columns)}, nullptr);
+}
+
+hbsattn::KeyPlanParams key_plan_params(const Buffers& buffers, bool deterministic) {
+  hbsattn::KeyPlanParams params;
+  params.mask = mask_view(buffers);
+  params.columns = static_cast<uint32_t*>(buffers.columns);
+  params.heads_q = kHeadsQ;
+  params.heads_k = kHeadsK;
+  params.head_dim = kHeadDim;
+  params.element_size = 2;
+  params.deterministic = deterministic;
+  params.scratch = buffers.key_scratch;
+  params.items = static_cast<hbsattn::KeyItem*>(buffers.key_items);
+  return params;
+}
+
+hbsattn::BackwardParams backward_params(const Buffers& buffers, bool deterministic) {
+  hbsattn::BackwardParams params;
+  params.problem = forward_params(buffers);
+  if (hbsattn::backward_by_queries(params.problem, deterministic)) {
+    params.problem.items = static_cast<hbsattn::WorkItem*>(buffers.backward_items);
+  } else {
+    params.columns = static_cast<uint32_t*>(buffers.columns);
+    params.key_items = static_cast<hbsattn::KeyItem*>(buffers.key_items);
+    params.num_key_items = hbsattn::num_key_items(key_plan_params(buffers, deterministic));
+  }
+  params.grad_out = queries(buffers.grad_out);
+  params.grad_q = queries(buffers.grad_q);
+  params.grad_k = keys(buffers.grad_k);
+  params.grad_v = keys(buffers.grad_v);
+  params.deterministic = deterministic;
+  params.workspace = buffers.backward_workspace;
+  return params;
+}
+
 int fail(const std::string& what) {
   std::printf("FAILED: %s\n", what.c_str());
   return 1;
 }
 
+// Pointers for calls that return before they touch memory.
+Buffers make_unread_buffers() {
+  static char memory;
+  void* p = &memory;
+  return {p, p, p, p, p, p, p, p, p, p, p, p, p, p, p, p, p, p, p, p, p, p};
+}
+
 // Wrong input is refused on every machine, in words that name it.
-int check_refusals(const Buffers& buffers) {
+int check_refusals() {
+  const Buffers buffers = make_unread_buffers();
   hbsattn::MaskShape shape = mask_shape();
   shape.q_block_size = 0;
   hbsattn::Status status = hbsattn::validate_mask(shape);
@@ -221,19 +186,32 @@ int check_refusals(const Buffers& buffers) {
   status = hbsattn::forward(params, nullptr);
   if (status.code != hbsattn::StatusCode::kInvalidValue) return fail("forward took 3 query heads for 2 key heads");
   if (status.message.find("heads_q") == std::string::npos) return fail("unclear message: " + status.message);
+
+  for (const bool deterministic : {false, true}) {
+    hbsattn::BackwardParams gradients = backward_params(buffers, deterministic);
+    if (!(status = hbsattn::validate_backward(gradients)).ok()) return fail("validate_backward: " + status.message);
+    if (hbsattn::backward_by_queries(gradients.problem, deterministic) == deterministic) {
+      return fail("this case should plan gradients by queries, and by keys if they are deterministic");
+    }
+    if (!deterministic) continue;
+    ++gradients.num_key_items;
+    status = hbsattn::backward(gradients, nullptr);
+    if (status.code != hbsattn::StatusCode::kInvalidValue) return fail("backward took a wrong number of key items");
+    if (status.message.find("key work items") == std::string::npos) return fail("unclear message: " + status.message);
+  }
   return 0;
 }
 
 int run_without_gpu() {
-  // Never read: the calls return before they touch memory.
-  std::vector<char> memory(1 << 20);
-  char* p = memory.data();
-  const Buffers buffers = {p, p, p, p, p, p, p, p, p, p, p, p, p};
-  if (int failed = check_refusals(buffers)) return failed;
+  const Buffers buffers = make_unread_buffers();
   for (const auto& [name, status] :
        {std::pair{"make_sequences", make_sequences(buffers)}, std::pair{"pack_mask", pack_mask(buffers)},
-        std::pair{"plan_items", plan_items(buffers)},
-        std::pair{"forward", hbsattn::forward(forward_params(buffers), nullptr)}}) {
+        std::pair{"plan_items", plan_items(buffers, false)},
+        std::pair{"forward", hbsattn::forward(forward_params(buffers), nullptr)},
+        std::pair{"transpose_mask", transpose_mask(buffers)},
+        std::pair{"plan_keys", hbsattn::plan_keys(key_plan_params(buffers, true), nullptr)},
+        std::pair{"backward", hbsattn::backward(backward_params(buffers, false), nullptr)},
+        std::pair{"backward", hbsattn::backward(backward_params(buffers, true), nullptr)}}) {
     if (status.ok()) return fail(std::string(name) + " succeeded without a GPU");
     if (status.message.empty()) return fail(std::string(name) + " failed without a message");
     std::printf("%s: no GPU: %s\n", name, status.message.c_str());
@@ -242,6 +220,113 @@ int run_without_gpu() {
 }
 
 #ifdef CONSUMER_WITH_CUDA
+
+float from_bfloat16(uint16_t x) {
+  uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// Numbers in (-2, 2) that bfloat16 holds exactly.
+std::vector<uint16_t> random_bfloat16(size_t count, uint32_t seed) {
+  std::vector<uint16_t> values(count);
+  for (uint16_t& value : values) {
+    seed = seed * 1664525u + 1013904223u;
+    const float number = static_cast<float>(static_cast<int>(seed >> 24) - 128) / 64.f;
+    uint32_t bits;
+    std::memcpy(&bits, &number, sizeof(bits));
+    value = static_cast<uint16_t>(bits >> 16);
+  }
+  return values;
+}
+
+// A flat mask with about half of the blocks on; the second block row of the last sequence is empty, and what lies off
+// the block diagonal is on but must be ignored.
+std::vector<uint8_t> make_mask() {
+  std::vector<uint8_t> mask(kMaskHeads * kRows * kCols, 1);
+  for (int h = 0; h < kMaskHeads; ++h) {
+    for (int b = 0, row = 0, col = 0; b < kBatch; row += kRowsOf[b], col += kColsOf[b], ++b) {
+      for (int i = 0; i < kRowsOf[b]; ++i) {
+        for (int c = 0; c < kColsOf[b]; ++c) {
+          const bool empty_row = b == kBatch - 1 && i == 1;
+          mask[(h * kRows + row + i) * kCols + col + c] = !empty_row && (c + i + h) % 2 == 0;
+        }
+      }
+    }
+  }
+  return mask;
+}
+
+struct Problem {
+  std::vector<uint16_t> q = random_bfloat16(size_t{kTotalQ} * kHeadsQ * kHeadDim, 1);
+  std::vector<uint16_t> k = random_bfloat16(size_t{kTotalK} * kHeadsK * kHeadDim, 2);
+  std::vector<uint16_t> v = random_bfloat16(size_t{kTotalK} * kHeadsK * kHeadDim, 3);
+  std::vector<uint16_t> grad_out = random_bfloat16(q.size(), 4);
+  std::vector<uint8_t> mask = make_mask();
+  std::vector<int32_t> cu_seqlens_q = {0, kLengthsQ[0], kTotalQ};
+  std::vector<int32_t> cu_seqlens_k = {0, kLengthsK[0], kTotalK};
+};
+
+double dot(const uint16_t* x, const uint16_t* y) {
+  double sum = 0;
+  for (int d = 0; d < kHeadDim; ++d) sum += static_cast<double>(from_bfloat16(x[d])) * from_bfloat16(y[d]);
+  return sum;
+}
+
+void add(double factor, const uint16_t* x, double* sum) {
+  for (int d = 0; d < kHeadDim; ++d) sum[d] += factor * from_bfloat16(x[d]);
+}
+
+struct Results {
+  std::vector<double> out = std::vector<double>(size_t{kTotalQ} * kHeadsQ * kHeadDim);
+  std::vector<double> lse = std::vector<double>(size_t{kHeadsQ} * kTotalQ, -std::numeric_limits<double>::infinity());
+  std::vector<double> grad_q = out;
+  std::vector<double> grad_k = std::vector<double>(size_t{kTotalK} * kHeadsK * kHeadDim);
+  std::vector<double> grad_v = grad_k;
+};
+
+// The definition, in double precision, and its derivative.
+Results reference(const Problem& problem) {
+  Results results;
+  for (int b = 0, row = 0, col = 0; b < kBatch; row += kRowsOf[b], col += kColsOf[b], ++b) {
+    const int shift = kLengthsK[b] - kLengthsQ[b];
+    for (int h = 0; h < kHeadsQ; ++h) {
+      const int key_head = h / (kHeadsQ / kHeadsK);
+      for (int i = 0; i < kLengthsQ[b]; ++i) {
+        const int query = ((problem.cu_seqlens_q[b] + i) * kHeadsQ + h) * kHeadDim;
+        const uint16_t *q = &problem.q[query], *grad_out = &problem.grad_out[query];
+        const uint8_t* blocks = &problem.mask[(key_head * kRows + row + i / kQBlock) * kCols + col];
+        std::vector<int> keys;
+        std::vector<double> weights;
+        double largest = -std::numeric_limits<double>::infinity();
+        for (int j = 0; j < kLengthsK[b] && j <= i + shift; ++j) {
+          if (!blocks[j / kKBlock]) continue;
+          keys.push_back(((problem.cu_seqlens_k[b] + j) * kHeadsK + key_head) * kHeadDim);
+          weights.push_back(kScale * dot(q, &problem.k[keys.back()]));
+          largest = std::max(largest, weights.back());
+        }
+        if (keys.empty()) continue;
+        double sum = 0;
+        for (double& weight : weights) sum += (weight = std::exp(weight - largest));
+        results.lse[h * kTotalQ + problem.cu_seqlens_q[b] + i] = largest + std::log(sum);
+        double delta = 0;  // what the row of the output and its gradient multiply to
+        for (size_t n = 0; n < keys.size(); ++n) {
+          weights[n] /= sum;
+          add(weights[n], &problem.v[keys[n]], &results.out[query]);
+          delta += weights[n] * dot(grad_out, &problem.v[keys[n]]);
+        }
+        for (size_t n = 0; n < keys.size(); ++n) {
+          const double grad_score = kScale * weights[n] * (dot(grad_out, &problem.v[keys[n]]) - delta);
+          add(grad_score, &problem.k[keys[n]], &results.grad_q[query]);
+          add(grad_score, q, &results.grad_k[keys[n]]);
+          add(weights[n], grad_out, &results.grad_v[keys[n]]);
+        }
+      }
+    }
+  }
+  return results;
+}
 
 #define CHECK_CUDA(expression)                                                                        \
   do {                                                                                                \
@@ -262,10 +347,41 @@ cudaError_t poisoned(size_t bytes, void** device) {
   return error != cudaSuccess ? error : cudaMemset(*device, 0xff, bytes);
 }
 
-int run_with_gpu() {
-  const Problem problem;
+// Compares bfloat16 numbers on the device; an error may be a hundredth of the largest number.
+int compare(const char* name, const void* device, const std::vector<double>& expected) {
+  std::vector<uint16_t> got(expected.size());
+  CHECK_CUDA(cudaMemcpy(got.data(), device, got.size() * sizeof(uint16_t), cudaMemcpyDeviceToHost));
+  double largest = 0, largest_error = 0;
+  for (const double number : expected) largest = std::max(largest, std::fabs(number));
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double error = std::fabs(from_bfloat16(got[i]) - expected[i]);
+    if (!(error <= 1e-2 * largest)) {
+      return fail(std::string(name) + "[" + std::to_string(i) + "] is off by " + std::to_string(error));
+    }
+    largest_error = std::max(largest_error, error);
+  }
+  std::printf("GPU: %s within %.1e, of up to %.1f\n", name, largest_error, largest);
+  return 0;
+}
+
+int compare_lse(const void* device, const std::vector<double>& expected) {
+  std::vector<float> got(expected.size());
+  CHECK_CUDA(cudaMemcpy(got.data(), device, got.size() * sizeof(float), cudaMemcpyDeviceToHost));
+  int empty = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (std::isinf(expected[i])) {
+      if (got[i] != -std::numeric_limits<float>::infinity()) return fail("lse of an empty row is not -inf");
+      ++empty;
+    } else if (const double error = std::fabs(got[i] - expected[i]); !(error <= 1e-3)) {
+      return fail("lse[" + std::to_string(i) + "] is off by " + std::to_string(error));
+    }
+  }
+  std::printf("GPU: lse, with %d empty rows\n", empty);
+  return empty > 0 ? 0 : fail("no empty row was tested");
+}
+
+int run_forward(Buffers& buffers, const Problem& problem, const Results& expected) {
   const int64_t items = hbsattn::num_items(mask_shape(), kHeadsQ, kHeadsK, kHeadDim, true);
-  Buffers buffers{};
   CHECK_CUDA(upload(problem.q, &buffers.q));
   CHECK_CUDA(upload(problem.k, &buffers.k));
   CHECK_CUDA(upload(problem.v, &buffers.v));
@@ -279,40 +395,57 @@ int run_with_gpu() {
   CHECK_CUDA(poisoned(sizeof(hbsattn::WorkItem) * items, &buffers.items));
   CHECK_CUDA(poisoned(hbsattn::plan_scratch_size(items), &buffers.scratch));
   CHECK_CUDA(poisoned(hbsattn::forward_workspace_size(), &buffers.workspace));
-  if (int failed = check_refusals(buffers)) return failed;
-
-  for (const hbsattn::Status& status : {make_sequences(buffers), pack_mask(buffers), plan_items(buffers),
+  for (const hbsattn::Status& status : {make_sequences(buffers), pack_mask(buffers), plan_items(buffers, false),
                                         hbsattn::forward(forward_params(buffers), nullptr)}) {
     if (!status.ok()) return fail(status.message);
   }
   CHECK_CUDA(cudaDeviceSynchronize());
+  if (int failed = compare("out", buffers.out, expected.out)) return failed;
+  return compare_lse(buffers.lse, expected.lse);
+}
 
-  std::vector<uint16_t> out(problem.q.size());
-  std::vector<float> lse(size_t{kHeadsQ} * kTotalQ);
-  CHECK_CUDA(cudaMemcpy(out.data(), buffers.out, out.size() * sizeof(uint16_t), cudaMemcpyDeviceToHost));
-  CHECK_CUDA(cudaMemcpy(lse.data(), buffers.lse, lse.size() * sizeof(float), cudaMemcpyDeviceToHost));
+// Plans what these gradients need, and computes them.
+hbsattn::Status backward(const Buffers& buffers, bool deterministic) {
+  const hbsattn::BackwardParams params = backward_params(buffers, deterministic);
+  if (hbsattn::backward_by_queries(params.problem, deterministic)) {
+    HBSATTN_RETURN_IF_ERROR(plan_items(buffers, true));
+  } else {
+    HBSATTN_RETURN_IF_ERROR(transpose_mask(buffers));
+    HBSATTN_RETURN_IF_ERROR(hbsattn::plan_keys(key_plan_params(buffers, deterministic), nullptr));
+  }
+  return hbsattn::backward(params, nullptr);
+}
 
-  std::vector<double> expected_out, expected_lse;
-  reference(problem, &expected_out, &expected_lse);
-  double out_error = 0, lse_error = 0;
-  for (size_t i = 0; i < out.size(); ++i) {
-    const double error = std::fabs(from_bfloat16(out[i]) - expected_out[i]);
-    if (!(error <= 2e-2)) return fail("out[" + std::to_string(i) + "] is off by " + std::to_string(error));
-    out_error = std::max(out_error, error);
-  }
-  int empty = 0;
-  for (size_t i = 0; i < lse.size(); ++i) {
-    if (std::isinf(expected_lse[i])) {
-      if (lse[i] != -std::numeric_limits<float>::infinity()) return fail("lse of an empty row is not -inf");
-      ++empty;
-      continue;
-    }
-    const double error = std::fabs(lse[i] - expected_lse[i]);
-    if (!(error <= 1e-3)) return fail("lse[" + std::to_string(i) + "] is off by " + std::to_string(error));
-    lse_error = std::max(lse_error, error);
-  }
-  std::printf("GPU: out within %.1e, lse within %.1e, %d empty rows\n", out_error, lse_error, empty);
-  return empty > 0 ? 0 : fail("no empty row was tested");
+// After a forward, whose results it reads.
+int run_backward(Buffers& buffers, const Problem& problem, const Results& expected, bool deterministic) {
+  const int64_t items = hbsattn::num_items(mask_shape(), kHeadsQ, kHeadsK, kHeadDim, true);
+  const int64_t key_items = hbsattn::num_key_items(key_plan_params(buffers, deterministic));
+  const size_t workspace_bytes = hbsattn::backward_workspace_size(backward_params(buffers, deterministic));
+  CHECK_CUDA(upload(problem.grad_out, &buffers.grad_out));
+  CHECK_CUDA(poisoned(problem.q.size() * sizeof(uint16_t), &buffers.grad_q));
+  CHECK_CUDA(poisoned(problem.k.size() * sizeof(uint16_t), &buffers.grad_k));
+  CHECK_CUDA(poisoned(problem.v.size() * sizeof(uint16_t), &buffers.grad_v));
+  CHECK_CUDA(poisoned(sizeof(uint32_t) * kMaskHeads * kLongestCols * mask_shape().row_words(), &buffers.columns));
+  CHECK_CUDA(poisoned(sizeof(hbsattn::WorkItem) * items, &buffers.backward_items));
+  CHECK_CUDA(poisoned(sizeof(hbsattn::KeyItem) * key_items, &buffers.key_items));
+  CHECK_CUDA(poisoned(hbsattn::key_plan_scratch_size(key_items), &buffers.key_scratch));
+  CHECK_CUDA(poisoned(workspace_bytes, &buffers.backward_workspace));
+  if (const hbsattn::Status status = backward(buffers, deterministic); !status.ok()) return fail(status.message);
+  CHECK_CUDA(cudaDeviceSynchronize());
+  if (int failed = compare("grad_q", buffers.grad_q, expected.grad_q)) return failed;
+  if (int failed = compare("grad_k", buffers.grad_k, expected.grad_k)) return failed;
+  return compare("grad_v", buffers.grad_v, expected.grad_v);
+}
+
+int run_with_gpu() {
+  const Problem problem;
+  const Results expected = reference(problem);
+  Buffers buffers{};
+  if (int failed = run_forward(buffers, problem, expected)) return failed;
+  if (int failed = run_backward(buffers, problem, expected, false)) return failed;  // planned by queries
+  if (int failed = run_backward(buffers, problem, expected, true)) return failed;   // planned by keys
+  std::printf("GPU: forward and backward passed\n");
+  return 0;
 }
 
 bool has_gpu() {
@@ -352,5 +485,6 @@ int main() {
   }
   const hbsattn::BuildInfo info = hbsattn::build_info();
   std::printf("hbsattn: %zu kernels, CUDA %s\n", info.kernels.size(), info.cuda ? info.cuda_version.c_str() : "none");
+  if (int failed = check_refusals()) return failed;
   return has_gpu() ? run_with_gpu() : run_without_gpu();
 }
