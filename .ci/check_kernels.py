@@ -1,7 +1,7 @@
 """Compiles the kernels through CMake and fails on what makes one slow: a register spill, a serialized wgmma pipeline
 (ptxas warns and inserts waits), or a translation unit that takes too long to compile.
 
-The producer warps of the backward kernels have 24 or 40 registers and may spill a little: they wait most of the time.
+The producer warps of some kernels have 24 to 40 registers and may spill a little: they wait most of the time.
 """
 
 import argparse
@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS_ALLOWED = 180
-BACKWARD_SPILLS_ALLOWED = 400  # bytes, stores and loads
+# Bytes, stores and loads, by what is in a kernel's name; others may not spill.
+SPILLS_ALLOWED = {r"\d+backward_kernel": 400, r"Sm90ForwardI\w+Li64ELi192E": 64}
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
@@ -73,13 +74,16 @@ def main() -> None:
     for kernel in kernels:
         stores, loads = int(kernel["stores"]), int(kernel["loads"])
         print(f"{kernel['registers']:>4} registers, {stores + loads} bytes spilled: {kernel['name'][:90]}")
-        if stores + loads > (BACKWARD_SPILLS_ALLOWED if is_of(kernel, "backward") else 0):
+        allowed = max([0, *(n for name, n in SPILLS_ALLOWED.items() if re.search(name, kernel["name"]))])
+        if stores + loads > allowed:
             problems.append(f"{kernel['name']} spills {stores} bytes and reloads {loads}")
-    # Two in each file: for any block size or not; of the backward, with the gradient of the queries or not.
+    # Two in each file: for any block size or not; of the backward, with the gradient of the queries or not. But forward
+    # tiles of 192 rows are not for any block size.
     for family in ("forward", "backward", "grad_queries", "query_backward"):
         found = sum(is_of(kernel, family) for kernel in kernels)
         sources = (ROOT / "csrc" / "sources.txt").read_text()
-        expected = 2 * len(re.findall(rf"^sm90 .*/{family}_", sources, re.MULTILINE))
+        files = re.findall(rf"^sm90 .*/{family}_(\w+)", sources, re.MULTILINE)
+        expected = sum(1 if file.endswith("_m192") else 2 for file in files)
         if found != expected:
             problems.append(f"the build log names {found} {family} kernels; expected {expected}")
     for source, seconds in sorted(seconds_per_source(build_dir).items()):

@@ -16,7 +16,7 @@ from hbsattn._layout import (
     K_LEN,
     Q_LEN,
     ceil_div,
-    choose_tile_rows,
+    choose_query_tile_rows,
     count_packed_heads,
     locate_rows,
     pack_bits,
@@ -158,7 +158,7 @@ def plan_items(
     packed_heads = count_packed_heads(mask_heads, q_block_size, heads_q, heads_k, pack_heads)
     groups = heads_q // packed_heads
     block_rows = q_block_size * packed_heads
-    tile_rows = choose_tile_rows(block_rows, head_dim)
+    tile_rows = choose_query_tile_rows(block_rows, head_dim, k_block_size, for_backward)
     tiles = ceil_div(block_rows, tile_rows)
     if groups * rows * tiles == 0 or sequences.shape[0] == 0:
         return torch.zeros(groups * rows * tiles, ITEM_INTS, dtype=torch.int32)
@@ -269,7 +269,8 @@ def _locate(
     q_begin, q_len, k_begin, k_len = (item[:, ITEM_Q_BEGIN + n] for n in range(4))
 
     block_rows = packed_heads * q_block_size
-    virtual_row = item[:, FIRST_ROW] + torch.arange(min(choose_tile_rows(block_rows, q.shape[-1]), block_rows))
+    tile_rows = choose_query_tile_rows(block_rows, q.shape[-1], k_block_size, False)
+    virtual_row = item[:, FIRST_ROW] + torch.arange(min(tile_rows, block_rows))
     row = item[:, BLOCK_ROW] + virtual_row % q_block_size
     head = item[:, HEAD] + virtual_row // q_block_size
     live = (virtual_row < block_rows) & (row < q_len) & (q_begin + row < q.shape[1])
@@ -417,7 +418,7 @@ def forward(
     cycles = torch.empty(0, dtype=torch.int64)
 
     views = [t.unsqueeze(0) if packed else t for t in (q, k, v, out, lse)]
-    tile_rows = choose_tile_rows(packed_heads * q_block_size, head_dim)
+    tile_rows = choose_query_tile_rows(packed_heads * q_block_size, head_dim, k_block_size, False)
     if k.numel() > 0:
         for chunk in _chunks(items, lambda keys: keys * (2 * head_dim + tile_rows), k_block_size):
             tiles = _locate(chunk, *views[:2], bits, cols, q_block_size, k_block_size, causal, packed_heads)
@@ -458,7 +459,7 @@ def backward(
     if grad_lse is None:
         grad_lse = torch.zeros_like(lse)
     views = [t.unsqueeze(0) if packed else t for t in (grad_out, grad_lse, q, k, v, out, lse, *results)]
-    tile_rows = choose_tile_rows(packed_heads * q_block_size, head_dim)
+    tile_rows = choose_query_tile_rows(packed_heads * q_block_size, head_dim, k_block_size, False)
     if k.numel() > 0:
         for chunk in _chunks(items, lambda keys: keys * (4 * head_dim + 3 * tile_rows), k_block_size):
             tiles = _locate(chunk, *views[2:4], bits, cols, q_block_size, k_block_size, causal, packed_heads)

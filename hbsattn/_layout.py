@@ -36,11 +36,22 @@ def count_packed_heads(mask_heads: int, q_block_size: int, heads_q: int, heads_k
 
 
 def choose_tile_rows(rows: int, head_dim: int) -> int:
-    """Query rows of a work item, for query blocks that have ``rows`` rows over the heads that share them.
+    """Rows of a tile of the backward pass, for blocks of ``rows`` rows: of keys, or of queries over their packed heads.
 
     The rule, and its reason, are those of csrc/kernels/config.h.
     """
     return 64 if head_dim <= 128 and 5 * 64 * ceil_div(rows, 64) < 4 * 128 * ceil_div(rows, 128) else 128
+
+
+def choose_query_tile_rows(rows: int, head_dim: int, k_block_size: int, for_backward: bool) -> int:
+    """Query rows of a work item of the forward, or of a list ``for_backward``; ``rows`` as in ``choose_tile_rows``.
+
+    The rule, and its reason, are those of csrc/kernels/config.h.
+    """
+    fuller = 192 * ceil_div(rows, 192) < 128 * ceil_div(rows, 128)
+    if not for_backward and head_dim <= 128 and k_block_size % 16 == 0 and fuller:
+        return 192
+    return choose_tile_rows(rows, head_dim)
 
 
 def count_tile_heads(

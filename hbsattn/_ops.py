@@ -23,7 +23,7 @@ from hbsattn._layout import (
     ITEM_INTS,
     backward_by_queries,
     ceil_div,
-    choose_tile_rows,
+    choose_query_tile_rows,
     count_key_items,
     count_packed_heads,
     count_tile_heads,
@@ -114,7 +114,7 @@ def _(
     mask_heads, rows, _ = bits.shape
     packed_heads = count_packed_heads(mask_heads, q_block_size, heads_q, heads_k, pack_heads)
     block_rows = q_block_size * packed_heads
-    tiles = ceil_div(block_rows, choose_tile_rows(block_rows, head_dim))
+    tiles = ceil_div(block_rows, choose_query_tile_rows(block_rows, head_dim, k_block_size, for_backward))
     return bits.new_empty((heads_q // packed_heads * rows * tiles, ITEM_INTS))
 
 
@@ -227,9 +227,11 @@ def _plan_backward(
     blocks = (q_block_size, k_block_size)
     heads = (q.shape[-2], k.shape[-2], q.shape[-1])
     plans = plans_beside(items)
-    if backward_by_queries(bits.shape[0], *blocks, *heads, pack_heads, deterministic):
+    by_queries = backward_by_queries(bits.shape[0], *blocks, *heads, pack_heads, deterministic)
+    if by_queries or deterministic:
         sizes = (cols, *blocks, causal, *heads, q.element_size(), pack_heads, True)
         (items,) = plans.find_or_make("queries", lambda: (ops.plan_items.default(bits, sequences, *sizes),))
+    if by_queries:
         return items, columns, key_items
     sizes = (*blocks, causal, *heads, q.element_size(), deterministic)
     (columns,) = plans.find_or_make("columns", lambda: (ops.transpose_bits.default(bits, cols),))

@@ -131,6 +131,17 @@ CASES += [case(f"head_dim_{d}", head_dim=d, causal=d % 16 == 0, q_block=32, k_bl
 CASES += [case(f"head_dim_{d}", head_dim=d, causal=True, layout="padded") for d in (1, 20, 100, 250)]
 
 
+# Tiles of 192 rows: of one head, of the heads of a group, more than one to a block.
+CASES += [
+    case("192_rows", q_block=192, k_block=48, lens_q=(400, 191, 5), lens_k=(300, 190, 60), causal=True, head_dim=128),
+    case("190_rows", q_block=190, k_block=64, lens_q=(400, 380), lens_k=(333, 500), packed=True, head_dim=96),
+    case("144_rows_batched", q_block=144, k_block=16, packed=False, lens_q=(300, 300), lens_k=(350, 350), causal=True),
+    case("192_rows_of_3_heads", heads_q=6, mask_heads=2, k_block=32, causal=True, head_dim=128),
+    case("192_rows_of_12_heads", heads_q=12, heads_k=1, mask_heads=1, q_block=16, k_block=16, head_dim=96, causal=True),
+    case("three_tiles_of_192", q_block=576, k_block=80, lens_q=(700, 570), lens_k=(640, 300), causal=True),
+    case("192_rows_of_a_padded_head", q_block=192, k_block=128, lens_q=(300,), head_dim=100),
+]
+
 # Blocks off the fast path: rows of several heads in one box, blocks that end inside a granule.
 CASES += [
     case("token_rows", q_block=1, k_block=128, heads_q=16, heads_k=1, mask_heads=1, lens_q=(70, 33), causal=True),

@@ -29,6 +29,8 @@ CASES = [
     case("united", pattern="alike", q_block=16, k_block=16, lens_q=(100, 30), causal=True),
     case("united_tokens", pattern="alike", q_block=1, heads_q=16, heads_k=1, mask_heads=1, lens_q=(40,), head_dim=128),
     case("sets_of_heads", heads_q=8, heads_k=1, mask_heads=1, q_block=8192, lens_q=(100,), lens_k=(300,), head_dim=128),
+    case("192_rows", q_block=192, k_block=48, lens_q=(400, 30), lens_k=(300, 90), head_dim=128, causal=True),
+    case("192_rows_of_heads", heads_q=6, mask_heads=2, k_block=32, causal=True),
     case("head_dim_96", head_dim=96, q_block=128, k_block=128, causal=True),
     case("head_dim_256", head_dim=256, k_block=32, causal=True),
     case("by_queries", q_block=128, k_block=16, lens_q=(300, 20), lens_k=(500, 90), head_dim=128, causal=True),

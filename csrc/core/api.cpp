@@ -90,9 +90,10 @@ Status pack_mask(const PackParams& params, Stream stream) {
   return kernels::pack_mask(params, stream);
 }
 
-int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim, bool pack_heads) {
+int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim, bool pack_heads,
+                  bool for_backward) {
   if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return 0;
-  const TileShape tiles = shape_tiles(shape, heads_q, heads_k, head_dim, pack_heads);
+  const TileShape tiles = shape_tiles(shape, heads_q, heads_k, head_dim, pack_heads, for_backward);
   return heads_q / tiles.packed_heads * shape.rows * tiles.tiles;
 }
 
@@ -100,8 +101,8 @@ Status plan_items(const PlanParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(check_device());
   HBSATTN_RETURN_IF_ERROR(validate_plan(params));
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
-  const int64_t items =
-      num_items(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads);
+  const int64_t items = num_items(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads,
+                                  params.for_backward);
   return kernels::plan_items(params, items, stream);
 }
 

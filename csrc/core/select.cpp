@@ -67,15 +67,16 @@ Status refuse_head_dim(int head_dim, int largest, const char* where) {
   return Status::NotSupported("head_dim is " + std::to_string(head_dim) + "; expected " + expected + where);
 }
 
-int query_tile_rows(const ForwardParams& problem) {
-  return shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads)
+int query_tile_rows(const ForwardParams& problem, bool for_backward) {
+  return shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads,
+                     for_backward)
       .tile_rows;
 }
 
 int backward_tile_rows(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
   return choose_backward_method(params) == BackwardMethod::kByQueries
-             ? query_tile_rows(problem)
+             ? query_tile_rows(problem, true)
              : shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys;
 }
 
@@ -159,7 +160,7 @@ Status check_device() {
 Status select_forward(const ForwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_device());
   HBSATTN_RETURN_IF_ERROR(check_dtype(params.dtype));
-  const int tile_rows = query_tile_rows(params);
+  const int tile_rows = query_tile_rows(params, false);
   const HeadDims found = choose_head_dim<Sm90ForwardKernels>(params.head_dim, [&](auto config) {
     return decltype(config)::kDType == params.dtype && decltype(config)::kTileM == tile_rows;
   });
@@ -190,7 +191,7 @@ Status select_backward(const BackwardParams& params, KernelKey* key) {
 
 Status select_grad_queries(const BackwardParams& params, KernelKey* key) {
   const ForwardParams& problem = params.problem;
-  const int tile_rows = query_tile_rows(problem);
+  const int tile_rows = query_tile_rows(problem, true);
   const HeadDims found = choose_head_dim<Sm90GradQueriesKernels>(problem.head_dim, [&](auto config) {
     return decltype(config)::kDType == problem.dtype && decltype(config)::kTileM == tile_rows;
   });

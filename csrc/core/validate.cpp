@@ -63,8 +63,20 @@ Status check_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k) {
 }
 
 // Of the work list; heads are valid.
-Status check_num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim, bool pack_heads) {
-  return check_range("the number of tiles", num_items(shape, heads_q, heads_k, head_dim, pack_heads), 0, kItemsLimit);
+Status check_num_items(int64_t items) { return check_range("the number of tiles", items, 0, kItemsLimit); }
+
+// Items that a call has.
+int64_t count_items(const ForwardParams& problem, bool for_backward) {
+  return num_items(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads,
+                   for_backward);
+}
+int64_t count_items(const PlanParams& plan) {
+  return num_items(plan.mask.shape, plan.heads_q, plan.heads_k, plan.head_dim, plan.pack_heads, plan.for_backward);
+}
+
+// Whether a backward streams keys past tiles of queries, so that it has a work list of those.
+bool has_query_tiles(const BackwardParams& params) {
+  return params.deterministic || backward_by_queries(params.problem, params.deterministic);
 }
 
 // What decides the work list of a backward.
@@ -219,12 +231,12 @@ Status validate_plan(const PlanParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_heads(shape, params.heads_q, params.heads_k));
   HBSATTN_RETURN_IF_ERROR(check_range("head_dim", params.head_dim, 1, kMaxHeadDim + 1));
   HBSATTN_RETURN_IF_ERROR(check_range("element_size", params.element_size, 1, 9));
-  return check_num_items(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads);
+  return check_num_items(count_items(params));
 }
 
 Status check_pointers(const PlanParams& params) {
   const MaskShape& shape = params.mask.shape;
-  const int64_t items = num_items(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads);
+  const int64_t items = count_items(params);
   HBSATTN_RETURN_IF_ERROR(check_pointer("bits", params.mask.bits, shape.heads * shape.rows * shape.words()));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", params.mask.sequences, shape.batch));
   HBSATTN_RETURN_IF_ERROR(check_pointer("scratch", params.scratch, items));
@@ -256,7 +268,8 @@ Status check_pointers(const KeyPlanParams& params) {
   return check_pointer("items", params.items, items);
 }
 
-Status validate_forward(const ForwardParams& params) {
+// `for_backward`: how its work list was made.
+Status validate_problem(const ForwardParams& params, bool for_backward) {
   const MaskShape& shape = params.mask.shape;
   HBSATTN_RETURN_IF_ERROR(validate_mask(shape));
   HBSATTN_RETURN_IF_ERROR(check_heads(shape, params.heads_q, params.heads_k));
@@ -267,15 +280,18 @@ Status validate_forward(const ForwardParams& params) {
     return wrong_value("softmax_scale", params.softmax_scale, "a finite number above 0");
   }
   HBSATTN_RETURN_IF_ERROR(params.packed ? check_packed_sizes(params) : check_batched_sizes(params));
-  HBSATTN_RETURN_IF_ERROR(check_num_items(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads));
-  const int64_t items = num_items(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads);
+  const int64_t items = count_items(params, for_backward);
+  HBSATTN_RETURN_IF_ERROR(check_num_items(items));
   if (params.items != nullptr && params.num_items != items) {
-    return wrong_value("the number of work items", params.num_items,
-                       std::to_string(items) + ", as plan_items makes for this mask, heads_q = " +
-                           std::to_string(params.heads_q) + " and heads_k = " + std::to_string(params.heads_k));
+    return wrong_value(
+        "the number of work items", params.num_items,
+        std::to_string(items) + ", as plan_items makes for this mask, heads_q = " + std::to_string(params.heads_q) +
+            " and heads_k = " + std::to_string(params.heads_k) + (for_backward ? ", for a backward" : ""));
   }
   return Status::Ok();
 }
+
+Status validate_forward(const ForwardParams& params) { return validate_problem(params, false); }
 
 Status check_pointers(const ForwardParams& params) {
   const MaskShape& shape = params.mask.shape;
@@ -287,7 +303,10 @@ Status check_pointers(const ForwardParams& params) {
 
 Status validate_backward(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
-  HBSATTN_RETURN_IF_ERROR(validate_forward(problem));
+  // Those that say which work list it is, first.
+  HBSATTN_RETURN_IF_ERROR(validate_mask(problem.mask.shape));
+  HBSATTN_RETURN_IF_ERROR(check_heads(problem.mask.shape, problem.heads_q, problem.heads_k));
+  HBSATTN_RETURN_IF_ERROR(validate_problem(problem, has_query_tiles(params)));
   if (backward_by_queries(problem, params.deterministic)) return Status::Ok();
   const KeyPlanParams plan = key_plan_of(params);
   const int64_t items = num_key_items(plan);
@@ -319,10 +338,9 @@ Status check_pointers(const BackwardParams& params) {
     HBSATTN_RETURN_IF_ERROR(check_pointer("columns", params.columns, shape.heads * shape.cols * shape.row_words()));
     HBSATTN_RETURN_IF_ERROR(check_pointer("key_items", params.key_items, num_key_items(key_plan_of(params))));
   }
-  if (by_queries || params.deterministic) {
+  if (has_query_tiles(params)) {
     HBSATTN_RETURN_IF_ERROR(check_pointer("bits", problem.mask.bits, shape.heads * shape.rows * shape.words()));
-    const int64_t items = num_items(shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads);
-    HBSATTN_RETURN_IF_ERROR(check_pointer("items", problem.items, items));
+    HBSATTN_RETURN_IF_ERROR(check_pointer("items", problem.items, count_items(problem, true)));
   }
   HBSATTN_RETURN_IF_ERROR(
       check_pointer("workspace", params.workspace, static_cast<int64_t>(backward_workspace_size(params))));

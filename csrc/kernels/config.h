@@ -33,6 +33,14 @@ constexpr int32_t choose_tile_rows(int64_t rows, int32_t head_dim) {
   return head_dim <= 128 && 5 * of_64 < 4 * of_128 ? 64 : 128;
 }
 
+// The same for a tile that no gradients come from. A tile of 192 rows is as fast, and three warpgroups read each key
+// once; its kernel is for key blocks of whole granules, and three warpgroups have no registers for a head dim above
+// 128.
+constexpr int32_t choose_forward_tile_rows(int64_t rows, int32_t head_dim, int32_t k_block_size) {
+  const bool fuller = (rows + 191) / 192 * 192 < (rows + 127) / 128 * 128;
+  return head_dim <= 128 && k_block_size % kGranule == 0 && fuller ? 192 : choose_tile_rows(rows, head_dim);
+}
+
 // Neighbouring query blocks that a tile may unite, for query blocks that have `block_rows` rows over the heads that
 // share them: as many as fill the tile. The rows of a warp must belong to one block.
 constexpr int32_t count_united_blocks(int64_t block_rows, int32_t tile_rows) {
@@ -49,10 +57,11 @@ struct TileShape {
 };
 
 constexpr TileShape shape_tiles(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
-                                bool pack_heads) {
+                                bool pack_heads, bool for_backward) {
   const int32_t packed_heads = count_packed_heads(shape, heads_q, heads_k, pack_heads);
   const int64_t block_rows = int64_t{packed_heads} * shape.q_block_size;
-  const int32_t tile_rows = choose_tile_rows(block_rows, head_dim);
+  const int32_t tile_rows = for_backward ? choose_tile_rows(block_rows, head_dim)
+                                         : choose_forward_tile_rows(block_rows, head_dim, shape.k_block_size);
   return {packed_heads, block_rows, tile_rows, static_cast<int32_t>((block_rows + tile_rows - 1) / tile_rows),
           count_united_blocks(block_rows, tile_rows)};
 }
@@ -131,27 +140,36 @@ struct Sm90Forward {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
   static constexpr int kTileM = kTileM_;
-  static constexpr int kCtasPerSm = 128 / kTileM;
+  static constexpr int kCtasPerSm = kTileM == 64 ? 2 : 1;
+  // Whether there is a second kernel for what the fast one has no code for.
+  static constexpr bool kWithGeneral = kTileM != 192;
 
   // Above head dim 128, the output alone takes 96 or 128 registers a thread: 64 keys a stage leave room for the scores.
-  // With two CTAs it is shared memory that leaves no more.
+  // So they do where three warpgroups share the registers, but for a short output. With two CTAs it is shared memory
+  // that leaves no more.
   static constexpr int kTileN = kHeadDim <= 64 || (kHeadDim <= 128 && kTileM == 128) ? 128 : 64;
   // As many as fit beside the queries. For tiles of 128 rows, two of each suffice at head dim 128 (a third is within
   // noise). Tiles of 64 rows wait for L2, and a value stage is held longer than a key stage: until after the softmax;
   // at head dim 128 a second query buffer is worth more than a third value stage.
-  static constexpr int kKeyStages = kTileM == 64     ? (kHeadDim == 96 ? 3 : 2)
+  static constexpr int kKeyStages = kTileM == 192    ? (kHeadDim == 64   ? 4
+                                                        : kHeadDim == 96 ? 5
+                                                                         : 3)
+                                    : kTileM == 64   ? (kHeadDim == 96 ? 3 : 2)
                                     : kHeadDim == 64 ? 4
                                                      : (kHeadDim == 128 || kHeadDim == 256 ? 2 : 3);
-  static constexpr int kValueStages = kTileM == 64 && kHeadDim < 128 ? kKeyStages + 1 : kKeyStages;
+  static constexpr bool kMoreValues = kTileM == 192 ? kHeadDim == 128 : kTileM == 64 && kHeadDim < 128;
+  static constexpr int kValueStages = kKeyStages + (kMoreValues ? 1 : 0);
   // Two query buffers let the next tile's queries arrive while the last output still leaves from the other.
   static constexpr int kQueryBuffers = kHeadDim <= 128 ? 2 : 1;
   // Columns that one swizzle pattern spans: 128 bytes, or 64 where the head dim is no multiple of that.
   static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;
 
   // 40 * 128 + 232 * 256 registers = 168 * 384, what a CTA of three warpgroups is launched with; 40 + 216 = 2 * 128,
-  // what one of two warpgroups is.
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = kTileM == 128 ? 232 : 216;
+  // what one of two warpgroups is, and 56 + 3 * 152 = 32 + 3 * 160 = 4 * 128, what one of four is. Scores of 128 keys
+  // need the latter, though a producer warp then spills a few.
+  static constexpr bool kTight = kTileM == 192 && kTileN == 128;
+  static constexpr int kProducerRegisters = kTight ? 32 : kTileM == 192 ? 56 : 40;
+  static constexpr int kConsumerRegisters = kTight ? 160 : kTileM == 192 ? 152 : kTileM == 128 ? 232 : 216;
 };
 
 // A backward kernel for sm_90a. A CTA owns kTileN keys and streams the queries and output gradients of the active
@@ -225,7 +243,7 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
   // Sizes yet to be checked.
   if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return BackwardMethod::kByKeys;
   const bool by_queries = head_dim <= 128 && shape.k_block_size < 64 &&
-                          shape_tiles(shape, heads_q, heads_k, head_dim, pack_heads).tile_rows == 128;
+                          shape_tiles(shape, heads_q, heads_k, head_dim, pack_heads, true).tile_rows == 128;
   return by_queries ? BackwardMethod::kByQueries : BackwardMethod::kByKeys;
 }
 

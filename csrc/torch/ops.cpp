@@ -109,7 +109,7 @@ Tensor make_sequences_op(const OptionalTensor& cu_seqlens_q, const OptionalTenso
   return sequences;
 }
 
-// Checks the tensors of a forward call, and the problem that they pose.
+// Checks the tensors of a forward call; the problem that they pose is yet to be checked.
 ForwardParams read_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits,
                            const Tensor& sequences, const OptionalTensor& items, int64_t cols, int64_t q_block_size,
                            int64_t k_block_size, bool causal, bool pack_heads, double softmax_scale) {
@@ -158,7 +158,6 @@ ForwardParams read_problem(const Tensor& q, const Tensor& k, const Tensor& v, co
     params.items = static_cast<const WorkItem*>(items->const_data_ptr());
     params.num_items = items->size(0);
   }
-  raise_if_error(validate_forward(params));
   return params;
 }
 
@@ -169,7 +168,7 @@ void check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   const c10::DeviceGuard guard(q.device());
   const ForwardParams params = read_problem(q, k, v, bits, sequences, items, cols, q_block_size, k_block_size, causal,
                                             pack_heads, softmax_scale);
-  if (q.is_cuda()) raise_if_error(supported(params));
+  raise_if_error(q.is_cuda() ? supported(params) : validate_forward(params));
 }
 
 #if HBSATTN_WITH_CUDA
@@ -266,7 +265,8 @@ Tensor plan_items_op(const Tensor& bits, const Tensor& sequences, int64_t cols, 
   params.pack_heads = pack_heads;
   params.for_backward = for_backward;
   raise_if_error(validate_plan(params));
-  const int64_t count = num_items(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, pack_heads);
+  const int64_t count =
+      num_items(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, pack_heads, for_backward);
   const auto scratch_bytes = static_cast<int64_t>(plan_scratch_size(count));
   const Tensor scratch = at::empty({scratch_bytes}, bits.options().dtype(at::kByte));
   Tensor items = empty_ints({count, kItemInts}, device);

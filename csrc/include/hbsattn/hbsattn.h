@@ -8,7 +8,10 @@
 //
 //   make_sequences -> pack_mask -> plan_items -> forward, forward, ...
 //                               -> transpose_mask -> plan_keys -> backward, backward, ...
-//                               -> plan_items, if backward_by_queries -> backward, backward, ...
+//                               -> plan_items, for_backward -> backward, backward, ...
+//
+// The last for gradients by queries (backward_by_queries) and deterministic ones, the line before it for those by keys
+// and deterministic ones.
 
 #include <string>
 #include <vector>
@@ -33,9 +36,9 @@ HBSATTN_API Status make_sequences_on_host(const SequencesParams& params);
 // Packs a bool mask, index lists or CSR into bits, trimmed to what each sequence and causality leave visible.
 HBSATTN_API Status pack_mask(const PackParams& params, Stream stream);
 
-// Number of records that plan_items writes; depends on shapes alone.
+// Number of records that plan_items writes; depends on shapes alone. `for_backward`: as in PlanParams.
 HBSATTN_API int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
-                              bool pack_heads);
+                              bool pack_heads, bool for_backward = false);
 
 // Bytes of `scratch` that plan_items needs.
 HBSATTN_API size_t plan_scratch_size(int64_t num_items);
@@ -62,8 +65,9 @@ HBSATTN_API size_t key_plan_scratch_size(int64_t num_key_items);
 // Builds the work list of the backward pass.
 HBSATTN_API Status plan_keys(const KeyPlanParams& params, Stream stream);
 
-// Whether gradients of such a problem, of which no pointer is read, are computed by tiles of queries. Their work list
-// is then problem.items, best from plan_items with `for_backward`; otherwise they need columns and key_items.
+// Whether gradients of such a problem, of which no pointer is read, are computed by tiles of queries. Otherwise they
+// need columns and key_items. Those by queries, and deterministic ones, need problem.items, which plan_items made
+// `for_backward`.
 HBSATTN_API bool backward_by_queries(const ForwardParams& problem, bool deterministic);
 
 // Bytes of `workspace` that one backward call needs; 0 where this build has no kernel for it.

@@ -124,7 +124,7 @@ struct PlanParams {
   int32_t head_dim = 0;
   int32_t element_size = 2;   // bytes
   bool pack_heads = true;     // let query heads that share a mask and a key head share tiles
-  bool for_backward = false;  // tiles that run at the same time add to gradients of their keys, too
+  bool for_backward = false;  // a list for gradients, whose tiles may have fewer rows, and add to gradients of keys
   void* scratch = nullptr;    // plan_scratch_size(num_items) bytes, aligned to 4
   WorkItem* items = nullptr;  // out, (num_items)
 };
@@ -211,7 +211,7 @@ struct ForwardParams {
 };
 
 // Gradients of forward(). `problem` is that of the forward call, with its results in `out` and `lse`; its workspace and
-// cycles are not used. Columns and key items are not, either, if backward_by_queries().
+// cycles are not used, and its items, if any, are those of a list `for_backward`. hbsattn.h says which lists are used.
 struct BackwardParams {
   ForwardParams problem;
   TensorView grad_out;              // as out

@@ -142,7 +142,8 @@ static_assert(sizeof(WorkItem) == sizeof(PackedRecord) && offsetof(WorkItem, fir
 Status plan_items(const PlanParams& params, int64_t num_items, Stream stream) {
   if (num_items == 0) return Status::Ok();
   const MaskShape& shape = params.mask.shape;
-  const TileShape tiles = shape_tiles(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads);
+  const TileShape tiles =
+      shape_tiles(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, params.for_backward);
   const ItemGrid grid{shape,           params.mask.sequences, params.heads_q, tiles.packed_heads,
                       tiles.tile_rows, tiles.tiles,           tiles.united};
   int32_t* blocks = static_cast<int32_t*>(params.scratch);

@@ -21,10 +21,10 @@ int forward_shared_bytes() {
 }
 
 // Fills what a kernel gets that streams keys and values past tiles of query rows, and tells whether the general one is
-// needed. `out_name`: what the caller knows params.out as.
+// needed. `out_name`: what the caller knows params.out as; `for_backward`: as in PlanParams.
 template <class Config>
-Status set_arguments(const ForwardParams& params, const std::string& out_name, sm90::ForwardArguments& args,
-                     bool& general) {
+Status set_arguments(const ForwardParams& params, const std::string& out_name, bool for_backward,
+                     sm90::ForwardArguments& args, bool& general) {
   using Traits = sm90::ForwardTraits<Config>;
   const MaskShape& shape = params.mask.shape;
   const RowsOfTensor q = rows_of(params.q, params, params.rows_q, params.heads_q);
@@ -44,7 +44,8 @@ Status set_arguments(const ForwardParams& params, const std::string& out_name, s
   }
 
   const int group = params.heads_q / params.heads_k;
-  const TileShape tiles = shape_tiles(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads);
+  const TileShape tiles =
+      shape_tiles(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, for_backward);
   const auto block_rows = static_cast<int>(std::min<int64_t>(tiles.block_rows, INT_MAX));
   args.packed_heads = tiles.packed_heads;
   args.block_rows = block_rows;
@@ -129,9 +130,12 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   using Traits = sm90::ForwardTraits<Config>;
   sm90::ForwardArguments args{};
   bool general = false;
-  HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(params, "out", args, general));
+  HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(params, "out", false, args, general));
   args.cycles = reinterpret_cast<long long*>(params.cycles);
-  auto* kernel = general ? sm90::forward_kernel<Config, true> : sm90::forward_kernel<Config, false>;
+  auto* kernel = sm90::forward_kernel<Config, false>;
+  if constexpr (Config::kWithGeneral) {
+    if (general) kernel = sm90::forward_kernel<Config, true>;
+  }
   return launch_tiles(kernel, args, Traits::kThreads, Config::kCtasPerSm, forward_shared_bytes<Config>(),
                       "the launch of the forward kernel", stream);
 }

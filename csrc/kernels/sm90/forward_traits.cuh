@@ -22,8 +22,9 @@ enum ProducerWarp : int { kKeyWarp = 0, kTileWarp = 1, kValueWarp = 2, kBufferWa
 
 // Named barriers beside those of turn.cuh.
 enum ForwardBarrier : uint32_t {
-  kUnit0 = 2,  // the four warps of consumer warpgroup 0
-  kUnit1 = 3,  //                                      1
+  kUnit0 = 3,  // the four warps of consumer warpgroup 0
+  kUnit1 = 4,  //                                      1
+  kUnit2 = 5,  //                                      2
 };
 
 inline constexpr int kUnitRows = 64;  // query rows of one consumer warpgroup
@@ -73,14 +74,14 @@ struct ForwardTraits {
   static constexpr int kChunks = kHeadDim / kChunkColumns;
   static constexpr int kGranules = kTileN / kGranule;
   // Blocks that a tile may unite, at most: up to head dim 128, small blocks get tiles of 64 rows.
-  static constexpr int kUnited = kTileM == 128 && kHeadDim <= 128 ? 1 : kTileM / kGranule;
+  static constexpr int kUnited = kTileM >= 128 && kHeadDim <= 128 ? 1 : kTileM / kGranule;
   static_assert(kUnited * kGranules <= 32, "the granules of a stage, for each united block, are written by a warp");
   static constexpr int kTileLead = kTileLeadKeys / kTileN;  // in stages
   static constexpr int kTileSlots = 4;                      // a ring; readers may be some tiles behind
   static constexpr int kSegmentSlots = 4;                   // a ring
   static constexpr int kSlotStages = 8;                     // at most
-  static constexpr int kColumnEntries = kTileM == 128 ? 512 : 256;
-  using Blocks = BitRow<kTileM == 128 ? 8 : 4, kColumnEntries>;
+  static constexpr int kColumnEntries = kTileM >= 128 ? 512 : 256;
+  using Blocks = BitRow<kTileM >= 128 ? 8 : 4, kColumnEntries>;
   static constexpr bool kForGradients = false;  // tiles have output gradients beside their queries
   static constexpr bool kAddsKeys = false;      // consumers need to know where all keys lie
   static_assert(kTileM == kUnits * kUnitRows);

@@ -20,7 +20,7 @@ Status set_query_arguments(const BackwardParams& params, const BackwardWorkspace
   problem.out = params.grad_q;
   problem.lse = nullptr;
   problem.workspace = bytes + workspace.ticket;
-  HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(problem, "grad_q", args, general));
+  HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(problem, "grad_q", true, args, general));
   const RowsOfTensor grad_out = rows_of(params.grad_out, problem, problem.rows_q, problem.heads_q);
   HBSATTN_RETURN_IF_ERROR(
       encode_rows(grad_out.matrix, Config::kChunkColumns, args.box_rows, args.box_heads, &args.map_grad_out));

@@ -1,0 +1,10 @@
+#include "kernels/sm90/forward_launch.cuh"
+
+namespace hbsattn::kernels {
+
+using Config = Sm90Forward<DType::kBFloat16, 96, 192>;
+
+template Status run_forward<Config>(const ForwardParams& params, Stream stream);
+template int forward_shared_bytes<Config>();
+
+}  // namespace hbsattn::kernels
