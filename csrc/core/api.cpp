@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "core/dispatch.h"
 #include "core/select.h"
@@ -13,61 +15,36 @@ namespace {
 
 constexpr size_t kWorkspaceBytes = 16;  // the ticket of the persistent CTAs
 
-Status run_forward(const KernelKey& key, const ForwardParams& params, [[maybe_unused]] Stream stream) {
-  Status status =
-      Status::NotSupported("this build of hbsattn has no forward kernel for " + std::string(name_of(key.dtype)) +
-                           " and head_dim " + std::to_string(params.head_dim));
-  Sm90ForwardKernels::any([&](auto config) {
+// Calls run(Config{}) for the kernel of a key.
+template <class Table, class Run>
+Status dispatch(const KernelKey& key, const char* what, Run&& run) {
+  Status status = Status::NotSupported("this build of hbsattn has no " + std::string(what) + " kernel for " +
+                                       name_of(key.dtype) + " and head_dim " + std::to_string(key.head_dim));
+  Table::any([&](auto config) {
     using Config = decltype(config);
     const bool chosen =
-        Config::kDType == key.dtype && Config::kHeadDim == key.head_dim && Config::kTileM == key.tile_rows;
-    if (chosen) status = kernels::run_forward<Config>(params, stream);
+        Config::kDType == key.dtype && Config::kHeadDim == key.head_dim && Config::kTileRows == key.tile_rows;
+    if (chosen) status = run(config);
     return chosen;
   });
   return status;
 }
 
-Status run_backward(const KernelKey& key, const BackwardParams& params, [[maybe_unused]] Stream stream) {
-  Status status =
-      Status::NotSupported("this build of hbsattn has no backward kernel for " + std::string(name_of(key.dtype)) +
-                           " and head_dim " + std::to_string(params.problem.head_dim));
-  if (choose_backward_method(params) == BackwardMethod::kByQueries) {
-    Sm90QueryBackwardKernels::any([&](auto config) {
-      using Config = decltype(config);
-      const bool chosen =
-          Config::kDType == key.dtype && Config::kHeadDim == key.head_dim && Config::kTileM == key.tile_rows;
-      if (chosen) status = kernels::run_query_backward<Config>(params, stream);
-      return chosen;
-    });
-    return status;
-  }
-  Sm90BackwardKernels::any([&](auto config) {
+// Adds the kernels of a table to `kernels`. `tile`: "m" or "n", which of their tiles' extents names them;
+// stages(Config{}): of keys and of values, or of queries twice; bytes(Config{}): of shared memory.
+template <class Table, class Stages, class Bytes>
+void list_kernels(const char* direction, const char* tile, Stages&& stages, Bytes&& bytes,
+                  [[maybe_unused]] std::vector<KernelInfo>& kernels) {
+  Table::any([&](auto config) {
     using Config = decltype(config);
-    const bool chosen =
-        Config::kDType == key.dtype && Config::kHeadDim == key.head_dim && Config::kTileN == key.tile_rows;
-    if (chosen) status = kernels::run_backward<Config>(params, stream);
-    return chosen;
+    const std::string dtype = Config::kDType == DType::kBFloat16 ? "_bf16" : "_fp16";
+    const std::string name = std::string("sm90_") + direction + dtype + "_hd" + std::to_string(Config::kHeadDim) + "_" +
+                             tile + std::to_string(Config::kTileRows);
+    const auto [key_stages, value_stages] = stages(config);
+    kernels.push_back({name, "sm_90a", Config::kDType, Config::kHeadDim, Config::kTileM, Config::kTileN, key_stages,
+                       value_stages, bytes(config)});
+    return false;
   });
-  return status;
-}
-
-Status run_grad_queries(const KernelKey& key, const BackwardParams& params, [[maybe_unused]] Stream stream) {
-  Status status = Status::NotSupported("this build of hbsattn has no deterministic backward kernel for " +
-                                       std::string(name_of(key.dtype)) + " and head_dim " +
-                                       std::to_string(params.problem.head_dim));
-  Sm90GradQueriesKernels::any([&](auto config) {
-    using Config = decltype(config);
-    const bool chosen =
-        Config::kDType == key.dtype && Config::kHeadDim == key.head_dim && Config::kTileM == key.tile_rows;
-    if (chosen) status = kernels::run_grad_queries<Config>(params, stream);
-    return chosen;
-  });
-  return status;
-}
-
-[[maybe_unused]] std::string kernel_name(const char* direction, DType dtype, int head_dim, const std::string& tile) {
-  return std::string("sm90_") + direction + (dtype == DType::kBFloat16 ? "_bf16_hd" : "_fp16_hd") +
-         std::to_string(head_dim) + "_" + tile;
 }
 
 }  // namespace
@@ -152,7 +129,8 @@ Status forward(const ForwardParams& params, Stream stream) {
   if (params.mask.shape.batch == 0 || params.rows_q == 0) return Status::Ok();
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
   HBSATTN_RETURN_IF_ERROR(check_addressable(params));
-  return run_forward(key, params, stream);
+  return dispatch<Sm90ForwardKernels>(
+      key, "forward", [&](auto config) { return kernels::run_forward<decltype(config)>(params, stream); });
 }
 
 bool backward_by_queries(const ForwardParams& problem, bool deterministic) {
@@ -188,44 +166,36 @@ Status backward(const BackwardParams& params, Stream stream) {
   if (problem.mask.shape.batch == 0 || problem.rows_q == 0 || problem.rows_k == 0) return Status::Ok();
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
   HBSATTN_RETURN_IF_ERROR(check_addressable(params));
-  HBSATTN_RETURN_IF_ERROR(run_backward(key, params, stream));
-  return params.deterministic ? run_grad_queries(queries_key, params, stream) : Status::Ok();
+  if (choose_backward_method(params) == BackwardMethod::kByQueries) {
+    return dispatch<Sm90QueryBackwardKernels>(
+        key, "backward", [&](auto config) { return kernels::run_query_backward<decltype(config)>(params, stream); });
+  }
+  HBSATTN_RETURN_IF_ERROR(dispatch<Sm90BackwardKernels>(
+      key, "backward", [&](auto config) { return kernels::run_backward<decltype(config)>(params, stream); }));
+  if (!params.deterministic) return Status::Ok();
+  return dispatch<Sm90GradQueriesKernels>(queries_key, "deterministic backward", [&](auto config) {
+    return kernels::run_grad_queries<decltype(config)>(params, stream);
+  });
 }
 
 BuildInfo build_info() {
   BuildInfo info{HBSATTN_WITH_CUDA != 0, HBSATTN_CUDA_VERSION, HBSATTN_CUTLASS_VERSION, {}};
-  Sm90ForwardKernels::any([&](auto config) {
-    using Config = decltype(config);
-    const std::string name =
-        kernel_name("forward", Config::kDType, Config::kHeadDim, "m" + std::to_string(Config::kTileM));
-    info.kernels.push_back({name, "sm_90a", Config::kDType, Config::kHeadDim, Config::kTileM, Config::kTileN,
-                            Config::kKeyStages, Config::kValueStages, kernels::forward_shared_bytes<Config>()});
-    return false;
-  });
-  Sm90BackwardKernels::any([&](auto config) {
-    using Config = decltype(config);
-    const std::string name =
-        kernel_name("backward", Config::kDType, Config::kHeadDim, "n" + std::to_string(Config::kTileN));
-    info.kernels.push_back({name, "sm_90a", Config::kDType, Config::kHeadDim, Config::kTileM, Config::kTileN,
-                            Config::kStages, Config::kStages, kernels::backward_shared_bytes<Config>()});
-    return false;
-  });
-  Sm90QueryBackwardKernels::any([&](auto config) {
-    using Config = decltype(config);
-    const std::string name =
-        kernel_name("query_backward", Config::kDType, Config::kHeadDim, "m" + std::to_string(Config::kTileM));
-    info.kernels.push_back({name, "sm_90a", Config::kDType, Config::kHeadDim, Config::kTileM, Config::kTileN,
-                            Config::kKeyStages, Config::kValueStages, kernels::query_backward_shared_bytes<Config>()});
-    return false;
-  });
-  Sm90GradQueriesKernels::any([&](auto config) {
-    using Config = decltype(config);
-    const std::string name =
-        kernel_name("grad_queries", Config::kDType, Config::kHeadDim, "m" + std::to_string(Config::kTileM));
-    info.kernels.push_back({name, "sm_90a", Config::kDType, Config::kHeadDim, Config::kTileM, Config::kTileN,
-                            Config::kKeyStages, Config::kValueStages, kernels::grad_queries_shared_bytes<Config>()});
-    return false;
-  });
+  const auto of_keys = [](auto config) {
+    return std::pair(decltype(config)::kKeyStages, decltype(config)::kValueStages);
+  };
+  const auto of_queries = [](auto config) { return std::pair(decltype(config)::kStages, decltype(config)::kStages); };
+  list_kernels<Sm90ForwardKernels>(
+      "forward", "m", of_keys, [](auto config) { return kernels::forward_shared_bytes<decltype(config)>(); },
+      info.kernels);
+  list_kernels<Sm90BackwardKernels>(
+      "backward", "n", of_queries, [](auto config) { return kernels::backward_shared_bytes<decltype(config)>(); },
+      info.kernels);
+  list_kernels<Sm90QueryBackwardKernels>(
+      "query_backward", "m", of_keys,
+      [](auto config) { return kernels::query_backward_shared_bytes<decltype(config)>(); }, info.kernels);
+  list_kernels<Sm90GradQueriesKernels>(
+      "grad_queries", "m", of_keys, [](auto config) { return kernels::grad_queries_shared_bytes<decltype(config)>(); },
+      info.kernels);
   return info;
 }
 

@@ -47,15 +47,14 @@ struct HeadDims {
   int largest = 0;  // 0: there is no kernel
 };
 
-// `matches` tells of a Config{} whether it may be used.
-template <class Table, class Matches>
-HeadDims choose_head_dim(int head_dim, Matches&& matches) {
+template <class Table>
+HeadDims find_head_dims(const ForwardParams& problem, int tile_rows) {
   HeadDims found;
   Table::any([&](auto config) {
-    constexpr int kHeadDim = decltype(config)::kHeadDim;
-    if (!matches(config)) return false;
-    if (found.chosen == 0 && head_dim <= kHeadDim) found.chosen = kHeadDim;
-    found.largest = kHeadDim;
+    using Config = decltype(config);
+    if (Config::kDType != problem.dtype || Config::kTileRows != tile_rows) return false;
+    if (found.chosen == 0 && problem.head_dim <= Config::kHeadDim) found.chosen = Config::kHeadDim;
+    found.largest = Config::kHeadDim;
     return false;
   });
   return found;
@@ -80,17 +79,17 @@ int backward_tile_rows(const BackwardParams& params) {
              : shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys;
 }
 
-HeadDims choose_backward(const BackwardParams& params) {
-  const ForwardParams& problem = params.problem;
+HeadDims find_backward_head_dims(const BackwardParams& params) {
   const int tile_rows = backward_tile_rows(params);
-  if (choose_backward_method(params) == BackwardMethod::kByQueries) {
-    return choose_head_dim<Sm90QueryBackwardKernels>(problem.head_dim, [&](auto config) {
-      return decltype(config)::kDType == problem.dtype && decltype(config)::kTileM == tile_rows;
-    });
-  }
-  return choose_head_dim<Sm90BackwardKernels>(problem.head_dim, [&](auto config) {
-    return decltype(config)::kDType == problem.dtype && decltype(config)::kTileN == tile_rows;
-  });
+  return choose_backward_method(params) == BackwardMethod::kByQueries
+             ? find_head_dims<Sm90QueryBackwardKernels>(params.problem, tile_rows)
+             : find_head_dims<Sm90BackwardKernels>(params.problem, tile_rows);
+}
+
+Status select(const ForwardParams& problem, const HeadDims& found, int tile_rows, const char* where, KernelKey* key) {
+  if (found.chosen == 0) return refuse_head_dim(problem.head_dim, found.largest, where);
+  *key = {problem.dtype, found.chosen, tile_rows};
+  return Status::Ok();
 }
 
 Status check_head_dim(int head_dim) {
@@ -161,12 +160,7 @@ Status select_forward(const ForwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_device());
   HBSATTN_RETURN_IF_ERROR(check_dtype(params.dtype));
   const int tile_rows = query_tile_rows(params, false);
-  const HeadDims found = choose_head_dim<Sm90ForwardKernels>(params.head_dim, [&](auto config) {
-    return decltype(config)::kDType == params.dtype && decltype(config)::kTileM == tile_rows;
-  });
-  if (found.chosen == 0) return refuse_head_dim(params.head_dim, found.largest, " on CUDA");
-  *key = {params.dtype, found.chosen, tile_rows};
-  return Status::Ok();
+  return select(params, find_head_dims<Sm90ForwardKernels>(params, tile_rows), tile_rows, " on CUDA", key);
 }
 
 BackwardMethod choose_backward_method(const BackwardParams& params) {
@@ -175,31 +169,19 @@ BackwardMethod choose_backward_method(const BackwardParams& params) {
                                 problem.pack_heads, params.deterministic);
 }
 
-int choose_backward_head_dim(const BackwardParams& params) { return choose_backward(params).chosen; }
+int choose_backward_head_dim(const BackwardParams& params) { return find_backward_head_dims(params).chosen; }
 
 Status select_backward(const BackwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_device());
-  const ForwardParams& problem = params.problem;
-  HBSATTN_RETURN_IF_ERROR(check_dtype(problem.dtype));
-  const HeadDims found = choose_backward(params);
-  if (found.chosen == 0) {
-    return refuse_head_dim(problem.head_dim, found.largest, " for the backward pass on CUDA");
-  }
-  *key = {problem.dtype, found.chosen, backward_tile_rows(params)};
-  return Status::Ok();
+  HBSATTN_RETURN_IF_ERROR(check_dtype(params.problem.dtype));
+  return select(params.problem, find_backward_head_dims(params), backward_tile_rows(params),
+                " for the backward pass on CUDA", key);
 }
 
 Status select_grad_queries(const BackwardParams& params, KernelKey* key) {
-  const ForwardParams& problem = params.problem;
-  const int tile_rows = query_tile_rows(problem, true);
-  const HeadDims found = choose_head_dim<Sm90GradQueriesKernels>(problem.head_dim, [&](auto config) {
-    return decltype(config)::kDType == problem.dtype && decltype(config)::kTileM == tile_rows;
-  });
-  if (found.chosen == 0) {
-    return refuse_head_dim(problem.head_dim, found.largest, " for the deterministic backward pass on CUDA");
-  }
-  *key = {problem.dtype, found.chosen, tile_rows};
-  return Status::Ok();
+  const int tile_rows = query_tile_rows(params.problem, true);
+  return select(params.problem, find_head_dims<Sm90GradQueriesKernels>(params.problem, tile_rows), tile_rows,
+                " for the deterministic backward pass on CUDA", key);
 }
 
 }  // namespace hbsattn

@@ -133,6 +133,8 @@ constexpr int64_t count_part_slots(int64_t tiles, int32_t tile_keys, int32_t hea
   return tiles < slots ? tiles : slots;
 }
 
+// The kernels. kTileRows: of what a CTA keeps while it streams the rest.
+
 // A forward kernel for sm_90a. A CTA owns kTileM query rows, 64 for each consumer warpgroup, and streams the keys of
 // the active blocks in stages of kTileN, each filled from as many key blocks as fit.
 template <DType kDType_, int kHeadDim_, int kTileM_>
@@ -140,6 +142,7 @@ struct Sm90Forward {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
   static constexpr int kTileM = kTileM_;
+  static constexpr int kTileRows = kTileM;
   static constexpr int kCtasPerSm = kTileM == 64 ? 2 : 1;
   // Whether there is a second kernel for what the fast one has no code for.
   static constexpr bool kWithGeneral = kTileM != 192;
@@ -180,6 +183,7 @@ struct Sm90Backward {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
   static constexpr int kTileN = kTileN_;
+  static constexpr int kTileRows = kTileN;
   static constexpr bool kWide = kHeadDim > 128;
   static constexpr int kCtasPerSm = kWide ? 1 : 128 / kTileN;
   static constexpr int kTileM = 64;
@@ -200,6 +204,7 @@ struct Sm90GradQueries {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
   static constexpr int kTileM = kTileM_;
+  static constexpr int kTileRows = kTileM;
   static constexpr int kCtasPerSm = 128 / kTileM;
   static constexpr int kTileN = kHeadDim <= 64 && kTileM == 128 ? 128 : kHeadDim <= 192 ? 64 : 32;
   // A key stage is held until the scores of the next one are there and the product behind them is done.
@@ -218,6 +223,7 @@ struct Sm90QueryBackward {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
   static constexpr int kTileM = 128;
+  static constexpr int kTileRows = kTileM;
   static constexpr int kCtasPerSm = 1;
   static constexpr int kTileN = 64;
   static constexpr int kKeyStages = kHeadDim == 128 ? 3 : 4;
@@ -248,17 +254,18 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
 }
 
 // What the backward pass keeps in its workspace: for each query row, padded to whole granules in each block, its
-// log-sum-exp and the dot product of output and output gradient, and its gradient in float32. Byte offsets.
+// log-sum-exp and the dot product of output and output gradient, and, by keys, its gradient in float32. Byte offsets.
 struct BackwardWorkspace {
   int64_t block_rows;    // of a query block, padded
   int64_t rows;          // of a head
   int64_t ticket;        // of the persistent CTAs, and behind it a counter for each warpgroup's half of each slot
   int64_t set_counters;  // (heads_k, batch * rows_k), twice above head dim 128, if sets of heads pass sums on
-  int64_t zeroed;        // bytes from `ticket` on that are to be 0; by queries, with key_sums
-  int64_t key_sums;  // (heads_k, batch * rows_k, padded head_dim) floats, twice, where several tiles have the same keys
+  int64_t sums;        // that tiles add to: by keys, (heads_q, rows / 16) chunks of 16 x padded head_dim floats, in the
+                       // order of accumulators; by queries, (2, heads_k, batch * rows_k, padded head_dim) floats
+  int64_t zeroed;      // bytes from `ticket` on that are to be 0
   int64_t statistics;  // two arrays (heads_q, rows) of float, each followed by kPaddingRows for rows that do not exist
   int64_t parts;       // gradients of keys and values in parts of tiles, slot after slot
-  int64_t grad_q;      // (heads_q, rows / 16) chunks of 16 x padded head_dim floats, in the order of accumulators
+  int64_t set_sums;    // (heads_k, batch * rows_k, 2 x padded head_dim) floats, if sets of heads pass sums on
   int64_t bytes;
 
   static constexpr int64_t kPaddingRows = 64;
@@ -273,12 +280,13 @@ constexpr BackwardWorkspace lay_out_backward(const ForwardParams& problem, int32
   };
   const MaskShape& shape = problem.mask.shape;
   const KeyTileShape tiles = shape_key_tiles(shape, problem.head_dim);
-  const bool sums_queries = method == BackwardMethod::kByKeys, by_queries = method == BackwardMethod::kByQueries;
+  const bool by_keys = method == BackwardMethod::kByKeys, by_queries = method == BackwardMethod::kByQueries;
   const int32_t tile_heads =
-      count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, !sums_queries);
+      count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, !by_keys);
   const bool passes_sets = !by_queries && tile_heads < problem.heads_q / problem.heads_k;
   const int64_t all_tiles = int64_t{problem.heads_q / tile_heads} * shape.batch * tiles.count(shape);
   const int64_t keys = problem.heads_k * problem.rows_k * (problem.packed ? 1 : shape.batch);
+  const int64_t key_bytes = 2 * 4 * keys * padded_head_dim;
   const int64_t slots = by_queries ? 0 : count_part_slots(all_tiles, tiles.tile_keys, problem.head_dim);
   // Blocks may be longer than all sequences. Segments must not reach into the next block's rows.
   const int64_t block = (int64_t{shape.q_block_size} + kGranule - 1) / kGranule * kGranule;
@@ -286,16 +294,15 @@ constexpr BackwardWorkspace lay_out_backward(const ForwardParams& problem, int32
   BackwardWorkspace workspace{};
   workspace.block_rows = block < longest ? block : longest;
   workspace.rows = shape.rows * workspace.block_rows;
+  const int64_t query_bytes = 4 * problem.heads_q * workspace.rows * padded_head_dim;
   workspace.set_counters = workspace.ticket + align(4 * (1 + 2 * slots));
-  const int64_t sum_bytes = by_queries || passes_sets ? 2 * 4 * keys * padded_head_dim : 0;
-  const int64_t counters_end = workspace.set_counters + (passes_sets ? 4 * keys * (padded_head_dim > 128 ? 2 : 1) : 0);
-  workspace.key_sums = align(counters_end);
-  workspace.zeroed = by_queries ? workspace.key_sums + sum_bytes : counters_end;
-  workspace.statistics = align(workspace.key_sums + sum_bytes);
+  workspace.sums = workspace.set_counters + align(passes_sets ? 4 * keys * (padded_head_dim > 128 ? 2 : 1) : 0);
+  workspace.zeroed = workspace.sums + (by_queries ? key_bytes : by_keys ? query_bytes : 0);
+  workspace.statistics = align(workspace.zeroed);
   workspace.parts =
       workspace.statistics + align(2 * 4 * (problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows));
-  workspace.grad_q = workspace.parts + align(slots * 2 * 4 * tiles.tile_keys * padded_head_dim);
-  workspace.bytes = workspace.grad_q + (sums_queries ? 4 * problem.heads_q * workspace.rows * padded_head_dim : 0);
+  workspace.set_sums = workspace.parts + align(slots * 2 * 4 * tiles.tile_keys * padded_head_dim);
+  workspace.bytes = workspace.set_sums + (passes_sets ? key_bytes : 0);
   return workspace;
 }
 

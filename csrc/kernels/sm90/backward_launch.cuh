@@ -81,7 +81,7 @@ Status run_backward(const BackwardParams& params, Stream stream) {
   args.part_sums = reinterpret_cast<float4*>(bytes + workspace.parts);
   args.lse = reinterpret_cast<float*>(bytes + workspace.statistics);
   args.delta = args.lse + problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows;
-  args.grad_q = reinterpret_cast<float*>(bytes + workspace.grad_q);
+  args.grad_q = reinterpret_cast<float*>(bytes + workspace.sums);
   args.chunks = static_cast<int>(chunks);
   args.chunks_per_block = static_cast<int>(workspace.block_rows / kGranule);
   args.padding_chunk = static_cast<int>(problem.heads_q * chunks);
@@ -97,7 +97,7 @@ Status run_backward(const BackwardParams& params, Stream stream) {
   args.sets_per_key_head = problem.heads_q / problem.heads_k / args.tile_heads;
   args.all_rows_k = problem.rows_k * (problem.packed ? 1 : shape.batch);
   args.sum_batch_rows = problem.packed ? 0 : static_cast<int>(problem.rows_k);
-  args.set_sums = reinterpret_cast<float*>(bytes + workspace.key_sums);
+  args.set_sums = reinterpret_cast<float*>(bytes + workspace.set_sums);
   args.set_counters = reinterpret_cast<uint32_t*>(bytes + workspace.set_counters);
   args.heads_per_mask_head = problem.heads_q / shape.heads;
   args.segments_per_block = (std::min<int64_t>(shape.q_block_size, workspace.block_rows) + segment - 1) / segment;
@@ -105,8 +105,7 @@ Status run_backward(const BackwardParams& params, Stream stream) {
   args.scale = problem.softmax_scale;
   args.scale_log2 = static_cast<float>(problem.softmax_scale * M_LOG2E);
 
-  const int summed_head_dim = params.deterministic ? 0 : Config::kHeadDim;
-  HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, summed_head_dim, stream));
+  HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, stream));
   auto* kernel = params.deterministic ? sm90::backward_kernel<Config, false> : sm90::backward_kernel<Config, true>;
   constexpr int kSharedBytes = sizeof(typename Traits::Storage);
   HBSATTN_RETURN_IF_ERROR(cuda_status(
@@ -114,7 +113,6 @@ Status run_backward(const BackwardParams& params, Stream stream) {
   int capability = 0, multiprocessors = 0;
   HBSATTN_RETURN_IF_ERROR(current_device(&capability, &multiprocessors));
   if (params.num_key_items > 0) {
-    HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.ticket, 0, workspace.zeroed, stream), "cudaMemsetAsync"));
     const auto grid = std::min<int64_t>(multiprocessors * Config::kCtasPerSm, params.num_key_items);
     kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kSharedBytes, stream>>>(args);
     HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetLastError(), "the launch of the backward kernel"));

@@ -11,9 +11,8 @@ namespace hbsattn::kernels {
 // Whether grids and 32-bit row coordinates hold a problem.
 Status check_launchable(const BackwardParams& params);
 
-// Fills the workspace: statistics of all rows, padding included, and zeros for the gradient of the queries.
-Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
-                    Stream stream);
+// Fills the workspace: what is to be 0, and statistics of all rows, padding included.
+Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, Stream stream);
 
 // Turns the accumulated gradient of the queries, which is that of unscaled scores, into rows of grad_q.
 Status finish_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,

@@ -111,7 +111,7 @@ Status set_arguments(const ForwardParams& params, const std::string& out_name, b
   return Status::Ok();
 }
 
-// Starts persistent CTAs, as many as run at once.
+// Starts persistent CTAs, as many as run at once. Their ticket is to be 0.
 template <class Arguments>
 Status launch_tiles(void (*kernel)(Arguments), const Arguments& args, int threads, int ctas_per_sm, int shared_bytes,
                     const char* what, Stream stream) {
@@ -119,7 +119,6 @@ Status launch_tiles(void (*kernel)(Arguments), const Arguments& args, int thread
   HBSATTN_RETURN_IF_ERROR(current_device(&device_capability, &multiprocessors));
   HBSATTN_RETURN_IF_ERROR(cuda_status(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "cudaFuncSetAttribute"));
-  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.ticket, 0, sizeof(int), stream), "cudaMemsetAsync"));
   const int grid = std::min(multiprocessors * ctas_per_sm, args.num_items);
   kernel<<<grid, threads, shared_bytes, stream>>>(args);
   return cuda_status(cudaGetLastError(), what);
@@ -136,6 +135,7 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   if constexpr (Config::kWithGeneral) {
     if (general) kernel = sm90::forward_kernel<Config, true>;
   }
+  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.ticket, 0, sizeof(int), stream), "cudaMemsetAsync"));
   return launch_tiles(kernel, args, Traits::kThreads, Config::kCtasPerSm, forward_shared_bytes<Config>(),
                       "the launch of the forward kernel", stream);
 }

@@ -44,6 +44,7 @@ Status run_grad_queries(const BackwardParams& params, Stream stream) {
   bool general = false;
   HBSATTN_RETURN_IF_ERROR(set_query_arguments<Config>(params, workspace, args, general));
   auto* kernel = general ? sm90::grad_queries_kernel<Config, true> : sm90::grad_queries_kernel<Config, false>;
+  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.ticket, 0, sizeof(int), stream), "cudaMemsetAsync"));
   return launch_tiles(kernel, args, Traits::kThreads, Config::kCtasPerSm, grad_queries_shared_bytes<Config>(),
                       "the launch of the kernel for grad_q", stream);
 }

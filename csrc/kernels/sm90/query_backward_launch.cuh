@@ -22,13 +22,10 @@ Status run_query_backward(const BackwardParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(set_query_arguments<Config>(params, workspace, args, general));
   args.all_rows_k = problem.rows_k * (problem.packed ? 1 : problem.mask.shape.batch);
   args.sum_batch_rows = problem.packed ? 0 : static_cast<int>(problem.rows_k);
-  args.key_sums = reinterpret_cast<float*>(static_cast<uint8_t*>(params.workspace) + workspace.key_sums);
+  args.key_sums = reinterpret_cast<float*>(static_cast<uint8_t*>(params.workspace) + workspace.sums);
   args.value_sums = args.key_sums + problem.heads_k * args.all_rows_k * Config::kHeadDim;
 
-  HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, 0, stream));
-  HBSATTN_RETURN_IF_ERROR(cuda_status(
-      cudaMemsetAsync(static_cast<uint8_t*>(params.workspace) + workspace.ticket, 0, workspace.zeroed, stream),
-      "cudaMemsetAsync"));
+  HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, stream));
   auto* kernel = general ? sm90::query_backward_kernel<Config, true> : sm90::query_backward_kernel<Config, false>;
   HBSATTN_RETURN_IF_ERROR(launch_tiles(kernel, args, Traits::kThreads, Config::kCtasPerSm,
                                        query_backward_shared_bytes<Config>(),
