@@ -48,8 +48,9 @@ def choose_query_tile_rows(rows: int, head_dim: int, k_block_size: int, for_back
 
     The rule, and its reason, are those of csrc/kernels/config.h.
     """
-    fuller = 192 * ceil_div(rows, 192) < 128 * ceil_div(rows, 128)
-    if not for_backward and head_dim <= 128 and k_block_size % 16 == 0 and fuller:
+    of_192, of_128 = 192 * ceil_div(rows, 192), 128 * ceil_div(rows, 128)
+    better = of_192 < of_128 or (of_192 == of_128 and head_dim <= 64)
+    if not for_backward and head_dim <= 128 and k_block_size % 16 == 0 and better:
         return 192
     return choose_tile_rows(rows, head_dim)
 

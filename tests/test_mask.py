@@ -20,9 +20,10 @@ from problems import block_lists, block_masks, build_mask, cu_seqlens, dense_mas
 
 def tile_rows(rows: int, head_dim: int, k_block: int | None = None) -> int:
     """Of a query block of `rows` rows: tiles of 64 if those of 128 would be more than a fifth emptier; of the forward,
-    whose key block is given, 192 if those would be fuller."""
+    whose key block is given, 192 if those would be fuller, or at head dim 64 as full."""
     filled_64, filled_128, filled_192 = (-(-rows // n) * n for n in (64, 128, 192))
-    if k_block is not None and k_block % 16 == 0 and head_dim <= 128 and filled_192 < filled_128:
+    better = filled_192 < filled_128 or (head_dim <= 64 and filled_192 == filled_128)
+    if k_block is not None and k_block % 16 == 0 and head_dim <= 128 and better:
         return 192
     return 64 if head_dim <= 128 and filled_64 / filled_128 < 0.8 else 128
 
