@@ -36,11 +36,10 @@ __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage)
   mbarrier_init_fence();
 }
 
-// Calls compute(item, stages, masked_stages, buffer) for each tile of a CTA that has something to attend; `buffer` is
-// the position of its queries.
-template <class Traits, bool kGeneral, class Arguments, class Compute>
-__device__ __forceinline__ void for_each_tile(const Arguments& args, typename Traits::Storage& storage, int unit,
-                                              int warp, int lane, Compute&& compute) {
+template <class Traits, bool kGeneral>
+__device__ __forceinline__ void run_consumer(const ForwardArguments& args, typename Traits::Storage& storage, int unit,
+                                             int warp, int lane) {
+  ForwardMainloop<Traits, kGeneral> mainloop(args, storage, unit, lane);
   RingPosition<Traits::kTileSlots> slot(0);
   RingPosition<Traits::kQueryBuffers> buffer(0);
   while (true) {
@@ -53,40 +52,15 @@ __device__ __forceinline__ void for_each_tile(const Arguments& args, typename Tr
       write_empty_tile<Traits, kGeneral>(args, item, unit, warp, lane);
       continue;
     }
-    compute(item, stages, masked_stages, buffer);
+    const KeyLimits<kGeneral> limits(args, item, unit * kUnitRows + warp * 16, lane);
+    mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
+    mainloop.run(limits, stages, masked_stages, buffer.index * Traits::kUnits + unit);
+    finish_tile<Traits, kGeneral>(args, storage, mainloop, item, buffer.index, warp);
     buffer.advance();
   }
 }
 
-// The roles of a persistent CTA: four producer warps and one to three consumer warpgroups, each of whose warps calls
-// consume(unit, warp, lane). They meet at the barriers of Storage only, which are initialized before.
-template <class Config, class Traits, bool kGeneral, class Arguments, class Consume>
-__device__ __forceinline__ void run_roles(const Arguments& args, typename Traits::Storage& storage, Consume&& consume) {
-  __syncthreads();
-  const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
-  const int warpgroup = uniform(threadIdx.x / 128);
-  if (warpgroup == 0) {
-    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
-    run_producer<Traits, kGeneral>(args, storage, warp, lane);
-  } else {
-    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-    consume(warpgroup - 1, warp % 4, lane);
-  }
-}
-
-template <class Traits, bool kGeneral>
-__device__ __forceinline__ void run_consumer(const ForwardArguments& args, typename Traits::Storage& storage, int unit,
-                                             int warp, int lane) {
-  ForwardMainloop<Traits, kGeneral> mainloop(args, storage, unit, lane);
-  for_each_tile<Traits, kGeneral>(args, storage, unit, warp, lane,
-                                  [&](const WorkItem& item, int stages, int masked_stages, const auto& buffer) {
-                                    const KeyLimits<kGeneral> limits(args, item, unit * kUnitRows + warp * 16, lane);
-                                    mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
-                                    mainloop.run(limits, stages, masked_stages, buffer.index * Traits::kUnits + unit);
-                                    finish_tile<Traits, kGeneral>(args, storage, mainloop, item, buffer.index, warp);
-                                  });
-}
-
+// A persistent CTA: four producer warps and one or two consumer warpgroups, which meet at the barriers of Storage only.
 // kGeneral: for ragged blocks, boxes of several heads and united blocks, which the fast path has no code for.
 template <class Config, bool kGeneral>
 __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, Config::kCtasPerSm)
@@ -94,14 +68,22 @@ __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, Config::kCtas
   using Traits = ForwardTraits<Config>;
   extern __shared__ __align__(1024) uint8_t shared[];
   auto& storage = *reinterpret_cast<typename Traits::Storage*>(shared);
+  const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     if (args.cycles != nullptr) args.cycles[2 * blockIdx.x] = clock64();
     init_barriers<Traits, kGeneral>(storage);
   }
-  run_roles<Config, Traits, kGeneral>(args, storage, [&](int unit, int warp, int lane) {
-    run_consumer<Traits, kGeneral>(args, storage, unit, warp, lane);
+  __syncthreads();
+
+  const int warpgroup = uniform(threadIdx.x / 128);
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+    run_producer<Traits, kGeneral>(args, storage, warp, lane);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+    run_consumer<Traits, kGeneral>(args, storage, warpgroup - 1, warp % 4, lane);
     if (args.cycles != nullptr && threadIdx.x == 128) args.cycles[2 * blockIdx.x + 1] = clock64();
-  });
+  }
 }
 
 }  // namespace hbsattn::sm90

@@ -10,15 +10,26 @@ __device__ __forceinline__ void run_query_consumer(const GradQueriesArguments& a
                                                    int unit, int warp, int lane) {
   GradQueriesMainloop<Traits, kGeneral> mainloop(args, storage, lane);
   const int warp_row = unit * kUnitRows + warp * 16;
-  for_each_tile<Traits, kGeneral>(
-      args, storage, unit, warp, lane, [&](const WorkItem& item, int stages, int masked_stages, const auto& buffer) {
-        const KeyLimits<kGeneral> limits(args, item, warp_row, lane);
-        const auto rows = RowStatistics::load<kGeneral>(args, item, warp_row, lane);
-        mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
-        mainloop.run(limits, rows, stages, masked_stages, buffer.index * Traits::kUnits + unit);
-        mainloop.scale(rows);
-        leave_output<Traits>(storage, mainloop.grad_queries, unit, buffer.index, warp, lane);
-      });
+  RingPosition<Traits::kTileSlots> slot(0);
+  RingPosition<Traits::kQueryBuffers> buffer(0);
+  while (true) {
+    const WorkItem item = wait_tile(storage, slot).item;
+    const int stages = uniform(storage.tiles[slot.index].stages);
+    const int masked_stages = uniform(storage.tiles[slot.index].masked_stages);
+    release_tile(storage, slot, lane);
+    if (uniform(item.bit_row) < 0) break;
+    if (stages == 0) {
+      write_empty_tile<Traits, kGeneral>(args, item, unit, warp, lane);
+      continue;
+    }
+    const KeyLimits<kGeneral> limits(args, item, warp_row, lane);
+    const auto rows = RowStatistics::load<kGeneral>(args, item, warp_row, lane);
+    mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
+    mainloop.run(limits, rows, stages, masked_stages, buffer.index * Traits::kUnits + unit);
+    mainloop.scale(rows);
+    leave_output<Traits>(storage, mainloop.grad_queries, unit, buffer.index, warp, lane);
+    buffer.advance();
+  }
 }
 
 // The forward's CTA with other consumers.
@@ -28,10 +39,18 @@ __global__ void __launch_bounds__(GradQueriesTraits<Config>::kThreads, Config::k
   using Traits = GradQueriesTraits<Config>;
   extern __shared__ __align__(1024) uint8_t shared[];
   auto& storage = *reinterpret_cast<typename Traits::Storage*>(shared);
+  const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) init_barriers<Traits, kGeneral>(storage);
-  run_roles<Config, Traits, kGeneral>(args, storage, [&](int unit, int warp, int lane) {
-    run_query_consumer<Traits, kGeneral>(args, storage, unit, warp, lane);
-  });
+  __syncthreads();
+
+  const int warpgroup = uniform(threadIdx.x / 128);
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+    run_producer<Traits, kGeneral>(args, storage, warp, lane);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+    run_query_consumer<Traits, kGeneral>(args, storage, warpgroup - 1, warp % 4, lane);
+  }
 }
 
 }  // namespace hbsattn::sm90

@@ -31,25 +31,36 @@ __device__ __forceinline__ void run_query_backward_consumer(const QueryBackwardA
   QueryBackwardMainloop<Traits, kGeneral> mainloop(args, storage, unit, warp, lane);
   const int warp_row = unit * kUnitRows + warp * 16;
   float* all_sums = unit == 0 ? args.value_sums : args.key_sums;
-  for_each_tile<Traits, kGeneral>(
-      args, storage, unit, warp, lane, [&](const WorkItem& item, int stages, int masked_stages, const auto& buffer) {
-        const KeyLimits<kGeneral> limits(args, item, warp_row, lane);
-        const auto rows = RowStatistics::load<kGeneral>(args, item, warp_row, lane);
-        mainloop.key_end = item.k_len;
-        mainloop.query_index = buffer.index * Traits::kUnits + unit;
-        mainloop.sums = all_sums + (args.heads_per_key_head.div(item.head) * args.all_rows_k +
-                                    int64_t{item.sequence} * args.sum_batch_rows + item.k_begin) *
-                                       Traits::kHeadDim;
-        // The products over all queries read the other warpgroup's rows, too.
-        mbarrier_wait(&storage.queries_full[buffer.index][0], buffer.parity);
-        mbarrier_wait(&storage.queries_full[buffer.index][1], buffer.parity);
-        clear_absent_rows<Traits, kGeneral>(args, storage, item, buffer.index, unit, warp, lane);
-        mainloop.run(limits, rows, stages, masked_stages);
-        mainloop.scale(rows);
-        // The output comes to lie over the queries.
-        mainloop.wait_released(mainloop.position - 1);
-        leave_output<Traits>(storage, mainloop.grad_queries, unit, buffer.index, warp, lane);
-      });
+  RingPosition<Traits::kTileSlots> slot(0);
+  RingPosition<Traits::kQueryBuffers> buffer(0);
+  while (true) {
+    const WorkItem item = wait_tile(storage, slot).item;
+    const int stages = uniform(storage.tiles[slot.index].stages);
+    const int masked_stages = uniform(storage.tiles[slot.index].masked_stages);
+    release_tile(storage, slot, lane);
+    if (uniform(item.bit_row) < 0) break;
+    if (stages == 0) {
+      write_empty_tile<Traits, kGeneral>(args, item, unit, warp, lane);
+      continue;
+    }
+    const KeyLimits<kGeneral> limits(args, item, warp_row, lane);
+    const auto rows = RowStatistics::load<kGeneral>(args, item, warp_row, lane);
+    mainloop.key_end = item.k_len;
+    mainloop.query_index = buffer.index * Traits::kUnits + unit;
+    mainloop.sums = all_sums + (args.heads_per_key_head.div(item.head) * args.all_rows_k +
+                                int64_t{item.sequence} * args.sum_batch_rows + item.k_begin) *
+                                   Traits::kHeadDim;
+    // The products over all queries read the other warpgroup's rows, too.
+    mbarrier_wait(&storage.queries_full[buffer.index][0], buffer.parity);
+    mbarrier_wait(&storage.queries_full[buffer.index][1], buffer.parity);
+    clear_absent_rows<Traits, kGeneral>(args, storage, item, buffer.index, unit, warp, lane);
+    mainloop.run(limits, rows, stages, masked_stages);
+    mainloop.scale(rows);
+    // The output comes to lie over the queries.
+    mainloop.wait_released(mainloop.position - 1);
+    leave_output<Traits>(storage, mainloop.grad_queries, unit, buffer.index, warp, lane);
+    buffer.advance();
+  }
 }
 
 // The forward's CTA with other consumers.
@@ -59,6 +70,7 @@ __global__ void __launch_bounds__(QueryBackwardTraits<Config>::kThreads, Config:
   using Traits = QueryBackwardTraits<Config>;
   extern __shared__ __align__(1024) uint8_t shared[];
   auto& storage = *reinterpret_cast<typename Traits::Storage*>(shared);
+  const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Traits::kSharedBuffers; ++i) {
       mbarrier_init(&storage.shared_full[i], Traits::kConsumerWarps);
@@ -66,9 +78,16 @@ __global__ void __launch_bounds__(QueryBackwardTraits<Config>::kThreads, Config:
     }
     init_barriers<Traits, kGeneral>(storage);
   }
-  run_roles<Config, Traits, kGeneral>(args, storage, [&](int unit, int warp, int lane) {
-    run_query_backward_consumer<Traits, kGeneral>(args, storage, unit, warp, lane);
-  });
+  __syncthreads();
+
+  const int warpgroup = uniform(threadIdx.x / 128);
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+    run_producer<Traits, kGeneral>(args, storage, warp, lane);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+    run_query_backward_consumer<Traits, kGeneral>(args, storage, warpgroup - 1, warp % 4, lane);
+  }
 }
 
 }  // namespace hbsattn::sm90
