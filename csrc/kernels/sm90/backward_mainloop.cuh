@@ -101,7 +101,9 @@ struct BackwardMainloop {
     using namespace cute;
     MmaScores mma;
     auto thread_mma = mma.get_thread_slice(_0{});
-    Tensor sA = make_tensor(make_smem_ptr(keys), typename Traits::template SmemLayout<Traits::kTileN, 1>{});
+    // A single warpgroup's number is 0, which the compiler does not know: descriptors of keys are made anew here, too.
+    Tensor sA = make_tensor(make_smem_ptr(keys + (Traits::kUnits == 1 ? unit : 0)),
+                            typename Traits::template SmemLayout<Traits::kTileN, 1>{});
     Tensor sB =
         make_tensor(make_smem_ptr(rows), typename Traits::template SmemLayout<Traits::kTileM, Traits::kStages>{});
     Tensor rA = thread_mma.partition_fragment_A(sA);
