@@ -146,8 +146,9 @@ struct ForwardMainloop {
     using namespace cute;
     MmaQK mma;
     auto thread_mma = mma.get_thread_slice(_0{});
-    // The descriptors of sixteen steps do not fit the uniform registers. Made anew each time, they are not spilled.
-    if constexpr (Traits::kHeadDim > 192) query_index = uniform(opaque(query_index));
+    // The descriptors of eight and more steps do not fit the uniform registers. Made anew each time, they are not kept
+    // elsewhere.
+    if constexpr (Traits::kHeadDim >= 128) query_index = uniform(opaque(query_index));
     Tensor sQ = make_tensor(make_smem_ptr(&storage.queries[0][0][0]), typename Traits::SmemLayoutQ{});
     Tensor sK = make_tensor(make_smem_ptr(&storage.keys[0][0]), typename Traits::SmemLayoutK{});
     Tensor rQ = thread_mma.partition_fragment_A(sQ);
