@@ -140,6 +140,7 @@ CASES += [
     case("192_rows_of_12_heads", heads_q=12, heads_k=1, mask_heads=1, q_block=16, k_block=16, head_dim=96, causal=True),
     case("two_tiles_of_192", q_block=384, k_block=32, lens_q=(400, 200), causal=True),
     case("three_tiles_of_192", q_block=576, k_block=80, lens_q=(700, 570), lens_k=(640, 300), causal=True),
+    case("192_rows_from_inside_a_head", heads_q=7, heads_k=1, mask_heads=1, q_block=80, lens_q=(95, 190), causal=True),
     case("192_rows_of_a_padded_head", q_block=192, k_block=128, lens_q=(300,), head_dim=100),
 ]
 

@@ -122,7 +122,7 @@ def goes_by_queries(spec: Case) -> bool:
 
 def assert_same_gradients(got: Gradients, want: Gradients, spec: Case) -> None:
     """Bitwise equality, but for what CUDA adds up in any order and rounds at the end: the gradient of q, or, if tiles
-    of queries compute them, those of k and v."""
+    of queries compute them, those of k and v. Not for sets of heads, whose tiles pass sums on in any order, too."""
     by_queries = goes_by_queries(spec)
     for x, y, exact in zip(got, want, (by_queries, not by_queries, not by_queries), strict=True):
         if exact or x.device.type == "cpu":

@@ -17,7 +17,7 @@ from gradients import assert_same_gradients, attend, differentiate, judge_gradie
 from hbsattn import _ops
 from hbsattn._plans import plans_beside
 from problems import attended_keys, make_problem, same
-from test_key_plan import plan_lines, tile_heads
+from test_key_plan import plan_lines
 
 GPU_DTYPES = [torch.bfloat16, torch.float16]
 DEVICE_DTYPES = [*cases.DEVICE_DTYPES, pytest.param("cpu", torch.float64, id="cpu-float64")]
@@ -101,41 +101,6 @@ def test_tiles_in_parts(size: int, causal: bool):
     for _ in range(5):
         again = differentiate(problem, mask=mask)
         assert same(first[1], again[1]) and same(first[2], again[2])
-
-
-# Groups of heads whose queries outgrow the L2 cache, or that would if their blocks were full: several tiles add up the
-# gradients of the same keys.
-GROUP = {"heads_q": 8, "heads_k": 1, "mask_heads": 1}
-FEW = {**GROUP, "q_block": 8192, "lens_q": (100, 37), "lens_k": (300, 70)}
-SETS_OF_HEADS = [
-    case("shared", lens_q=(4200,), q_block=128, k_block=128, head_dim=128, density=0.1, **GROUP),
-    case("causal", lens_q=(4200,), q_block=64, k_block=64, head_dim=128, density=0.1, causal=True, **GROUP),
-    case("in_parts", pattern="one_column", lens_q=(4200,), q_block=128, k_block=128, head_dim=128, **GROUP),
-    case("wide", lens_q=(2600,), q_block=80, k_block=48, head_dim=256, density=0.1, **GROUP),
-    case("own_masks", k_block=16, head_dim=128, **{**FEW, "mask_heads": 8}),
-    case("two_key_heads", k_block=64, head_dim=128, **{**FEW, "heads_q": 16, "heads_k": 2, "mask_heads": 2}),
-    case("padded_head_dim", k_block=100, head_dim=120, causal=True, **FEW),
-    case("copied_head_dim", k_block=64, head_dim=100, **{**FEW, "q_block": 23040}),  # as 104: 1 head a tile, not 2
-    case("batched", k_block=80, head_dim=96, packed=False, **{**FEW, "lens_q": (90, 90), "lens_k": (200, 200)}),
-    case("head_dim_64", k_block=128, head_dim=64, **{**FEW, "q_block": 16384}),
-    case("head_dim_192", k_block=32, head_dim=192, causal=True, **FEW),
-    case("views", k_block=128, head_dim=128, layout="padded", **FEW),
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", GPU_DTYPES)
-@pytest.mark.parametrize("spec", SETS_OF_HEADS, ids=by_name)
-def test_sets_of_heads(spec: Case, dtype: torch.dtype):
-    problem = make_problem(spec, "cuda", dtype)
-    mask = problem.mask()
-    assert tile_heads(spec, mask, spec.head_dim) < spec.heads_q // spec.heads_k
-    if spec.name == "in_parts":
-        assert int(plan_lines(spec, mask, spec.head_dim)[:, 14].max()) > 1
-    judge_gradients(problem, differentiate(problem, mask=mask))
-    first, again = (differentiate(problem, mask=mask, deterministic=True) for _ in range(2))
-    judge_gradients(problem, first)
-    assert all(same(x, y) for x, y in zip(first, again, strict=True))
 
 
 @pytest.mark.gpu

@@ -61,6 +61,7 @@ SPECS = [
     case("one_head", mask_heads=1),
     case("gqa_group_mask", mask_heads=2, heads_q=16, heads_k=2, q_block=16, causal=True),
     case("gqa_group_mask_wide", mask_heads=2, heads_q=8, heads_k=2, q_block=80, causal=True, lens_q=(85, 200, 1)),
+    case("tiles_begin_inside_heads", mask_heads=1, heads_q=7, heads_k=1, q_block=80, causal=True, lens_q=(95, 190)),
     case("gqa_query_mask", mask_heads=8, heads_q=8, heads_k=2, q_block=192, lens_q=(200, 100)),
     case("no_sequences", lens_q=()),
 ]
@@ -384,11 +385,16 @@ def unite(items: list[Item], rows: Tensor, k_block: int) -> list[Item]:
 
 
 def expected_items(
-    spec: Case, mask: hbsattn.BlockMask, rows: Tensor, pack_heads: bool, head_dim: int = 64
+    spec: Case,
+    mask: hbsattn.BlockMask,
+    rows: Tensor,
+    pack_heads: bool,
+    head_dim: int = 64,
+    for_backward: bool = False,
 ) -> set[Item]:
     """The records of all tiles that hold queries, from the definition of WorkItem. rows: the trimmed bits as bool."""
     packed = packed_heads(spec, pack_heads)
-    tile = tile_rows(packed * spec.q_block, head_dim, spec.k_block)
+    tile = tile_rows(packed * spec.q_block, head_dim, None if for_backward else spec.k_block)
     block_rows = packed * spec.q_block
     # Only CUDA unites neighbours.
     united = tile // block_rows if mask.bits.is_cuda and block_rows % 16 == 0 and tile % block_rows == 0 else 1
@@ -420,21 +426,25 @@ def expected_items(
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("for_backward", [False, True])
 @pytest.mark.parametrize("pack_heads", [True, False])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
-def test_plan(spec: Case, pack_heads: bool, device: str):
+def test_plan(spec: Case, pack_heads: bool, for_backward: bool, device: str):
     masks = block_masks(spec, seed=5)
     mask = build_mask(spec, masks, device, seed=5)
     rows = expected_rows(spec, trimmed(spec, masks), spec.mask_form)
     items = mask._items(spec.heads_q, spec.heads_k, 64, 2, pack_heads)
+    if for_backward:
+        numbers = (mask.cols, spec.q_block, spec.k_block, spec.causal, spec.heads_q, spec.heads_k, 64, 2, pack_heads)
+        items = torch.ops.hbsattn.plan_items(mask.bits, mask.sequences, *numbers, True)
     assert items.dtype == torch.int32 and items.device.type == device
     packed = packed_heads(spec, pack_heads)
-    tile = tile_rows(packed * spec.q_block, 64, spec.k_block)
+    tile = tile_rows(packed * spec.q_block, 64, None if for_backward else spec.k_block)
     tiles = -(-spec.q_block * packed // tile)
     assert items.shape[0] == spec.heads_q // packed * mask.rows * tiles
 
     got = read_items(items)
-    want = expected_items(spec, mask, rows, pack_heads)
+    want = expected_items(spec, mask, rows, pack_heads, for_backward=for_backward)
     assert want <= set(got)
     for item in set(got) - want:
         assert (item.blocks, item.masked) == (0, 0), f"{item} holds no query, yet has blocks"

@@ -74,7 +74,19 @@ def op_arguments(name: str, spec: Case, device: str) -> tuple[Any, ...]:
     if name == "check_mask":
         return (mask.batch, mask.heads, mask.rows, mask.cols, *sizes)
     if name == "plan_items":
-        return (mask.bits, mask.sequences, mask.cols, *sizes, spec.causal, spec.heads_q, spec.heads_k, 64, 2, True)
+        return (
+            mask.bits,
+            mask.sequences,
+            mask.cols,
+            *sizes,
+            spec.causal,
+            spec.heads_q,
+            spec.heads_k,
+            64,
+            2,
+            True,
+            spec.causal,
+        )
     if name == "transpose_bits":
         return (mask.bits, mask.cols)
     heads = (spec.heads_q, spec.heads_k, spec.head_dim, problem.q.element_size())

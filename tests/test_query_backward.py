@@ -102,3 +102,25 @@ def test_who_needs_columns(q_block: int, k_block: int, head_dim: int, pack_heads
     else:
         with pytest.raises(ValueError, match="columns has shape"):
             ops.backward(*arguments)
+
+
+def test_lists_for_backward():
+    """Where the forward's tiles are not those of gradients, neither takes the other's list."""
+    spec = case("lists", lens_q=(400,), q_block=192, k_block=64, head_dim=128)
+    problem = make_problem(spec, "cuda", torch.bfloat16)
+    mask = problem.mask()
+    judge_gradients(problem, differentiate(problem, mask=mask, deterministic=True))
+    out, lse = problem.run(mask)
+    numbers = (mask.cols, spec.q_block, spec.k_block, False)
+    heads = (spec.heads_q, spec.heads_k, 128, 2)
+    columns = ops.transpose_bits(mask.bits, mask.cols)
+    keys = ops.plan_keys(columns, mask.sequences, mask.rows, *numbers[1:], *heads, True)
+    lists = [ops.plan_items(mask.bits, mask.sequences, *numbers, *heads, True, x) for x in (False, True)]
+    assert lists[0].shape[0] != lists[1].shape[0]
+    tensors = (problem.q, problem.k, problem.v)
+    rest = (*numbers, True, 0.125)
+    with pytest.raises(ValueError, match="number of work items is .* for a backward"):
+        saved = (*tensors, out, lse, mask.bits, mask.sequences, lists[0], columns, keys)
+        ops.backward(torch.ones_like(out), None, *saved, *rest, True)
+    with pytest.raises(ValueError, match="number of work items is"):
+        ops.forward(*tensors, mask.bits, mask.sequences, lists[1], *rest)

@@ -268,8 +268,7 @@ Status check_pointers(const KeyPlanParams& params) {
   return check_pointer("items", params.items, items);
 }
 
-// `for_backward`: how its work list was made.
-Status validate_problem(const ForwardParams& params, bool for_backward) {
+Status validate_problem(const ForwardParams& params) {
   const MaskShape& shape = params.mask.shape;
   HBSATTN_RETURN_IF_ERROR(validate_mask(shape));
   HBSATTN_RETURN_IF_ERROR(check_heads(shape, params.heads_q, params.heads_k));
@@ -280,6 +279,11 @@ Status validate_problem(const ForwardParams& params, bool for_backward) {
     return wrong_value("softmax_scale", params.softmax_scale, "a finite number above 0");
   }
   HBSATTN_RETURN_IF_ERROR(params.packed ? check_packed_sizes(params) : check_batched_sizes(params));
+  return Status::Ok();
+}
+
+// The work list of query tiles. `for_backward`: how it was made.
+Status validate_items(const ForwardParams& params, bool for_backward) {
   const int64_t items = count_items(params, for_backward);
   HBSATTN_RETURN_IF_ERROR(check_num_items(items));
   if (params.items != nullptr && params.num_items != items) {
@@ -291,7 +295,10 @@ Status validate_problem(const ForwardParams& params, bool for_backward) {
   return Status::Ok();
 }
 
-Status validate_forward(const ForwardParams& params) { return validate_problem(params, false); }
+Status validate_forward(const ForwardParams& params) {
+  HBSATTN_RETURN_IF_ERROR(validate_problem(params));
+  return validate_items(params, false);
+}
 
 Status check_pointers(const ForwardParams& params) {
   const MaskShape& shape = params.mask.shape;
@@ -303,10 +310,8 @@ Status check_pointers(const ForwardParams& params) {
 
 Status validate_backward(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
-  // Those that say which work list it is, first.
-  HBSATTN_RETURN_IF_ERROR(validate_mask(problem.mask.shape));
-  HBSATTN_RETURN_IF_ERROR(check_heads(problem.mask.shape, problem.heads_q, problem.heads_k));
-  HBSATTN_RETURN_IF_ERROR(validate_problem(problem, has_query_tiles(params)));
+  HBSATTN_RETURN_IF_ERROR(validate_problem(problem));
+  if (has_query_tiles(params)) HBSATTN_RETURN_IF_ERROR(validate_items(problem, true));
   if (backward_by_queries(problem, params.deterministic)) return Status::Ok();
   const KeyPlanParams plan = key_plan_of(params);
   const int64_t items = num_key_items(plan);

@@ -48,7 +48,8 @@ constexpr int32_t count_united_blocks(int64_t block_rows, int32_t tile_rows) {
   return block_rows % kGranule == 0 && tile_rows % block_rows == 0 ? static_cast<int32_t>(tile_rows / block_rows) : 1;
 }
 
-// How the query blocks of a problem are cut into tiles: the one place that tells planner, checks and launcher.
+// How the query blocks of a problem are cut into tiles, for the forward or for gradients: the one place that tells
+// planner, checks and launcher.
 struct TileShape {
   int32_t packed_heads;  // query heads that share tiles
   int64_t block_rows;    // of a query block, over those heads
@@ -112,8 +113,8 @@ inline constexpr int64_t kRunningBytes = int64_t{36} << 20, kTogetherBytes = int
 
 // Query heads that one tile of the backward pass streams: those that read its key head, so that the gradients of its
 // keys never leave registers. Where the queries of that many outgrow L2 before they are used again, as many as fit, and
-// the tiles of a key head add up what they have in global memory: the sums of four or more heads take less than half
-// the memory of those of the queries. Causal tiles have different numbers of stages and are soon at different heads.
+// the tiles of a key head pass on the sum of what they have: the sums of four or more heads take less than half the
+// memory of those of the queries. Causal tiles have different numbers of stages and are soon at different heads.
 constexpr int32_t count_tile_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
                                    int32_t element_size, bool deterministic) {
   const int32_t group = heads_q / heads_k;
@@ -198,8 +199,9 @@ struct Sm90Backward {
   static_assert(!kWide || kTileN == 64);
 };
 
-// A kernel for sm_90a that computes the gradient of the queries alone, the same in every run. It has the forward's
-// tiles and streams keys and values as that does, but in narrower stages: two products of their width are in registers.
+// A kernel for sm_90a that computes the gradient of the queries alone, the same in every run. It has tiles as
+// the forward's and streams keys and values as that does, but in narrower stages: two products of their width are in
+// registers.
 template <DType kDType_, int kHeadDim_, int kTileM_>
 struct Sm90GradQueries {
   static constexpr DType kDType = kDType_;
@@ -217,7 +219,7 @@ struct Sm90GradQueries {
   static constexpr int kConsumerRegisters = kTileM == 128 ? 232 : 216;
 };
 
-// A kernel for sm_90a that computes all gradients by tiles of queries. It has the forward's tiles and streams, in
+// A kernel for sm_90a that computes all gradients by tiles of queries. It has tiles as the forward's, and streams, in
 // stages of 64 keys: as many accumulators of their gradients fit beside those of the queries.
 template <DType kDType_, int kHeadDim_>
 struct Sm90QueryBackward {

@@ -19,21 +19,21 @@
 namespace {
 
 constexpr int kBatch = 2;
-constexpr int kLengthsQ[kBatch] = {100, 70};
-constexpr int kLengthsK[kBatch] = {130, 64};
-constexpr int kTotalQ = 170;
-constexpr int kTotalK = 194;
+constexpr int kLengthsQ[kBatch] = {300, 290};
+constexpr int kLengthsK[kBatch] = {330, 300};
+constexpr int kTotalQ = 590;
+constexpr int kTotalK = 630;
 constexpr int kHeadsQ = 4;
 constexpr int kHeadsK = 2;
 constexpr int kMaskHeads = 2;
 constexpr int kHeadDim = 64;
-constexpr int kQBlock = 64;
+constexpr int kQBlock = 288;  // over two heads: three tiles of 192 rows in the forward, five of 128 for gradients
 constexpr int kKBlock = 48;
 constexpr int kRowsOf[kBatch] = {2, 2};  // query blocks of each sequence
-constexpr int kColsOf[kBatch] = {3, 2};  // key blocks of each sequence
+constexpr int kColsOf[kBatch] = {7, 7};  // key blocks of each sequence
 constexpr int kRows = 4;
-constexpr int kCols = 5;         // columns of the flat mask
-constexpr int kLongestCols = 3;  // key blocks of the longest sequence
+constexpr int kCols = 14;        // columns of the flat mask
+constexpr int kLongestCols = 7;  // key blocks of the longest sequence
 constexpr float kScale = 0.125f;
 
 // Every call needs pointers to what it reads and writes; they are device pointers where there is a device.
@@ -84,6 +84,10 @@ hbsattn::MaskView mask_view(const Buffers& buffers) {
   return {mask_shape(), static_cast<uint32_t*>(buffers.bits), static_cast<hbsattn::Sequence*>(buffers.sequences)};
 }
 
+int64_t count_items(bool for_backward) {
+  return hbsattn::num_items(mask_shape(), kHeadsQ, kHeadsK, kHeadDim, true, for_backward);
+}
+
 hbsattn::Status plan_items(const Buffers& buffers, bool for_backward) {
   hbsattn::PlanParams params;
   params.mask = mask_view(buffers);
@@ -117,7 +121,7 @@ hbsattn::ForwardParams forward_params(const Buffers& buffers) {
   params.softmax_scale = kScale;
   params.mask = mask_view(buffers);
   params.items = static_cast<hbsattn::WorkItem*>(buffers.items);
-  params.num_items = hbsattn::num_items(mask_shape(), kHeadsQ, kHeadsK, kHeadDim, true);
+  params.num_items = count_items(false);
   params.workspace = buffers.workspace;
   return params;
 }
@@ -143,9 +147,10 @@ hbsattn::KeyPlanParams key_plan_params(const Buffers& buffers, bool deterministi
 hbsattn::BackwardParams backward_params(const Buffers& buffers, bool deterministic) {
   hbsattn::BackwardParams params;
   params.problem = forward_params(buffers);
-  if (hbsattn::backward_by_queries(params.problem, deterministic)) {
-    params.problem.items = static_cast<hbsattn::WorkItem*>(buffers.backward_items);
-  } else {
+  // Deterministic gradients need lists of both kinds.
+  params.problem.items = static_cast<hbsattn::WorkItem*>(buffers.backward_items);
+  params.problem.num_items = count_items(true);
+  if (!hbsattn::backward_by_queries(params.problem, deterministic)) {
     params.columns = static_cast<uint32_t*>(buffers.columns);
     params.key_items = static_cast<hbsattn::KeyItem*>(buffers.key_items);
     params.num_key_items = hbsattn::num_key_items(key_plan_params(buffers, deterministic));
@@ -381,7 +386,8 @@ int compare_lse(const void* device, const std::vector<double>& expected) {
 }
 
 int run_forward(Buffers& buffers, const Problem& problem, const Results& expected) {
-  const int64_t items = hbsattn::num_items(mask_shape(), kHeadsQ, kHeadsK, kHeadDim, true);
+  const int64_t items = count_items(false), backward_items = count_items(true);
+  if (items == backward_items) return fail("this case should have other tiles in the forward than for gradients");
   CHECK_CUDA(upload(problem.q, &buffers.q));
   CHECK_CUDA(upload(problem.k, &buffers.k));
   CHECK_CUDA(upload(problem.v, &buffers.v));
@@ -393,7 +399,7 @@ int run_forward(Buffers& buffers, const Problem& problem, const Results& expecte
   CHECK_CUDA(poisoned(sizeof(hbsattn::Sequence) * kBatch, &buffers.sequences));
   CHECK_CUDA(poisoned(sizeof(uint32_t) * kMaskHeads * kRows * mask_shape().words(), &buffers.bits));
   CHECK_CUDA(poisoned(sizeof(hbsattn::WorkItem) * items, &buffers.items));
-  CHECK_CUDA(poisoned(hbsattn::plan_scratch_size(items), &buffers.scratch));
+  CHECK_CUDA(poisoned(hbsattn::plan_scratch_size(std::max(items, backward_items)), &buffers.scratch));
   CHECK_CUDA(poisoned(hbsattn::forward_workspace_size(), &buffers.workspace));
   for (const hbsattn::Status& status : {make_sequences(buffers), pack_mask(buffers), plan_items(buffers, false),
                                         hbsattn::forward(forward_params(buffers), nullptr)}) {
@@ -407,9 +413,8 @@ int run_forward(Buffers& buffers, const Problem& problem, const Results& expecte
 // Plans what these gradients need, and computes them.
 hbsattn::Status backward(const Buffers& buffers, bool deterministic) {
   const hbsattn::BackwardParams params = backward_params(buffers, deterministic);
-  if (hbsattn::backward_by_queries(params.problem, deterministic)) {
-    HBSATTN_RETURN_IF_ERROR(plan_items(buffers, true));
-  } else {
+  HBSATTN_RETURN_IF_ERROR(plan_items(buffers, true));
+  if (!hbsattn::backward_by_queries(params.problem, deterministic)) {
     HBSATTN_RETURN_IF_ERROR(transpose_mask(buffers));
     HBSATTN_RETURN_IF_ERROR(hbsattn::plan_keys(key_plan_params(buffers, deterministic), nullptr));
   }
@@ -418,7 +423,7 @@ hbsattn::Status backward(const Buffers& buffers, bool deterministic) {
 
 // After a forward, whose results it reads.
 int run_backward(Buffers& buffers, const Problem& problem, const Results& expected, bool deterministic) {
-  const int64_t items = hbsattn::num_items(mask_shape(), kHeadsQ, kHeadsK, kHeadDim, true);
+  const int64_t items = count_items(true);
   const int64_t key_items = hbsattn::num_key_items(key_plan_params(buffers, deterministic));
   const size_t workspace_bytes = hbsattn::backward_workspace_size(backward_params(buffers, deterministic));
   CHECK_CUDA(upload(problem.grad_out, &buffers.grad_out));

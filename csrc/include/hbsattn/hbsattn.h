@@ -67,7 +67,7 @@ HBSATTN_API Status plan_keys(const KeyPlanParams& params, Stream stream);
 
 // Whether gradients of such a problem, of which no pointer is read, are computed by tiles of queries. Otherwise they
 // need columns and key_items. Those by queries, and deterministic ones, need problem.items, which plan_items made
-// `for_backward`.
+// `for_backward`; for deterministic ones the forward's list serves as well where it has as many items.
 HBSATTN_API bool backward_by_queries(const ForwardParams& problem, bool deterministic);
 
 // Bytes of `workspace` that one backward call needs; 0 where this build has no kernel for it.

@@ -211,7 +211,7 @@ struct ForwardParams {
 };
 
 // Gradients of forward(). `problem` is that of the forward call, with its results in `out` and `lse`; its workspace and
-// cycles are not used, and its items, if any, are those of a list `for_backward`. hbsattn.h says which lists are used.
+// cycles are not used. hbsattn.h says which work lists are; its items, if they are, come from a list `for_backward`.
 struct BackwardParams {
   ForwardParams problem;
   TensorView grad_out;              // as out

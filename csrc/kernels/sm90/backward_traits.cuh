@@ -195,11 +195,11 @@ struct BackwardArguments {
   int head_dim;
   int tile_heads;         // query heads that a tile streams
   int sets_per_key_head;  // sets of that many query heads; if more than one, their tiles of the same keys pass on:
-  float* set_sums;        // (heads_k, all_rows_k, 2 x head dim of the kernel), see add_sets
-  uint32_t*
-      set_counters;    // (heads_k, all_rows_k, warps that share a row), of which those of each warp's first row count
-  int64_t all_rows_k;  // over the batch
-  int sum_batch_rows;  // between batch entries; 0 when packed
+  float* set_sums;        // (heads_k, all_rows_k, 2 x head dim of the kernel), see SetSum
+  // (heads_k, all_rows_k, warps that share a row), of which those of each warp's first row count.
+  uint32_t* set_counters;
+  int64_t all_rows_k;       // over the batch
+  int sum_batch_rows;       // between batch entries; 0 when packed
   int heads_per_mask_head;  // query heads
   int segment_log2;         // a segment is the largest power of two rows, up to kTileM, that divides q_block_size
   cutlass::FastDivmod segments_per_block;

@@ -60,8 +60,8 @@ __device__ __forceinline__ void run_consumer(const ForwardArguments& args, typen
   }
 }
 
-// A persistent CTA: four producer warps and one or two consumer warpgroups, which meet at the barriers of Storage only.
-// kGeneral: for ragged blocks, boxes of several heads and united blocks, which the fast path has no code for.
+// A persistent CTA: four producer warps and one to three consumer warpgroups, which meet at the barriers of Storage
+// only. kGeneral: for ragged blocks, boxes of several heads and united blocks, which the fast path has no code for.
 template <class Config, bool kGeneral>
 __global__ void __launch_bounds__(ForwardTraits<Config>::kThreads, Config::kCtasPerSm)
     forward_kernel(const __grid_constant__ ForwardArguments args) {

@@ -134,6 +134,9 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   auto* kernel = sm90::forward_kernel<Config, false>;
   if constexpr (Config::kWithGeneral) {
     if (general) kernel = sm90::forward_kernel<Config, true>;
+  } else if (general) {
+    return Status::NotSupported("tiles of " + std::to_string(Config::kTileM) +
+                                " rows were planned for blocks that their kernel cannot take");
   }
   HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.ticket, 0, sizeof(int), stream), "cudaMemsetAsync"));
   return launch_tiles(kernel, args, Traits::kThreads, Config::kCtasPerSm, forward_shared_bytes<Config>(),

@@ -43,8 +43,10 @@ struct SetSum {
     if (rows <= 0) return false;
     const uint32_t turn = uniform(lane == 0 ? add_acquire(counter, 1) : 0);
     const uint32_t before = turn & kComeMask;
+    if (before >= sets) return false;  // lengths lie: sequences share keys
     if (before > 0) {
       for (uint32_t left = turn >> kLeftShift; left < before;) left = uniform(load_acquire(counter)) >> kLeftShift;
+      __syncwarp();  // each lane reads behind what lane 0 has acquired
       visit(lane, grad_keys, grad_values, [](const float4* theirs, float& a, float& b, float& c, float& d) {
         const float4 sum = __ldcg(theirs);
         a += sum.x;
