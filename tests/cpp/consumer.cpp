@@ -447,8 +447,8 @@ int run_with_gpu() {
   const Results expected = reference(problem);
   Buffers buffers{};
   if (int failed = run_forward(buffers, problem, expected)) return failed;
-  if (int failed = run_backward(buffers, problem, expected, false)) return failed;  // planned by queries
-  if (int failed = run_backward(buffers, problem, expected, true)) return failed;   // planned by keys
+  if (int failed = run_backward(buffers, problem, expected, false)) return failed;  // tiles of queries
+  if (int failed = run_backward(buffers, problem, expected, true)) return failed;   // tiles of keys, then of queries
   std::printf("GPU: forward and backward passed\n");
   return 0;
 }
