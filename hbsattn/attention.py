@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hbsattn._chunks import make_chunks
 from hbsattn._ops import ops
 from hbsattn._placement import check_is_tensor
 from hbsattn.mask import BlockMask
@@ -73,6 +74,10 @@ def _attend(
         softmax_scale = head_dim**-0.5 if head_dim else 1.0  # the op refuses a head_dim of 0
     elif isinstance(softmax_scale, str | bytes | Tensor):
         raise TypeError(f"softmax_scale is a {type(softmax_scale).__name__}; expected a number")
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    if mask._lists is not None:
+        out, lse = _attend_in_chunks(q, k, v, mask, softmax_scale, deterministic, pack_heads)
+        return (out, lse) if return_lse else out
     key = (heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)
     items = mask._cached_items(key)
     if items is None:
@@ -105,6 +110,26 @@ def _attend(
         mask.causal,
         pack_heads,
         softmax_scale,
-        deterministic or torch.are_deterministic_algorithms_enabled(),
+        deterministic,
     )
     return (out, lse) if return_lse else out
+
+
+def _attend_in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, softmax_scale: float, deterministic: bool, pack_heads: bool
+) -> tuple[Tensor, Tensor]:
+    """The call for a mask that stays lists: chunks of queries with their own bits and work lists, one after another."""
+    rows_dim = q.dim() - 3
+    numbers = (mask.cols, mask.q_block_size, mask.k_block_size, mask.causal)
+    results = []
+    rows = q.shape[rows_dim]
+    if mask.packed and rows != mask.rows:
+        raise ValueError(f"q has {rows} rows; expected {mask.rows}, as many as mask has lists")
+    for chunk in make_chunks(mask._lists, mask.sequences, mask.cols, mask.k_block_size, mask.causal, rows, mask.packed):
+        part = q.narrow(rows_dim, chunk.begin, chunk.end - chunk.begin)
+        tensors = (part, k, v, chunk.bits, chunk.sequences)
+        ops.check_forward.default(*tensors, None, *numbers, pack_heads, softmax_scale)
+        sizes = (q.shape[-2], k.shape[-2], q.shape[-1], q.element_size(), pack_heads)
+        items = ops.plan_items.default(chunk.bits, chunk.sequences, *numbers, *sizes)
+        results.append(ops.forward.default(*tensors, items, *numbers, pack_heads, softmax_scale, deterministic))
+    return torch.cat([out for out, *_ in results], rows_dim), torch.cat([lse for _, lse, _ in results], -1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hbsattn._chunks import Lists, stays_lists
 from hbsattn._layout import (
     COL_BEGIN,
     K_BEGIN,
@@ -74,7 +75,8 @@ class BlockMask:
     They raise TypeError or ValueError for what does not fit. They wait for the device only in debug mode (`set_debug`).
 
     Attributes:
-        bits: int32 (heads, rows, ceil(cols / 32)), trimmed to the blocks that lengths and causality leave visible.
+        bits: int32 (heads, rows, ceil(cols / 32)), trimmed to the blocks that lengths and causality leave visible. Made
+            anew each time by a mask that stays lists (`from_indices`).
         sequences: int32 (batch, 6), where each sequence lies.
         q_block_size, k_block_size, causal: as given.
         batch: sequences.
@@ -85,7 +87,7 @@ class BlockMask:
         seqlen_q, seqlen_k: lengths for batched tensors; for packed ones `max_seqlen_q` and `max_seqlen_k` as given.
     """
 
-    bits: Tensor
+    _bits: Tensor | None
     sequences: Tensor
     q_block_size: int
     k_block_size: int
@@ -97,6 +99,7 @@ class BlockMask:
     packed: bool
     seqlen_q: int | None
     seqlen_k: int | None
+    _lists: Lists | None
     _plans: Plans
 
     @classmethod
@@ -166,6 +169,9 @@ class BlockMask:
             max_seqlen_q, max_seqlen_k: required for packed tensors.
             seqlen_q: by default the query blocks times the block size; a length that is given ends in the last one.
             seqlen_k: required for batched tensors.
+
+        With query blocks of 1 row, lists of long sequences may be far smaller than bits. The mask then keeps them, and
+        each call makes the bits of 256 MB of rows at a time; only gradients need those of all rows until they are done.
         """
         check_block_sizes(q_block_size, k_block_size)
         check_tensor("counts", counts, (2, 3), (torch.int32, torch.int64))
@@ -182,9 +188,10 @@ class BlockMask:
         if _debugging(counts.device):
             check_lengths("counts", counts.shape, None, lengths, q_block_size, k_block_size)
             check_lists(counts, indices, place, q_block_size, k_block_size)
-        bits = ops.pack_indices.default(
-            counts, indices, place.sequences, flat, place.rows, place.cols, q_block_size, k_block_size, causal
-        )
+        lists = Lists(counts, indices)
+        if flat == place.packed and stays_lists(q_block_size, lists.heads, place.rows, place.cols, indices.numel()):
+            return cls._of(None, place, q_block_size, k_block_size, causal, lists)
+        bits = lists.pack(place.sequences, place.rows, place.cols, q_block_size, k_block_size, causal)
         return cls._of(bits, place, q_block_size, k_block_size, causal)
 
     @classmethod
@@ -242,7 +249,15 @@ class BlockMask:
         return cls._of(bits, place, q_block_size, k_block_size, causal)
 
     @classmethod
-    def _of(cls, bits: Tensor, place: "Place", q_block_size: int, k_block_size: int, causal: bool) -> "BlockMask":
+    def _of(
+        cls,
+        bits: Tensor | None,
+        place: "Place",
+        q_block_size: int,
+        k_block_size: int,
+        causal: bool,
+        lists: Lists | None = None,
+    ) -> "BlockMask":
         return cls(
             bits,
             place.sequences,
@@ -250,18 +265,26 @@ class BlockMask:
             k_block_size,
             causal,
             place.batch,
-            bits.shape[0],
+            lists.heads if bits is None else bits.shape[0],
             place.rows,
             place.cols,
             place.packed,
             place.seqlen_q,
             place.seqlen_k,
-            Plans(bits.device),
+            lists,
+            Plans(place.sequences.device),
         )
 
     @property
+    def bits(self) -> Tensor:
+        if self._bits is not None:
+            return self._bits
+        sizes = (self.rows, self.cols, self.q_block_size, self.k_block_size)
+        return self._lists.pack(self.sequences, *sizes, self.causal)
+
+    @property
     def device(self) -> torch.device:
-        return self.bits.device
+        return self.sequences.device
 
     @property
     def density(self) -> float:
@@ -272,12 +295,12 @@ class BlockMask:
 
     def to(self, device: torch.device | str) -> "BlockMask":
         """Returns the mask on another device, where its work lists are built anew; itself if it is there already."""
-        bits = self.bits.to(device)
-        if bits is self.bits:
+        sequences = self.sequences.to(device)
+        if sequences is self.sequences:
             return self
         return BlockMask(
-            bits,
-            self.sequences.to(device),
+            None if self._bits is None else self._bits.to(device),
+            sequences,
             self.q_block_size,
             self.k_block_size,
             self.causal,
@@ -288,7 +311,8 @@ class BlockMask:
             self.packed,
             self.seqlen_q,
             self.seqlen_k,
-            Plans(bits.device),
+            None if self._lists is None else self._lists.to(device),
+            Plans(sequences.device),
         )
 
     def to_dense(self) -> Tensor:
@@ -344,7 +368,8 @@ class BlockMask:
         sides = (("q", self.seqlen_q), ("k", self.seqlen_k))
         lengths = "".join(f"{name}_{side}={length}, " for side, length in sides if length is not None)
         # On another device the density would make whoever prints a mask wait.
-        density = f", density={self.density:.3g}" if type(self.bits) is Tensor and self.device.type == "cpu" else ""
+        known = type(self.sequences) is Tensor and self.device.type == "cpu"
+        density = f", density={self.density:.3g}" if known else ""
         return (
             f"BlockMask({form}, batch={self.batch}, {lengths}heads={self.heads}, blocks of {self.q_block_size} x "
             f"{self.k_block_size}, {blocks}, causal={self.causal}{density}, device='{self.device}')"
