@@ -5,7 +5,7 @@ blocks each have 1 GB of bits and 64 MB of lists. With blocks of one query, a ru
 on a slice of q with the bits of those rows gives the same slice of the result.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,18 +43,21 @@ class Lists:
         """The lists of some rows, of each batch entry if they are batched."""
         return Lists(self.counts[..., begin:end].contiguous(), self.indices[..., begin:end, :].contiguous())
 
+    def clone(self) -> "Lists":
+        return Lists(self.counts.clone(), self.indices.clone())
+
     def to(self, device: torch.device | str) -> "Lists":
         return Lists(self.counts.to(device), self.indices.to(device))
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Queries `begin` to `end` of each sequence's tensor rows, and what the ops need to know of them."""
+    """Queries `begin` to `end`, of each batch entry if they are batched."""
 
     begin: int
     end: int
-    bits: Tensor
-    sequences: Tensor
+    bits_shape: tuple[int, int, int]
+    pack: Callable[[], tuple[Tensor, Tensor]]  # makes bits and the table of sequences
 
 
 def stays_lists(q_block_size: int, heads: int, rows: int, cols: int, listed: int) -> bool:
@@ -70,11 +73,15 @@ def make_chunks(
     batch = 1 if packed else sequences.shape[0]
     row_bytes = max(batch * lists.heads * ceil_div(cols, 32) * INT_BYTES, 1)
     step = max(CHUNK_BYTES // row_bytes, 1)
-    for begin in range(0, rows, step):
+    for begin in range(0, max(rows, 1), step):
         end = min(begin + step, rows)
-        table = cut_sequences(sequences, begin, end, causal, packed)
-        bits = lists.cut(begin, end).pack(table, batch * (end - begin), cols, 1, k_block_size, causal)
-        yield Chunk(begin, end, bits, table)
+        bit_rows = batch * (end - begin)
+
+        def pack(begin: int = begin, end: int = end, bit_rows: int = bit_rows) -> tuple[Tensor, Tensor]:
+            table = cut_sequences(sequences, begin, end, causal, packed)
+            return lists.cut(begin, end).pack(table, bit_rows, cols, 1, k_block_size, causal), table
+
+        yield Chunk(begin, end, (lists.heads, bit_rows, ceil_div(cols, 32)), pack)
 
 
 def cut_sequences(sequences: Tensor, begin: int, end: int, causal: bool, packed: bool) -> Tensor:

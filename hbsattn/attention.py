@@ -75,9 +75,11 @@ def _attend(
     elif isinstance(softmax_scale, str | bytes | Tensor):
         raise TypeError(f"softmax_scale is a {type(softmax_scale).__name__}; expected a number")
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    if mask._lists is not None:
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if mask._lists is not None and not trains:
         out, lse = _attend_in_chunks(q, k, v, mask, softmax_scale, deterministic, pack_heads)
         return (out, lse) if return_lse else out
+    bits = mask._kept_bits()
     key = (heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)
     items = mask._cached_items(key)
     if items is None:
@@ -86,7 +88,7 @@ def _attend(
             q,
             k,
             v,
-            mask.bits,
+            bits,
             mask.sequences,
             None,
             mask.cols,
@@ -101,7 +103,7 @@ def _attend(
         q,
         k,
         v,
-        mask.bits,
+        bits,
         mask.sequences,
         items,
         mask.cols,
@@ -118,18 +120,34 @@ def _attend(
 def _attend_in_chunks(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, softmax_scale: float, deterministic: bool, pack_heads: bool
 ) -> tuple[Tensor, Tensor]:
-    """The call for a mask that stays lists: chunks of queries with their own bits and work lists, one after another."""
+    """The call for a mask that stays lists, without gradients: chunks of queries with their own bits and work lists.
+
+    Gradients would be of one chunk each, rounded before they are added up, and those of keys that a chunk does not
+    cover have no values.
+    """
     rows_dim = q.dim() - 3
-    numbers = (mask.cols, mask.q_block_size, mask.k_block_size, mask.causal)
-    results = []
     rows = q.shape[rows_dim]
-    if mask.packed and rows != mask.rows:
-        raise ValueError(f"q has {rows} rows; expected {mask.rows}, as many as mask has lists")
+    if rows > mask.rows:
+        raise ValueError(f"q has {rows} rows; expected at most {mask.rows}, as many as mask has lists")
+    numbers = (mask.cols, mask.q_block_size, mask.k_block_size, mask.causal)
+    out = lse = None
     for chunk in make_chunks(mask._lists, mask.sequences, mask.cols, mask.k_block_size, mask.causal, rows, mask.packed):
-        part = q.narrow(rows_dim, chunk.begin, chunk.end - chunk.begin)
-        tensors = (part, k, v, chunk.bits, chunk.sequences)
-        ops.check_forward.default(*tensors, None, *numbers, pack_heads, softmax_scale)
+        length = chunk.end - chunk.begin
+        tensors = (q.narrow(rows_dim, chunk.begin, length), k, v)
+        if out is None:
+            # What does not fit is refused before anything is launched; bits that nobody reads say how large they are.
+            bits = torch.empty(chunk.bits_shape, dtype=torch.int32, device=mask.device)
+            table = (bits, mask.sequences, None)
+            ops.check_forward.default(*tensors, *table, *numbers, pack_heads, softmax_scale)
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        bits, sequences = chunk.pack()
         sizes = (q.shape[-2], k.shape[-2], q.shape[-1], q.element_size(), pack_heads)
-        items = ops.plan_items.default(chunk.bits, chunk.sequences, *numbers, *sizes)
-        results.append(ops.forward.default(*tensors, items, *numbers, pack_heads, softmax_scale, deterministic))
-    return torch.cat([out for out, *_ in results], rows_dim), torch.cat([lse for _, lse, _ in results], -1)
+        items = ops.plan_items.default(bits, sequences, *numbers, *sizes)
+        part, part_lse, _ = ops.forward.default(
+            *tensors, bits, sequences, items, *numbers, pack_heads, softmax_scale, deterministic
+        )
+        out.narrow(rows_dim, chunk.begin, length).copy_(part)
+        if lse is None:
+            lse = part_lse.new_empty((*part_lse.shape[:-1], rows))
+        lse.narrow(-1, chunk.begin, length).copy_(part_lse)
+    return out, lse

@@ -170,8 +170,10 @@ class BlockMask:
             seqlen_q: by default the query blocks times the block size; a length that is given ends in the last one.
             seqlen_k: required for batched tensors.
 
-        With query blocks of 1 row, lists of long sequences may be far smaller than bits. The mask then keeps them, and
-        each call makes the bits of 256 MB of rows at a time; only gradients need those of all rows until they are done.
+        With query blocks of 1 row, lists of long sequences may be far smaller than bits. Where bits would take more than
+        256 MB and twice what lists do (batched lists for batched tensors, flat ones for packed), the mask keeps a copy
+        of the lists. A call without gradients then makes and plans the bits of as many rows as take 256 MB at a time;
+        the first with gradients makes all bits, and the mask keeps them.
         """
         check_block_sizes(q_block_size, k_block_size)
         check_tensor("counts", counts, (2, 3), (torch.int32, torch.int64))
@@ -190,7 +192,8 @@ class BlockMask:
             check_lists(counts, indices, place, q_block_size, k_block_size)
         lists = Lists(counts, indices)
         if flat == place.packed and stays_lists(q_block_size, lists.heads, place.rows, place.cols, indices.numel()):
-            return cls._of(None, place, q_block_size, k_block_size, causal, lists)
+            # Later changes of the caller's tensors change no mask, of bits or of lists.
+            return cls._of(None, place, q_block_size, k_block_size, causal, lists.clone())
         bits = lists.pack(place.sequences, place.rows, place.cols, q_block_size, k_block_size, causal)
         return cls._of(bits, place, q_block_size, k_block_size, causal)
 
@@ -281,6 +284,11 @@ class BlockMask:
             return self._bits
         sizes = (self.rows, self.cols, self.q_block_size, self.k_block_size)
         return self._lists.pack(self.sequences, *sizes, self.causal)
+
+    def _kept_bits(self) -> Tensor:
+        if self._bits is not None:
+            return self._bits
+        return self._plans.find_or_make("bits", lambda: (self.bits,))[0]
 
     @property
     def device(self) -> torch.device:
@@ -411,7 +419,7 @@ class BlockMask:
 
         def make() -> tuple[Tensor]:
             items = ops.plan_items.default(
-                self.bits, self.sequences, self.cols, self.q_block_size, self.k_block_size, self.causal, *key
+                self._kept_bits(), self.sequences, self.cols, self.q_block_size, self.k_block_size, self.causal, *key
             )
             plans_beside(items)
             return (items,)

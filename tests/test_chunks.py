@@ -55,6 +55,9 @@ def test_chunks(spec: Case, rows: int, device: str, monkeypatch: pytest.MonkeyPa
     judge(problem, *problem.run(mask))
     inputs = leaves(problem)
     out, lse = attend(*inputs, mask, return_lse=True)
+    kept = mask._kept_bits()
+    attend(*inputs, mask)
+    assert mask._kept_bits() is kept
     judge_gradients(problem, torch.autograd.grad((out, lse), inputs, upstream(problem, lse.detach(), 7)))
 
 
@@ -70,8 +73,8 @@ def test_which_masks_stay_lists():
 def test_wrong_tensors(device: str, keep_lists: None):
     problem = make_problem(SPECS[0], device, dtype_of(device))
     mask = problem.mask()
-    with pytest.raises(ValueError, match="q has 67 rows; expected 68"):
-        hbsattn.block_sparse_attention(problem.q[:-1], problem.k, problem.v, mask)
+    with pytest.raises(ValueError, match="q has 69 rows; expected at most 68"):
+        hbsattn.block_sparse_attention(torch.cat([problem.q, problem.q[:1]]), problem.k, problem.v, mask)
     with pytest.raises(TypeError, match="k has dtype"):
         hbsattn.block_sparse_attention(problem.q, problem.k.double(), problem.v, mask)
 

@@ -68,7 +68,8 @@ RULES: dict[str, list[tuple[str, str]]] = {
 # The demo is a program: it prints, and asks for the device it runs on.
 PROGRAMS = {"hbsattn/__main__.py"}
 
-CALL_PATH = ["hbsattn/attention.py", "hbsattn/_ops.py", "hbsattn/_plans.py", "hbsattn/hbsa_interface.py"]
+CALL_PATH = ["hbsattn/attention.py", "hbsattn/_ops.py", "hbsattn/_plans.py", "hbsattn/_chunks.py"]
+CALL_PATH += ["hbsattn/hbsa_interface.py"]
 
 
 def files_of(room: str) -> list[Path]:
