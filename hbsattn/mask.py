@@ -170,10 +170,10 @@ class BlockMask:
             seqlen_q: by default the query blocks times the block size; a length that is given ends in the last one.
             seqlen_k: required for batched tensors.
 
-        With query blocks of 1 row, lists of long sequences may be far smaller than bits. Where bits would take more than
-        256 MB and twice what lists do (batched lists for batched tensors, flat ones for packed), the mask keeps a copy
-        of the lists. A call without gradients then makes and plans the bits of as many rows as take 256 MB at a time;
-        the first with gradients makes all bits, and the mask keeps them.
+        With query blocks of 1 row, lists of long sequences may be far smaller than bits. Where bits would take more
+        than 256 MB and twice what lists do (batched lists for batched tensors, flat ones for packed), the mask keeps a
+        copy of the lists. A call without gradients then makes and plans the bits of as many rows as take 256 MB at a
+        time; the first with gradients makes all bits, and the mask keeps them.
         """
         check_block_sizes(q_block_size, k_block_size)
         check_tensor("counts", counts, (2, 3), (torch.int32, torch.int64))
