@@ -73,6 +73,7 @@ struct BitRow {
 
   // Makes at least `count` entries, or all there are.
   __device__ __forceinline__ void expand(int count) {
+    __syncwarp();  // lanes have read what is overwritten
     while (made < count) {
       while (pending == 0) {
         if (--chunk < col_begin / kColumns) return;
