@@ -18,6 +18,7 @@ __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage)
     mbarrier_init(&storage.tile_full[i], 1);
     mbarrier_init(&storage.tile_empty[i], kWarpArrivals * Traits::kTileReaders);
   }
+  mbarrier_init(&storage.tile_wanted, 1);
   mbarrier_init(&storage.keys_full, 1);
   mbarrier_init(&storage.keys_empty, Traits::kConsumerWarps);
   mbarrier_init(&storage.values_full, 1);

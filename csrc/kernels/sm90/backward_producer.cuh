@@ -238,17 +238,17 @@ __device__ __forceinline__ void run_tile_warp(const BackwardArguments& args, typ
                                               int lane) {
   const Segments<Traits> segments(args);
   RingPosition<Traits::kTileSlots> slot(1);
-  for (bool first = true;; first = false) {
-    // A tile is taken when the one before the one at hand is done, not sooner: other CTAs might do it earlier.
-    mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
-    const int ticket = first || lane > 0 ? 0 : atomicAdd(args.ticket, 1) + static_cast<int>(gridDim.x);
-    const KeyItem item = read_item(args, first ? static_cast<int>(blockIdx.x) : uniform(ticket));
+  RingPosition<1> wanted(0);
+  int work = blockIdx.x;
+  while (true) {
+    const KeyItem item = read_item(args, work);
     const bool last = item.column < 0;
     int stages = 0;  // over all heads
     const int first_head = item.head_set * args.tile_heads;
     for (int head = first_head; !last && head < first_head + args.tile_heads; ++head) {
       stages += segments.count_stages(segments.count(ColumnBits(args, item, head), lane));
     }
+    mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
     if (lane == 0) {
       KeyTileSlot& tile = storage.tiles[slot.index];
       tile.item = item;
@@ -259,6 +259,10 @@ __device__ __forceinline__ void run_tile_warp(const BackwardArguments& args, typ
     }
     slot.advance();
     if (last) break;
+    mbarrier_wait(&storage.tile_wanted, wanted.parity);
+    wanted.advance();
+    const int ticket = lane == 0 ? atomicAdd(args.ticket, 1) : 0;
+    work = uniform(ticket) + static_cast<int>(gridDim.x);
   }
 }
 
@@ -277,6 +281,7 @@ __device__ __forceinline__ void run_query_warp(const BackwardArguments& args, ty
     if (item.column < 0) break;
     // Stages of this part of the tile, counted from the head at hand on.
     int begin = storage.tiles[slot.index].first_stage, end = begin + storage.tiles[slot.index].stages;
+    if (end - begin <= Traits::kTileLead && lane == 0) mbarrier_arrive(&storage.tile_wanted);
     const int first_head = item.head_set * args.tile_heads;
     for (int head = first_head; end > 0 && head < first_head + args.tile_heads; ++head) {
       const ColumnBits bits(args, item, head);
@@ -297,6 +302,7 @@ __device__ __forceinline__ void run_query_warp(const BackwardArguments& args, ty
           for (int stage = 0; stage < min(plan_stages, end_of_head - planned); ++stage) {
             mbarrier_wait(&storage.empty[ring.index], ring.parity);
             load_stage<Traits>(args, storage, item, plan, head, stage, ring.index, lane);
+            if (planned + stage == end - Traits::kTileLead - 1 && lane == 0) mbarrier_arrive(&storage.tile_wanted);
             ring.advance();
           }
         }

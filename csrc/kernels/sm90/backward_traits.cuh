@@ -38,6 +38,13 @@ struct KeyTileSlot {
   int stages;
 };
 
+#ifndef LEAD_ROWS
+#define LEAD_ROWS 256
+#endif
+// A CTA takes its next tile off the work list when this many queries of the current one are still to be loaded, for the
+// same reasons as the forward's.
+inline constexpr int kTileLeadRows = LEAD_ROWS;
+
 template <class Config>
 struct BackwardTraits {
   using Element = std::conditional_t<Config::kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
@@ -54,6 +61,7 @@ struct BackwardTraits {
   static constexpr int kChunkColumns = Config::kChunkColumns;
   static constexpr int kChunks = kHeadDim / kChunkColumns;
   static constexpr int kTileSlots = 2;                     // a ring
+  static constexpr int kTileLead = kTileLeadRows / kTileM;  // in stages
   static constexpr int kTileReaders = kConsumerWarps + 2;  // warps
   static constexpr int kMaxPlanStages = 8;                 // that the producer plans at a time
   static constexpr int kColumnEntries = 256;
@@ -151,6 +159,7 @@ struct BackwardTraits {
     int parts_before[kUnits];  // of the tile at hand, that were done before this one
     KeyTileSlot tiles[kTileSlots];
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
+    uint64_t tile_wanted;
     uint64_t keys_full, keys_empty, values_full, values_empty;
     uint64_t full[kStages], empty[kStages];
     uint64_t grad_scores_full[kGradGroups][kGradBuffers], grad_scores_empty[kGradGroups][kGradBuffers];
