@@ -38,12 +38,9 @@ struct KeyTileSlot {
   int stages;
 };
 
-#ifndef LEAD_ROWS
-#define LEAD_ROWS 256
-#endif
-// A CTA takes its next tile off the work list when this many queries of the current one are still to be loaded, for the
-// same reasons as the forward's.
-inline constexpr int kTileLeadRows = LEAD_ROWS;
+// A CTA takes its next tile off the work list when this many queries of the current one are still to be loaded: enough
+// to hide what announcing it takes, and late enough that work goes to whoever is free.
+inline constexpr int kTileLeadRows = 256;
 
 template <class Config>
 struct BackwardTraits {
@@ -60,10 +57,10 @@ struct BackwardTraits {
   static constexpr int kGranules = kTileM / kGranule;
   static constexpr int kChunkColumns = Config::kChunkColumns;
   static constexpr int kChunks = kHeadDim / kChunkColumns;
-  static constexpr int kTileSlots = 2;                     // a ring
+  static constexpr int kTileSlots = 2;                      // a ring
   static constexpr int kTileLead = kTileLeadRows / kTileM;  // in stages
-  static constexpr int kTileReaders = kConsumerWarps + 2;  // warps
-  static constexpr int kMaxPlanStages = 8;                 // that the producer plans at a time
+  static constexpr int kTileReaders = kConsumerWarps + 2;   // warps
+  static constexpr int kMaxPlanStages = 8;                  // that the producer plans at a time
   static constexpr int kColumnEntries = 256;
   using Blocks = BitRow<4, kColumnEntries>;
 

@@ -93,6 +93,9 @@ struct ForwardMainloop {
 
   static constexpr int kValueSteps = Traits::kTileN / 16;
   static constexpr bool kPaced = Traits::kHeadDim <= 64;  // exponentials take as long as products
+  // Registers hold the scores of two stages beside such a short output. No turns then: no warpgroup waits for its
+  // scores.
+  static constexpr bool kAhead = kPaced && Traits::kUnits == 2;
 
   using Scores =
       decltype(cute::partition_fragment_C(MmaQK{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<Traits::kTileN>>{}));
@@ -200,6 +203,31 @@ struct ForwardMainloop {
     value_stage.advance();
   }
 
+  // Maxima of scores that have come, while the product behind them still runs, and what new ones ask for.
+  template <bool kMasked>
+  __device__ __forceinline__ void grow(Scores& scores, Probabilities& probabilities, const KeyLimits<kGeneral>& limits,
+                                       bool masked = true) {
+    if (kMasked && masked) mask(scores, limits);
+    release_keys();
+    OnlineSoftmax::Growth growth = softmax.find_growth(scores, args.scale_log2);
+    hold_back_waits(growth.by[0] + growth.by[1], barriers);
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(output);
+    fence_operand(probabilities);
+    release_values();
+    if constexpr (kGeneral) {
+      // Rows that do not exist have no say in when the others are rescaled, or results would differ from run to run.
+      if (limits.value[0] <= limits.kNoRow) growth.by[0] = -INFINITY;
+      if (limits.value[1] <= limits.kNoRow) growth.by[1] = -INFINITY;
+    }
+    softmax.grow(growth, args.scale_log2, output);
+  }
+
+  __device__ __forceinline__ void weigh(Scores& scores, Probabilities& probabilities) {
+    softmax.exponentiate<kPaced>(scores, args.scale_log2, args.zero);
+    convert_scores(scores, probabilities);
+  }
+
   // Scores of the next stage while the tensor cores also multiply the last one's probabilities with its values.
   template <bool kMasked>
   __device__ __forceinline__ void step(Scores& scores, Probabilities& probabilities, const KeyLimits<kGeneral>& limits,
@@ -213,31 +241,29 @@ struct ForwardMainloop {
 
     cute::warpgroup_wait<1>();
     cute::warpgroup_fence_operand(scores);
-    if constexpr (kMasked) mask(scores, limits);
-    release_keys();
-    // The second product still runs while the maxima are found.
-    OnlineSoftmax::Growth growth = softmax.find_growth(scores, args.scale_log2);
-    hold_back_waits(growth.by[0] + growth.by[1], barriers);
-    cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(output);
-    fence_operand(probabilities);
-    release_values();
-    if constexpr (kGeneral) {
-      // Rows that do not exist have no say in when the others are rescaled, or results would differ from run to run.
-      if (limits.value[0] <= limits.kNoRow) growth.by[0] = -INFINITY;
-      if (limits.value[1] <= limits.kNoRow) growth.by[1] = -INFINITY;
-    }
-    softmax.grow(growth, args.scale_log2, output);
-    softmax.exponentiate<kPaced>(scores, args.scale_log2, args.zero);
-    convert_scores(scores, probabilities);
+    grow<kMasked>(scores, probabilities, limits);
+    weigh(scores, probabilities);
   }
 
-  // All stages of a tile. Masked stages come first; the loop after them has no mask code.
-  __device__ __forceinline__ void run(const KeyLimits<kGeneral>& limits, int stages, int masked_stages,
-                                      int query_index) {
-    Scores scores;
-    Probabilities probabilities;
+  // Probabilities of a stage whose maxima are known, while the tensor cores compute the next scores; then its product
+  // with its values, while those scores' maxima are found.
+  template <bool kMasked>
+  __device__ __forceinline__ void step_ahead(Scores& scores, Scores& next, Probabilities& probabilities,
+                                             const KeyLimits<kGeneral>& limits, int query_index, bool accumulate,
+                                             bool masked = true) {
+    mbarrier_wait(keys_full(), key_stage.parity);
+    issue_scores(next, query_index);
+    weigh(scores, probabilities);
+    mbarrier_wait(values_full(), value_stage.parity);
+    issue_values(probabilities, accumulate);
 
+    cute::warpgroup_wait<1>();
+    cute::warpgroup_fence_operand(next);
+    grow<kMasked>(next, probabilities, limits, masked);
+  }
+
+  // The first scores of a tile, and their maxima.
+  __device__ __forceinline__ void begin(Scores& scores, const KeyLimits<kGeneral>& limits, int query_index) {
     mbarrier_wait(keys_full(), key_stage.parity);
     issue_scores(scores, query_index);
     cute::warpgroup_wait<0>();
@@ -245,28 +271,57 @@ struct ForwardMainloop {
     mask(scores, limits);
     release_keys();
     softmax.begin(scores, args.scale_log2);
-    softmax.exponentiate<kPaced>(scores, args.scale_log2, args.zero);
-    convert_scores(scores, probabilities);
+  }
 
-    bool accumulate = false;
-    int stage = 1;
-#pragma unroll 1
-    for (; stage < masked_stages; ++stage) {
-      step<true>(scores, probabilities, limits, query_index, accumulate);
-      accumulate = true;
-    }
-#pragma unroll 1
-    for (; stage < stages; ++stage) {
-      step<false>(scores, probabilities, limits, query_index, accumulate);
-      accumulate = true;
-    }
-
+  __device__ __forceinline__ void finish(Probabilities& probabilities, bool accumulate) {
     mbarrier_wait(values_full(), value_stage.parity);
     issue_values(probabilities, accumulate);
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(output);
     fence_operand(probabilities);
     release_values();
+  }
+
+  // All stages of a tile. Masked stages come first; the loop after them has no mask code.
+  __device__ __forceinline__ void run(const KeyLimits<kGeneral>& limits, int stages, int masked_stages,
+                                      int query_index) {
+    Scores scores;
+    Probabilities probabilities;
+    begin(scores, limits, query_index);
+    bool accumulate = false;
+    int stage = 1;
+    if constexpr (kAhead) {
+      // Two stages a round, as the next scores have registers of their own: of an odd number, one comes before.
+      const int singly = masked_stages + ((stages - masked_stages) & 1);
+#pragma unroll 1
+      for (; stage < singly; ++stage) {
+        Scores next;
+        step_ahead<true>(scores, next, probabilities, limits, query_index, accumulate, stage < masked_stages);
+        cute::copy(next, scores);
+        accumulate = true;
+      }
+#pragma unroll 1
+      for (; stage < stages; stage += 2) {
+        Scores next;
+        step_ahead<false>(scores, next, probabilities, limits, query_index, accumulate);
+        step_ahead<false>(next, scores, probabilities, limits, query_index, true);
+        accumulate = true;
+      }
+      weigh(scores, probabilities);
+    } else {
+      weigh(scores, probabilities);
+#pragma unroll 1
+      for (; stage < masked_stages; ++stage) {
+        step<true>(scores, probabilities, limits, query_index, accumulate);
+        accumulate = true;
+      }
+#pragma unroll 1
+      for (; stage < stages; ++stage) {
+        step<false>(scores, probabilities, limits, query_index, accumulate);
+        accumulate = true;
+      }
+    }
+    finish(probabilities, accumulate);
   }
 };
 
