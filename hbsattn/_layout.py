@@ -55,6 +55,15 @@ def choose_query_tile_rows(rows: int, head_dim: int, k_block_size: int, for_back
     return choose_tile_rows(rows, head_dim)
 
 
+def backward_has_own_tiles(
+    mask_heads: int, q_block_size: int, k_block_size: int, heads_q: int, heads_k: int, head_dim: int, pack_heads: bool
+) -> bool:
+    """Whether tiles of queries in the backward pass have other rows than the forward's, and so a list of their own."""
+    rows = q_block_size * count_packed_heads(mask_heads, q_block_size, heads_q, heads_k, pack_heads)
+    forward, backward = (choose_query_tile_rows(rows, head_dim, k_block_size, x) for x in (False, True))
+    return forward != backward
+
+
 def count_tile_heads(
     batch: int,
     rows: int,

@@ -22,6 +22,7 @@ from hbsattn import _cpu  # noqa: F401  (registers the CPU kernels)
 from hbsattn._layout import (
     ITEM_INTS,
     backward_by_queries,
+    backward_has_own_tiles,
     ceil_div,
     choose_query_tile_rows,
     count_key_items,
@@ -227,10 +228,9 @@ def _plan_backward(
     blocks = (q_block_size, k_block_size)
     heads = (q.shape[-2], k.shape[-2], q.shape[-1])
     plans = plans_beside(items)
-    by_queries = backward_by_queries(bits.shape[0], *blocks, *heads, pack_heads, deterministic)
-    rows = q_block_size * count_packed_heads(bits.shape[0], q_block_size, *heads[:2], pack_heads)
-    tiles = {choose_query_tile_rows(rows, heads[2], k_block_size, for_backward) for for_backward in (False, True)}
-    if by_queries or (deterministic and len(tiles) > 1):
+    shape = (bits.shape[0], *blocks, *heads, pack_heads)
+    by_queries = backward_by_queries(*shape, deterministic)
+    if by_queries or (deterministic and backward_has_own_tiles(*shape)):
         sizes = (cols, *blocks, causal, *heads, q.element_size(), pack_heads, True)
         (items,) = plans.find_or_make("queries", lambda: (ops.plan_items.default(bits, sequences, *sizes),))
     if by_queries:

@@ -440,10 +440,21 @@ def test_deterministic_everywhere():
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
-@pytest.mark.parametrize("q_block,k_block,kind", [(64, 64, ("keys", False)), (128, 16, "queries")])
-def test_plan_is_made_once(q_block: int, k_block: int, kind: object, device: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "q_block,k_block,kinds",
+    [
+        (64, 64, [("keys", False)]),
+        (128, 16, ["queries"]),
+        (64, 64, [("keys", True)]),
+        (192, 64, ["queries", ("keys", True)]),  # 192 rows are one tile of the forward
+    ],
+)
+def test_plan_is_made_once(
+    q_block: int, k_block: int, kinds: list[object], device: str, monkeypatch: pytest.MonkeyPatch
+):
     """By the first backward, for all calls of a kind; a work list that autograd saved is still known, as it is and as
     the copy that a checkpoint makes."""
+    deterministic = ("keys", True) in kinds
     problem = make_problem(case("once", causal=True, q_block=q_block, k_block=k_block), device, dtype_of(device))
     mask = problem.mask()
     q, k, v = leaves(problem)
@@ -455,18 +466,21 @@ def test_plan_is_made_once(q_block: int, k_block: int, kind: object, device: str
         found.append((plans, *result))
         return result
 
+    def call(*inputs: Tensor) -> Tensor:
+        return attend(*inputs, mask, deterministic=deterministic)
+
     monkeypatch.setattr(_ops, "_plan_backward", spy)
-    attend(q, k, v, mask)
+    call(q, k, v)
     items = mask._items(4, 2, 64, q.element_size(), True)
-    assert plans_beside(items).find(kind) is None
+    assert all(plans_beside(items).find(kind) is None for kind in kinds)
     for _ in range(2):
-        attend(q, k, v, mask).sum().backward()
-    checkpoint(lambda *inputs: attend(*inputs, mask), q, k, v, use_reentrant=False).sum().backward()
+        call(q, k, v).sum().backward()
+    checkpoint(call, q, k, v, use_reentrant=False).sum().backward()
     assert len(found) == 3 and all(plans is found[0][0] for plans, *_ in found)
     if device == "cuda":
-        assert plans_beside(items).find(kind) is not None
-        made = slice(1, 2) if kind == "queries" else slice(2, 4)
-        assert all(x is y for plans in found for x, y in zip(plans[made], found[0][made], strict=True))
+        assert all(plans_beside(items).find(kind) is not None for kind in kinds)
+        made = [i for i in (1, 2, 3) if ("queries" if i == 1 else ("keys", deterministic)) in kinds]
+        assert all(plans[i] is found[0][i] for plans in found for i in made)
 
 
 # Streams, graphs, compilation
@@ -591,12 +605,12 @@ def test_graph_replay(when: str):
     ],
 )
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("q_block,k_block", [(64, 64), (128, 16)])
-def test_compiled(q_block: int, k_block: int, device: str, backend: str, dynamic: bool):
+@pytest.mark.parametrize("q_block,k_block,deterministic", [(64, 64, False), (128, 16, False), (192, 64, True)])
+def test_compiled(q_block: int, k_block: int, deterministic: bool, device: str, backend: str, dynamic: bool):
     torch._dynamo.reset()
 
     def loss(q: Tensor, k: Tensor, v: Tensor, mask: hbsattn.BlockMask) -> Tensor:
-        return hbsattn.block_sparse_attention(q, k, v, mask).square().sum()
+        return hbsattn.block_sparse_attention(q, k, v, mask, deterministic=deterministic).square().sum()
 
     compiled = torch.compile(loss, backend=backend, fullgraph=True, dynamic=dynamic)
     for lens in ((100, 37, 200), (64, 130, 11)):

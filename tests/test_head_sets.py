@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -82,6 +83,31 @@ def test_lying_lengths_of_sets(lie: tuple[int, ...], head_dim: int):
     torch.cuda.synchronize()
     assert all(x.shape == y.shape for x, y in zip(grads, inputs, strict=True))
     assert all(same(x, y) for x, y in zip(before, (problem.q, problem.k, problem.v), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_neighbours_of_sets(head_dim: int, causal: bool):
+    """A sequence of NaN between two others, whose tiles end in it."""
+    lens = (100, 61, 70)
+    blocks = {**GROUP, "q_block": 8192, "k_block": 64, "density": 1.0}
+    spec = case("neighbours", lens_q=lens, head_dim=head_dim, causal=causal, **blocks)
+    problem = make_problem(spec, "cuda", torch.bfloat16)
+    mask = problem.mask()
+    assert tile_heads(spec, mask, head_dim) < 8
+    clean = differentiate(problem, mask=mask)
+    poisoned = slice(lens[0], lens[0] + lens[1])
+    for x in (problem.q, problem.k, problem.v):
+        x[poisoned] = math.nan
+    inputs = leaves(problem)
+    out = attend(*inputs, mask, return_lse=True)
+    grads = upstream(problem, out[1].detach(), 7)
+    grads[0][poisoned] = math.nan
+    keep = torch.ones(sum(lens), dtype=torch.bool)
+    keep[poisoned] = False
+    for got, want in zip(torch.autograd.grad(out, inputs, grads), clean, strict=True):
+        torch.testing.assert_close(got[keep], want[keep])
 
 
 @pytest.mark.gpu
