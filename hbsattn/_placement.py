@@ -50,6 +50,9 @@ def place_blocks(
     the columns of a dense one.
     """
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_q, seqlen_k, batch_size = lengths
+    for keyword, value in zip(Lengths._fields[2:], lengths[2:], strict=True):
+        if value is not None and not isinstance(value, int | torch.SymInt):
+            raise TypeError(f"{keyword} is {value!r}; expected an int")
     flat, row_blocks = len(lead) == 2, lead[-1]
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if packed:

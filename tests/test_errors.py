@@ -192,6 +192,21 @@ CONSTRUCTOR_ERRORS: dict[str, tuple[Callable[[str], Any], Any, tuple[str, ...]]]
         TypeError,
         ("q_block_size", r"32\.0"),
     ),
+    "max_seqlen_float": (
+        lambda d: BlockMask.from_dense(dense(d), 32, 32, **lens(d), max_seqlen_k=137.0),
+        TypeError,
+        ("max_seqlen_k", r"137\.0", "int"),
+    ),
+    "max_seqlen_tensor": (
+        lambda d: BlockMask.from_dense(dense(d), 32, 32, **lens(d), max_seqlen_q=torch.tensor(137)),
+        TypeError,
+        ("max_seqlen_q", r"tensor\(137\)", "int"),
+    ),
+    "seqlen_str": (
+        lambda d: BlockMask.from_dense(dense(d, (1, 1, 2, 2)), 32, 32, seqlen_q="64", seqlen_k=64),
+        TypeError,
+        ("seqlen_q", "'64'", "int"),
+    ),
     "batched_q_block_0": (
         lambda d: BlockMask.from_dense(dense(d, (1, 1, 2, 2)), 0, 32),
         ValueError,
