@@ -2,7 +2,7 @@
 
 Bits take rows * cols / 8 bytes for each head, lists only what is listed: a million tokens that attend to 16 of 8,192
 blocks each have 1 GB of bits and 64 MB of lists. With blocks of one query, a run of rows is a run of tokens, so a call
-on a slice of q with the bits of those rows gives the same slice of the result.
+on a slice of q with the bits of those rows gives the same slice of the result, up to rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,7 +61,7 @@ class Chunk:
 
 
 def stays_lists(q_block_size: int, heads: int, rows: int, cols: int, listed: int) -> bool:
-    """Whether a mask with `listed` entries has more bits than it keeps: a chunk's, and twice what its lists take."""
+    """Whether a mask's bits would take more than a chunk, and more than twice what its `listed` entries take."""
     bits = heads * rows * ceil_div(cols, 32) * INT_BYTES
     return q_block_size == 1 and bits > CHUNK_BYTES and bits > 2 * INT_BYTES * listed
 

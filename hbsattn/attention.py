@@ -76,7 +76,7 @@ def _attend(
         raise TypeError(f"softmax_scale is a {type(softmax_scale).__name__}; expected a number")
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if mask._lists is not None and not trains:
+    if mask._lists is not None and not trains and not mask._makes_bits():
         out, lse = _attend_in_chunks(q, k, v, mask, softmax_scale, deterministic, pack_heads)
         return (out, lse) if return_lse else out
     bits = mask._kept_bits()
@@ -98,7 +98,7 @@ def _attend(
             pack_heads,
             softmax_scale,
         )
-        items = mask._items(*key)
+        items = mask._items(*key, bits=bits)
     out, lse, _ = ops.forward.default(
         q,
         k,
@@ -122,13 +122,16 @@ def _attend_in_chunks(
 ) -> tuple[Tensor, Tensor]:
     """The call for a mask that stays lists, without gradients: chunks of queries with their own bits and work lists.
 
-    Gradients would be of one chunk each, rounded before they are added up, and those of keys that a chunk does not
-    cover have no values.
+    Gradients go another way: each chunk would give its own, rounded before they are summed, and leaves those of keys
+    past its last query unset.
     """
     rows_dim = q.dim() - 3
     rows = q.shape[rows_dim]
-    if rows > mask.rows:
-        raise ValueError(f"q has {rows} rows; expected at most {mask.rows}, as many as mask has lists")
+    if mask.packed and not rows <= mask.rows <= rows + mask.batch:
+        raise ValueError(
+            f"q has {rows} rows; expected {max(mask.rows - mask.batch, 0)} to {mask.rows}, as mask has {mask.rows} "
+            f"lists and {mask.batch} sequences"
+        )
     numbers = (mask.cols, mask.q_block_size, mask.k_block_size, mask.causal)
     out = lse = None
     for chunk in make_chunks(mask._lists, mask.sequences, mask.cols, mask.k_block_size, mask.causal, rows, mask.packed):
@@ -137,8 +140,8 @@ def _attend_in_chunks(
         if out is None:
             # What does not fit is refused before anything is launched; bits that nobody reads say how large they are.
             bits = torch.empty(chunk.bits_shape, dtype=torch.int32, device=mask.device)
-            table = (bits, mask.sequences, None)
-            ops.check_forward.default(*tensors, *table, *numbers, pack_heads, softmax_scale)
+            ops.check_forward.default(*tensors, bits, mask.sequences, None, *numbers, pack_heads, softmax_scale)
+            del bits
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         bits, sequences = chunk.pack()
         sizes = (q.shape[-2], k.shape[-2], q.shape[-1], q.element_size(), pack_heads)
@@ -150,4 +153,5 @@ def _attend_in_chunks(
         if lse is None:
             lse = part_lse.new_empty((*part_lse.shape[:-1], rows))
         lse.narrow(-1, chunk.begin, length).copy_(part_lse)
+        del bits, items, part, part_lse  # before the next ones come
     return out, lse

@@ -173,7 +173,8 @@ class BlockMask:
         With query blocks of 1 row, lists of long sequences may be far smaller than bits. Where bits would take more
         than 256 MB and twice what lists do (batched lists for batched tensors, flat ones for packed), the mask keeps a
         copy of the lists. A call without gradients then makes and plans the bits of as many rows as take 256 MB at a
-        time; the first with gradients makes all bits, and the mask keeps them.
+        time. The first with gradients makes all bits, and the mask keeps them for all later calls on the stream; a
+        compiled call makes all bits each time.
         """
         check_block_sizes(q_block_size, k_block_size)
         check_tensor("counts", counts, (2, 3), (torch.int32, torch.int64))
@@ -285,6 +286,10 @@ class BlockMask:
         sizes = (self.rows, self.cols, self.q_block_size, self.k_block_size)
         return self._lists.pack(self.sequences, *sizes, self.causal)
 
+    def _makes_bits(self) -> bool:
+        """Whether a mask of lists has its bits made: a call has, or is compiled, and not to be once for each length."""
+        return torch.compiler.is_compiling() or self._plans.find("bits") is not None
+
     def _kept_bits(self) -> Tensor:
         if self._bits is not None:
             return self._bits
@@ -375,8 +380,8 @@ class BlockMask:
             blocks = f"{ceil_div(self.seqlen_q, self.q_block_size)} x {self.cols} in each sequence"
         sides = (("q", self.seqlen_q), ("k", self.seqlen_k))
         lengths = "".join(f"{name}_{side}={length}, " for side, length in sides if length is not None)
-        # On another device the density would make whoever prints a mask wait.
-        known = type(self.sequences) is Tensor and self.device.type == "cpu"
+        # On another device the density would make whoever prints a mask wait; of lists it would take all bits.
+        known = type(self._bits) is Tensor and self.device.type == "cpu"
         density = f", density={self.density:.3g}" if known else ""
         return (
             f"BlockMask({form}, batch={self.batch}, {lengths}heads={self.heads}, blocks of {self.q_block_size} x "
@@ -413,13 +418,27 @@ class BlockMask:
         found = self._plans.find(key)
         return None if found is None else found[0]
 
-    def _items(self, heads_q: int, heads_k: int, head_dim: int, element_size: int, pack_heads: bool) -> Tensor:
-        """Returns the work list, int32 (tiles, 16), that calls of this kind on one stream share."""
+    def _items(
+        self,
+        heads_q: int,
+        heads_k: int,
+        head_dim: int,
+        element_size: int,
+        pack_heads: bool,
+        bits: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the work list, int32 (tiles, 16), that calls of this kind on one stream share. `bits`: if at hand."""
         key = (heads_q, heads_k, head_dim, element_size, pack_heads)
 
         def make() -> tuple[Tensor]:
             items = ops.plan_items.default(
-                self._kept_bits(), self.sequences, self.cols, self.q_block_size, self.k_block_size, self.causal, *key
+                self._kept_bits() if bits is None else bits,
+                self.sequences,
+                self.cols,
+                self.q_block_size,
+                self.k_block_size,
+                self.causal,
+                *key,
             )
             plans_beside(items)
             return (items,)

@@ -214,6 +214,27 @@ def test_compile(device: str, dynamic: bool, backend: str):
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("trains", [False, True])
+def test_one_graph_for_all_lengths(trains: bool, device: str):
+    if trains and device == "cuda":
+        pytest.skip("the number of parts of key tiles has a limit, which is one more graph")
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def attend(q, k, v, mask):
+        return hbsattn.block_sparse_attention(q, k, v, mask, return_lse=True)
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (700, 1300, 517, 900):
+            problem = make_problem(case("lengths", lens_q=(n, 37, 20), causal=True), device, dtype_of(device))
+            inputs = [x.requires_grad_(trains) for x in (problem.q, problem.k, problem.v)]
+            out, lse = attend(*inputs, problem.mask())
+            judge(problem, out.detach(), lse.detach())
+            if trains:
+                torch.autograd.grad(out.sum(), inputs)
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
 def test_compile_the_mask_too(device: str):
     torch._dynamo.reset()
     problem = make_problem(case("compile", causal=True), device, dtype_of(device))

@@ -488,46 +488,47 @@ void register_cuda(torch::Library& m) {
 TORCH_LIBRARY(hbsattn, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
-      "make_sequences(Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Device device, int batch, int seqlen_q, "
-      "int seqlen_k, int q_block_size, int k_block_size, int row_stride) -> Tensor",
+      "make_sequences(Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Device device, SymInt batch, SymInt seqlen_q, "
+      "SymInt seqlen_k, int q_block_size, int k_block_size, SymInt row_stride) -> Tensor",
       tags);
   m.def(
-      "pack_dense(Tensor block_mask, Tensor sequences, bool flat, int rows, int cols, int q_block_size, "
+      "pack_dense(Tensor block_mask, Tensor sequences, bool flat, SymInt rows, SymInt cols, int q_block_size, "
       "int k_block_size, bool causal) -> Tensor",
       tags);
   m.def(
-      "pack_indices(Tensor counts, Tensor indices, Tensor sequences, bool flat, int rows, int cols, "
+      "pack_indices(Tensor counts, Tensor indices, Tensor sequences, bool flat, SymInt rows, SymInt cols, "
       "int q_block_size, int k_block_size, bool causal) -> Tensor",
       tags);
   m.def(
-      "pack_csr(Tensor indptr, Tensor indices, Tensor sequences, int rows, int cols, int q_block_size, "
+      "pack_csr(Tensor indptr, Tensor indices, Tensor sequences, SymInt rows, SymInt cols, int q_block_size, "
       "int k_block_size, bool causal) -> Tensor",
       tags);
   m.def(
-      "plan_items(Tensor bits, Tensor sequences, int cols, int q_block_size, int k_block_size, bool causal, "
+      "plan_items(Tensor bits, Tensor sequences, SymInt cols, int q_block_size, int k_block_size, bool causal, "
       "int heads_q, int heads_k, int head_dim, int element_size, bool pack_heads, bool for_backward=False) -> Tensor",
       tags);
   m.def(
-      "forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor items, int cols, "
+      "forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor items, SymInt cols, "
       "int q_block_size, int k_block_size, bool causal, bool pack_heads, float softmax_scale, "
       "bool deterministic=False, bool profile=False) -> (Tensor out, Tensor lse, Tensor cycles)",
       tags);
-  m.def("transpose_bits(Tensor bits, int cols) -> Tensor", tags);
+  m.def("transpose_bits(Tensor bits, SymInt cols) -> Tensor", tags);
   m.def(
-      "plan_keys(Tensor columns, Tensor sequences, int rows, int q_block_size, int k_block_size, bool causal, "
+      "plan_keys(Tensor columns, Tensor sequences, SymInt rows, int q_block_size, int k_block_size, bool causal, "
       "int heads_q, int heads_k, int head_dim, int element_size, bool deterministic) -> Tensor",
       tags);
   m.def(
       "backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor bits, "
-      "Tensor sequences, Tensor items, Tensor columns, Tensor key_items, int cols, int q_block_size, "
+      "Tensor sequences, Tensor items, Tensor columns, Tensor key_items, SymInt cols, int q_block_size, "
       "int k_block_size, bool causal, bool pack_heads, float softmax_scale, bool deterministic) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
       tags);
   m.def(
-      "check_forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor? items, int cols, "
+      "check_forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor? items, SymInt cols, "
       "int q_block_size, int k_block_size, bool causal, bool pack_heads, float softmax_scale) -> ()",
       tags);
-  m.def("check_mask(int batch, int heads, int rows, int cols, int q_block_size, int k_block_size) -> ()", tags);
+  m.def("check_mask(SymInt batch, int heads, SymInt rows, SymInt cols, int q_block_size, int k_block_size) -> ()",
+        tags);
 }
 
 TORCH_LIBRARY_IMPL(hbsattn, CompositeExplicitAutograd, m) {

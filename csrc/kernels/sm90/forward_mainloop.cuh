@@ -13,7 +13,7 @@
 #include "kernels/sm90/turn.cuh"
 
 // What one consumer warpgroup does with the stages of a tile: scores of 64 query rows against a stage of keys, softmax,
-// and the product with the values of the stage before, which overlaps the softmax.
+// and the product with the values of the stage before, which overlaps the softmax, or its maxima alone (kAhead).
 
 namespace hbsattn::sm90 {
 
@@ -109,7 +109,7 @@ struct ForwardMainloop {
   Storage& storage;
   const int unit;  // which consumer warpgroup
   const int lane;
-  const Turn<Traits::kUnits> turn;
+  const Turn<kAhead ? 1 : Traits::kUnits> turn;
   // The stages' barriers, which begin with `unread`. Opaque: recomputing the address in the loop costs issue slots and
   // moves the wait for the second product to a worse place.
   const uint32_t barriers;

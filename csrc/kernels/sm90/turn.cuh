@@ -13,8 +13,8 @@ enum TurnBarrier : uint32_t {
   kTurn2 = 2,  //                              warpgroup 2's
 };
 
-// Consumer warpgroups take turns: one has the tensor cores while others compute their softmax. With one warpgroup, the
-// other CTA of the multiprocessor fills the gaps.
+// Consumer warpgroups take turns: one has the tensor cores while others compute their softmax. With one, there is
+// nobody to take turns with: the other CTA of the multiprocessor fills the gaps.
 template <int kUnits>
 struct Turn {
   static constexpr uint32_t kThreads = 2 * 128;  // of who waits for a turn and who passes it on
