@@ -18,14 +18,15 @@ import sys
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "third_party"))
+GENERATED = ROOT / "build" / "generated"
+sys.path[:0] = [str(ROOT / "third_party"), str(ROOT / "csrc" / "kernels")]
 
 from find_cutlass import CutlassError, find_cutlass  # noqa: E402
+from generate_instances import generate  # noqa: E402
 
 ARCHES = {"9.0": "9.0a", "9.0a": "9.0a"}  # what TORCH_CUDA_ARCH_LIST may name, and what has kernels
 GIB_PER_JOB = 3  # a kernel's translation unit peaks below this
@@ -39,27 +40,19 @@ def note(message: str) -> None:
     print(f"hbsattn: {message}", file=sys.stderr, flush=True)
 
 
-class Source(NamedTuple):
-    """A line of csrc/sources.txt, which says what the fields mean."""
-
-    group: str
-    path: str
-    dtype: str | None = None
-    head_dim: str | None = None
-
-
-def read_sources() -> list[Source]:
+def read_sources(groups: Iterable[str]) -> list[str]:
+    """Those of csrc/sources.txt, which says what its groups are."""
     lines = (line.partition("#")[0].split() for line in (ROOT / "csrc" / "sources.txt").read_text().splitlines())
-    return [Source(*line) for line in lines if line]
+    return [f"csrc/{path}" for group, path in filter(None, lines) if group in groups]
 
 
-def choices(variable: str, known: Iterable[str | None]) -> dict[str, int]:
-    """Which of the known names a comma-separated environment variable selects; by default all."""
-    known = sorted(filter(None, set(known)), key=lambda name: (len(name), name))
-    names = [name.strip() for name in (os.environ.get(variable) or ",".join(known)).split(",")]
-    if not set(names) <= set(known):
-        fail(f"{variable} is {os.environ[variable]!r}; expected a comma-separated subset of {','.join(known)}")
-    return {name: int(name in names) for name in known}
+def generate_instances() -> list[str]:
+    """Writes the instances of kernels that are to be compiled, and returns their paths."""
+    try:
+        sources = generate(GENERATED, os.environ.get("HBSATTN_HEAD_DIMS"), os.environ.get("HBSATTN_DTYPES"))
+    except ValueError as error:
+        fail(str(error))
+    return [str(source.relative_to(ROOT)) for source in sources]
 
 
 def find_nvcc() -> Path | None:
@@ -137,20 +130,10 @@ def extension():
     cuda = use_cuda()
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    sources = read_sources()
-    head_dims = choices("HBSATTN_HEAD_DIMS", (source.head_dim for source in sources))
-    dtypes = choices("HBSATTN_DTYPES", (source.dtype for source in sources))
-    groups = ("core", "torch", "cuda", "sm90") if cuda else ("core", "torch")
-    selected = [
-        f"csrc/{source.path}"
-        for source in sources
-        if source.group in groups and head_dims.get(source.head_dim, 1) and dtypes.get(source.dtype, 1)
-    ]
+    sources = read_sources(("core", "torch", "cuda", "sm90") if cuda else ("core", "torch"))
     macros = {"HBSATTN_WITH_CUDA": int(cuda), "HBSATTN_SM90": int(cuda)}
     macros |= {"HBSATTN_CUDA_VERSION": '""', "HBSATTN_CUTLASS_VERSION": '""'}
-    macros |= {f"HBSATTN_HEAD_DIM_{name}": built for name, built in head_dims.items()}
-    macros |= {f"HBSATTN_DTYPE_{name.upper()}": built for name, built in dtypes.items()}
-    include_dirs = [str(ROOT / "csrc" / "include"), str(ROOT / "csrc")]
+    include_dirs = [str(ROOT / "csrc" / "include"), str(ROOT / "csrc"), str(GENERATED)]
     cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"]
     nvcc = []
     if cuda:
@@ -158,6 +141,7 @@ def extension():
             cutlass = find_cutlass()
         except CutlassError as error:
             fail(str(error))
+        sources += generate_instances()
         version = subprocess.check_output([Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc", "--version"], text=True)
         macros["HBSATTN_CUTLASS_VERSION"] = f'"{cutlass.version}"'
         macros["HBSATTN_CUDA_VERSION"] = '"{}"'.format(re.search(r"release (\d+\.\d+)", version)[1])
@@ -172,7 +156,7 @@ def extension():
     make = CUDAExtension if cuda else CppExtension
     module = make(
         "hbsattn._C",
-        selected,
+        sources,
         include_dirs=include_dirs,
         define_macros=[("NDEBUG", None), *((name, str(value)) for name, value in macros.items())],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},

@@ -40,8 +40,14 @@ RULES: dict[str, list[tuple[str, str]]] = {
         (CUTLASS, "core never parses CuTe"),
         (ALLOCATES, "core allocates no device memory"),
         (r"^\s*#\s*include\s*\"torch/", "core does not know its callers"),
-        (r"^\s*#\s*include\s*\"kernels/(?!(config|instances)\.h\")", "core sees config.h and instances.h alone"),
+        (r"^\s*#\s*include\s*\"kernels/(?!(sm90/config|instances)\.h\")", "core sees configs and instances.h alone"),
         (r"<<<", "core launches no kernels itself"),
+    ],
+    "csrc/plan": [
+        (TORCH, "plans do not know that tensors exist"),
+        (CUTLASS, "plans are for any compiler"),
+        (r"^\s*#\s*include\s*[<\"]cuda", "plans are for any compiler"),
+        (r"^\s*#\s*include\s*\"(core|torch|kernels)/", "no arrow points back"),
     ],
     "csrc/kernels": [
         (TORCH, "kernels do not know that tensors exist"),
@@ -65,8 +71,8 @@ RULES: dict[str, list[tuple[str, str]]] = {
     "tests/oracle": [(r"^\s*(import|from)\s+(hbsattn|problems)\b", "an oracle does not call what it judges")],
     "benchmarks": [(r"\bhbsattn\._\w|from hbsattn import _|from hbsattn\._", "benchmarks import public names alone")],
 }
-# The demo is a program: it prints, and asks for the device it runs on.
-PROGRAMS = {"hbsattn/__main__.py"}
+# Programs print. The demo also asks for the device it runs on.
+PROGRAMS = {"hbsattn/__main__.py", "csrc/kernels/generate_instances.py"}
 
 CALL_PATH = ["hbsattn/attention.py", "hbsattn/_ops.py", "hbsattn/_plans.py", "hbsattn/_chunks.py"]
 CALL_PATH += ["hbsattn/hbsa_interface.py"]

@@ -3,7 +3,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/dispatch.h"
+#include "core/kernel_table.h"
 #include "core/select.h"
 #include "core/validate.h"
 #include "hbsattn/hbsattn.h"
@@ -167,11 +167,11 @@ Status backward(const BackwardParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
   HBSATTN_RETURN_IF_ERROR(check_addressable(params));
   if (choose_backward_method(params) == BackwardMethod::kByQueries) {
-    return dispatch<Sm90QueryBackwardKernels>(
-        key, "backward", [&](auto config) { return kernels::run_query_backward<decltype(config)>(params, stream); });
+    return dispatch<Sm90BackwardQueriesKernels>(
+        key, "backward", [&](auto config) { return kernels::run_backward_queries<decltype(config)>(params, stream); });
   }
-  HBSATTN_RETURN_IF_ERROR(dispatch<Sm90BackwardKernels>(
-      key, "backward", [&](auto config) { return kernels::run_backward<decltype(config)>(params, stream); }));
+  HBSATTN_RETURN_IF_ERROR(dispatch<Sm90BackwardKeysKernels>(
+      key, "backward", [&](auto config) { return kernels::run_backward_keys<decltype(config)>(params, stream); }));
   if (!params.deterministic) return Status::Ok();
   return dispatch<Sm90GradQueriesKernels>(queries_key, "deterministic backward", [&](auto config) {
     return kernels::run_grad_queries<decltype(config)>(params, stream);
@@ -187,12 +187,12 @@ BuildInfo build_info() {
   list_kernels<Sm90ForwardKernels>(
       "forward", "m", of_keys, [](auto config) { return kernels::forward_shared_bytes<decltype(config)>(); },
       info.kernels);
-  list_kernels<Sm90BackwardKernels>(
-      "backward", "n", of_queries, [](auto config) { return kernels::backward_shared_bytes<decltype(config)>(); },
-      info.kernels);
-  list_kernels<Sm90QueryBackwardKernels>(
-      "query_backward", "m", of_keys,
-      [](auto config) { return kernels::query_backward_shared_bytes<decltype(config)>(); }, info.kernels);
+  list_kernels<Sm90BackwardKeysKernels>(
+      "backward_keys", "n", of_queries,
+      [](auto config) { return kernels::backward_keys_shared_bytes<decltype(config)>(); }, info.kernels);
+  list_kernels<Sm90BackwardQueriesKernels>(
+      "backward_queries", "m", of_keys,
+      [](auto config) { return kernels::backward_queries_shared_bytes<decltype(config)>(); }, info.kernels);
   list_kernels<Sm90GradQueriesKernels>(
       "grad_queries", "m", of_keys, [](auto config) { return kernels::grad_queries_shared_bytes<decltype(config)>(); },
       info.kernels);

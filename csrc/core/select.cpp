@@ -2,7 +2,7 @@
 
 #include <string>
 
-#include "core/dispatch.h"
+#include "core/kernel_table.h"
 #include "hbsattn/hbsattn.h"
 
 namespace hbsattn {
@@ -82,8 +82,8 @@ int backward_tile_rows(const BackwardParams& params) {
 HeadDims find_backward_head_dims(const BackwardParams& params) {
   const int tile_rows = backward_tile_rows(params);
   return choose_backward_method(params) == BackwardMethod::kByQueries
-             ? find_head_dims<Sm90QueryBackwardKernels>(params.problem, tile_rows)
-             : find_head_dims<Sm90BackwardKernels>(params.problem, tile_rows);
+             ? find_head_dims<Sm90BackwardQueriesKernels>(params.problem, tile_rows)
+             : find_head_dims<Sm90BackwardKeysKernels>(params.problem, tile_rows);
 }
 
 Status select(const ForwardParams& problem, const HeadDims& found, int tile_rows, const char* where, KernelKey* key) {

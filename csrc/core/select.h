@@ -2,7 +2,7 @@
 
 #include "hbsattn/params.h"
 #include "hbsattn/status.h"
-#include "kernels/config.h"
+#include "plan/workspace.h"
 
 namespace hbsattn {
 

@@ -5,7 +5,8 @@
 #include <string>
 
 #include "hbsattn/hbsattn.h"
-#include "kernels/config.h"
+#include "plan/head_sets.h"
+#include "plan/tiles.h"
 
 namespace hbsattn {
 namespace {

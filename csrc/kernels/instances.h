@@ -17,7 +17,7 @@ Status plan_items(const PlanParams& params, int64_t num_items, Stream stream);
 Status transpose_mask(const TransposeParams& params, Stream stream);
 Status plan_keys(const KeyPlanParams& params, int64_t num_key_items, Stream stream);
 
-// sm90/, one explicit instantiation per file in sm90/instantiations/
+// sm90/, instantiated for each kernel of sm90/instances.txt
 template <class Config>
 Status run_forward(const ForwardParams& params, Stream stream);
 
@@ -25,10 +25,10 @@ template <class Config>
 int forward_shared_bytes();
 
 template <class Config>
-Status run_backward(const BackwardParams& params, Stream stream);
+Status run_backward_keys(const BackwardParams& params, Stream stream);
 
 template <class Config>
-int backward_shared_bytes();
+int backward_keys_shared_bytes();
 
 template <class Config>
 Status run_grad_queries(const BackwardParams& params, Stream stream);
@@ -37,10 +37,10 @@ template <class Config>
 int grad_queries_shared_bytes();
 
 template <class Config>
-Status run_query_backward(const BackwardParams& params, Stream stream);
+Status run_backward_queries(const BackwardParams& params, Stream stream);
 
 template <class Config>
-int query_backward_shared_bytes();
+int backward_queries_shared_bytes();
 
 // Compute capability (major * 10 + minor) and multiprocessors of the current device.
 Status current_device(int* compute_capability, int* multiprocessors);

@@ -97,7 +97,7 @@ HBSATTN_API bool addressable(const TensorView& view, DType dtype);
 
 // One compiled kernel, as `forward` or `backward` would choose it.
 struct KernelInfo {
-  std::string name;  // e.g. "sm90_forward_bf16_hd128_m128" or "sm90_backward_bf16_hd128_n128"
+  std::string name;  // e.g. "sm90_forward_bf16_hd128_m128" or "sm90_backward_keys_bf16_hd128_n128"
   std::string arch;  // e.g. "sm_90a"
   DType dtype;
   int32_t head_dim;      // head dims up to this one, and above the next smaller, use it

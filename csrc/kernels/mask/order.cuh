@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "kernels/common/cuda_status.h"
-#include "kernels/mask/layout.h"
+#include "plan/layout.h"
 
 namespace hbsattn::kernels {
 

@@ -2,7 +2,7 @@
 
 #include "kernels/common/cuda_status.h"
 #include "kernels/instances.h"
-#include "kernels/mask/layout.h"
+#include "plan/layout.h"
 
 namespace hbsattn::kernels {
 namespace {

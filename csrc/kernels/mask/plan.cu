@@ -3,8 +3,9 @@
 
 #include "kernels/common/cuda_status.h"
 #include "kernels/instances.h"
-#include "kernels/mask/layout.h"
 #include "kernels/mask/order.cuh"
+#include "plan/head_sets.h"
+#include "plan/layout.h"
 
 namespace hbsattn::kernels {
 namespace {

@@ -1,5 +1,5 @@
 #include "kernels/instances.h"
-#include "kernels/mask/layout.h"
+#include "plan/layout.h"
 
 namespace hbsattn::kernels {
 

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "hbsattn/params.h"
-#include "kernels/common/tensor_map.h"
+#include "kernels/sm90/tensor_map.h"
 
 namespace hbsattn::kernels {
 

@@ -1,0 +1,111 @@
+"""Makes a source file of each kernel of sm90/instances.txt, and the list of them that core/kernel_table.h includes.
+
+setup.py imports this file; CMakeLists.txt runs `generate_instances.py FOLDER [--head-dims 64,128] [--dtypes bf16]`.
+It writes FOLDER/instances/*.cu and FOLDER/instances/sm90_kernels.h, and prints the paths of the sources, a line each.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+TABLE = Path(__file__).resolve().parent / "sm90" / "instances.txt"
+DTYPES = {"bf16": "DType::kBFloat16", "fp16": "DType::kFloat16"}
+# Of each kernel: the template of its Config, whether that takes tile rows, and the parameters of its run function.
+CONFIGS = {
+    "forward": ("Sm90Forward", True, "ForwardParams"),
+    "grad_queries": ("Sm90GradQueries", True, "BackwardParams"),
+    "backward_queries": ("Sm90BackwardQueries", False, "BackwardParams"),
+    "backward_keys": ("Sm90BackwardKeys", True, "BackwardParams"),
+}
+
+
+class Instance(NamedTuple):
+    """One compiled kernel."""
+
+    kernel: str
+    dtype: str
+    head_dim: str
+    tile_rows: str
+
+    @property
+    def config(self) -> str:
+        template, takes_rows, _ = CONFIGS[self.kernel]
+        return f"{template}<{DTYPES[self.dtype]}, {self.head_dim}{f', {self.tile_rows}' if takes_rows else ''}>"
+
+    @property
+    def file(self) -> str:
+        return f"{self.kernel}_{self.dtype}_hd{self.head_dim}_{self.tile_rows}.cu"
+
+    @property
+    def source(self) -> str:
+        return (
+            f'#include "kernels/sm90/{self.kernel}/launch.cuh"\n\n'
+            "namespace hbsattn::kernels {\n\n"
+            f"using Config = {self.config};\n\n"
+            f"template Status run_{self.kernel}<Config>(const {CONFIGS[self.kernel][2]}&, Stream);\n"
+            f"template int {self.kernel}_shared_bytes<Config>();\n\n"
+            "}  // namespace hbsattn::kernels\n"
+        )
+
+
+def read_table() -> list[Instance]:
+    """All kernels there are, by kernel, then dtype, then ascending head dim."""
+    lines = [line.split() for line in TABLE.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    kernels, rows = lines[0][1:], sorted(lines[1:], key=lambda row: int(row[0]))
+    return [
+        Instance(kernel, dtype, row[0], tile_rows)
+        for column, kernel in enumerate(kernels, 1)
+        for dtype in DTYPES
+        for row in rows
+        for tile_rows in row[column].split(",")
+        if tile_rows != "-"
+    ]
+
+
+def choose(name: str, given: str | None, known: list[str]) -> list[str]:
+    """Which of the known values a comma-separated list selects; by default all."""
+    known = list(dict.fromkeys(known))
+    values = [value.strip() for value in given.split(",")] if given else known
+    if not set(values) <= set(known):
+        raise ValueError(f"{name} is {given!r}; expected a comma-separated subset of {','.join(known)}")
+    return values
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """A file that says the same already keeps its time, so that it is not compiled again."""
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
+def generate(folder: Path, head_dims: str | None = None, dtypes: str | None = None) -> list[Path]:
+    """Writes the sources of the selected kernels and their list below `folder`, and returns the sources."""
+    table = read_table()
+    chosen_dims = choose("HBSATTN_HEAD_DIMS", head_dims, [instance.head_dim for instance in table])
+    chosen_dtypes = choose("HBSATTN_DTYPES", dtypes, [instance.dtype for instance in table])
+    chosen = [instance for instance in table if instance.head_dim in chosen_dims and instance.dtype in chosen_dtypes]
+    folder = folder / "instances"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = {folder / instance.file: instance.source for instance in chosen}
+    for path, source in sources.items():
+        write_if_changed(path, source)
+    for path in set(folder.glob("*.cu")) - set(sources):
+        path.unlink()
+    lines = ["#pragma once", "", "namespace hbsattn {", ""]
+    for kernel, (template, *_) in CONFIGS.items():
+        configs = ",\n    ".join(instance.config for instance in chosen if instance.kernel == kernel)
+        lines += [f"using {template}Kernels = KernelTable<", f"    {configs}>;", ""]
+    write_if_changed(folder / "sm90_kernels.h", "\n".join([*lines, "}  // namespace hbsattn", ""]))
+    return list(sources)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--head-dims")
+    parser.add_argument("--dtypes")
+    options = parser.parse_args()
+    try:
+        print(*generate(options.folder, options.head_dims, options.dtypes), sep="\n")
+    except ValueError as error:
+        sys.exit(str(error))

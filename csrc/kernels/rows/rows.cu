@@ -1,0 +1,280 @@
+#include <cmath>
+#include <string>
+
+#include "kernels/common/convert.cuh"
+#include "kernels/common/cuda_status.h"
+#include "kernels/rows/rows.h"
+#include "kernels/sm90/tensor_rows.h"
+#include "plan/layout.h"
+
+namespace hbsattn::kernels {
+namespace {
+
+constexpr int kRowThreads = 8;  // that share a row
+constexpr int kPrepareThreads = kGranule * kRowThreads;
+constexpr int kFinishWarps = 4;
+
+struct RowArguments {
+  MaskShape shape;
+  const Sequence* sequences;
+  BackwardWorkspace workspace;
+  TensorView out, grad_out, grad_q;
+  const float* lse_in;
+  const float* grad_lse;
+  float *lse, *delta, *grad_q_sum;
+  int64_t rows_q;
+  int heads_q, head_dim, padded_head_dim;
+  bool packed;
+  float scale;
+};
+
+// A row of the workspace, in the tensors.
+struct QueryPlace {
+  bool exists;
+  int sequence;
+  int64_t row;  // of the sequence's batch entry
+
+  __device__ QueryPlace(const RowArguments& args, int chunk, int row_in_chunk) {
+    // Not 64-bit divisions: those are subroutines on a GPU.
+    const auto chunks = static_cast<uint32_t>(args.workspace.block_rows / kGranule);
+    const uint32_t bit_row = static_cast<uint32_t>(chunk) / chunks;
+    const int in_block = static_cast<int>(chunk - bit_row * chunks) * kGranule + row_in_chunk;
+    const mask::RowPlace place = mask::locate_row(args.shape, args.sequences, bit_row);
+    const int64_t query = place.block * args.shape.q_block_size + in_block;
+    sequence = place.index;
+    // Lengths that lie are cut to the tensors.
+    const int64_t q_begin = mask::clamp<int64_t>(place.sequence.q_begin, 0, args.rows_q);
+    row = q_begin + query;
+    exists = place.used && in_block < args.shape.q_block_size && query < place.sequence.q_len && row < args.rows_q;
+  }
+};
+
+template <class Element>
+__device__ Element* address(const TensorView& view, const QueryPlace& place, int head) {
+  return static_cast<Element*>(view.data) + place.sequence * view.batch_stride + place.row * view.row_stride +
+         head * view.head_stride;
+}
+
+__device__ float2 unpack(uint32_t pair, cutlass::bfloat16_t) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+}
+__device__ float2 unpack(uint32_t pair, cutlass::half_t) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+
+template <class Element>
+__device__ float dot(const uint4& a, const uint4& b) {
+  float sum = 0.f;
+  const uint32_t pairs[4][2] = {{a.x, b.x}, {a.y, b.y}, {a.z, b.z}, {a.w, b.w}};
+#pragma unroll
+  for (const auto& pair : pairs) {
+    const float2 x = unpack(pair[0], Element{}), y = unpack(pair[1], Element{});
+    sum += x.x * y.x + x.y * y.y;
+  }
+  return sum;
+}
+
+// A CTA has a chunk of 16 rows of one head, a thread up to kVectors vectors of 8 columns of a row.
+template <class Element, int kVectors>
+__global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const RowArguments args) {
+  // The first heads last, which find their rows in the L2 cache then.
+  const int chunk = blockIdx.x, head = static_cast<int>(gridDim.y - 1 - blockIdx.y);
+  const int row = threadIdx.x / kRowThreads, lane = threadIdx.x % kRowThreads;
+  const int64_t head_row = head * args.workspace.rows + int64_t{chunk} * kGranule;
+  const QueryPlace place(args, chunk, row);
+  uint4 out[kVectors] = {}, grad_out[kVectors] = {};
+  float lse = -INFINITY, grad_lse = 0.f;
+  if (place.exists) {
+    const auto* out_row = reinterpret_cast<const uint4*>(address<Element>(args.out, place, head));
+    const auto* grad_out_row = reinterpret_cast<const uint4*>(address<Element>(args.grad_out, place, head));
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int vector = lane + i * kRowThreads;
+      if (8 * vector >= args.head_dim) continue;
+      out[i] = __ldcs(out_row + vector);
+      grad_out[i] = grad_out_row[vector];
+    }
+    const int64_t entry = args.packed ? 0 : int64_t{place.sequence} * args.heads_q;
+    const int64_t position = (entry + head) * args.rows_q + place.row;
+    lse = args.lse_in[position];
+    if (args.grad_lse != nullptr) grad_lse = args.grad_lse[position];
+  }
+
+  float delta = 0.f;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) delta += dot<Element>(out[i], grad_out[i]);
+#pragma unroll
+  for (int step = kRowThreads / 2; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+  if (lane == 0) {
+    // The weights of a row with nothing to attend become exp(s - inf) = 0.
+    args.lse[head_row + row] = lse == -INFINITY ? INFINITY : lse * static_cast<float>(M_LOG2E);
+    args.delta[head_row + row] = lse == -INFINITY ? 0.f : delta - grad_lse;
+  }
+  if (chunk == 0 && head == 0 && threadIdx.x < BackwardWorkspace::kPaddingRows) {
+    args.lse[args.heads_q * args.workspace.rows + threadIdx.x] = INFINITY;
+    args.delta[args.heads_q * args.workspace.rows + threadIdx.x] = 0.f;
+  }
+}
+
+// A warp has 32 columns of a chunk. In the workspace, four floats belong to the lane of an accumulator: two columns of
+// row lane / 4 and two of the row 8 further on.
+template <class Element>
+__global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const RowArguments args, int chunks) {
+  const int parts = args.padded_head_dim / 32;
+  const auto warp = static_cast<int>(blockIdx.x * kFinishWarps + threadIdx.x / 32);
+  // The last heads first, whose sums are still in the L2 cache.
+  const int head = static_cast<int>(gridDim.y - 1 - blockIdx.y);
+  const int chunk = warp / parts, part = warp - chunk * parts, lane = threadIdx.x % 32;
+  if (chunk >= chunks) return;
+  const int64_t head_row = head * args.workspace.rows + int64_t{chunk} * kGranule;
+  const auto* sums = reinterpret_cast<const float4*>(args.grad_q_sum + head_row * args.padded_head_dim) + part * 128;
+  uint32_t columns[2][4];
+#pragma unroll
+  for (int group = 0; group < 4; ++group) {
+    const float4 sum = __ldcs(sums + group * 32 + lane);
+    columns[0][group] = pack_pair<Element>(args.scale * sum.x, args.scale * sum.y);
+    columns[1][group] = pack_pair<Element>(args.scale * sum.z, args.scale * sum.w);
+  }
+  const int column = part * 32 + lane % 4 * 8;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    transpose_quad(columns[i], lane);
+    const QueryPlace place(args, chunk, lane / 4 + 8 * i);
+    if (place.exists && column < args.head_dim) {
+      *reinterpret_cast<uint4*>(address<Element>(args.grad_q, place, head) + column) =
+          make_uint4(columns[i][0], columns[i][1], columns[i][2], columns[i][3]);
+    }
+  }
+}
+
+// Calls visit(Element{}) with the dtype of a problem.
+template <class Visitor>
+void visit_dtype(DType dtype, Visitor&& visit) {
+  if (dtype == DType::kBFloat16) {
+    visit(cutlass::bfloat16_t{});
+  } else {
+    visit(cutlass::half_t{});
+  }
+}
+
+RowArguments row_arguments(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim) {
+  const ForwardParams& problem = params.problem;
+  auto* bytes = static_cast<uint8_t*>(params.workspace);
+  const int64_t array = problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows;
+  auto* lse = reinterpret_cast<float*>(bytes + workspace.statistics);
+  return {problem.mask.shape,
+          problem.mask.sequences,
+          workspace,
+          problem.out,
+          params.grad_out,
+          params.grad_q,
+          problem.lse,
+          params.grad_lse,
+          lse,
+          lse + array,
+          reinterpret_cast<float*>(bytes + workspace.sums),
+          problem.rows_q,
+          problem.heads_q,
+          problem.head_dim,
+          padded_head_dim,
+          problem.packed,
+          problem.softmax_scale};
+}
+
+constexpr int kVector = 8;    // columns of a thread
+constexpr int kKeyRows = 16;  // of a CTA
+
+struct KeyArguments {
+  const float* sums;  // (2, heads_k, rows, padded head dim): of keys, and of values
+  TensorView grad_k, grad_v;
+  float scale;               // of grad_k
+  int64_t rows, batch_rows;  // over the batch, and of a batch entry
+  int heads_k, head_dim, padded_head_dim;
+};
+
+// Writes the gradients of keys, or of values, that tiles have added up.
+template <class Element>
+__global__ void __launch_bounds__(kKeyRows * 256 / kVector) finish_keys_kernel(const KeyArguments args) {
+  const int head = blockIdx.y, which = blockIdx.z, column = static_cast<int>(threadIdx.x) * kVector;
+  const uint32_t row = blockIdx.x * kKeyRows + threadIdx.y;
+  if (row >= args.rows || column >= args.head_dim) return;
+  const int64_t head_row = (int64_t{which} * args.heads_k + head) * args.rows + row;
+  const auto* sums = reinterpret_cast<const float4*>(args.sums + head_row * args.padded_head_dim + column);
+  const float4 first = __ldcs(sums), second = __ldcs(sums + 1);
+  const float scale = which == 0 ? args.scale : 1.f;
+  const TensorView grad = which == 0 ? args.grad_k : args.grad_v;
+  const auto batch_rows = static_cast<uint32_t>(args.batch_rows);
+  auto* destination = static_cast<Element*>(grad.data) + row / batch_rows * grad.batch_stride +
+                      row % batch_rows * grad.row_stride + head * grad.head_stride + column;
+  *reinterpret_cast<uint4*>(destination) = make_uint4(
+      pack_pair<Element>(scale * first.x, scale * first.y), pack_pair<Element>(scale * first.z, scale * first.w),
+      pack_pair<Element>(scale * second.x, scale * second.y), pack_pair<Element>(scale * second.z, scale * second.w));
+}
+
+}  // namespace
+
+Status check_launchable(const BackwardParams& params) {
+  const ForwardParams& problem = params.problem;
+  const auto of_queries = [&](const TensorView& view) {
+    return rows_of(view, problem, problem.rows_q, problem.heads_q).matrix.rows;
+  };
+  const auto of_keys = [&](const TensorView& view) {
+    return rows_of(view, problem, problem.rows_k, problem.heads_k).matrix.rows;
+  };
+  for (const int64_t rows : {of_queries(problem.q), of_queries(params.grad_out), of_keys(problem.k), of_keys(problem.v),
+                             of_keys(params.grad_k), of_keys(params.grad_v)}) {
+    if (rows >= 1 << 30) {
+      return Status::NotSupported("q, k, v or a gradient of theirs or of out spans " + std::to_string(rows) +
+                                  " rows over its batch; expected fewer than 2^30");
+    }
+  }
+  constexpr int kMostHeads = 65535;  // of a grid's second dimension
+  if (problem.heads_q <= kMostHeads) return Status::Ok();
+  return Status::NotSupported("heads_q is " + std::to_string(problem.heads_q) + "; expected at most " +
+                              std::to_string(kMostHeads) + " for gradients on CUDA");
+}
+
+Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, Stream stream) {
+  const RowArguments args = row_arguments(params, workspace, 0);
+  // The memory is faster at writing these by themselves than among the reads of the kernel.
+  HBSATTN_RETURN_IF_ERROR(cuda_status(
+      cudaMemsetAsync(static_cast<uint8_t*>(params.workspace) + workspace.ticket, 0, workspace.zeroed, stream),
+      "cudaMemsetAsync"));
+  const dim3 grid(static_cast<unsigned>(workspace.rows / kGranule), static_cast<unsigned>(args.heads_q));
+  visit_dtype(params.problem.dtype, [&](auto element) {
+    using Element = decltype(element);
+    auto* kernel = args.head_dim <= 64    ? prepare_rows_kernel<Element, 1>
+                   : args.head_dim <= 128 ? prepare_rows_kernel<Element, 2>
+                                          : prepare_rows_kernel<Element, 4>;
+    kernel<<<grid, kPrepareThreads, 0, stream>>>(args);
+  });
+  return cuda_status(cudaGetLastError(), "the launch of prepare_rows");
+}
+
+Status finish_keys(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
+                   Stream stream) {
+  const ForwardParams& problem = params.problem;
+  const int64_t rows = problem.rows_k * (problem.packed ? 1 : problem.mask.shape.batch);
+  const auto* sums = reinterpret_cast<const float*>(static_cast<const uint8_t*>(params.workspace) + workspace.sums);
+  const KeyArguments args{sums,           params.grad_k,   params.grad_v,    problem.softmax_scale, rows,
+                          problem.rows_k, problem.heads_k, problem.head_dim, padded_head_dim};
+  const dim3 grid(static_cast<unsigned>(mask::ceil_div(rows, kKeyRows)), static_cast<unsigned>(problem.heads_k), 2);
+  visit_dtype(problem.dtype, [&](auto element) {
+    finish_keys_kernel<decltype(element)><<<grid, dim3(padded_head_dim / kVector, kKeyRows), 0, stream>>>(args);
+  });
+  return cuda_status(cudaGetLastError(), "the launch of finish_keys");
+}
+
+Status finish_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
+                   Stream stream) {
+  const RowArguments args = row_arguments(params, workspace, padded_head_dim);
+  const int64_t chunks = workspace.rows / kGranule;
+  const dim3 grid(static_cast<unsigned>(mask::ceil_div(chunks * (padded_head_dim / 32), kFinishWarps)),
+                  static_cast<unsigned>(args.heads_q));
+  visit_dtype(params.problem.dtype, [&](auto element) {
+    finish_rows_kernel<decltype(element)><<<grid, 32 * kFinishWarps, 0, stream>>>(args, static_cast<int>(chunks));
+  });
+  return cuda_status(cudaGetLastError(), "the launch of finish_rows");
+}
+
+}  // namespace hbsattn::kernels

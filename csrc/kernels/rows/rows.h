@@ -1,0 +1,25 @@
+#pragma once
+
+#include "hbsattn/params.h"
+#include "hbsattn/status.h"
+#include "plan/workspace.h"
+
+// What precedes and follows the backward kernel, a pass over all rows each.
+
+namespace hbsattn::kernels {
+
+// Whether grids and 32-bit row coordinates hold a problem.
+Status check_launchable(const BackwardParams& params);
+
+// Fills the workspace: what is to be 0, and statistics of all rows, padding included.
+Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, Stream stream);
+
+// Turns the accumulated gradient of the queries, which is that of unscaled scores, into rows of grad_q.
+Status finish_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
+                   Stream stream);
+
+// Turns sums of gradients that several tiles of the same keys have added up into rows of grad_k and grad_v.
+Status finish_keys(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
+                   Stream stream);
+
+}  // namespace hbsattn::kernels

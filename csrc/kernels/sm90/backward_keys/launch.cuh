@@ -1,0 +1,125 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "kernels/common/cuda_status.h"
+#include "kernels/instances.h"
+#include "kernels/rows/rows.h"
+#include "kernels/sm90/backward_keys/kernel.cuh"
+#include "kernels/sm90/tensor_rows.h"
+
+namespace hbsattn::kernels {
+
+template <class Config>
+int backward_keys_shared_bytes() {
+  return static_cast<int>(sizeof(typename sm90::BackwardKeysTraits<Config>::Storage));
+}
+
+template <class Config>
+Status run_backward_keys(const BackwardParams& params, Stream stream) {
+  using Traits = sm90::BackwardKeysTraits<Config>;
+  const ForwardParams& problem = params.problem;
+  const MaskShape& shape = problem.mask.shape;
+  const RowsOfTensor q = rows_of(problem.q, problem, problem.rows_q, problem.heads_q);
+  const RowsOfTensor grad_out = rows_of(params.grad_out, problem, problem.rows_q, problem.heads_q);
+  const RowsOfTensor k = rows_of(problem.k, problem, problem.rows_k, problem.heads_k);
+  const RowsOfTensor v = rows_of(problem.v, problem, problem.rows_k, problem.heads_k);
+  HBSATTN_RETURN_IF_ERROR(check_launchable(params));
+  const BackwardMethod method = params.deterministic ? BackwardMethod::kDeterministic : BackwardMethod::kByKeys;
+  const BackwardWorkspace workspace = lay_out_backward(problem, Config::kHeadDim, method);
+  const int64_t chunks = workspace.rows / kGranule;
+  if (problem.heads_q * chunks >= INT_MAX) {
+    return Status::NotSupported("the mask's query blocks hold " + std::to_string(problem.heads_q * workspace.rows) +
+                                " rows over all heads; expected fewer than 2^35");
+  }
+
+  sm90::BackwardKeysArguments args{};
+  const int segment = shape.q_block_size % kGranule == 0
+                          ? std::min(shape.q_block_size & -shape.q_block_size, Config::kTileM)
+                          : kGranule;
+  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(q.matrix, Config::kChunkColumns, &args.map_q_clipped));
+  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(grad_out.matrix, Config::kChunkColumns, &args.map_grad_out_clipped));
+  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, Config::kChunkColumns, &args.map_k_clipped));
+  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, Config::kChunkColumns, &args.map_v_clipped));
+  // Whole rows would take columns past head_dim from the next head.
+  args.whole_rows = problem.head_dim == Config::kHeadDim;
+  if (args.whole_rows) {
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(q.matrix, Config::kChunkColumns, segment, &args.map_q));
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(grad_out.matrix, Config::kChunkColumns, segment, &args.map_grad_out));
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, Config::kChunkColumns, Config::kTileN, &args.map_k));
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, Config::kTileN, &args.map_v));
+  }
+
+  if constexpr (Traits::kSendsKeys) {
+    const RowsOfTensor grad_k = rows_of(params.grad_k, problem, problem.rows_k, problem.heads_k);
+    const RowsOfTensor grad_v = rows_of(params.grad_v, problem, problem.rows_k, problem.heads_k);
+    HBSATTN_RETURN_IF_ERROR(encode_rows(grad_k.matrix, Config::kChunkColumns, kGranule, 1, &args.map_grad_k));
+    HBSATTN_RETURN_IF_ERROR(encode_rows(grad_v.matrix, Config::kChunkColumns, kGranule, 1, &args.map_grad_v));
+    args.grad_k_batch_rows = grad_k.batch_rows;
+    args.grad_v_batch_rows = grad_v.batch_rows;
+  }
+  args.mask = shape;
+  args.columns = params.columns;
+  args.items = params.key_items;
+  args.num_items = static_cast<int>(params.num_key_items);
+  args.row_words = static_cast<int>(shape.row_words());
+  args.grad_k = params.grad_k.data;
+  args.grad_k_batch_stride = problem.packed ? 0 : params.grad_k.batch_stride;
+  args.grad_k_row_stride = params.grad_k.row_stride;
+  args.grad_k_head_stride = params.grad_k.head_stride;
+  args.grad_v = params.grad_v.data;
+  args.grad_v_batch_stride = problem.packed ? 0 : params.grad_v.batch_stride;
+  args.grad_v_row_stride = params.grad_v.row_stride;
+  args.grad_v_head_stride = params.grad_v.head_stride;
+  auto* bytes = static_cast<uint8_t*>(params.workspace);
+  args.ticket = reinterpret_cast<int*>(bytes + workspace.ticket);
+  args.parts_done = args.ticket + 1;
+  args.part_sums = reinterpret_cast<float4*>(bytes + workspace.parts);
+  args.lse = reinterpret_cast<float*>(bytes + workspace.statistics);
+  args.delta = args.lse + problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows;
+  args.grad_q = reinterpret_cast<float*>(bytes + workspace.sums);
+  args.chunks = static_cast<int>(chunks);
+  args.chunks_per_block = static_cast<int>(workspace.block_rows / kGranule);
+  args.padding_chunk = static_cast<int>(problem.heads_q * chunks);
+  args.rows_q = static_cast<int>(problem.rows_q);
+  args.rows_k = static_cast<int>(problem.rows_k);
+  args.q_batch_rows = q.batch_rows;
+  args.grad_out_batch_rows = grad_out.batch_rows;
+  args.k_batch_rows = k.batch_rows;
+  args.v_batch_rows = v.batch_rows;
+  args.head_dim = problem.head_dim;
+  args.tile_heads =
+      count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, params.deterministic);
+  args.sets_per_key_head = problem.heads_q / problem.heads_k / args.tile_heads;
+  args.all_rows_k = problem.rows_k * (problem.packed ? 1 : shape.batch);
+  args.sum_batch_rows = problem.packed ? 0 : static_cast<int>(problem.rows_k);
+  args.set_sums = reinterpret_cast<float*>(bytes + workspace.set_sums);
+  args.set_counters = reinterpret_cast<uint32_t*>(bytes + workspace.set_counters);
+  args.heads_per_mask_head = problem.heads_q / shape.heads;
+  args.segments_per_block = (std::min<int64_t>(shape.q_block_size, workspace.block_rows) + segment - 1) / segment;
+  while ((1 << args.segment_log2) < segment) ++args.segment_log2;
+  args.scale = problem.softmax_scale;
+  args.scale_log2 = static_cast<float>(problem.softmax_scale * M_LOG2E);
+
+  HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, stream));
+  auto* kernel =
+      params.deterministic ? sm90::backward_keys_kernel<Config, false> : sm90::backward_keys_kernel<Config, true>;
+  constexpr int kSharedBytes = sizeof(typename Traits::Storage);
+  HBSATTN_RETURN_IF_ERROR(cuda_status(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "cudaFuncSetAttribute"));
+  int capability = 0, multiprocessors = 0;
+  HBSATTN_RETURN_IF_ERROR(current_device(&capability, &multiprocessors));
+  if (params.num_key_items > 0) {
+    const auto grid = std::min<int64_t>(multiprocessors * Config::kCtasPerSm, params.num_key_items);
+    kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kSharedBytes, stream>>>(args);
+    HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetLastError(), "the launch of the backward kernel"));
+  }
+  if (params.deterministic) return Status::Ok();  // run_grad_queries follows
+  return finish_rows(params, workspace, Config::kHeadDim, stream);
+}
+
+}  // namespace hbsattn::kernels

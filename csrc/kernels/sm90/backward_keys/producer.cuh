@@ -1,0 +1,350 @@
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "kernels/common/ptx.cuh"
+#include "kernels/sm90/backward_keys/traits.cuh"
+#include "kernels/sm90/tensor_map.h"
+#include "plan/layout.h"
+
+// The warps that move data: one takes tiles off the work list and announces them, one loads their keys and values, and
+// one the queries that attend to them, with output gradients and statistics.
+
+namespace hbsattn::sm90 {
+
+inline constexpr uint64_t kGradKeepInL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
+inline constexpr uint64_t kGradPassThroughL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+
+// Lengths that lie are cut to the tensors, so that no coordinate leaves them.
+__device__ __forceinline__ KeyItem read_item(const BackwardKeysArguments& args, int work) {
+  KeyItem item{};
+  item.column = -1;
+  if (work >= args.num_items) return item;
+  item = args.items[work];
+  item.q_begin = min(max(item.q_begin, 0), args.rows_q);
+  item.k_begin = min(max(item.k_begin, 0), args.rows_k);
+  item.q_len = min(item.q_len, args.rows_q - item.q_begin);
+  item.k_len = min(item.k_len, args.rows_k - item.k_begin);
+  item.keys = min(item.keys, max(item.k_len - item.first_key, 0));
+  return item;
+}
+
+// The bits of the query blocks that attend to a tile from one query head.
+struct ColumnBits {
+  BitRows rows;
+  mask::RowRange blocks;  // the sequence's query blocks
+
+  __device__ __forceinline__ ColumnBits(const BackwardKeysArguments& args, const KeyItem& item, int head)
+      : rows{args.columns + (static_cast<int64_t>(head / args.heads_per_mask_head) * args.mask.cols + item.column) *
+                                args.row_words,
+             item.united, args.row_words},
+        blocks(mask::find_rows(args.mask, item.row_begin, item.q_len)) {}
+
+  template <class Blocks>
+  __device__ __forceinline__ uint32_t load(int chunk, int lane) const {
+    return Blocks::load(rows, blocks.begin, blocks.end, chunk, lane);
+  }
+};
+
+template <class Traits>
+__device__ __forceinline__ int count_blocks(const ColumnBits& bits, int lane) {
+  const auto [begin, end] = bits.blocks;
+  if (begin >= end) return 0;
+  int count = 0;
+  for (int chunk = begin / Traits::Blocks::kColumns; chunk <= Traits::Blocks::first_chunk(end); ++chunk) {
+    count += __popc(bits.load<typename Traits::Blocks>(chunk, lane));
+  }
+  return __reduce_add_sync(0xffffffffu, count);
+}
+
+// Keys, from the tile's first on, that some query sees which attends to one of the united blocks. What lies behind must
+// not be read: a weight of 0 does not silence a NaN.
+__device__ __forceinline__ int count_seen_keys(const BackwardKeysArguments& args, const KeyItem& item, int block,
+                                               int lane) {
+  if (!args.mask.causal) return item.active >> block & 1 ? item.keys : 0;
+  int last_row = -1;
+  const int first_head = item.head_set * args.tile_heads;
+  for (int head = first_head; head < first_head + args.tile_heads; head += args.heads_per_mask_head) {
+    const ColumnBits bits(args, item, head);
+    const uint32_t* column = bits.rows.first + static_cast<int64_t>(block) * bits.rows.words;
+    const auto [begin, end] = bits.blocks;
+    for (int top = (end - 1) / 32; 32 * top + 31 >= begin && 32 * top + 31 > last_row; top -= 32) {
+      const int word = top - lane;
+      uint32_t rows = word >= 0 && begin < end ? __ldg(column + word) : 0;
+      rows &= mask::bits_before(end, word) & ~mask::bits_before(begin, word);
+      const int last = rows == 0 ? -1 : 32 * word + 31 - __clz(rows);
+      last_row = max(last_row, __reduce_max_sync(0xffffffffu, last));
+    }
+  }
+  if (last_row < 0) return 0;
+  const int last_query = min((last_row - item.row_begin + 1) * args.mask.q_block_size, item.q_len) - 1;
+  return min(max(last_query + item.k_len - item.q_len + 1 - item.first_key, 0), item.keys);
+}
+
+// Keys or values of a tile. Lane i knows how many are seen up to the end of united block i; `whole`: all are.
+template <class Traits>
+__device__ __forceinline__ void load_keys(const BackwardKeysArguments& args, const KeyItem& item, int seen, bool whole,
+                                          const CUtensorMap& map, const CUtensorMap& map_clipped, int batch_rows,
+                                          typename Traits::Element* keys, uint64_t* full, int lane) {
+  if (lane == 0) mbarrier_arrive_expect(full, Traits::kKeyBytes);
+  __syncwarp();
+  const int head = item.head_set / args.sets_per_key_head;
+  const int begin = item.k_begin + item.first_key + item.sequence * batch_rows;
+  if (whole) {
+    if (lane == 0) cute::SM90_TMA_LOAD_5D::copy(&map, full, kGradPassThroughL2, keys, 0, begin, 0, 0, head);
+    return;
+  }
+  constexpr int kBoxes = Traits::kTileN / 8 * Traits::kChunks;  // of 8 rows and one chunk
+  for (int first_box = 0; first_box < kBoxes; first_box += 32) {
+    const int box = first_box + lane;
+    const int row = box / Traits::kChunks * 8, column = box % Traits::kChunks * Traits::kChunkColumns;
+    const int block = item.united > 1 ? min(row / args.mask.k_block_size, item.united - 1) : 0;
+    const int end = __shfl_sync(0xffffffffu, seen, block);
+    if (box < kBoxes) {
+      cute::SM90_TMA_LOAD_5D::copy(&map_clipped, full, kGradPassThroughL2,
+                                   reinterpret_cast<uint8_t*>(keys) + box * Traits::kAtomBytes, column,
+                                   kRunEnd - max(end - row, 0), int{kRunEnd}, begin + end, head);
+    }
+  }
+}
+
+// What goes into the next stages, one segment a lane.
+struct QueryPlan {
+  int query;   // first of this lane's segment, in the sequence; -1: none
+  int end;     // queries of the segment end here
+  int chunk;   // of the workspace, where the segment's rows begin
+  int with;    // united key blocks that are active with it, one bit each
+  bool whole;  // it ends with its last row
+  bool clean;  // every key of the tile sees every query of it
+};
+
+template <class Traits>
+__device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& args, const KeyItem& item,
+                                                  const ColumnBits& bits, const typename Traits::Blocks& blocks,
+                                                  int head, int position, bool exists) {
+  if (!exists) return {-1, 0, -1, 0, true, false};
+  int entry, from_end;
+  args.segments_per_block(entry, from_end, position);
+  const int segment = args.segments_per_block.divisor - 1 - from_end;
+  const int row = blocks.column(entry), block = row - item.row_begin;
+  const int in_block = segment << args.segment_log2, rows = 1 << args.segment_log2;
+  QueryPlan plan;
+  plan.query = block * args.mask.q_block_size + in_block;
+  plan.end = min((block + 1) * args.mask.q_block_size, item.q_len);
+  plan.chunk = head * args.chunks + row * args.chunks_per_block + in_block / kGranule;
+  plan.with = item.united > 1 ? bits.rows.with(row) : 1;
+  plan.whole = args.whole_rows && plan.query + rows <= plan.end;
+  const int last_key = item.first_key + item.keys - 1;
+  plan.clean = item.keys == Traits::kTileN && plan.with == (1 << item.united) - 1 &&
+               (!args.mask.causal || plan.query + item.k_len - item.q_len >= last_key);
+  return plan;
+}
+
+template <class Traits>
+__device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, typename Traits::Storage& storage,
+                                           const KeyItem& item, const QueryPlan& plan, int head, int stage_of_plan,
+                                           int stage, int lane) {
+  const int segments_log2 = Traits::kTileMLog2 - args.segment_log2;
+  const int first_lane = stage_of_plan << segments_log2;
+  const uint32_t lanes = ((1u << (1 << segments_log2)) - 1) << first_lane;
+  const uint32_t whole = __ballot_sync(0xffffffffu, plan.whole), clean = __ballot_sync(0xffffffffu, plan.clean);
+  const auto row_in_segment = [&](int row) { return row & ((1 << args.segment_log2) - 1); };
+
+  {
+    const int row = lane % Traits::kGranules * kGranule, source = first_lane + (row >> args.segment_log2);
+    const int query = __shfl_sync(0xffffffffu, plan.query, source);
+    const int chunk = __shfl_sync(0xffffffffu, plan.chunk, source);
+    const int with = __shfl_sync(0xffffffffu, plan.with, source);
+    StageInfo<Traits::kGranules>& info = storage.infos[stage];
+    if (lane < Traits::kGranules) {
+      info.queries[lane] = query + row_in_segment(row);
+      info.with[lane] = with;
+      info.chunks[lane] = query < 0 ? -1 : chunk + row_in_segment(row) / kGranule;
+    }
+    if (lane == 0) info.masked = (clean & lanes) != lanes;
+  }
+  uint64_t* full = &storage.full[stage];
+  if (lane == 0) {
+    mbarrier_arrive_expect(full, 2 * (Traits::kStageBytes + Traits::kStatisticBytes));
+  } else {
+    mbarrier_arrive(full);
+  }
+  __syncwarp();
+
+  uint8_t* queries = reinterpret_cast<uint8_t*>(storage.queries[stage]);
+  uint8_t* grad_out = reinterpret_cast<uint8_t*>(storage.grad_out[stage]);
+  const int q_begin = item.q_begin + item.sequence * args.q_batch_rows;
+  const int grad_out_begin = item.q_begin + item.sequence * args.grad_out_batch_rows;
+  const bool mine = lanes >> lane & 1;
+  const int row = (lane - first_lane) << args.segment_log2;
+  if (mine) {
+    // Statistics of rows that do not exist make their weights 0.
+    const int64_t chunk = plan.query < 0 ? args.padding_chunk : plan.chunk;
+    const int bytes = static_cast<int>(sizeof(float)) << args.segment_log2;
+    cute::SM90_BULK_COPY_G2S::copy(args.lse + chunk * kGranule, full, &storage.lse[stage][row], bytes);
+    cute::SM90_BULK_COPY_G2S::copy(args.delta + chunk * kGranule, full, &storage.delta[stage][row], bytes);
+  }
+  if ((whole & lanes) == lanes && args.whole_rows) {
+    if (mine) {
+      const int offset = row * (Traits::kChunks * Traits::kChunkBytes);
+      const int q_row = plan.query < 0 ? 1 << 30 : q_begin + plan.query;
+      const int grad_out_row = plan.query < 0 ? 1 << 30 : grad_out_begin + plan.query;
+      cute::SM90_TMA_LOAD_5D::copy(&args.map_q, full, kGradKeepInL2, queries + offset, 0, q_row, 0, 0, head);
+      cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out, full, kGradKeepInL2, grad_out + offset, 0, grad_out_row, 0, 0,
+                                   head);
+    }
+  } else {
+    constexpr int kBoxes = Traits::kTileM / 8 * Traits::kChunks;  // of 8 rows and one chunk
+    for (int first_box = 0; first_box < kBoxes; first_box += 32) {
+      const int box = first_box + lane;
+      const int box_row = box / Traits::kChunks * 8 % Traits::kTileM;
+      const int source = first_lane + (box_row >> args.segment_log2);
+      const int first = __shfl_sync(0xffffffffu, plan.query, source), end = __shfl_sync(0xffffffffu, plan.end, source);
+      const int from_end = first < 0 ? 0 : max(end - first - row_in_segment(box_row), 0);
+      const int column = box % Traits::kChunks * Traits::kChunkColumns;
+      if (box < kBoxes) {
+        cute::SM90_TMA_LOAD_5D::copy(&args.map_q_clipped, full, kGradKeepInL2, queries + box * Traits::kAtomBytes,
+                                     column, kRunEnd - from_end, int{kRunEnd}, q_begin + end, head);
+        cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out_clipped, full, kGradKeepInL2,
+                                     grad_out + box * Traits::kAtomBytes, column, kRunEnd - from_end, int{kRunEnd},
+                                     grad_out_begin + end, head);
+      }
+    }
+  }
+}
+
+// How segments of queries, which are a power of two rows and never reach into the next block, fill stages.
+template <class Traits>
+struct Segments {
+  const BackwardKeysArguments& args;
+  const int per_stage_log2;
+
+  __device__ __forceinline__ explicit Segments(const BackwardKeysArguments& args)
+      : args(args), per_stage_log2(Traits::kTileMLog2 - args.segment_log2) {}
+
+  __device__ __forceinline__ int count(const ColumnBits& bits, int lane) const {
+    return count_blocks<Traits>(bits, lane) * args.segments_per_block.divisor;
+  }
+  __device__ __forceinline__ int count_stages(int segments) const {
+    return (segments + (1 << per_stage_log2) - 1) >> per_stage_log2;
+  }
+};
+
+// Takes tiles off the work list and announces them, with the stages that each has.
+template <class Traits>
+__device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args, typename Traits::Storage& storage,
+                                              int lane) {
+  const Segments<Traits> segments(args);
+  RingPosition<Traits::kTileSlots> slot(1);
+  RingPosition<1> wanted(0);
+  int work = blockIdx.x;
+  while (true) {
+    const KeyItem item = read_item(args, work);
+    const bool last = item.column < 0;
+    int stages = 0;  // over all heads
+    const int first_head = item.head_set * args.tile_heads;
+    for (int head = first_head; !last && head < first_head + args.tile_heads; ++head) {
+      stages += segments.count_stages(segments.count(ColumnBits(args, item, head), lane));
+    }
+    mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
+    if (lane == 0) {
+      KeyTileSlot& tile = storage.tiles[slot.index];
+      tile.item = item;
+      tile.first_stage = item.parts > 1 ? static_cast<int>(int64_t{stages} * item.part / item.parts) : 0;
+      const int end = item.parts > 1 ? static_cast<int>(int64_t{stages} * (item.part + 1) / item.parts) : stages;
+      tile.stages = end - tile.first_stage;
+      mbarrier_arrive(&storage.tile_full[slot.index]);
+    }
+    slot.advance();
+    if (last) break;
+    mbarrier_wait(&storage.tile_wanted, wanted.parity);
+    wanted.advance();
+    const int ticket = lane == 0 ? atomicAdd(args.ticket, 1) : 0;
+    work = uniform(ticket) + static_cast<int>(gridDim.x);
+  }
+}
+
+// Streams the queries of each tile through the ring of stages.
+template <class Traits>
+__device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args, typename Traits::Storage& storage,
+                                               int lane) {
+  const Segments<Traits> all_segments(args);
+  const int segments_log2 = all_segments.per_stage_log2;
+  const int plan_stages = min(32 >> segments_log2, Traits::kMaxPlanStages);
+  RingPosition<Traits::kTileSlots> slot(0);
+  RingPosition<Traits::kStages> ring(1);
+  while (true) {
+    mbarrier_wait(&storage.tile_full[slot.index], slot.parity);
+    const KeyItem& item = storage.tiles[slot.index].item;  // out of registers, of which there are few
+    if (item.column < 0) break;
+    // Stages of this part of the tile, counted from the head at hand on.
+    int begin = storage.tiles[slot.index].first_stage, end = begin + storage.tiles[slot.index].stages;
+    if (end - begin <= Traits::kTileLead && lane == 0) mbarrier_arrive(&storage.tile_wanted);
+    const int first_head = item.head_set * args.tile_heads;
+    for (int head = first_head; end > 0 && head < first_head + args.tile_heads; ++head) {
+      const ColumnBits bits(args, item, head);
+      const int segments = all_segments.count(bits, lane), stages = all_segments.count_stages(segments);
+      const int end_of_head = min(end, stages);
+      if (begin < end_of_head) {
+        const int chunk = Traits::Blocks::first_chunk(bits.blocks.end);
+        typename Traits::Blocks blocks(bits.rows, bits.blocks.begin, bits.blocks.end, storage.columns,
+                                       bits.load<typename Traits::Blocks>(chunk, lane), lane);
+        for (int planned = begin; planned < end_of_head; planned += plan_stages) {
+          const int first_segment = planned << segments_log2;
+          const int end_segment = min(min(planned + plan_stages, end_of_head) << segments_log2, segments);
+          blocks.expand(args.segments_per_block.div(end_segment + args.segments_per_block.divisor - 1));
+          const QueryPlan plan = plan_queries<Traits>(args, item, bits, blocks, head, first_segment + lane,
+                                                      first_segment + lane < end_segment);
+          __syncwarp();
+#pragma unroll 1
+          for (int stage = 0; stage < min(plan_stages, end_of_head - planned); ++stage) {
+            mbarrier_wait(&storage.empty[ring.index], ring.parity);
+            load_stage<Traits>(args, storage, item, plan, head, stage, ring.index, lane);
+            if (planned + stage == end - Traits::kTileLead - 1 && lane == 0) mbarrier_arrive(&storage.tile_wanted);
+            ring.advance();
+          }
+        }
+      }
+      begin = max(begin - stages, 0);
+      end -= stages;
+    }
+    mbarrier_arrive_warp(&storage.tile_empty[slot.index], lane);
+    slot.advance();
+  }
+}
+
+// Loads the keys and values of every tile that has stages.
+template <class Traits>
+__device__ __forceinline__ void run_key_warp(const BackwardKeysArguments& args, typename Traits::Storage& storage,
+                                             int lane) {
+  RingPosition<Traits::kTileSlots> slot(0);
+  RingPosition<1> keys(1);
+  while (true) {
+    mbarrier_wait(&storage.tile_full[slot.index], slot.parity);
+    const KeyItem item = storage.tiles[slot.index].item;
+    const int stages = storage.tiles[slot.index].stages;
+    mbarrier_arrive_warp(&storage.tile_empty[slot.index], lane);
+    slot.advance();
+    if (item.column < 0) break;
+    if (stages == 0) continue;
+    int seen = 0;
+    bool whole = args.whole_rows && item.keys == Traits::kTileN;
+    for (int block = 0; block < item.united; ++block) {
+      const int of_block = count_seen_keys(args, item, block, lane);
+      if (lane == block) seen = of_block;
+      whole = whole && of_block >= (item.united > 1 ? (block + 1) * args.mask.k_block_size : Traits::kTileN);
+    }
+    // Values are free a stage before keys.
+    mbarrier_wait(&storage.values_empty, keys.parity);
+    load_keys<Traits>(args, item, seen, whole, args.map_v, args.map_v_clipped, args.v_batch_rows, storage.values,
+                      &storage.values_full, lane);
+    mbarrier_wait(&storage.keys_empty, keys.parity);
+    load_keys<Traits>(args, item, seen, whole, args.map_k, args.map_k_clipped, args.k_batch_rows, storage.keys,
+                      &storage.keys_full, lane);
+    keys.advance();
+  }
+}
+
+}  // namespace hbsattn::sm90

@@ -1,0 +1,118 @@
+#pragma once
+
+// What each kernel compiled for sm_90a is, and why. No CuTe here: core/ reads it to choose a kernel, the kernels to
+// build it.
+
+#include <cstdint>
+
+#include "hbsattn/params.h"
+#include "plan/tiles.h"
+
+namespace hbsattn {
+
+// The kernels. kTileRows: of what a CTA keeps while it streams the rest.
+
+// A forward kernel for sm_90a. A CTA owns kTileM query rows, 64 for each consumer warpgroup, and streams the keys of
+// the active blocks in stages of kTileN, each filled from as many key blocks as fit.
+template <DType kDType_, int kHeadDim_, int kTileM_>
+struct Sm90Forward {
+  static constexpr DType kDType = kDType_;
+  static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
+  static constexpr int kTileM = kTileM_;
+  static constexpr int kTileRows = kTileM;
+  static constexpr int kCtasPerSm = kTileM == 64 ? 2 : 1;
+  // Whether there is a second kernel for what the fast one has no code for.
+  static constexpr bool kWithGeneral = kTileM != 192;
+
+  // Above head dim 128, the output alone takes 96 or 128 registers a thread: 64 keys a stage leave room for the scores.
+  // So they do where three warpgroups share the registers, but for a short output. With two CTAs it is shared memory
+  // that leaves no more.
+  static constexpr int kTileN = kHeadDim <= 64 || (kHeadDim <= 128 && kTileM == 128) ? 128 : 64;
+  // As many as fit beside the queries. For tiles of 128 rows, two of each suffice at head dim 128 (a third is within
+  // noise). Tiles of 64 rows wait for L2, and a value stage is held longer than a key stage: until after the softmax;
+  // at head dim 128 a second query buffer is worth more than a third value stage.
+  static constexpr int kKeyStages = kTileM == 192    ? (kHeadDim == 64   ? 4
+                                                        : kHeadDim == 96 ? 5
+                                                                         : 3)
+                                    : kTileM == 64   ? (kHeadDim == 96 ? 3 : 2)
+                                    : kHeadDim == 64 ? 4
+                                                     : (kHeadDim == 128 || kHeadDim == 256 ? 2 : 3);
+  static constexpr bool kMoreValues = kTileM == 192 ? kHeadDim == 128 : kTileM == 64 && kHeadDim < 128;
+  static constexpr int kValueStages = kKeyStages + (kMoreValues ? 1 : 0);
+  // Two query buffers let the next tile's queries arrive while the last output still leaves from the other.
+  static constexpr int kQueryBuffers = kHeadDim <= 128 ? 2 : 1;
+  // Columns that one swizzle pattern spans: 128 bytes, or 64 where the head dim is no multiple of that.
+  static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;
+
+  // 40 * 128 + 232 * 256 registers = 168 * 384, what a CTA of three warpgroups is launched with; 40 + 216 = 2 * 128,
+  // what one of two warpgroups is, and 56 + 3 * 152 = 32 + 3 * 160 = 4 * 128, what one of four is. Scores of 128 keys
+  // need the latter, though a producer warp then spills a few.
+  static constexpr bool kTight = kTileM == 192 && kTileN == 128;
+  static constexpr int kProducerRegisters = kTight ? 32 : kTileM == 192 ? 56 : 40;
+  static constexpr int kConsumerRegisters = kTight ? 160 : kTileM == 192 ? 152 : kTileM == 128 ? 232 : 216;
+};
+
+// A backward kernel for sm_90a. A CTA owns kTileN keys and streams the queries and output gradients of the active
+// blocks in stages of kTileM. A consumer warpgroup has 64 of the keys; above head dim 128, where the gradients of that
+// many do not fit its registers, two warpgroups share them.
+template <DType kDType_, int kHeadDim_, int kTileN_>
+struct Sm90BackwardKeys {
+  static constexpr DType kDType = kDType_;
+  static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
+  static constexpr int kTileN = kTileN_;
+  static constexpr int kTileRows = kTileN;
+  static constexpr bool kWide = kHeadDim > 128;
+  static constexpr int kCtasPerSm = kWide ? 1 : 128 / kTileN;
+  static constexpr int kTileM = 64;
+  // As many as fit: short ones are over before the next are there. At head dim 192 a third brings nothing.
+  static constexpr int kStages = kHeadDim == 64 ? 4 : kHeadDim == 96 && kTileN == 128 ? 3 : 2;
+  // Columns that one swizzle pattern spans. Two warpgroups that share columns have half of them each: whole patterns.
+  static constexpr int kChunkColumns = kHeadDim % (kTileN == 128 || kWide ? 128 : 64) == 0 ? 64 : 32;
+  // What ptxas needs for the mainloop without spills, and what is left.
+  static constexpr int kConsumerRegisters = kHeadDim == 256 ? 240 : kHeadDim < 128 && kTileN == 64 ? 216 : 232;
+  static constexpr int kProducerRegisters = kHeadDim == 256 || (kHeadDim == 128 && kTileN == 64) ? 24 : 40;
+  static_assert(!kWide || kTileN == 64);
+};
+
+// A kernel for sm_90a that computes the gradient of the queries alone, the same in every run. It has tiles as
+// the forward's and streams keys and values as that does, but in narrower stages: two products of their width are in
+// registers.
+template <DType kDType_, int kHeadDim_, int kTileM_>
+struct Sm90GradQueries {
+  static constexpr DType kDType = kDType_;
+  static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
+  static constexpr int kTileM = kTileM_;
+  static constexpr int kTileRows = kTileM;
+  static constexpr int kCtasPerSm = 128 / kTileM;
+  static constexpr int kTileN = kHeadDim <= 64 && kTileM == 128 ? 128 : kHeadDim <= 192 ? 64 : 32;
+  // A key stage is held until the scores of the next one are there and the product behind them is done.
+  static constexpr int kKeyStages = kHeadDim == 64 || (kHeadDim == 96 && kTileM == 128) ? 4 : 3;
+  static constexpr int kValueStages = kTileM == 64 && kHeadDim == 128 ? 1 : kKeyStages - 1;
+  static constexpr int kQueryBuffers = kHeadDim <= 96 || (kHeadDim == 128 && kTileM == 128) ? 2 : 1;
+  static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = kTileM == 128 ? 232 : 216;
+};
+
+// A kernel for sm_90a that computes all gradients by tiles of queries. It has tiles as the forward's, and streams, in
+// stages of 64 keys: as many accumulators of their gradients fit beside those of the queries.
+template <DType kDType_, int kHeadDim_>
+struct Sm90BackwardQueries {
+  static constexpr DType kDType = kDType_;
+  static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
+  static constexpr int kTileM = 128;
+  static constexpr int kTileRows = kTileM;
+  static constexpr int kCtasPerSm = 1;
+  static constexpr int kTileN = 64;
+  static constexpr int kKeyStages = kHeadDim == 128 ? 3 : 4;
+  static constexpr int kValueStages = kKeyStages - 1;
+  static constexpr int kQueryBuffers = kHeadDim == 64 ? 2 : 1;
+  static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+};
+
+// Bytes of shared memory that a CTA may use when that many share a multiprocessor, of which each CTA costs 1 KB more.
+constexpr int sm90_shared_limit(int ctas) { return 228 * 1024 / ctas - 1024; }
+
+}  // namespace hbsattn

@@ -1,0 +1,91 @@
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "kernels/sm90/forward/mainloop.cuh"
+#include "kernels/sm90/query_tiles/barriers.cuh"
+#include "kernels/sm90/query_tiles/producer.cuh"
+#include "kernels/sm90/query_tiles/store.cuh"
+
+namespace hbsattn::sm90 {
+
+template <class Traits, bool kGeneral>
+__device__ __forceinline__ void finish_tile(const QueryTileArguments& args, typename Traits::Storage& storage,
+                                            ForwardMainloop<Traits, kGeneral>& mainloop, const WorkItem& item,
+                                            int buffer, int warp) {
+  const int unit = mainloop.unit, lane = mainloop.lane;
+
+  float lse[2];
+  mainloop.softmax.finish(mainloop.output, args.scale, lse);
+  // Unless a box holds several heads, the rows of a warp lie in one, and one place tells them all. Found outside the
+  // branch, it is computed while the last product still runs.
+  const int warp_row = unit * kUnitRows + warp * 16;
+  const RowPlace first = place_row<kGeneral>(args, item, warp_row);
+  if ((lane & 3) == 0) {
+    float* destination = lse_of_row(args, item, first);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int in_warp = lane / 4 + 8 * row;
+      if (kGeneral && args.box_heads > 1) {
+        const RowPlace place = place_row<kGeneral>(args, item, warp_row + in_warp);
+        if (place.count > 0) *lse_of_row(args, item, place) = lse[row];
+      } else if (in_warp < first.count) {
+        destination[in_warp] = lse[row];
+      }
+    }
+  }
+
+  leave_output<Traits>(storage, mainloop.output, unit, buffer, warp, lane);
+}
+
+template <class Traits, bool kGeneral>
+__device__ __forceinline__ void run_consumer(const QueryTileArguments& args, typename Traits::Storage& storage,
+                                             int unit, int warp, int lane) {
+  ForwardMainloop<Traits, kGeneral> mainloop(args, storage, unit, lane);
+  RingPosition<Traits::kTileSlots> slot(0);
+  RingPosition<Traits::kQueryBuffers> buffer(0);
+  while (true) {
+    const WorkItem item = wait_tile(storage, slot).item;
+    const int stages = uniform(storage.tiles[slot.index].stages);
+    const int masked_stages = uniform(storage.tiles[slot.index].masked_stages);
+    release_tile(storage, slot, lane);
+    if (uniform(item.bit_row) < 0) break;
+    if (stages == 0) {
+      write_empty_tile<Traits, kGeneral>(args, item, unit, warp, lane);
+      continue;
+    }
+    const KeyLimits<kGeneral> limits(args, item, unit * kUnitRows + warp * 16, lane);
+    mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
+    mainloop.run(limits, stages, masked_stages, buffer.index * Traits::kUnits + unit);
+    finish_tile<Traits, kGeneral>(args, storage, mainloop, item, buffer.index, warp);
+    buffer.advance();
+  }
+}
+
+// A persistent CTA: four producer warps and one to three consumer warpgroups, which meet at the barriers of Storage
+// only. kGeneral: for ragged blocks, boxes of several heads and united blocks, which the fast path has no code for.
+template <class Config, bool kGeneral>
+__global__ void __launch_bounds__(QueryTileTraits<Config>::kThreads, Config::kCtasPerSm)
+    forward_kernel(const __grid_constant__ QueryTileArguments args) {
+  using Traits = QueryTileTraits<Config>;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  auto& storage = *reinterpret_cast<typename Traits::Storage*>(shared);
+  const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    if (args.cycles != nullptr) args.cycles[2 * blockIdx.x] = clock64();
+    init_barriers<Traits, kGeneral>(storage);
+  }
+  __syncthreads();
+
+  const int warpgroup = uniform(threadIdx.x / 128);
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+    run_producer<Traits, kGeneral>(args, storage, warp, lane);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+    run_consumer<Traits, kGeneral>(args, storage, warpgroup - 1, warp % 4, lane);
+    if (args.cycles != nullptr && threadIdx.x == 128) args.cycles[2 * blockIdx.x + 1] = clock64();
+  }
+}
+
+}  // namespace hbsattn::sm90

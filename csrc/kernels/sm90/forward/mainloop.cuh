@@ -1,0 +1,261 @@
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/tensor.hpp>
+
+#include "kernels/common/ptx.cuh"
+#include "kernels/common/softmax.cuh"
+#include "kernels/sm90/operand.cuh"
+#include "kernels/sm90/query_tiles/limits.cuh"
+#include "kernels/sm90/query_tiles/traits.cuh"
+#include "kernels/sm90/turn.cuh"
+
+// What one consumer warpgroup does with the stages of a tile: scores of 64 query rows against a stage of keys, softmax,
+// and the product with the values of the stage before, which overlaps the softmax, or its maxima alone (kAhead).
+
+namespace hbsattn::sm90 {
+
+template <class Traits, bool kGeneral>
+struct ForwardMainloop {
+  using Element = typename Traits::Element;
+  using Storage = typename Traits::Storage;
+  using MmaQK = typename Traits::MmaQK;
+  using MmaPV = typename Traits::MmaPV;
+
+  static constexpr int kValueSteps = Traits::kTileN / 16;
+  static constexpr bool kPaced = Traits::kHeadDim <= 64;  // exponentials take as long as products
+  // Registers hold the scores of two stages beside such a short output. No turns then: no warpgroup waits for its
+  // scores.
+  static constexpr bool kAhead = kPaced && Traits::kUnits == 2;
+
+  using Scores =
+      decltype(cute::partition_fragment_C(MmaQK{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<Traits::kTileN>>{}));
+  using Output =
+      decltype(cute::partition_fragment_C(MmaPV{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<Traits::kHeadDim>>{}));
+  // The scores' registers, in order, are those of the second product's first operand.
+  using Probabilities = decltype(cute::make_tensor<Element>(
+      cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<kValueSteps>>{}));
+
+  const QueryTileArguments& args;
+  Storage& storage;
+  const int unit;  // which consumer warpgroup
+  const int lane;
+  const Turn<kAhead ? 1 : Traits::kUnits> turn;
+  // The stages' barriers, which begin with `unread`. Opaque: recomputing the address in the loop costs issue slots and
+  // moves the wait for the second product to a worse place.
+  const uint32_t barriers;
+  RingPosition<Traits::kKeyStages> key_stage{0};
+  RingPosition<Traits::kValueStages> value_stage{0};
+
+  Output output;
+  OnlineSoftmax softmax;
+
+  __device__ __forceinline__ ForwardMainloop(const QueryTileArguments& args, Storage& storage, int unit, int lane)
+      : args(args),
+        storage(storage),
+        unit(unit),
+        lane(lane),
+        turn(unit),
+        barriers(opaque(shared_address(&storage.unread))) {}
+
+  // Address of barrier `index` of an array of barriers that lies `offset` bytes into Storage.
+  __device__ __forceinline__ uint32_t barrier(size_t offset, int index) const {
+    return barriers + static_cast<uint32_t>(offset - offsetof(Storage, unread)) + index * sizeof(uint64_t);
+  }
+  __device__ __forceinline__ uint32_t keys_full() const {
+    return barrier(offsetof(Storage, keys_full), key_stage.index);
+  }
+  __device__ __forceinline__ uint32_t keys_empty() const {
+    return barrier(offsetof(Storage, keys_empty), key_stage.index);
+  }
+  __device__ __forceinline__ uint32_t values_full() const {
+    return barrier(offsetof(Storage, values_full), value_stage.index);
+  }
+  __device__ __forceinline__ uint32_t values_empty() const {
+    return barrier(offsetof(Storage, values_empty), value_stage.index);
+  }
+
+  // scores = Q K^T for the current key stage; asynchronous.
+  __device__ __forceinline__ void issue_scores(Scores& scores, int query_index) const {
+    using namespace cute;
+    MmaQK mma;
+    auto thread_mma = mma.get_thread_slice(_0{});
+    // The descriptors of eight and more steps do not fit the uniform registers. Made anew each time, they are not kept
+    // elsewhere.
+    if constexpr (Traits::kHeadDim >= 128) query_index = uniform(opaque(query_index));
+    Tensor sQ = make_tensor(make_smem_ptr(&storage.queries[0][0][0]), typename Traits::SmemLayoutQ{});
+    Tensor sK = make_tensor(make_smem_ptr(&storage.keys[0][0]), typename Traits::SmemLayoutK{});
+    Tensor rQ = thread_mma.partition_fragment_A(sQ);
+    Tensor rK = thread_mma.partition_fragment_B(sK);
+    warpgroup_fence_operand(scores);
+    warpgroup_arrive();
+    mma.accumulate_ = GMMA::ScaleOut::Zero;
+    CUTE_UNROLL
+    for (int step = 0; step < size<2>(rQ); ++step) {
+      cute::gemm(mma, rQ(_, _, step, query_index), rK(_, _, step, key_stage.index), scores);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+    warpgroup_fence_operand(scores);
+  }
+
+  // output (+)= P V for the current value stage; asynchronous.
+  __device__ __forceinline__ void issue_values(Probabilities& probabilities, bool accumulate) {
+    using namespace cute;
+    MmaPV mma;
+    auto thread_mma = mma.get_thread_slice(_0{});
+    Tensor sVt = make_tensor(make_smem_ptr(&storage.values[0][0]), typename Traits::SmemLayoutVt{});
+    Tensor rV = thread_mma.partition_fragment_B(sVt);
+    warpgroup_fence_operand(output);
+    fence_operand(probabilities);
+    warpgroup_arrive();
+    mma.accumulate_ = accumulate ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero;
+    CUTE_UNROLL
+    for (int step = 0; step < kValueSteps; ++step) {
+      cute::gemm(mma, probabilities(_, _, step), rV(_, _, step, value_stage.index), output);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+    warpgroup_fence_operand(output);
+    fence_operand(probabilities);
+  }
+
+  __device__ __forceinline__ void mask(Scores& scores, const KeyLimits<kGeneral>& limits) const {
+    mask_scores<Traits>(scores, storage.granules[key_stage.index], limits, lane);
+  }
+
+  __device__ __forceinline__ void release_keys() {
+    if (lane == 0) mbarrier_arrive(keys_empty());
+    key_stage.advance();
+  }
+
+  __device__ __forceinline__ void release_values() {
+    if (lane == 0) mbarrier_arrive(values_empty());
+    value_stage.advance();
+  }
+
+  // Maxima of scores that have come, while the product behind them still runs, and what new ones ask for.
+  template <bool kMasked>
+  __device__ __forceinline__ void grow(Scores& scores, Probabilities& probabilities, const KeyLimits<kGeneral>& limits,
+                                       bool masked = true) {
+    if (kMasked && masked) mask(scores, limits);
+    release_keys();
+    OnlineSoftmax::Growth growth = softmax.find_growth(scores, args.scale_log2);
+    hold_back_waits(growth.by[0] + growth.by[1], barriers);
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(output);
+    fence_operand(probabilities);
+    release_values();
+    if constexpr (kGeneral) {
+      // Rows that do not exist have no say in when the others are rescaled, or results would differ from run to run.
+      if (limits.value[0] <= limits.kNoRow) growth.by[0] = -INFINITY;
+      if (limits.value[1] <= limits.kNoRow) growth.by[1] = -INFINITY;
+    }
+    softmax.grow(growth, args.scale_log2, output);
+  }
+
+  __device__ __forceinline__ void weigh(Scores& scores, Probabilities& probabilities) {
+    softmax.exponentiate<kPaced>(scores, args.scale_log2, args.zero);
+    convert_scores(scores, probabilities);
+  }
+
+  // Scores of the next stage while the tensor cores also multiply the last one's probabilities with its values.
+  template <bool kMasked>
+  __device__ __forceinline__ void step(Scores& scores, Probabilities& probabilities, const KeyLimits<kGeneral>& limits,
+                                       int query_index, bool accumulate) {
+    mbarrier_wait(keys_full(), key_stage.parity);
+    turn.take();
+    issue_scores(scores, query_index);
+    mbarrier_wait(values_full(), value_stage.parity);
+    issue_values(probabilities, accumulate);
+    turn.pass();
+
+    cute::warpgroup_wait<1>();
+    cute::warpgroup_fence_operand(scores);
+    grow<kMasked>(scores, probabilities, limits);
+    weigh(scores, probabilities);
+  }
+
+  // Probabilities of a stage whose maxima are known, while the tensor cores compute the next scores; then its product
+  // with its values, while those scores' maxima are found.
+  template <bool kMasked>
+  __device__ __forceinline__ void step_ahead(Scores& scores, Scores& next, Probabilities& probabilities,
+                                             const KeyLimits<kGeneral>& limits, int query_index, bool accumulate,
+                                             bool masked = true) {
+    mbarrier_wait(keys_full(), key_stage.parity);
+    issue_scores(next, query_index);
+    weigh(scores, probabilities);
+    mbarrier_wait(values_full(), value_stage.parity);
+    issue_values(probabilities, accumulate);
+
+    cute::warpgroup_wait<1>();
+    cute::warpgroup_fence_operand(next);
+    grow<kMasked>(next, probabilities, limits, masked);
+  }
+
+  // The first scores of a tile, and their maxima.
+  __device__ __forceinline__ void begin(Scores& scores, const KeyLimits<kGeneral>& limits, int query_index) {
+    mbarrier_wait(keys_full(), key_stage.parity);
+    issue_scores(scores, query_index);
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(scores);
+    mask(scores, limits);
+    release_keys();
+    softmax.begin(scores, args.scale_log2);
+  }
+
+  __device__ __forceinline__ void finish(Probabilities& probabilities, bool accumulate) {
+    mbarrier_wait(values_full(), value_stage.parity);
+    issue_values(probabilities, accumulate);
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(output);
+    fence_operand(probabilities);
+    release_values();
+  }
+
+  // All stages of a tile. Masked stages come first; the loop after them has no mask code.
+  __device__ __forceinline__ void run(const KeyLimits<kGeneral>& limits, int stages, int masked_stages,
+                                      int query_index) {
+    Scores scores;
+    Probabilities probabilities;
+    begin(scores, limits, query_index);
+    bool accumulate = false;
+    int stage = 1;
+    if constexpr (kAhead) {
+      // Two stages a round, as the next scores have registers of their own: of an odd number, one comes before.
+      const int singly = masked_stages + ((stages - masked_stages) & 1);
+#pragma unroll 1
+      for (; stage < singly; ++stage) {
+        Scores next;
+        step_ahead<true>(scores, next, probabilities, limits, query_index, accumulate, stage < masked_stages);
+        cute::copy(next, scores);
+        accumulate = true;
+      }
+#pragma unroll 1
+      for (; stage < stages; stage += 2) {
+        Scores next;
+        step_ahead<false>(scores, next, probabilities, limits, query_index, accumulate);
+        step_ahead<false>(next, scores, probabilities, limits, query_index, true);
+        accumulate = true;
+      }
+      weigh(scores, probabilities);
+    } else {
+      weigh(scores, probabilities);
+#pragma unroll 1
+      for (; stage < masked_stages; ++stage) {
+        step<true>(scores, probabilities, limits, query_index, accumulate);
+        accumulate = true;
+      }
+#pragma unroll 1
+      for (; stage < stages; ++stage) {
+        step<false>(scores, probabilities, limits, query_index, accumulate);
+        accumulate = true;
+      }
+    }
+    finish(probabilities, accumulate);
+  }
+};
+
+}  // namespace hbsattn::sm90

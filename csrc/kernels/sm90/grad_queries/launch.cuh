@@ -1,0 +1,53 @@
+#pragma once
+
+#include "kernels/sm90/grad_queries/kernel.cuh"
+#include "kernels/sm90/query_tiles/launch.cuh"
+#include "plan/workspace.h"
+
+namespace hbsattn::kernels {
+
+template <class Config>
+int grad_queries_shared_bytes() {
+  return static_cast<int>(sizeof(typename sm90::GradQueriesTraits<Config>::Storage));
+}
+
+// Fills what a kernel gets whose tiles of query rows compute their gradient, and tells whether the general one is
+// needed.
+template <class Config>
+Status set_query_arguments(const BackwardParams& params, const BackwardWorkspace& workspace,
+                           sm90::GradQueriesArguments& args, bool& general) {
+  ForwardParams problem = params.problem;
+  auto* bytes = static_cast<uint8_t*>(params.workspace);
+  problem.out = params.grad_q;
+  problem.lse = nullptr;
+  problem.workspace = bytes + workspace.ticket;
+  HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(problem, "grad_q", true, args, general));
+  const RowsOfTensor grad_out = rows_of(params.grad_out, problem, problem.rows_q, problem.heads_q);
+  HBSATTN_RETURN_IF_ERROR(
+      encode_rows(grad_out.matrix, Config::kChunkColumns, args.box_rows, args.box_heads, &args.map_grad_out));
+  args.grad_out_batch_rows = grad_out.batch_rows;
+  args.query_bytes *= 2;
+  args.statistics_lse = reinterpret_cast<const float*>(bytes + workspace.statistics);
+  args.delta = args.statistics_lse + problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows;
+  args.workspace_rows = workspace.rows;
+  args.workspace_block_rows = static_cast<int>(workspace.block_rows);
+  args.mask_rows = static_cast<int>(problem.mask.shape.rows);
+  return Status::Ok();
+}
+
+// Follows run_backward_keys, which fills the statistics of the workspace.
+template <class Config>
+Status run_grad_queries(const BackwardParams& params, Stream stream) {
+  using Traits = sm90::GradQueriesTraits<Config>;
+  const BackwardWorkspace workspace =
+      lay_out_backward(params.problem, Config::kHeadDim, BackwardMethod::kDeterministic);
+  sm90::GradQueriesArguments args{};
+  bool general = false;
+  HBSATTN_RETURN_IF_ERROR(set_query_arguments<Config>(params, workspace, args, general));
+  auto* kernel = general ? sm90::grad_queries_kernel<Config, true> : sm90::grad_queries_kernel<Config, false>;
+  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.ticket, 0, sizeof(int), stream), "cudaMemsetAsync"));
+  return launch_tiles(kernel, args, Traits::kThreads, Config::kCtasPerSm, grad_queries_shared_bytes<Config>(),
+                      "the launch of the kernel for grad_q", stream);
+}
+
+}  // namespace hbsattn::kernels

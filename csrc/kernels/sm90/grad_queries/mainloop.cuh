@@ -1,0 +1,219 @@
+#pragma once
+
+#include "kernels/sm90/grad_queries/traits.cuh"
+#include "kernels/sm90/operand.cuh"
+#include "kernels/sm90/query_tiles/limits.cuh"
+
+// What one consumer warpgroup does with the stages of a tile. With S the scaled scores of its 64 queries and the keys
+// of a stage:
+//
+//   P = exp(S - lse)      dP = dO V^T      dS = P o (dP - delta)      dQ += dS K
+//
+// The product for dQ is that of the stage before, so that the tensor cores work on it while a stage's P and dS are
+// computed. One warpgroup sums a row's gradient, stage after stage: the same in every run.
+
+namespace hbsattn::sm90 {
+
+// Of a thread's two rows.
+struct RowStatistics {
+  float lse[2];  // +inf: the row does not exist or attends to nothing
+  float delta[2];
+
+  template <bool kGeneral>
+  static __device__ __forceinline__ RowStatistics load(const GradQueriesArguments& args, const WorkItem& item,
+                                                       int warp_row, int lane) {
+    RowStatistics statistics;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const RowPlace place = place_row<kGeneral>(args, item, warp_row + lane / 4 + 8 * row);
+      statistics.lse[row] = INFINITY;
+      statistics.delta[row] = 0.f;
+      if (place.count <= 0) continue;
+      // United blocks follow one another in the sequence and in the mask.
+      int block, in_block;
+      args.q_block_size(block, in_block, place.row - item.block_row);
+      const int64_t position = place.head * args.workspace_rows +
+                               int64_t{item.bit_row % args.mask_rows + block} * args.workspace_block_rows + in_block;
+      statistics.lse[row] = __ldg(args.statistics_lse + position);
+      statistics.delta[row] = __ldg(args.delta + position);
+    }
+    return statistics;
+  }
+};
+
+template <class Traits, bool kGeneral>
+struct GradQueriesMainloop {
+  using Element = typename Traits::Element;
+  using Storage = typename Traits::Storage;
+  using MmaScores = typename Traits::MmaQK;
+  using MmaQueries = typename Traits::MmaPV;
+
+  using Scores =
+      decltype(cute::partition_fragment_C(MmaScores{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<Traits::kTileN>>{}));
+  using GradQueries = decltype(cute::partition_fragment_C(
+      MmaQueries{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<Traits::kHeadDim>>{}));
+  // The scores' registers, in order, are those of a first operand.
+  using Operand = decltype(cute::make_tensor<Element>(
+      cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<Traits::kTileN / 16>>{}));
+
+  const GradQueriesArguments& args;
+  Storage& storage;
+  const int lane;
+  const uint32_t unread;  // address of what hold_back_waits stores to
+  RingPosition<Traits::kKeyStages> key_stage{0};
+  RingPosition<Traits::kValueStages> value_stage{0};
+  int last_key_stage = 0;  // whose product for dQ is still to be issued
+  GradQueries grad_queries;
+
+  __device__ __forceinline__ GradQueriesMainloop(const GradQueriesArguments& args, Storage& storage, int lane)
+      : args(args), storage(storage), lane(lane), unread(opaque(shared_address(&storage.unread))) {}
+
+  // scores = rows of a buffer x those of a stage, over columns; asynchronous.
+  template <class SmemLayout>
+  static __device__ __forceinline__ void issue_scores(Scores& scores, const Element* rows, int row_index,
+                                                      const Element* stages, int stage) {
+    using namespace cute;
+    MmaScores mma;
+    auto thread_mma = mma.get_thread_slice(_0{});
+    // The descriptors of so many steps do not fit the uniform registers. Made anew each time, they are not spilled.
+    if constexpr (Traits::kHeadDim > 128) row_index = uniform(opaque(row_index));
+    Tensor sA = make_tensor(make_smem_ptr(rows), typename Traits::SmemLayoutQ{});
+    Tensor sB = make_tensor(make_smem_ptr(stages), SmemLayout{});
+    Tensor rA = thread_mma.partition_fragment_A(sA);
+    Tensor rB = thread_mma.partition_fragment_B(sB);
+    warpgroup_fence_operand(scores);
+    warpgroup_arrive();
+    mma.accumulate_ = GMMA::ScaleOut::Zero;
+    CUTE_UNROLL
+    for (int step = 0; step < size<2>(rA); ++step) {
+      cute::gemm(mma, rA(_, _, step, row_index), rB(_, _, step, stage), scores);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+    warpgroup_fence_operand(scores);
+  }
+
+  // dQ (+)= dS K for the stage before; asynchronous.
+  __device__ __forceinline__ void issue_queries(Operand& grads, bool accumulate) {
+    using namespace cute;
+    MmaQueries mma;
+    auto thread_mma = mma.get_thread_slice(_0{});
+    Tensor sKt = make_tensor(make_smem_ptr(&storage.keys[0][0]), typename Traits::SmemLayoutKt{});
+    Tensor rK = thread_mma.partition_fragment_B(sKt);
+    warpgroup_fence_operand(grad_queries);
+    fence_operand(grads);
+    warpgroup_arrive();
+    mma.accumulate_ = accumulate ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero;
+    CUTE_UNROLL
+    for (int step = 0; step < Traits::kTileN / 16; ++step) {
+      cute::gemm(mma, grads(_, _, step), rK(_, _, step, last_key_stage), grad_queries);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+    warpgroup_fence_operand(grad_queries);
+    fence_operand(grads);
+  }
+
+  // Behind the wait for that product.
+  __device__ __forceinline__ void finish_queries(Operand& grads) {
+    cute::warpgroup_fence_operand(grad_queries);
+    fence_operand(grads);
+    if (lane == 0) mbarrier_arrive(&storage.keys_empty[last_key_stage]);
+  }
+
+  __device__ __forceinline__ void exponentiate(Scores& scores, const RowStatistics& rows) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(scores); ++i) {
+      scores(i) = exp2_approx(scores(i) * args.scale_log2 - rows.lse[(i >> 1) & 1]);
+    }
+  }
+
+  // Turns the gradients of the weights into those of the scores.
+  template <bool kMasked>
+  static __device__ __forceinline__ void differentiate(const Scores& weights, Scores& grads,
+                                                       const RowStatistics& rows) {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(grads); ++i) {
+      const float grad = weights(i) * (grads(i) - rows.delta[(i >> 1) & 1]);
+      // A weight of 0 does not silence a NaN.
+      grads(i) = kMasked && weights(i) == 0.f ? 0.f : grad;
+    }
+  }
+
+  // Left alone, ptxas waits for all products before it computes from the first: this keeps it from moving a later wait
+  // above the computation of `values`.
+  __device__ __forceinline__ void hold_back(const Scores& values) const {
+    auto words = cute::recast<uint32_t>(values);
+    uint32_t any = words(0);
+    CUTE_UNROLL
+    for (int i = 1; i < cute::size(words); ++i) any ^= words(i);
+    hold_back_waits(any, unread);
+  }
+
+  // From a stage's rows to `grads`, its gradients of scores, while those of the stage before are multiplied.
+  template <bool kFirst, bool kMasked>
+  __device__ __forceinline__ void step(Operand& grads, const KeyLimits<kGeneral>& limits, const RowStatistics& rows,
+                                       int query_index, bool accumulate) {
+    // Declared here, or their last values would count as inputs of the products that overwrite them.
+    Scores scores, grad_weights;
+    mbarrier_wait(&storage.keys_full[key_stage.index], key_stage.parity);
+    issue_scores<typename Traits::SmemLayoutK>(scores, &storage.queries[0][0][0], query_index, &storage.keys[0][0],
+                                               key_stage.index);
+    mbarrier_wait(&storage.values_full[value_stage.index], value_stage.parity);
+    issue_scores<typename Traits::SmemLayoutV>(grad_weights, &storage.grad_out[0][0][0], query_index,
+                                               &storage.values[0][0], value_stage.index);
+    if constexpr (!kFirst) issue_queries(grads, accumulate);
+
+    cute::warpgroup_wait<kFirst ? 1 : 2>();
+    cute::warpgroup_fence_operand(scores);
+    if constexpr (kMasked) mask_scores<Traits>(scores, storage.granules[key_stage.index], limits, lane);
+    exponentiate(scores, rows);
+    hold_back(scores);
+    cute::warpgroup_wait<kFirst ? 0 : 1>();
+    cute::warpgroup_fence_operand(grad_weights);
+    if (lane == 0) mbarrier_arrive(&storage.values_empty[value_stage.index]);
+    value_stage.advance();
+    differentiate<kMasked>(scores, grad_weights, rows);
+    if constexpr (!kFirst) {
+      hold_back(grad_weights);
+      cute::warpgroup_wait<0>();
+      finish_queries(grads);
+    }
+    convert_scores(grad_weights, grads);
+    last_key_stage = key_stage.index;
+    key_stage.advance();
+  }
+
+  // All stages of a tile. Masked stages come first; the loop after them has no mask code.
+  __device__ __forceinline__ void run(const KeyLimits<kGeneral>& limits, const RowStatistics& rows, int stages,
+                                      int masked_stages, int query_index) {
+    Operand grads;
+    bool accumulate = false;
+    step<true, true>(grads, limits, rows, query_index, accumulate);
+    int stage = 1;
+#pragma unroll 1
+    for (; stage < masked_stages; ++stage) {
+      step<false, true>(grads, limits, rows, query_index, accumulate);
+      accumulate = true;
+    }
+#pragma unroll 1
+    for (; stage < stages; ++stage) {
+      step<false, false>(grads, limits, rows, query_index, accumulate);
+      accumulate = true;
+    }
+    issue_queries(grads, accumulate);
+    cute::warpgroup_wait<0>();
+    finish_queries(grads);
+  }
+
+  // The gradient is that of unscaled scores so far.
+  __device__ __forceinline__ void scale(const RowStatistics& rows) {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(grad_queries); ++i) {
+      // A select, not a product with 0: keys that only other rows of the tile attend to may be NaN.
+      grad_queries(i) = rows.lse[(i >> 1) & 1] == INFINITY ? 0.f : args.scale * grad_queries(i);
+    }
+  }
+};
+
+}  // namespace hbsattn::sm90

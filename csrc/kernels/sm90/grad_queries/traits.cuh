@@ -1,0 +1,50 @@
+#pragma once
+
+#include "kernels/sm90/query_tiles/traits.cuh"
+
+namespace hbsattn::sm90 {
+
+// The forward's, with output gradients beside the queries; both operands of a product that were one's are here the
+// other's, too.
+template <class Config>
+struct GradQueriesTraits : QueryTileTraits<Config> {
+  using Forward = QueryTileTraits<Config>;
+  using Forward::kHeadDim;
+  using Forward::kKeyStages;
+  using Forward::kQueryBuffers;
+  using Forward::kTileN;
+  using Forward::kUnits;
+  using Forward::kValueStages;
+  using typename Forward::AtomK;
+  using typename Forward::AtomMN;
+  using typename Forward::Element;
+  static constexpr bool kForGradients = true;
+
+  // Values as an operand of the gradients of the weights, and keys as one of those of the queries.
+  using SmemLayoutV = decltype(cute::tile_to_shape(
+      AtomK{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kValueStages>>{},
+      cute::Step<cute::_2, cute::_1, cute::_3>{}));
+  using SmemLayoutKt = decltype(cute::tile_to_shape(
+      AtomMN{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kKeyStages>>{},
+      cute::Step<cute::_1, cute::_2, cute::_3>{}));
+
+  struct Storage : Forward::Storage {
+    alignas(1024) Element grad_out[kQueryBuffers][kUnits][kUnitRows * kHeadDim];
+  };
+  static_assert(sizeof(Storage) <= sm90_shared_limit(Config::kCtasPerSm), "a CTA's shared memory");
+};
+
+// `out` is the gradient of the queries, and a query box has one of output gradients with it.
+struct GradQueriesArguments : QueryTileArguments {
+  CUtensorMap map_grad_out;  // as map_q
+  int grad_out_batch_rows;
+
+  // Of all rows, in the workspace: (heads_q, workspace_rows).
+  const float* statistics_lse;  // times log2(e); +inf: the row attends to nothing
+  const float* delta;           // what each row of P o dP sums to
+  int64_t workspace_rows;
+  int workspace_block_rows;
+  int mask_rows;  // of one mask head
+};
+
+}  // namespace hbsattn::sm90

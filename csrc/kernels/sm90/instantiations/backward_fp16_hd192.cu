@@ -1,8 +1,0 @@
-#include "kernels/sm90/backward_launch.cuh"
-
-namespace hbsattn::kernels {
-
-template Status run_backward<Sm90Backward<DType::kFloat16, 192, 64>>(const BackwardParams&, Stream);
-template int backward_shared_bytes<Sm90Backward<DType::kFloat16, 192, 64>>();
-
-}  // namespace hbsattn::kernels

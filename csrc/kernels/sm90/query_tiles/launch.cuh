@@ -1,0 +1,122 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <numeric>
+#include <string>
+
+#include "kernels/common/cuda_status.h"
+#include "kernels/instances.h"
+#include "kernels/sm90/query_tiles/traits.cuh"
+#include "kernels/sm90/tensor_rows.h"
+
+namespace hbsattn::kernels {
+
+// Fills what a kernel gets that streams keys and values past tiles of query rows, and tells whether the general one is
+// needed. `out_name`: what the caller knows params.out as; `for_backward`: as in PlanParams.
+template <class Config>
+Status set_arguments(const ForwardParams& params, const std::string& out_name, bool for_backward,
+                     sm90::QueryTileArguments& args, bool& general) {
+  using Traits = sm90::QueryTileTraits<Config>;
+  const MaskShape& shape = params.mask.shape;
+  const RowsOfTensor q = rows_of(params.q, params, params.rows_q, params.heads_q);
+  const RowsOfTensor out = rows_of(params.out, params, params.rows_q, params.heads_q);
+  RowsOfTensor k = rows_of(params.k, params, params.rows_k, params.heads_k);
+  RowsOfTensor v = rows_of(params.v, params, params.rows_k, params.heads_k);
+  if (params.rows_k == 0) {
+    // Nothing will be loaded, but a tensor map needs an address and a row.
+    k = v = {q.matrix, 0};
+    k.matrix.heads = v.matrix.heads = 1;
+  }
+  for (const RowsOfTensor& tensor : {q, k, v, out}) {
+    if (tensor.matrix.rows >= sm90::kOutOfBounds) {
+      return Status::NotSupported("q, k, v or " + out_name + " spans " + std::to_string(tensor.matrix.rows) +
+                                  " rows over its batch; expected fewer than 2^30");
+    }
+  }
+
+  const int group = params.heads_q / params.heads_k;
+  const TileShape tiles =
+      shape_tiles(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, for_backward);
+  const auto block_rows = static_cast<int>(std::min<int64_t>(tiles.block_rows, INT_MAX));
+  args.packed_heads = tiles.packed_heads;
+  args.block_rows = block_rows;
+  if (args.packed_heads > 1 && shape.q_block_size % kGranule != 0) {
+    args.box_rows = shape.q_block_size;
+    args.box_heads = args.packed_heads;
+    args.query_piece = tiles.united > 1 ? block_rows : sm90::kUnitRows;
+    args.query_bytes = sm90::kUnitRows / args.query_piece * block_rows * Config::kHeadDim *
+                       static_cast<int>(sizeof(typename Traits::Element));
+  } else {
+    args.box_rows = std::max(std::gcd(shape.q_block_size, sm90::kUnitRows), kGranule);
+    args.box_heads = 1;
+    args.query_piece = args.box_rows;
+    args.query_bytes = Traits::kUnitBytes;
+  }
+  args.ragged_blocks = shape.k_block_size % kGranule != 0;
+  if (args.ragged_blocks && params.rows_k >= sm90::kShortGranuleKeys) {
+    return Status::NotSupported("k has " + std::to_string(params.rows_k) + " rows and k_block_size is " +
+                                std::to_string(shape.k_block_size) +
+                                "; expected fewer than 2^27 rows, or a block size that is a multiple of 16");
+  }
+  const int segment =
+      args.ragged_blocks ? kGranule : std::min(shape.k_block_size & -shape.k_block_size, Config::kTileN);
+  HBSATTN_RETURN_IF_ERROR(encode_rows(q.matrix, Config::kChunkColumns, args.box_rows, args.box_heads, &args.map_q));
+  HBSATTN_RETURN_IF_ERROR(encode_rows(out.matrix, Config::kChunkColumns, args.box_rows, args.box_heads, &args.map_out));
+  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, Config::kChunkColumns, &args.map_k_clipped));
+  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, Config::kChunkColumns, &args.map_v_clipped));
+  // Whole rows would take columns past head_dim from the next head.
+  args.whole_rows = params.head_dim == Config::kHeadDim && !args.ragged_blocks;
+  if (args.whole_rows) {
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, Config::kChunkColumns, segment, &args.map_k));
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, segment, &args.map_v));
+  }
+
+  args.bits = params.mask.bits;
+  args.items = params.items;
+  args.num_items = static_cast<int>(params.num_items);
+  args.ticket = static_cast<int*>(params.workspace);
+  args.out = params.out.data;
+  args.out_batch_stride = params.packed ? 0 : params.out.batch_stride;
+  args.out_row_stride = params.out.row_stride;
+  args.out_head_stride = params.out.head_stride;
+  args.lse = params.lse;
+  args.rows_q = static_cast<int>(params.rows_q);
+  args.rows_k = static_cast<int>(params.rows_k);
+  args.q_batch_rows = q.batch_rows;
+  args.k_batch_rows = k.batch_rows;
+  args.v_batch_rows = v.batch_rows;
+  args.out_batch_rows = out.batch_rows;
+  args.lse_batch_stride_rows = params.packed ? 0 : args.rows_q;
+  args.heads_q = params.heads_q;
+  args.head_dim = params.head_dim;
+  args.heads_per_key_head = group;
+  args.row_words = static_cast<int>(shape.words());
+  args.q_block_size = shape.q_block_size;
+  args.k_block_size = shape.k_block_size;
+  args.segments_per_block = (shape.k_block_size + segment - 1) / segment;
+  while ((1 << args.segment_log2) < segment) ++args.segment_log2;
+  args.causal = shape.causal;
+  args.scale = params.softmax_scale;
+  args.scale_log2 = static_cast<float>(params.softmax_scale * M_LOG2E);
+  general = args.ragged_blocks || args.box_heads > 1 || tiles.united > 1;
+  return Status::Ok();
+}
+
+// Starts persistent CTAs, as many as run at once. Their ticket is to be 0.
+template <class Arguments>
+Status launch_tiles(void (*kernel)(Arguments), const Arguments& args, int threads, int ctas_per_sm, int shared_bytes,
+                    const char* what, Stream stream) {
+  int device_capability = 0, multiprocessors = 0;
+  HBSATTN_RETURN_IF_ERROR(current_device(&device_capability, &multiprocessors));
+  HBSATTN_RETURN_IF_ERROR(cuda_status(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "cudaFuncSetAttribute"));
+  const int grid = std::min(multiprocessors * ctas_per_sm, args.num_items);
+  kernel<<<grid, threads, shared_bytes, stream>>>(args);
+  return cuda_status(cudaGetLastError(), what);
+}
+
+}  // namespace hbsattn::kernels

@@ -1,0 +1,440 @@
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "kernels/common/ptx.cuh"
+#include "kernels/sm90/query_tiles/traits.cuh"
+#include "kernels/sm90/tensor_map.h"
+
+// The warps that move data. One announces tiles, one loads keys, one values, one queries; it also stores outputs.
+
+namespace hbsattn::sm90 {
+
+// Keys and values are read by every query tile that needs them; queries once.
+inline constexpr uint64_t kKeepInL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
+inline constexpr uint64_t kPassThroughL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
+
+// Where a virtual row of a tile lies.
+struct RowPlace {
+  int head;   // query head
+  int row;    // in the sequence
+  int count;  // rows of the block and the sequence from here on; 0 or less: none
+};
+
+template <bool kGeneral>
+__device__ __forceinline__ RowPlace place_row(const QueryTileArguments& args, const WorkItem& item, int row_in_tile) {
+  int in_block = item.first_row + row_in_tile, block_row = item.block_row;
+  bool exists = true;
+  if (kGeneral) {
+    int block;
+    args.block_rows(block, in_block, in_block);
+    exists = block < item.united;
+    block_row += block * args.q_block_size.divisor;
+  }
+  int head_in_pack, query;
+  args.q_block_size(head_in_pack, query, in_block);
+  const int row = block_row + query;
+  const int end = min(item.q_len, block_row + args.q_block_size.divisor);
+  return {item.head + head_in_pack, row, exists && head_in_pack < args.packed_heads ? end - row : 0};
+}
+
+template <class Element>
+__device__ __forceinline__ Element* out_of_row(const QueryTileArguments& args, const WorkItem& item,
+                                               const RowPlace& place) {
+  return static_cast<Element*>(args.out) + item.sequence * args.out_batch_stride +
+         (static_cast<int64_t>(item.q_begin) + place.row) * args.out_row_stride + place.head * args.out_head_stride;
+}
+
+template <bool kGeneral>
+__device__ __forceinline__ BitRows rows_of(const QueryTileArguments& args, const WorkItem& item) {
+  return {args.bits + static_cast<int64_t>(item.bit_row) * args.row_words, kGeneral ? max(item.united, 1) : 1,
+          args.row_words};
+}
+
+// The tile that a slot announces. Every warp that has read it releases the slot: one of kTileReaders arrivals.
+template <class Storage, class Position>
+__device__ __forceinline__ const TileSlot& wait_tile(Storage& storage, const Position& position) {
+  mbarrier_wait(&storage.tile_full[position.index], position.parity);
+  return storage.tiles[position.index];
+}
+
+template <class Storage, class Position>
+__device__ __forceinline__ void release_tile(Storage& storage, Position& position, int lane) {
+  mbarrier_arrive_warp(&storage.tile_empty[position.index], lane);
+  position.advance();
+}
+
+// Lengths that lie are cut to the tensors, so that no coordinate leaves them.
+__device__ __forceinline__ void clamp_to_tensors(const QueryTileArguments& args, WorkItem& item) {
+  item.q_begin = min(max(item.q_begin, 0), args.rows_q);
+  item.k_begin = min(max(item.k_begin, 0), args.rows_k);
+  item.q_len = min(item.q_len, args.rows_q - item.q_begin);
+  item.k_len = min(item.k_len, args.rows_k - item.k_begin);
+}
+
+template <bool kGeneral>
+__device__ __forceinline__ int key_end_of_tile(const QueryTileArguments& args, const WorkItem& item, int tile_rows) {
+  if (!args.causal) return item.k_len;
+  // The last row of a tile that spans several heads is the block's last row.
+  const int last_virtual = item.first_row + tile_rows - 1;
+  int last_head, last_in_block;
+  args.q_block_size(last_head, last_in_block, last_virtual);
+  if (last_head != args.q_block_size.div(item.first_row)) last_in_block = args.q_block_size.divisor - 1;
+  if (kGeneral && item.united > 1) last_in_block = item.united * args.q_block_size.divisor - 1;
+  const int last_row = min(item.block_row + last_in_block, item.q_len - 1);
+  return min(item.k_len, last_row + item.k_len - item.q_len + 1);
+}
+
+template <class Traits, bool kGeneral, class Arguments>
+__device__ __forceinline__ void load_queries(const Arguments& args, typename Traits::Storage& storage,
+                                             const WorkItem& item, int buffer, int lane) {
+  for (int unit = 0; unit < Traits::kUnits; ++unit) {
+    uint64_t* full = &storage.queries_full[buffer][unit];
+    if (lane == 0) mbarrier_arrive_expect(full, args.query_bytes);
+    __syncwarp();
+    // A box holds rows of one head, or, where blocks are small, the block's rows of all heads that share it.
+    const int first = lane / Traits::kChunks * args.query_piece, chunk = lane % Traits::kChunks;
+    if (first < kUnitRows) {
+      const RowPlace place = place_row<kGeneral>(args, item, unit * kUnitRows + first);
+      const int tensor_row = item.q_begin + item.sequence * args.q_batch_rows + place.row;
+      const int first_row = place.count > 0 ? tensor_row : int{kOutOfBounds};
+      const int offset = (chunk * kUnitRows + first) * Traits::kChunkBytes;
+      cute::SM90_TMA_LOAD_3D::copy(&args.map_q, full, kPassThroughL2,
+                                   reinterpret_cast<uint8_t*>(storage.queries[buffer][unit]) + offset,
+                                   chunk * Traits::kChunkColumns, first_row, place.head);
+      if constexpr (Traits::kForGradients) {
+        const int grad_out_row = item.q_begin + item.sequence * args.grad_out_batch_rows + place.row;
+        cute::SM90_TMA_LOAD_3D::copy(&args.map_grad_out, full, kPassThroughL2,
+                                     reinterpret_cast<uint8_t*>(storage.grad_out[buffer][unit]) + offset,
+                                     chunk * Traits::kChunkColumns, place.count > 0 ? grad_out_row : int{kOutOfBounds},
+                                     place.head);
+      }
+    }
+  }
+}
+
+// Stages that a slot of segments holds. With many segments a stage, a lane's worth of them each; with few, no more than
+// a tile can wait for at its start.
+template <class Traits>
+__device__ __forceinline__ int slot_stages(const QueryTileArguments& args) {
+  return min(32 >> (Traits::kTileNLog2 - args.segment_log2), Traits::kSlotStages);
+}
+
+// Lists the segments of a tile's active blocks, largest key first, as its key and value stages need them.
+template <class Traits, bool kGeneral>
+__device__ __forceinline__ void list_segments(const QueryTileArguments& args, typename Traits::Storage& storage,
+                                              RingPosition<Traits::kSegmentSlots>& slot, const WorkItem& item,
+                                              uint32_t first_word, int stages, int padding, int key_end, int lane) {
+  const int segments_log2 = Traits::kTileNLog2 - args.segment_log2;
+  const BitRows rows = rows_of<kGeneral>(args, item);
+  typename Traits::Blocks blocks(rows, 0, item.col_end, storage.columns, first_word, lane);
+  for (int listed = 0; listed < stages; listed += slot_stages<Traits>(args)) {
+    const int first = (listed << segments_log2) - padding;
+    const int last = (min(listed + slot_stages<Traits>(args), stages) << segments_log2) - padding;
+    blocks.expand(args.segments_per_block.div(last + args.segments_per_block.divisor - 1));
+    const int position = first + lane;
+    int key = -1, end = key_end;
+    uint32_t with = 0;
+    if (position >= 0 && position < last) {
+      if (!kGeneral && args.segments_per_block.divisor == 1) {
+        key = blocks.column(position) * args.k_block_size;
+      } else {
+        // Blocks come in descending order, and so do the segments in them.
+        int entry, from_end;
+        args.segments_per_block(entry, from_end, position);
+        const int segment = args.segments_per_block.divisor - 1 - from_end;
+        const int column = blocks.column(entry), block_key = column * args.k_block_size;
+        key = block_key + (segment << args.segment_log2);
+        if (kGeneral) {
+          end = min(block_key + args.k_block_size, end);
+          with = item.united > 1 ? rows.with(column) : 1;
+        }
+      }
+    }
+    mbarrier_wait(&storage.segments_empty[slot.index], slot.parity);
+    storage.segment_keys[slot.index][lane] = key;
+    if (kGeneral) {
+      storage.segment_ends[slot.index][lane] = end;
+      storage.segment_with[slot.index][lane] = with;
+    }
+    mbarrier_arrive(&storage.segments_full[slot.index]);
+    slot.advance();
+  }
+}
+
+// Takes tiles off the work list, announces them, and lists their segments.
+template <class Traits, bool kGeneral>
+__device__ __forceinline__ void run_tile_warp(const QueryTileArguments& args, typename Traits::Storage& storage,
+                                              int lane) {
+  const int stage_segments_log2 = Traits::kTileNLog2 - args.segment_log2;
+  const int segments = 1 << stage_segments_log2;
+  RingPosition<Traits::kTileSlots> slot(1);
+  RingPosition<Traits::kSegmentSlots> segment_slot(1);
+  RingPosition<1> wanted(0);
+  int work = blockIdx.x;
+  while (true) {
+    WorkItem item{};
+    item.bit_row = -1;
+    if (work < args.num_items) item = args.items[work];
+    clamp_to_tensors(args, item);
+    const bool last = item.bit_row < 0;
+    uint32_t first_word = 0;
+    if (!last && item.blocks > 0) {
+      first_word = Traits::Blocks::load(rows_of<kGeneral>(args, item), 0, item.col_end,
+                                        Traits::Blocks::first_chunk(item.col_end), lane);
+    }
+
+    const int item_segments = item.blocks * args.segments_per_block.divisor;
+    const int stages = (item_segments + segments - 1) >> stage_segments_log2;
+    const int padding = stages * segments - item_segments;
+    const int key_end = key_end_of_tile<kGeneral>(args, item, Traits::kTileM);
+    mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
+    if (lane == 0) {
+      TileSlot& announced = storage.tiles[slot.index];
+      announced.item = item;
+      announced.stages = stages;
+      const int masked =
+          (padding + item.masked * args.segments_per_block.divisor + segments - 1) >> stage_segments_log2;
+      announced.masked_stages = kGeneral && args.ragged_blocks ? stages : min(stages, max(1, masked));
+      announced.key_end = key_end;
+      mbarrier_arrive(&storage.tile_full[slot.index]);
+    }
+    slot.advance();
+    if (last) break;
+
+    list_segments<Traits, kGeneral>(args, storage, segment_slot, item, first_word, stages, padding, key_end, lane);
+    mbarrier_wait(&storage.tile_wanted, wanted.parity);
+    wanted.advance();
+    const int ticket = lane == 0 ? atomicAdd(args.ticket, 1) : 0;
+    work = uniform(ticket) + static_cast<int>(gridDim.x);
+  }
+}
+
+// What goes into the next stages, one segment a lane, so that a stage costs few instructions: those of these warps take
+// issue slots from the consumers.
+template <class Traits, bool kGeneral>
+struct StagePlan {
+  int segment_log2, segments_log2;  // keys of a segment, segments of a stage
+  int key;                          // first key of this lane's segment; -1: none
+  int end;           // keys of the segment end here: at the last visible key or, where blocks are ragged, their own end
+  uint32_t with;     // united blocks that are active with it, one bit each
+  uint32_t clipped;  // lanes whose segment ends before its rows do
+
+  __device__ __forceinline__ StagePlan(const QueryTileArguments& args, const typename Traits::Storage& storage,
+                                       const TileSlot& tile, int slot, int lane)
+      : segment_log2(args.segment_log2),
+        segments_log2(Traits::kTileNLog2 - args.segment_log2),
+        key(storage.segment_keys[slot][lane]),
+        end(kGeneral ? storage.segment_ends[slot][lane] : tile.key_end),
+        with(kGeneral ? storage.segment_with[slot][lane] : 1) {
+    clipped = args.whole_rows ? __ballot_sync(0xffffffffu, key >= 0 && key + (1 << segment_log2) > end) : 0xffffffffu;
+  }
+
+  // Key in row `row` of stage `stage` of the plan, and the end of its segment; a negative key: none.
+  __device__ __forceinline__ int key_of_row(int stage, int row) const {
+    const int first = __shfl_sync(0xffffffffu, key, (stage << segments_log2) + (row >> segment_log2));
+    return first < 0 ? -1 : first + (row & ((1 << segment_log2) - 1));
+  }
+  __device__ __forceinline__ int end_of_row(int stage, int row) const {
+    return kGeneral ? __shfl_sync(0xffffffffu, end, (stage << segments_log2) + (row >> segment_log2)) : end;
+  }
+  __device__ __forceinline__ uint32_t with_row(int stage, int row) const {
+    return kGeneral ? __shfl_sync(0xffffffffu, with, (stage << segments_log2) + (row >> segment_log2)) : 1;
+  }
+  __device__ __forceinline__ bool clips(int stage) const {
+    return clipped >> (stage << segments_log2) & ((1u << (1 << segments_log2)) - 1);
+  }
+};
+
+// Tells the consumers where the granules of a stage lie: encode_granule of each, or just its first key. Who writes
+// arrives at keys_full, so that the consumers may read: here lane 0 alone, in the general kernel all lanes.
+template <class Traits, bool kGeneral>
+__device__ __forceinline__ void write_granules(const QueryTileArguments& args, const StagePlan<Traits, kGeneral>& plan,
+                                               int stage, int32_t* granules, int lane) {
+  const int row = lane % Traits::kGranules * kGranule;
+  const int key = plan.key_of_row(stage, row), end = plan.end_of_row(stage, row);
+  if constexpr (kGeneral) {
+    // Each united block has granules of its own.
+    const uint32_t with = plan.with_row(stage, row) >> (lane / Traits::kGranules) & 1;
+    granules[lane] = key < 0 || !with ? int{kNoKey} : args.ragged_blocks ? encode_granule(key, end) : key;
+  } else {
+    const int granule = key < 0 ? int{kNoKey} : key;
+#pragma unroll
+    for (int i = 0; i < Traits::kGranules; i += 4) {
+      int4 four;
+      four.x = __shfl_sync(0xffffffffu, granule, i);
+      four.y = __shfl_sync(0xffffffffu, granule, i + 1);
+      four.z = __shfl_sync(0xffffffffu, granule, i + 2);
+      four.w = __shfl_sync(0xffffffffu, granule, i + 3);
+      if (lane == 0) *reinterpret_cast<int4*>(granules + i) = four;
+    }
+  }
+}
+
+// Streams the keys or the values of every tile through their ring of stages.
+template <class Traits, bool kKeys, bool kGeneral>
+__device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, typename Traits::Storage& storage,
+                                                int lane) {
+  const int segments_log2 = Traits::kTileNLog2 - args.segment_log2;
+  const CUtensorMap* whole = kKeys ? &args.map_k : &args.map_v;
+  const CUtensorMap* clipped = kKeys ? &args.map_k_clipped : &args.map_v_clipped;
+  const int batch_rows = kKeys ? args.k_batch_rows : args.v_batch_rows;
+  uint8_t* stages = reinterpret_cast<uint8_t*>(kKeys ? storage.keys : storage.values);
+  uint64_t* full = kKeys ? storage.keys_full : storage.values_full;
+  uint64_t* empty = kKeys ? storage.keys_empty : storage.values_empty;
+  // Where in a plan this lane's segment lies.
+  const int stage_of_lane = lane >> segments_log2, segment_of_lane = lane & ((1 << segments_log2) - 1);
+  const int offset_of_lane = (segment_of_lane << args.segment_log2) * (Traits::kChunks * Traits::kChunkBytes);
+
+  RingPosition<Traits::kTileSlots> slot(0);
+  RingPosition<Traits::kSegmentSlots> segment_slot(0);
+  RingPosition<kKeys ? Traits::kKeyStages : Traits::kValueStages> ring(1);
+  while (true) {
+    const TileSlot tile = wait_tile(storage, slot);
+    release_tile(storage, slot, lane);
+    if (tile.item.bit_row < 0) break;
+    if (kKeys && tile.stages <= Traits::kTileLead && lane == 0) mbarrier_arrive(&storage.tile_wanted);
+
+    const int key_head = args.heads_per_key_head.div(tile.item.head);
+    const int run_begin = tile.item.k_begin + tile.item.sequence * batch_rows;
+    for (int planned = 0; planned < tile.stages; planned += slot_stages<Traits>(args)) {
+      mbarrier_wait(&storage.segments_full[segment_slot.index], segment_slot.parity);
+      const StagePlan<Traits, kGeneral> plan(args, storage, tile, segment_slot.index, lane);
+      // Every lane has read, so every lane arrives.
+      mbarrier_arrive(&storage.segments_empty[segment_slot.index]);
+      segment_slot.advance();
+      const int first_row = plan.key < 0 ? int{kOutOfBounds} : run_begin + plan.key;
+
+      const int count = min(slot_stages<Traits>(args), tile.stages - planned);
+#pragma unroll 1
+      for (int stage = 0; stage < count; ++stage) {
+        mbarrier_wait(&empty[ring.index], ring.parity);
+        uint8_t* destination = stages + ring.index * Traits::kStageBytes;
+        if (kKeys && (Traits::kAddsKeys || planned + stage < tile.masked_stages)) {
+          write_granules(args, plan, stage, storage.granules[ring.index], lane);
+        }
+        if (lane == 0) {
+          mbarrier_arrive_expect(&full[ring.index], Traits::kStageBytes);
+        } else if (kKeys && kGeneral) {
+          mbarrier_arrive(&full[ring.index]);
+        }
+        if (!plan.clips(stage)) {
+          if (stage_of_lane == stage) {
+            cute::SM90_TMA_LOAD_5D::copy(whole, &full[ring.index], kKeepInL2, destination + offset_of_lane, 0,
+                                         first_row, 0, 0, key_head);
+          }
+        } else {
+          constexpr int kBoxes = Traits::kTileN / 8 * Traits::kChunks;  // of 8 rows and one chunk
+          for (int first_box = 0; first_box < kBoxes; first_box += 32) {
+            const int box = first_box + lane;
+            const int row = box / Traits::kChunks * 8 % Traits::kTileN;
+            const int key = plan.key_of_row(stage, row), end = plan.end_of_row(stage, row);
+            const int from_end = key < 0 || key > end ? 0 : end - key;
+            if (box < kBoxes) {
+              cute::SM90_TMA_LOAD_5D::copy(clipped, &full[ring.index], kKeepInL2,
+                                           destination + box * Traits::kAtomBytes,
+                                           box % Traits::kChunks * Traits::kChunkColumns, kRunEnd - from_end,
+                                           int{kRunEnd}, run_begin + end, key_head);
+            }
+          }
+        }
+        if (kKeys && planned + stage == tile.stages - Traits::kTileLead - 1 && lane == 0) {
+          mbarrier_arrive(&storage.tile_wanted);
+        }
+        ring.advance();
+      }
+    }
+  }
+}
+
+// Writes the rows of one piece that exist, from row `first` of a unit's buffer on.
+template <class Traits, bool kGeneral>
+__device__ __forceinline__ void copy_rows(const QueryTileArguments& args, const WorkItem& item, int row_in_tile,
+                                          const uint8_t* source, int first, int lane) {
+  const int vectors = args.head_dim / 8;  // of 16 bytes
+  for (int i = lane; i < args.query_piece * vectors; i += 32) {
+    const int row = i / vectors, vector = i - row * vectors, in_unit = first + row;
+    const RowPlace place = place_row<kGeneral>(args, item, row_in_tile + row);
+    if (place.count <= 0) continue;
+    // The swizzle exchanges the 16-byte vectors of a row by the row's place in the pattern of 1 KB.
+    constexpr int kVectors = Traits::kChunkBytes / 16;
+    const int swizzled = (vector ^ (in_unit * static_cast<int>(Traits::kChunkBytes) / 128)) % kVectors;
+    const uint8_t* from = source + (vector / kVectors * kUnitRows + in_unit) * Traits::kChunkBytes + swizzled * 16;
+    *reinterpret_cast<uint4*>(out_of_row<typename Traits::Element>(args, item, place) + vector * 8) =
+        *reinterpret_cast<const uint4*>(from);
+  }
+}
+
+template <class Traits, bool kGeneral>
+__device__ __forceinline__ void store_output(const QueryTileArguments& args, typename Traits::Storage& storage,
+                                             const WorkItem& item, int buffer, uint32_t parity, int lane) {
+  for (int unit = 0; unit < Traits::kUnits; ++unit) {
+    mbarrier_wait(&storage.output_full[buffer][unit], parity);
+    const uint8_t* source = reinterpret_cast<const uint8_t*>(storage.queries[buffer][unit]);
+    for (int first = 0; first < kUnitRows; first += args.query_piece) {
+      const RowPlace place = place_row<kGeneral>(args, item, unit * kUnitRows + first);
+      if (place.count <= 0) continue;
+      if (place.count >= args.box_rows) {
+        const int row = item.q_begin + item.sequence * args.out_batch_rows + place.row;
+        if (lane < Traits::kChunks && lane * Traits::kChunkColumns < args.head_dim) {
+          cute::SM90_TMA_STORE_3D::copy(&args.map_out, source + (lane * kUnitRows + first) * Traits::kChunkBytes,
+                                        lane * Traits::kChunkColumns, row, place.head);
+        }
+      } else {
+        // The sequence or the block cuts this piece: the copy engine would overwrite the rows that follow.
+        copy_rows<Traits, kGeneral>(args, item, unit * kUnitRows + first, source, first, lane);
+        cutlass::arch::fence_view_async_shared();
+      }
+    }
+    if (lane < Traits::kChunks) cute::tma_store_arrive();
+  }
+  if (lane < Traits::kChunks) cute::tma_store_wait<0>();  // until the buffer has been read
+  __syncwarp();
+}
+
+// Fills the query buffers, and stores the outputs that come to lie in them.
+template <class Traits, bool kGeneral, class Arguments>
+__device__ __forceinline__ void run_buffer_warp(const Arguments& args, typename Traits::Storage& storage, int lane) {
+  RingPosition<Traits::kTileSlots> slot(0);
+  RingPosition<Traits::kQueryBuffers> filled(0), stored(0);
+  int held = 0;  // buffers in use
+  bool more = true;
+  while (true) {
+    // A tile is announced while the one before it is computed, so this wait does not hold back its output.
+    while (more && held < Traits::kQueryBuffers) {
+      const WorkItem item = wait_tile(storage, slot).item;
+      const int stages = storage.tiles[slot.index].stages;
+      release_tile(storage, slot, lane);
+      more = item.bit_row >= 0;
+      if (!more || stages == 0) continue;
+      load_queries<Traits, kGeneral>(args, storage, item, filled.index, lane);
+      if (lane == 0) storage.held_items[filled.index] = item;
+      __syncwarp();
+      filled.advance();
+      ++held;
+    }
+    if (held == 0) break;
+    store_output<Traits, kGeneral>(args, storage, storage.held_items[stored.index], stored.index, stored.parity, lane);
+    stored.advance();
+    --held;
+  }
+}
+
+// One of the warps of the producer warpgroup.
+template <class Traits, bool kGeneral, class Arguments>
+__device__ __forceinline__ void run_producer(const Arguments& args, typename Traits::Storage& storage, int warp,
+                                             int lane) {
+  if (warp == kKeyWarp) {
+    run_stream_warp<Traits, true, kGeneral>(args, storage, lane);
+  } else if (warp == kTileWarp) {
+    run_tile_warp<Traits, kGeneral>(args, storage, lane);
+  } else if (warp == kValueWarp) {
+    run_stream_warp<Traits, false, kGeneral>(args, storage, lane);
+  } else {
+    run_buffer_warp<Traits, kGeneral>(args, storage, lane);
+  }
+}
+
+}  // namespace hbsattn::sm90

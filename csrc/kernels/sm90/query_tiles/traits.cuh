@@ -1,0 +1,186 @@
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cutlass/fast_math.h>
+#include <cutlass/numeric_types.h>
+
+#include <climits>
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/tensor.hpp>
+
+#include "hbsattn/params.h"
+#include "kernels/common/bit_row.cuh"
+#include "kernels/sm90/config.h"
+
+namespace hbsattn::sm90 {
+
+// Warps of the producer warpgroup. Keys and values are issued by different warps: one warp alone cannot issue
+// 16-row boxes fast enough for both.
+enum ProducerWarp : int { kKeyWarp = 0, kTileWarp = 1, kValueWarp = 2, kBufferWarp = 3 };
+
+// Named barriers beside those of turn.cuh.
+enum ForwardBarrier : uint32_t {
+  kUnit0 = 3,  // the four warps of consumer warpgroup 0
+  kUnit1 = 4,  //                                      1
+  kUnit2 = 5,  //                                      2
+};
+
+inline constexpr int kUnitRows = 64;  // query rows of one consumer warpgroup
+// A CTA takes its next tile off the work list when this many keys of the current one are still to be loaded: enough to
+// hide the three dependent loads that it takes, and late enough that work goes to whoever is free.
+inline constexpr int kTileLeadKeys = 512;
+
+// Row coordinate that lies outside every tensor: the box is zero-filled and still counts its bytes.
+inline constexpr int kOutOfBounds = 1 << 30;
+// What the key warp tells of a granule: its first key, or, where a block ends inside it, the complement of
+// 16 * first key + last key - first key. kNoKey: it holds none.
+inline constexpr int kNoKey = 0x3fffffff;          // above every limit
+inline constexpr int kShortGranuleKeys = 1 << 27;  // first keys that the second form has room for
+
+__device__ __forceinline__ int encode_granule(int first_key, int end) {
+  if (end <= first_key) return kNoKey;
+  return end - first_key < kGranule ? ~(kGranule * first_key + end - first_key - 1) : first_key;
+}
+__device__ __forceinline__ int granule_first_key(int code) { return code < 0 ? ~code / kGranule : code; }
+__device__ __forceinline__ int granule_last_key(int code) {
+  return code < 0 ? ~code / kGranule + ~code % kGranule : INT_MAX;
+}
+
+// A tile as the tile warp announces it to the other warps.
+struct TileSlot {
+  WorkItem item;      // bit_row < 0: no more tiles
+  int stages;         // key stages
+  int masked_stages;  // of these, the first ones that need element masks, the first stage always among them
+  int key_end;        // keys from here on, in the sequence, are visible to no row of the tile
+};
+
+template <class Config>
+struct QueryTileTraits {
+  using Element = std::conditional_t<Config::kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
+  static constexpr int kHeadDim = Config::kHeadDim;
+  static constexpr int kTileN = Config::kTileN;
+  static constexpr int kTileNLog2 = cutlass::log2_down<kTileN>::value;
+  static constexpr int kKeyStages = Config::kKeyStages;
+  static constexpr int kValueStages = Config::kValueStages;
+  static constexpr int kTileM = Config::kTileM;
+  static constexpr int kUnits = kTileM / kUnitRows;  // consumer warpgroups
+  static constexpr int kConsumerWarps = 4 * kUnits;
+  static constexpr int kTileReaders = kConsumerWarps + 3;  // warps that read what the tile warp announces
+  static constexpr int kThreads = 128 * (1 + kUnits);
+  static constexpr int kQueryBuffers = Config::kQueryBuffers;
+  static constexpr int kChunkColumns = Config::kChunkColumns;  // of a row, what one swizzle atom spans
+  static constexpr int kChunks = kHeadDim / kChunkColumns;
+  static constexpr int kGranules = kTileN / kGranule;
+  // Blocks that a tile may unite, at most: up to head dim 128, small blocks get tiles of 64 rows.
+  static constexpr int kUnited = kTileM >= 128 && kHeadDim <= 128 ? 1 : kTileM / kGranule;
+  static_assert(kUnited * kGranules <= 32, "the granules of a stage, for each united block, are written by a warp");
+  static constexpr int kTileLead = kTileLeadKeys / kTileN;  // in stages
+  static constexpr int kTileSlots = 4;                      // a ring; readers may be some tiles behind
+  static constexpr int kSegmentSlots = 4;                   // a ring
+  static constexpr int kSlotStages = 8;                     // at most
+  static constexpr int kColumnEntries = kTileM >= 128 ? 512 : 256;
+  using Blocks = BitRow<kTileM >= 128 ? 8 : 4, kColumnEntries>;
+  static constexpr bool kForGradients = false;  // tiles have output gradients beside their queries
+  static constexpr bool kAddsKeys = false;      // consumers need to know where all keys lie
+  static_assert(kTileM == kUnits * kUnitRows);
+  static_assert(kHeadDim % kChunkColumns == 0);
+
+  // 8 rows x kChunkColumns columns, and the same bytes transposed.
+  using AtomK = std::conditional_t<kChunkColumns == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
+                                   cute::GMMA::Layout_K_SW64_Atom<Element>>;
+  using AtomMN = std::conditional_t<kChunkColumns == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
+                                    cute::GMMA::Layout_MN_SW64_Atom<Element>>;
+
+  // Queries, and later the output: [unit and buffer][chunk][64 rows][columns].
+  using SmemLayoutQ = decltype(cute::tile_to_shape(
+      AtomK{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<kHeadDim>, cute::Int<kUnits * kQueryBuffers>>{}));
+
+  // Keys and values: [stage][group of 8 keys][chunk][8 keys][columns], so that one box brings whole rows.
+  using SmemLayoutK = decltype(cute::tile_to_shape(
+      AtomK{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kKeyStages>>{},
+      cute::Step<cute::_2, cute::_1, cute::_3>{}));
+  using SmemLayoutVt = decltype(cute::tile_to_shape(
+      AtomMN{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kValueStages>>{},
+      cute::Step<cute::_1, cute::_2, cute::_3>{}));
+
+  using MmaQK = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float,
+                                 cute::Shape<cute::Int<kUnitRows>, cute::Int<kTileN>, cute::Int<kHeadDim>>>()));
+  using MmaPV = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float,
+                                 cute::Shape<cute::Int<kUnitRows>, cute::Int<kHeadDim>, cute::Int<kTileN>>,
+                                 cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+
+  static constexpr uint32_t kStageBytes = kTileN * kHeadDim * sizeof(Element);
+  static constexpr uint32_t kUnitBytes = kUnitRows * kHeadDim * sizeof(Element);
+  static constexpr uint32_t kChunkBytes = kChunkColumns * sizeof(Element);
+  static constexpr uint32_t kAtomBytes = 8 * kChunkBytes;
+
+  struct alignas(1024) Storage {
+    Element keys[kKeyStages][kTileN * kHeadDim];
+    Element values[kValueStages][kTileN * kHeadDim];
+    Element queries[kQueryBuffers][kUnits][kUnitRows * kHeadDim];  // the output leaves from here too
+    int32_t columns[kColumnEntries];                               // active blocks, as the tile warp expands them
+    int32_t segment_keys[kSegmentSlots][32];                       // first keys of segments; -1: none
+    // The general kernel's: where keys of a segment end, and the united blocks that are active with it, one bit each.
+    int32_t segment_ends[kSegmentSlots][32];
+    uint32_t segment_with[kSegmentSlots][32];
+    // encode_granule for those of a key stage, for each united block.
+    alignas(16) int32_t granules[kKeyStages][32];
+    TileSlot tiles[kTileSlots];
+    WorkItem held_items[kQueryBuffers];  // whose queries, or output, the buffers hold
+    uint64_t unread;                     // where hold_back_waits stores; with it begin the barriers
+    uint64_t keys_full[kKeyStages], keys_empty[kKeyStages];
+    uint64_t values_full[kValueStages], values_empty[kValueStages];
+    uint64_t queries_full[kQueryBuffers][kUnits], output_full[kQueryBuffers][kUnits];
+    uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
+    uint64_t segments_full[kSegmentSlots], segments_empty[kSegmentSlots];
+    uint64_t tile_wanted;
+  };
+  static_assert(sizeof(Storage) <= sm90_shared_limit(Config::kCtasPerSm), "a CTA's shared memory");
+};
+
+// What the kernel gets, by value. Row coordinates of batched tensors are batch * *_batch_rows + row.
+struct QueryTileArguments {
+  CUtensorMap map_q;    // (head_dim, rows, heads), box kChunkColumns x box_rows x box_heads
+  CUtensorMap map_out;  // the same
+  // Whole rows: (columns of a chunk, rows, chunks, groups of 8 rows, heads), box of one segment.
+  CUtensorMap map_k, map_v;
+  // 8 rows of a chunk that end at any row, see tensor_map.h: (head_dim, rows before the end, wrap, end, heads).
+  CUtensorMap map_k_clipped, map_v_clipped;
+
+  const uint32_t* bits;
+  const WorkItem* items;
+  int num_items;
+  int* ticket;
+  long long* cycles;  // optional
+
+  void* out;
+  int64_t out_batch_stride, out_row_stride, out_head_stride;  // elements
+  float* lse;
+
+  int rows_q, rows_k;  // per batch entry; all, when packed
+  int q_batch_rows, k_batch_rows, v_batch_rows, out_batch_rows;
+  int lse_batch_stride_rows;  // 0 when packed
+  int heads_q, head_dim;
+  cutlass::FastDivmod heads_per_key_head;
+  int row_words;  // of a bit row
+  cutlass::FastDivmod q_block_size;
+  int packed_heads;                // query heads that share a tile's block list
+  cutlass::FastDivmod block_rows;  // packed_heads * q_block_size
+  int query_piece;  // virtual rows that one query or output box moves: box_rows of each of box_heads heads
+  int box_rows, box_heads;
+  uint32_t query_bytes;  // that arrive for a unit
+  int k_block_size;
+  int segment_log2;  // a segment is the largest power of two rows, up to kTileN, that divides k_block_size
+  cutlass::FastDivmod segments_per_block;
+  bool ragged_blocks;  // k_block_size is no multiple of a granule: the last segment of a block is short
+  bool whole_rows;     // map_k and map_v can be used; otherwise every stage goes through the clipped maps
+  bool causal;
+  float scale, scale_log2;
+  float zero;  // 0, unknown to the compiler
+};
+
+}  // namespace hbsattn::sm90

@@ -1,0 +1,75 @@
+#include "kernels/sm90/tensor_map.h"
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+namespace hbsattn {
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function through the runtime, so that nothing links to libcuda.
+Encode find_encode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+}
+
+CUtensorMapDataType data_type(DType dtype) {
+  return dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+}
+
+constexpr int kElementSize = 2;
+
+template <int kRank>
+Status encode(const MatrixRows& tensor, const cuuint64_t (&sizes)[kRank], const cuuint64_t (&byte_strides)[kRank - 1],
+              const cuuint32_t (&box)[kRank], CUtensorMap* map) {
+  static const Encode encode_tiled = find_encode();
+  if (encode_tiled == nullptr) {
+    return Status::CudaError("the CUDA driver has no cuTensorMapEncodeTiled; expected a driver for CUDA 12 or newer");
+  }
+  cuuint32_t element_strides[kRank];
+  for (cuuint32_t& stride : element_strides) stride = 1;
+  const CUresult result =
+      encode_tiled(map, data_type(tensor.dtype), kRank, tensor.data, sizes, byte_strides, box, element_strides,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    return Status::CudaError("cuTensorMapEncodeTiled failed with code " + std::to_string(result));
+  }
+  return Status::Ok();
+}
+
+}  // namespace
+
+Status encode_rows(const MatrixRows& tensor, int chunk, int box_rows, int box_heads, CUtensorMap* map) {
+  const cuuint64_t row = tensor.row_stride * kElementSize, head = tensor.head_stride * kElementSize;
+  return encode<3>(
+      tensor,
+      {static_cast<cuuint64_t>(tensor.head_dim), static_cast<cuuint64_t>(tensor.rows),
+       static_cast<cuuint64_t>(tensor.heads)},
+      {row, head},
+      {static_cast<cuuint32_t>(chunk), static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_heads)}, map);
+}
+
+Status encode_whole_rows(const MatrixRows& tensor, int chunk, int box_rows, CUtensorMap* map) {
+  const cuuint64_t row = tensor.row_stride * kElementSize, head = tensor.head_stride * kElementSize;
+  const cuuint64_t columns = chunk, chunks = tensor.head_dim / chunk, groups = box_rows / 8;
+  return encode<5>(
+      tensor, {columns, static_cast<cuuint64_t>(tensor.rows), chunks, groups, static_cast<cuuint64_t>(tensor.heads)},
+      {row, columns * kElementSize, 8 * row, head},
+      {static_cast<cuuint32_t>(chunk), 8, static_cast<cuuint32_t>(chunks), static_cast<cuuint32_t>(groups), 1}, map);
+}
+
+Status encode_clipped_rows(const MatrixRows& tensor, int chunk, CUtensorMap* map) {
+  const cuuint64_t row = tensor.row_stride * kElementSize, head = tensor.head_stride * kElementSize;
+  constexpr cuuint64_t kAny = cuuint64_t{1} << 31;
+  return encode<5>(
+      tensor, {static_cast<cuuint64_t>(tensor.head_dim), kRunEnd, kAny, kAny, static_cast<cuuint64_t>(tensor.heads)},
+      {row, (cuuint64_t{1} << 34) - row, row, head}, {static_cast<cuuint32_t>(chunk), 8, 1, 1, 1}, map);
+}
+
+}  // namespace hbsattn

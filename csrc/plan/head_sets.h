@@ -1,0 +1,62 @@
+#pragma once
+
+// How many query heads a tile of keys streams, and what tiles that run at the same time may take of the L2 cache.
+
+#include <cstdint>
+
+#include "hbsattn/params.h"
+#include "plan/tiles.h"
+
+namespace hbsattn {
+
+// Queries, output gradients and sums of query gradients that tiles which run at the same time should find in L2 (50 MB,
+// of which what they keep and write and the far partition take a share).
+inline constexpr int64_t kSectionBytes = int64_t{32} << 20;
+
+// Of a row. Head dims that are padded in copies must not be planned differently from the copies.
+constexpr int64_t count_row_bytes(int32_t head_dim, int32_t element_size) {
+  const int64_t columns = (int64_t{head_dim} + kHeadDimMultiple - 1) / kHeadDimMultiple * kHeadDimMultiple;
+  return columns * (2 * element_size + int64_t{sizeof(float)});
+}
+
+// Of one query head, for a sequence of average length.
+constexpr int64_t count_query_bytes(const MaskShape& shape, int32_t head_dim, int32_t element_size) {
+  constexpr int64_t kMostRows = INT32_MAX;  // of a tensor; blocks may be longer
+  const int64_t rows = (shape.rows > shape.batch ? shape.rows / shape.batch : 1) * int64_t{shape.q_block_size};
+  return (rows < kMostRows ? rows : kMostRows) * count_row_bytes(head_dim, element_size);
+}
+
+inline constexpr int32_t kElementSize = 2;  // bytes, of every dtype that kernels are compiled for
+
+// Keys of all tiles that run at the same time: two CTAs or one to each of 132 multiprocessors. Shorter sequences have
+// as many tiles in flight, of several key heads.
+inline constexpr int64_t kRunningKeys = 132 * 128;
+// What their queries may take of L2, and of what a key head's queries may take until it pays to add gradients of keys
+// up.
+inline constexpr int64_t kRunningBytes = int64_t{36} << 20, kTogetherBytes = int64_t{5} << 20;
+
+// Query heads that one tile of the backward pass streams: those that read its key head, so that the gradients of its
+// keys never leave registers. Where the queries of that many outgrow L2 before they are used again, as many as fit, and
+// the tiles of a key head pass on the sum of what they have: the sums of four or more heads take less than half the
+// memory of those of the queries. Causal tiles have different numbers of stages and are soon at different heads.
+constexpr int32_t count_tile_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
+                                   int32_t element_size, bool deterministic) {
+  const int32_t group = heads_q / heads_k;
+  if (deterministic || group < 4 || shape.batch < 1) return group;
+  const int64_t of_head = count_query_bytes(shape, head_dim, element_size);
+  if (of_head <= kTogetherBytes / group) return group;
+  const int64_t running = kRunningKeys * count_row_bytes(head_dim, element_size);
+  const int64_t fit = kRunningBytes / (of_head > running ? of_head : running) / (shape.causal ? 2 : 1);
+  int32_t heads = group;
+  while (heads > 1 && (heads > fit || group % heads != 0)) --heads;
+  return heads;
+}
+
+// Parts of tiles that the backward pass has room for: 10 MB of float32 gradients of keys and values. As many items may
+// follow those of whole tiles in its work list.
+constexpr int64_t count_part_slots(int64_t tiles, int32_t tile_keys, int32_t head_dim) {
+  const int64_t slots = (int64_t{10} << 20) / (2 * 4 * int64_t{tile_keys} * ((head_dim + 63) / 64 * 64));
+  return tiles < slots ? tiles : slots;
+}
+
+}  // namespace hbsattn

@@ -1,0 +1,300 @@
+#pragma once
+
+// Where things lie: sequences, rows of the bit matrix, tiles and their limits. Every decision of the mask kernels that
+// is not about threads is here, in constexpr functions, which nvcc compiles for host and device alike.
+//
+// Nothing here trusts what comes from the device: lengths that lie, or a table that does not fit the mask, give wrong
+// places, but never places outside the buffers.
+
+#include <cstdint>
+
+#include "hbsattn/params.h"
+#include "plan/tiles.h"
+
+namespace hbsattn::mask {
+
+template <class T>
+constexpr T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+
+template <class T>
+constexpr T larger(T a, T b) {
+  return a < b ? b : a;
+}
+
+template <class T>
+constexpr T clamp(T x, T low, T high) {
+  return smaller(larger(x, low), high);
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int32_t saturate(int64_t x) { return static_cast<int32_t>(clamp<int64_t>(x, 0, INT32_MAX)); }
+
+// Begin and length of sequence b. row_begin and col_begin are still 0.
+constexpr Sequence read_lengths(const SequencesParams& params, int64_t b) {
+  if (params.cu_seqlens_q == nullptr) return {0, saturate(params.seqlen_q), 0, saturate(params.seqlen_k), 0, 0};
+  const int64_t q_begin = params.cu_seqlens_q[b], q_end = params.cu_seqlens_q[b + 1];
+  const int64_t k_begin = params.cu_seqlens_k[b], k_end = params.cu_seqlens_k[b + 1];
+  return {saturate(q_begin), saturate(q_end - q_begin), saturate(k_begin), saturate(k_end - k_begin), 0, 0};
+}
+
+constexpr int64_t count_q_blocks(const Sequence& sequence, const MaskShape& shape) {
+  return ceil_div(sequence.q_len, shape.q_block_size);
+}
+
+constexpr int64_t count_k_blocks(const Sequence& sequence, const MaskShape& shape) {
+  return ceil_div(sequence.k_len, shape.k_block_size);
+}
+
+// Sets where the blocks of sequence b begin, given the query and key blocks of all sequences before it.
+constexpr void place_blocks(const SequencesParams& params, int64_t b, int64_t q_blocks_before, int64_t k_blocks_before,
+                            Sequence& sequence) {
+  sequence.row_begin = saturate(params.row_stride < 0 ? q_blocks_before : b * params.row_stride);
+  sequence.col_begin = saturate(k_blocks_before);
+}
+
+// What a row of the bit matrix stands for.
+struct RowPlace {
+  int32_t index;      // of its sequence
+  Sequence sequence;  // of zeros where there are no sequences
+  int64_t block;      // query block in the sequence
+  bool used;          // false: padding, the sequence has no such block
+};
+
+constexpr RowPlace locate_row(const MaskShape& shape, const Sequence* sequences, int64_t row) {
+  if (shape.batch == 0) return {0, {}, row, false};
+  // The last sequence that begins at or before the row: one without blocks begins where the next one does.
+  int32_t first = 0, end = shape.batch;
+  while (end - first > 1) {
+    const int32_t middle = first + (end - first) / 2;
+    if (sequences[middle].row_begin <= row) {
+      first = middle;
+    } else {
+      end = middle;
+    }
+  }
+  const Sequence sequence = sequences[first];
+  const int64_t block = row - sequence.row_begin;
+  return {first, sequence, block, block >= 0 && block * shape.q_block_size < sequence.q_len};
+}
+
+// The last key that a query of a sequence may attend to; negative: none.
+constexpr int64_t last_key(const MaskShape& shape, const Sequence& sequence, int64_t query) {
+  const int64_t end = int64_t{sequence.k_len} - 1;
+  return shape.causal ? smaller(end, query + sequence.k_len - sequence.q_len) : end;
+}
+
+// Whole key blocks in `keys` keys. Not a 64-bit division: that is a subroutine on a GPU.
+constexpr int32_t whole_blocks(const MaskShape& shape, int64_t keys) {
+  if (keys <= 0) return 0;
+  return static_cast<int32_t>(smaller<int64_t>(static_cast<uint32_t>(keys) / shape.k_block_size, shape.cols));
+}
+
+// Key blocks that hold keys up to this one.
+constexpr int32_t columns_up_to(const MaskShape& shape, int64_t key) {
+  return key < 0 ? 0 : whole_blocks(shape, key + shape.k_block_size);
+}
+
+// Key blocks, from the first on, that some query of the row can see.
+constexpr int32_t visible_columns(const MaskShape& shape, const RowPlace& place) {
+  if (!place.used) return 0;
+  const int64_t last_query = smaller<int64_t>((place.block + 1) * shape.q_block_size, place.sequence.q_len) - 1;
+  return columns_up_to(shape, last_key(shape, place.sequence, last_query));
+}
+
+// The work list before it is put in order: groups of packed heads, their bit rows, the tiles of a row.
+struct ItemGrid {
+  MaskShape shape;
+  const Sequence* sequences;
+  int32_t heads_q;
+  int32_t packed_heads;
+  int32_t tile_rows;
+  int32_t tiles;   // of one row
+  int32_t united;  // neighbouring query blocks that a tile may unite, 1: none
+};
+
+struct Item {
+  WorkItem record;    // without counts of blocks
+  int32_t clean_end;  // columns before this one are visible to all rows of the tile, to their last key
+};
+
+constexpr Item make_item(const ItemGrid& grid, int64_t index) {
+  const MaskShape& shape = grid.shape;
+  const int32_t item_row = static_cast<int32_t>(index) / grid.tiles;
+  const int32_t tile = static_cast<int32_t>(index) % grid.tiles;
+  const int32_t rows = static_cast<int32_t>(shape.rows);
+  const int32_t row = item_row % rows;
+  const int32_t head = item_row / rows * grid.packed_heads;
+  const int32_t mask_head = static_cast<int32_t>(int64_t{head} * shape.heads / grid.heads_q);
+  const RowPlace place = locate_row(shape, grid.sequences, row);
+  const Sequence& sequence = place.sequence;
+
+  Item item{};
+  WorkItem& record = item.record;
+  record.bit_row = mask_head * rows + row;
+  record.sequence = place.index;
+  record.head = head;
+  // Tensors have fewer than 2^30 rows, so this is past every end, and still leaves room for sums.
+  constexpr int64_t kPastEnd = 1 << 30;
+  int64_t block_row = smaller(larger<int64_t>(place.block, 0) * shape.q_block_size, kPastEnd);
+  if (!place.used) block_row = larger(block_row, smaller<int64_t>(sequence.q_len, kPastEnd));
+  record.block_row = static_cast<int32_t>(block_row);
+  record.first_row = tile * grid.tile_rows;
+  record.q_begin = sequence.q_begin;
+  record.q_len = sequence.q_len;
+  record.k_begin = sequence.k_begin;
+  record.k_len = sequence.k_len;
+  record.united = 1;
+  if (!place.used) return item;
+
+  // First and last query of the tile, in the block. A tile that goes on into the next head of its group starts over at
+  // the block's first query and covers [start, block size) and [0, end - block size).
+  const int64_t block_size = shape.q_block_size;
+  const int64_t queries = smaller<int64_t>(block_size, sequence.q_len - block_row);
+  const int64_t start = record.first_row % shape.q_block_size;
+  const int64_t end = start + smaller<int64_t>(grid.tile_rows, grid.packed_heads * block_size - record.first_row);
+  int64_t first = start, last = smaller(end, queries) - 1;
+  if (end > block_size) {
+    first = 0;
+    last = start < queries ? queries - 1 : smaller(end - block_size, queries) - 1;
+  }
+  if (first > last) return item;
+
+  record.col_end = columns_up_to(shape, last_key(shape, sequence, block_row + last));
+  item.clean_end = whole_blocks(shape, last_key(shape, sequence, block_row + first) + 1);
+  return item;
+}
+
+// The blocks that may share a tile with the block of item `index`: `count` of them from item `first` on. Whoever asks
+// for one of them gets the same answer, if the rows of sequences follow each other.
+struct Neighbours {
+  int64_t first;
+  int32_t count;
+};
+
+constexpr Neighbours find_neighbours(const ItemGrid& grid, int64_t index) {
+  const MaskShape& shape = grid.shape;
+  // Not 64-bit divisions: those are subroutines on a GPU.
+  const int32_t row = static_cast<int32_t>(index) % static_cast<int32_t>(shape.rows);
+  const RowPlace place = locate_row(shape, grid.sequences, row);
+  if (grid.united == 1 || !place.used) return {index, 1};
+  const int64_t before = smaller(static_cast<int32_t>(static_cast<uint32_t>(place.block) % grid.united), row);
+  int64_t end_row = shape.rows;
+  if (place.index + 1 < shape.batch) {
+    const int64_t next = grid.sequences[place.index + 1].row_begin;
+    if (next > row) end_row = smaller(end_row, next);
+  }
+  const int64_t blocks = (place.sequence.q_len - 1) / shape.q_block_size + 1 - place.block;
+  return {index - before, static_cast<int32_t>(smaller<int64_t>(before + smaller(blocks, end_row - row), grid.united))};
+}
+
+// Whether a tile that streams the `together` blocks that any of `tiles` blocks is active with takes less time than
+// tiles of their own, which stream `apart` blocks. A tile costs about as much as 192 more keys; those of a united tile
+// need element masks, which makes them a fifth dearer.
+constexpr bool pays_to_unite(const MaskShape& shape, int64_t together, int64_t apart, int32_t tiles) {
+  constexpr int64_t kTileKeys = 192;
+  return tiles > 1 &&
+         6 * together * shape.k_block_size + 5 * kTileKeys < 5 * (apart * shape.k_block_size + tiles * kTileKeys);
+}
+
+// Rows of the bit matrix that are a sequence's query blocks.
+struct RowRange {
+  int32_t begin, end;
+};
+
+constexpr RowRange find_rows(const MaskShape& shape, int32_t row_begin, int32_t q_len) {
+  const int32_t blocks = q_len <= 0 ? 0 : (q_len - 1) / shape.q_block_size + 1;
+  const int64_t begin = clamp<int64_t>(row_begin, 0, shape.rows);
+  const int64_t end = clamp(int64_t{row_begin} + blocks, begin, shape.rows);
+  return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
+}
+
+// The work list of the backward pass before it is put in order: sets of query heads, sequences, groups of united
+// columns, tiles of a block.
+struct KeyGrid {
+  MaskShape shape;
+  const Sequence* sequences;
+  KeyTileShape tiles;
+  int32_t count;                // tiles of one sequence and set of heads
+  int32_t tile_heads;           // query heads of a set
+  int32_t heads_per_mask_head;  // query heads
+};
+
+constexpr KeyGrid make_key_grid(const MaskView& mask, int32_t heads_q, int32_t tile_heads, int32_t head_dim) {
+  const KeyTileShape tiles = shape_key_tiles(mask.shape, head_dim);
+  const auto count = static_cast<int32_t>(tiles.count(mask.shape));
+  return {mask.shape, mask.sequences, tiles, count, tile_heads, heads_q / mask.shape.heads};
+}
+
+// Masks that a set of query heads has: all share one, or each has its own. The first is that of the first head.
+constexpr int32_t count_mask_heads(const KeyGrid& grid) {
+  return larger(grid.tile_heads / grid.heads_per_mask_head, 1);
+}
+constexpr int32_t first_mask_head(const KeyGrid& grid, int32_t head_set) {
+  return head_set * grid.tile_heads / grid.heads_per_mask_head;
+}
+
+// Without what is active.
+constexpr KeyItem make_key_item(const KeyGrid& grid, int64_t index) {
+  const MaskShape& shape = grid.shape;
+  // Not 64-bit divisions: those are subroutines on a GPU.
+  const int32_t pair = static_cast<int32_t>(index) / grid.count, tile = static_cast<int32_t>(index) % grid.count;
+  const int32_t column = tile / grid.tiles.tiles * grid.tiles.united;
+  const int64_t block_begin = int64_t{column} * shape.k_block_size;
+  const int64_t first_key = block_begin + int64_t{tile % grid.tiles.tiles} * grid.tiles.tile_keys;
+
+  KeyItem item{};
+  item.sequence = pair % shape.batch;
+  item.head_set = pair / shape.batch;
+  const Sequence& sequence = grid.sequences[item.sequence];
+  item.row_begin = sequence.row_begin;
+  item.q_begin = sequence.q_begin;
+  item.q_len = sequence.q_len;
+  item.k_begin = sequence.k_begin;
+  item.k_len = sequence.k_len;
+  if (first_key >= sequence.k_len) {
+    item.column = -1;
+    return item;
+  }
+  const int64_t blocks_end =
+      block_begin + smaller<int64_t>(grid.tiles.united, shape.cols - column) * shape.k_block_size;
+  const int64_t end = smaller(smaller(first_key + grid.tiles.tile_keys, blocks_end), int64_t{sequence.k_len});
+  item.column = column;
+  item.first_key = static_cast<int32_t>(first_key);
+  item.keys = static_cast<int32_t>(end - first_key);
+  item.united = (item.keys - 1) / shape.k_block_size + 1;
+  return item;
+}
+
+// Whether an item is so much heavier than the mean of `items` items, which weigh `total` together, that a
+// multiprocessor which came to it late would still compute it when all others are done.
+constexpr bool is_heavy(int32_t weight, uint64_t total, uint32_t items) {
+  const uint64_t positive = larger(weight, 0);
+  return positive * items > 3 * total && positive * 4096 > total;
+}
+
+// Parts that a heavy item is cut into: none much longer than a quarter of what a multiprocessor computes in all, or
+// than what pays for adding them up again.
+constexpr int32_t count_parts(const MaskShape& shape, int32_t weight, uint64_t total) {
+  constexpr int32_t kMostParts = 32, kQueries = 2048;
+  const auto quarter = static_cast<uint32_t>(smaller<uint64_t>(total >> 9, INT32_MAX));
+  const uint32_t longest = larger<uint32_t>(quarter, (kQueries - 1) / shape.q_block_size + 1);
+  return smaller<int32_t>((static_cast<uint32_t>(weight) - 1) / longest + 1, kMostParts);
+}
+
+// Bits of word w of a bit row that belong to columns before `end`.
+constexpr uint32_t bits_before(int32_t end, int32_t word) {
+  const int32_t count = end - 32 * word;
+  return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1u;
+}
+
+// One bit for each of eight bytes, the lowest for the first: whether it is not 0.
+constexpr uint32_t nonzero_bytes(uint64_t bytes) {
+  constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7full;
+  const uint64_t flags = ((((bytes & kLow) + kLow) | bytes) >> 7) & 0x0101010101010101ull;
+  return static_cast<uint32_t>((flags * 0x0102040810204080ull) >> 56);
+}
+
+}  // namespace hbsattn::mask
