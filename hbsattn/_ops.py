@@ -186,8 +186,8 @@ def _(
 
 
 def _count_flops(q: Tensor, bits: Tensor, sequences: Tensor, layout: Sequence[int]) -> int:
-    """4 * head_dim for each pair of a query and a key that attend. A mask without values, as in a traced program, counts
-    as one of all blocks.
+    """4 * head_dim for each pair of a query and a key that attend. A mask without values, as in a traced program, is
+    counted as one of all blocks.
     """
     pairs = count_pairs(bits, sequences, MaskLayout(*layout))
     return 4 * q.shape[-1] * pairs * (q.shape[-2] // max(bits.shape[0], 1))

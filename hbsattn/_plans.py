@@ -173,15 +173,3 @@ def _rewrite(made: _Made, plan: Plan, version: int) -> None:
         for old, new in zip(made.tensors, plan, strict=True):
             old.copy_(new)
     made.version = version
-
-
-class _Unkept:
-    """Makes the plans of a backward pass each time."""
-
-    def find_or_make(self, key: Hashable, make: Callable[[], Plan]) -> Plan:
-        return make()
-
-
-def plans_beside(items: Tensor) -> _Unkept:
-    """For the backward pass, which does not know the mask."""
-    return _Unkept()

@@ -5,8 +5,11 @@ from torch import Tensor
 
 from hbsattn._checks import check_bool, check_is_tensor, check_number
 from hbsattn._chunks import attend_in_chunks
+from hbsattn._layout import CallShape
 from hbsattn._ops import ops
 from hbsattn.mask import BlockMask, check_is_mask
+
+NO_GRADIENTS = (False, False, False)  # of q, k and v
 
 
 def block_sparse_attention(
@@ -68,6 +71,8 @@ def _attend(
     check_is_mask(mask)
     mask._check_use(q, k)
     check_is_tensor("v", v)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = _autocast(q, k, v)
     heads_q, head_dim = q.shape[-2:]
     if softmax_scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0  # the op refuses a head_dim of 0
@@ -76,27 +81,57 @@ def _attend(
     check_bool("return_lse", return_lse)
     check_bool("deterministic", deterministic)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    sizes = (heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    needs = (q.requires_grad, k.requires_grad, v.requires_grad) if torch.is_grad_enabled() else NO_GRADIENTS
+    layout, options = mask._numbers, (pack_heads, scale)
+    if mask.device.type == "cpu":
+        results = ops.forward.default(q, k, v, mask.bits, mask.sequences, None, None, layout, *options, deterministic)
+        return results if return_lse else results[0]
+
+    call = CallShape(heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)
+    if mask._lists is not None and needs == NO_GRADIENTS and not mask._makes_bits():
+        results = _attend_in_chunks(q, k, v, mask, call, options)
+        return results if return_lse else results[0]
+    bits, sequences = mask._kept_bits(), mask.sequences
+    if mask._find_plan(("items", call)) is None:
+        # What does not fit is refused before anything is launched, also before the work list is made.
+        ops.check_forward.default(q, k, v, bits, sequences, layout, *options)
+    items = mask._plan(("items", call), lambda mask: _plan_items(mask, call))[0]
+    backward_plan = None
+    if needs != NO_GRADIENTS:
+        shape = (call, k.shape[-3], deterministic, needs)
+        backward_plan = mask._plan(("backward", *shape), lambda mask: _plan_backward(mask, *shape))[0]
+    results = ops.forward.default(q, k, v, bits, sequences, items, backward_plan, layout, *options, deterministic)
+    return results if return_lse else results[0]
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts as PyTorch's own attention does where autocast is on: float64 stays as it is."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def _plan_items(mask: BlockMask, call: CallShape) -> tuple[Tensor]:
+    return (ops.plan_items.default(mask._kept_bits(), mask.sequences, mask._numbers, call),)
+
+
+def _plan_backward(
+    mask: BlockMask, call: CallShape, rows_k: int, deterministic: bool, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor]:
+    shape = (mask._numbers, call, rows_k, mask.packed, deterministic, needs)
+    return (ops.plan_backward.default(mask._kept_bits(), mask.sequences, *shape),)
+
+
+def _attend_in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, call: CallShape, options: tuple[bool, float]
+) -> tuple[Tensor, Tensor]:
+    """The call for a mask that stays lists, without gradients."""
+    layout = mask._numbers
 
     def check(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, sequences: Tensor) -> None:
-        ops.check_forward.default(q, k, v, bits, sequences, None, *mask._numbers, pack_heads, scale)
+        ops.check_forward.default(q, k, v, bits, sequences, layout, *options)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, sequences: Tensor, items: Tensor) -> tuple[Tensor, ...]:
-        numbers = (*mask._numbers, pack_heads, scale, deterministic)
-        return ops.forward.default(q, k, v, bits, sequences, items, *numbers)[:2]
+    def attend(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        items = ops.plan_items.default(bits, sequences, layout, call)
+        return ops.forward.default(q, k, v, bits, sequences, items, None, layout, *options)
 
-    def attend_chunk(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, sequences: Tensor) -> tuple[Tensor, ...]:
-        return attend(q, k, v, bits, sequences, ops.plan_items.default(bits, sequences, *mask._numbers, *sizes))
-
-    if mask._lists is not None and not trains and not mask._makes_bits():
-        out, lse = attend_in_chunks(q, k, v, mask, check, attend_chunk)
-    else:
-        bits = mask._kept_bits()
-        items = mask._cached_items(*sizes)
-        if items is None:
-            # What does not fit is refused before anything is launched, also before the work list is made.
-            check(q, k, v, bits, mask.sequences)
-            items = mask._items(*sizes)
-        out, lse = attend(q, k, v, bits, mask.sequences, items)
-    return (out, lse) if return_lse else out
+    return attend_in_chunks(q, k, v, mask, check, attend)

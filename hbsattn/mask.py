@@ -25,8 +25,10 @@ from hbsattn._layout import (
     K_LEN,
     Q_BEGIN,
     Q_LEN,
+    MaskLayout,
     ceil_div,
     count_blocks,
+    count_pairs,
     locate_rows,
     unpack_bits,
     visible_columns,
@@ -360,6 +362,10 @@ class BlockMask:
         """
         return self._plans.find_or_make(self, key, make)
 
+    def _find_plan(self, key: tuple[Any, ...]) -> Plan | None:
+        """What an earlier call has made, if this one may use it."""
+        return self._plans.find(key)
+
     def _makes_bits(self) -> bool:
         """Whether a mask of lists has its bits made at the next call.
 
@@ -430,24 +436,8 @@ class BlockMask:
         head_dim, num_heads = check_index("head_dim", head_dim), check_index("num_heads", num_heads)
         if num_heads % max(self.heads, 1) != 0:
             raise ValueError(f"num_heads is {num_heads}; expected a multiple of the {self.heads} heads of the mask")
-        sequence, block, used = locate_rows(self.sequences, self.rows, self.q_block_size)
-        if self.batch == 0:
-            return 0
-        table = self.sequences.to(torch.int64)[sequence]
-        q_len, k_len = table[:, Q_LEN].unsqueeze(-1), table[:, K_LEN].unsqueeze(-1)
-        first = (block * self.q_block_size).unsqueeze(-1)
-        last = torch.minimum(first + self.q_block_size, q_len)
-        key = torch.arange(self.cols, device=self.device) * self.k_block_size
-        width = (k_len - key).clamp(0, self.k_block_size)
-        if self.causal:
-            # Query i sees i + reach of the block's keys, cut to [0, width]; summed over the queries of a block.
-            reach = k_len - q_len + 1 - key
-            pairs = _sum_clamped(last - 1 + reach, width) - _sum_clamped(first - 1 + reach, width)
-        else:
-            pairs = (last - first) * width
-        pairs = torch.where(used.unsqueeze(-1), pairs, 0)
-        active = sum(int(pairs[head].sum()) for head in self._heads())
-        return 4 * head_dim * active * (num_heads // max(self.heads, 1))
+        pairs = count_pairs(self.bits, self.sequences, MaskLayout(*self._numbers))
+        return 4 * head_dim * pairs * (num_heads // max(self.heads, 1))
 
     def __repr__(self) -> str:
         if self.packed:
@@ -503,20 +493,6 @@ class BlockMask:
             check_total("q", q, self.sequences, Q_BEGIN, Q_LEN)
             check_total("k", k, self.sequences, K_BEGIN, K_LEN)
 
-    def _cached_items(self, *sizes: int) -> Tensor | None:
-        """The work list of an earlier call of this kind, with the arguments of `_items`, if this one may use it."""
-        found = self._plans.find(("items", *sizes))
-        return None if found is None else found[0]
-
-    def _items(self, heads_q: int, heads_k: int, head_dim: int, element_size: int, pack_heads: bool) -> Tensor:
-        """Returns the work list, int32 (tiles, 16), that calls of this kind on one stream share."""
-        sizes = (heads_q, heads_k, head_dim, element_size, pack_heads)
-
-        def make(mask: BlockMask) -> tuple[Tensor]:
-            return (ops.plan_items.default(mask._kept_bits(), mask.sequences, *mask._numbers, *sizes),)
-
-        return self._plan(("items", *sizes), make)[0]
-
 
 def check_is_mask(value: object) -> None:
     """Refuses what is no BlockMask, and says how to get one from what is often given instead."""
@@ -548,13 +524,6 @@ def _keep_lists(source: Source, place: Place) -> bool:
     if not isinstance(source, Lists) or (len(source.lead) == 2) != place.packed:
         return False
     return stays_lists(place.q_block, source.heads, place.rows, place.cols, source.indices.numel())
-
-
-def _sum_clamped(last: Tensor, width: Tensor) -> Tensor:
-    """Sums clamp(x, 0, width) over all integers x up to `last`."""
-    last = last.clamp(min=0)
-    rising = torch.minimum(last, width)
-    return rising * (rising + 1) // 2 + (last - rising) * width
 
 
 torch.serialization.add_safe_globals([BlockMask])  # for torch.load(weights_only=True)

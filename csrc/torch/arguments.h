@@ -31,33 +31,27 @@ inline constexpr int64_t kKeyItemInts = sizeof(KeyItem) / sizeof(int32_t);
 struct MaskLayout {
   int64_t cols, q_block_size, k_block_size;
   bool causal;
-
-  explicit MaskLayout(at::IntArrayRef values) {
-    TORCH_CHECK_VALUE(values.size() == 4, describe("layout has ", static_cast<int64_t>(values.size()),
-                                                   " numbers; expected 4: cols, q_block_size, k_block_size, causal"));
-    cols = values[0];
-    q_block_size = values[1];
-    k_block_size = values[2];
-    causal = values[3] != 0;
-  }
 };
+
+inline MaskLayout read_layout(at::IntArrayRef values) {
+  TORCH_CHECK_VALUE(values.size() == 4, describe("layout has ", static_cast<int64_t>(values.size()),
+                                                 " numbers; expected 4: cols, q_block_size, k_block_size, causal"));
+  return {values[0], values[1], values[2], values[3] != 0};
+}
 
 // `int[] heads` of the operators that plan: what a call has beside its mask. hbsattn/_layout.py spells it as CallShape.
 struct CallShape {
   int32_t heads_q, heads_k, head_dim, element_size;
   bool pack_heads;
-
-  explicit CallShape(at::IntArrayRef values) {
-    TORCH_CHECK_VALUE(values.size() == 5,
-                      describe("heads has ", static_cast<int64_t>(values.size()),
-                               " numbers; expected 5: heads_q, heads_k, head_dim, element_size, pack_heads"));
-    heads_q = to_int32("heads_q", values[0]);
-    heads_k = to_int32("heads_k", values[1]);
-    head_dim = to_int32("head_dim", values[2]);
-    element_size = to_int32("element_size", values[3]);
-    pack_heads = values[4] != 0;
-  }
 };
+
+inline CallShape read_call_shape(at::IntArrayRef values) {
+  TORCH_CHECK_VALUE(values.size() == 5,
+                    describe("heads has ", static_cast<int64_t>(values.size()),
+                             " numbers; expected 5: heads_q, heads_k, head_dim, element_size, pack_heads"));
+  return {to_int32("heads_q", values[0]), to_int32("heads_k", values[1]), to_int32("head_dim", values[2]),
+          to_int32("element_size", values[3]), values[4] != 0};
+}
 
 inline Tensor empty_ints(at::IntArrayRef shape, at::Device device) {
   return at::empty(shape, at::TensorOptions(at::kInt).device(device));
@@ -93,9 +87,7 @@ inline MaskView read_mask(const Tensor& bits, const Tensor& sequences, const Mas
 }
 
 #if HBSATTN_WITH_CUDA
-inline Stream current_stream(at::Device device) {
-  return c10::cuda::getCurrentCUDAStream(device.index()).stream();
-}
+inline Stream current_stream(at::Device device) { return c10::cuda::getCurrentCUDAStream(device.index()).stream(); }
 #else
 // The core of this build answers every call for a device with the same sentence.
 inline void refuse_cuda() { raise_if_error(pack_mask({}, nullptr)); }

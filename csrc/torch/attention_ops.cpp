@@ -26,8 +26,7 @@ using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 void check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
                    at::IntArrayRef layout, bool pack_heads, double softmax_scale) {
   const c10::DeviceGuard guard(q.device());
-  const ForwardParams params =
-      read_problem(q, k, v, bits, sequences, MaskLayout(layout), pack_heads, softmax_scale);
+  const ForwardParams params = read_problem(q, k, v, bits, sequences, read_layout(layout), pack_heads, softmax_scale);
   raise_if_error(q.is_cuda() ? supported(params) : validate_forward(params));
 }
 
@@ -35,8 +34,7 @@ void check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
 void check_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
                     const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& bits, const Tensor& sequences,
                     at::IntArrayRef layout, bool pack_heads, double softmax_scale) {
-  const ForwardParams problem =
-      read_problem(q, k, v, bits, sequences, MaskLayout(layout), pack_heads, softmax_scale);
+  const ForwardParams problem = read_problem(q, k, v, bits, sequences, read_layout(layout), pack_heads, softmax_scale);
   check_gradients(grad_out, grad_lse, q, out, lse, problem);
   raise_if_error(validate_forward(problem));
 }
@@ -106,7 +104,7 @@ TwoTensors forward_op(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const OptionalTensor& items, const OptionalTensor& backward_plan, at::IntArrayRef layout,
                       bool pack_heads, double softmax_scale, bool deterministic) {
   const c10::DeviceGuard guard(q.device());
-  return run_forward(q, k, v, bits, sequences, check_given("items", items, "plan_items"), MaskLayout(layout),
+  return run_forward(q, k, v, bits, sequences, check_given("items", items, "plan_items"), read_layout(layout),
                      pack_heads, softmax_scale, nullptr);
 }
 
@@ -118,7 +116,7 @@ ThreeTensors profile_forward(const Tensor& q, const Tensor& k, const Tensor& v, 
   int multiprocessors = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, q.device().index()));
   Tensor cycles = at::zeros({2 * multiprocessors, 2}, q.options().dtype(at::kLong));
-  const auto [out, lse] = run_forward(q, k, v, bits, sequences, items, MaskLayout(layout), pack_heads, softmax_scale,
+  const auto [out, lse] = run_forward(q, k, v, bits, sequences, items, read_layout(layout), pack_heads, softmax_scale,
                                       cycles.mutable_data_ptr<int64_t>());
   return {out, lse, cycles};
 }
@@ -162,10 +160,9 @@ ThreeTensors run_backward(const Tensor& grad_out, const OptionalTensor& grad_lse
   }
   const int64_t head_dim = problem.head_dim;
   if (head_dim % kHeadDimMultiple != 0) {
-    const auto [grad_q, grad_k, grad_v] =
-        run_backward(pad_head_dim(grad_out), grad_lse, pad_head_dim(q), pad_head_dim(k), pad_head_dim(v),
-                     pad_head_dim(out), lse, bits, sequences, plan, layout, pack_heads, softmax_scale, deterministic,
-                     needs);
+    const auto [grad_q, grad_k, grad_v] = run_backward(
+        pad_head_dim(grad_out), grad_lse, pad_head_dim(q), pad_head_dim(k), pad_head_dim(v), pad_head_dim(out), lse,
+        bits, sequences, plan, layout, pack_heads, softmax_scale, deterministic, needs);
     return {cut_head_dim(grad_q, head_dim), cut_head_dim(grad_k, head_dim), cut_head_dim(grad_v, head_dim)};
   }
 
@@ -202,7 +199,7 @@ ThreeTensors backward_op(const Tensor& grad_out, const OptionalTensor& grad_lse,
                          double softmax_scale, bool deterministic, std::array<bool, 3> needs) {
   const c10::DeviceGuard guard(q.device());
   return run_backward(grad_out, grad_lse, q, k, v, out, lse, bits, sequences,
-                      check_given("plan", plan, "plan_backward"), MaskLayout(layout), pack_heads, softmax_scale,
+                      check_given("plan", plan, "plan_backward"), read_layout(layout), pack_heads, softmax_scale,
                       deterministic, needs);
 }
 

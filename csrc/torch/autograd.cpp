@@ -1,6 +1,7 @@
 // The autograd rules of the attention operators: what `forward` keeps for `backward`, and that there is no second
 // derivative.
 
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -43,11 +44,36 @@ const c10::TypedOperatorHandle<Backward>& backward_operator() {
 
 OptionalTensor if_defined(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
-// Whether autograd has to know of a call. One with forward-mode tangents goes the same way, where it is refused.
-bool is_differentiated(std::initializer_list<const Tensor*> tensors) {
-  const bool reverse = at::GradMode::is_enabled();
+// Refuses derivatives in forward mode, and those that a function transform asks for.
+void check_reverse_mode(std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* tensor : tensors) {
-    if ((reverse && tensor->requires_grad()) || tensor->_fw_grad(0).defined()) return true;
+    if (!tensor->_fw_grad(0).defined()) continue;
+    C10_THROW_ERROR(
+        NotImplementedError,
+        "block_sparse_attention has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); "
+        "expected backward() or torch.autograd.grad");
+  }
+}
+void check_no_transform() {
+  const auto& transforms = at::functorch::functorchTLSAccessor();
+  if (!transforms) return;
+  try {
+    transforms->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    C10_THROW_ERROR(NotImplementedError,
+                    "block_sparse_attention has no derivatives inside the transforms of torch.func (grad, vjp, jacrev "
+                    "and others); expected backward() or torch.autograd.grad");
+  }
+}
+
+// Whether autograd has to know of a call.
+bool is_differentiated(std::initializer_list<const Tensor*> tensors) {
+  check_reverse_mode(tensors);
+  if (!at::GradMode::is_enabled()) return false;
+  for (const Tensor* tensor : tensors) {
+    if (!tensor->requires_grad()) continue;
+    check_no_transform();
+    return true;
   }
   return false;
 }
@@ -123,20 +149,17 @@ struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
   }
 };
 
-ThreeTensors backward_autograd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q,
-                               const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                               const Tensor& bits, const Tensor& sequences, const OptionalTensor& plan,
-                               c10::SymIntArrayRef layout, bool pack_heads, double softmax_scale, bool deterministic,
-                               std::array<bool, 3> needs) {
-  if (!is_differentiated({&grad_out, &q, &k, &v, &out, &lse}) &&
-      !(grad_lse && is_differentiated({&*grad_lse}))) {
+ThreeTensors backward_autograd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
+                               const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& bits,
+                               const Tensor& sequences, const OptionalTensor& plan, c10::SymIntArrayRef layout,
+                               bool pack_heads, double softmax_scale, bool deterministic, std::array<bool, 3> needs) {
+  if (!is_differentiated({&grad_out, &q, &k, &v, &out, &lse}) && !(grad_lse && is_differentiated({&*grad_lse}))) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return backward_operator().call(grad_out, grad_lse, q, k, v, out, lse, bits, sequences, plan, layout, pack_heads,
                                     softmax_scale, deterministic, needs);
   }
-  const variable_list grads =
-      NoSecondDerivative::apply(grad_out, grad_lse, q, k, v, out, lse, bits, sequences, plan, layout, pack_heads,
-                                softmax_scale, deterministic, needs);
+  const variable_list grads = NoSecondDerivative::apply(grad_out, grad_lse, q, k, v, out, lse, bits, sequences, plan,
+                                                        layout, pack_heads, softmax_scale, deterministic, needs);
   return {grads[0], grads[1], grads[2]};
 }
 

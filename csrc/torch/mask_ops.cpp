@@ -144,7 +144,7 @@ Tensor allocate_scratch(size_t bytes, at::Device device) {
 Tensor plan_items_op(const Tensor& bits, const Tensor& sequences, at::IntArrayRef layout, at::IntArrayRef heads) {
   const at::Device device = bits.device();
   const c10::DeviceGuard guard(device);
-  PlanParams params = make_plan(read_mask(bits, sequences, MaskLayout(layout), device), CallShape(heads), false);
+  PlanParams params = make_plan(read_mask(bits, sequences, read_layout(layout), device), read_call_shape(heads), false);
   params.num_items = max_items(params.mask.shape, params.heads_q, params.heads_k, params.pack_heads);
   Tensor items = empty_ints({params.num_items, kItemInts}, device);
   const Tensor scratch = allocate_scratch(plan_scratch_size(params.num_items), device);
@@ -173,8 +173,8 @@ Tensor plan_backward_op(const Tensor& bits, const Tensor& sequences, at::IntArra
                         int64_t rows_k, bool packed, bool deterministic, std::array<bool, 3> needs) {
   const at::Device device = bits.device();
   const c10::DeviceGuard guard(device);
-  const CallShape call(heads);
-  PlanParams items = make_plan(read_mask(bits, sequences, MaskLayout(layout), device), call, true);
+  const CallShape call = read_call_shape(heads);
+  PlanParams items = make_plan(read_mask(bits, sequences, read_layout(layout), device), call, true);
   const MaskShape& shape = items.mask.shape;
   KeyPlanParams keys;
   keys.mask = items.mask;

@@ -9,9 +9,9 @@
 namespace hbsattn {
 
 struct PlanParts {
-  int64_t num_items, num_key_items;    // records there is room for
+  int64_t num_items, num_key_items;   // records there is room for
   int64_t columns, key_items, items;  // where each begins, in ints
-  int64_t ints;                        // in all
+  int64_t ints;                       // in all
 
   PlanParts(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads, int64_t rows_k, bool packed)
       : num_items(max_items(shape, heads_q, heads_k, pack_heads)),

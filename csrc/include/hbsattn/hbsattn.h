@@ -40,6 +40,9 @@ HBSATTN_API Status pack_mask(const PackParams& params, Stream stream);
 HBSATTN_API int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
                               bool pack_heads, bool for_backward = false);
 
+// A bound of num_items that depends on shapes alone, whatever tiles a build or a device has.
+HBSATTN_API int64_t max_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads);
+
 // Bytes of `scratch` that plan_items needs.
 HBSATTN_API size_t plan_scratch_size(int64_t num_items);
 
@@ -58,6 +61,9 @@ HBSATTN_API Status transpose_mask(const TransposeParams& params, Stream stream);
 
 // Number of records that plan_keys writes; depends on shapes and numbers of heads alone.
 HBSATTN_API int64_t num_key_items(const KeyPlanParams& params);
+
+// A bound of num_key_items that depends on shapes alone. `rows_k`: keys of the packed tensor, or of a batch entry.
+HBSATTN_API int64_t max_key_items(const MaskShape& shape, int32_t heads_q, int64_t rows_k, bool packed);
 
 // Bytes of `scratch` that plan_keys needs.
 HBSATTN_API size_t key_plan_scratch_size(int64_t num_key_items);
