@@ -303,7 +303,8 @@ class BlockMask:
                 self.sequences.copy_(place.sequences)
         if is_capturing(self.device):
             object.__setattr__(self, "_replayed", True)
-        self._plans.remake(self)
+        if not torch.compiler.is_compiling():  # the plans that a compiled program outdates are made anew when next used
+            self._plans.remake(self)
         return self
 
     @property
