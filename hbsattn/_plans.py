@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 if TYPE_CHECKING:
     from hbsattn.mask import BlockMask
@@ -22,7 +23,7 @@ _lock = threading.Lock()  # of whoever adds or rewrites plans; readers need none
 
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph takes what is launched now on the current stream of a device."""
-    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+    if device.type != "cuda" or is_compiling() or not torch.cuda.is_initialized():
         return False
     if device.index in (None, torch.cuda.current_device()):
         return torch.cuda.is_current_stream_capturing()
@@ -32,7 +33,7 @@ def is_capturing(device: torch.device) -> bool:
 
 def is_traced(*tensors: Tensor) -> bool:
     """Whether these tensors have no values that a program could read or keep: they are a tracer's, or a transform's."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     modes = torch._C._TorchDispatchModeKey
     if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)):
@@ -47,7 +48,7 @@ def is_transforming() -> bool:
 
 def normal_tensors() -> contextlib.AbstractContextManager:
     """What is made inside can be saved for backward later, and counts its versions, in inference mode too."""
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+    if is_compiling() or not torch.is_inference_mode_enabled():
         return contextlib.nullcontext()
     return torch.inference_mode(False)
 
@@ -88,24 +89,27 @@ class Plans:
     def __init__(self, contents: tuple[Tensor, Tensor]) -> None:
         self._first, self._second = contents
         self._device = self._first.device
-        on_cuda = self._device.type == "cuda" and not torch.compiler.is_compiling() and type(self._first) is Tensor
+        on_cuda = self._device.type == "cuda" and not is_compiling() and type(self._first) is Tensor
         self._stream_device = self._device.index if on_cuda else None
-        self._made: dict[tuple[Hashable, int], _Made] = {}
+        self._made: dict[int, dict[Hashable, _Made]] = {}  # of each stream
 
     def _version(self) -> int:
         # Versions only grow, and so does their sum.
         return self._first._version + self._second._version
 
-    def _place(self, key: Hashable) -> tuple[Hashable, int]:
-        return key, 0 if self._stream_device is None else _raw_stream(self._stream_device)
+    def _stream(self) -> int:
+        return 0 if self._stream_device is None else _raw_stream(self._stream_device)
 
     def find(self, key: Hashable) -> Plan | None:
         """What an earlier call has made from these contents, if the current stream may use it as it is."""
         # A compiled program could not tell whether the contents have changed since it was compiled.
-        if torch.compiler.is_compiling() or not self._made:
+        if is_compiling() or not self._made:
             return None
-        made = self._made.get(self._place(key))
-        if made is not None and made.version == self._version():
+        # All calls come this way: `_stream` and `_version`, written out.
+        index = self._stream_device
+        plans = self._made.get(0 if index is None else _raw_stream(index))
+        made = None if plans is None else plans.get(key)
+        if made is not None and made.version == self._first._version + self._second._version:
             if made.event is not None:
                 made.settle(self._device)
             return made.tensors
@@ -114,8 +118,9 @@ class Plans:
     def _find_of_other_stream(self, key: Hashable) -> Plan | None:
         """For a capture: what another stream has made. If that is not known to be done, the graph waits for it."""
         version = self._version()
-        for (other, _), made in list(self._made.items()):
-            if other == key and made.version == version:
+        for plans in list(self._made.values()):
+            made = plans.get(key)
+            if made is not None and made.version == version:
                 event = made.event
                 if event is not None:
                     torch.cuda.current_stream(self._device).wait_event(event)
@@ -127,7 +132,7 @@ class Plans:
         plan = self.find(key)
         if plan is not None:
             return plan
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return make(mask)
         version = self._version() if self._counts_versions() else None
         with normal_tensors():
@@ -136,14 +141,15 @@ class Plans:
         passing = is_transforming() or mask._replayed or is_capturing(self._device)
         if version is None or passing or is_traced(*plan, self._first, self._second):
             return plan
-        return self._keep(self._place(key), plan, version, make)
+        return self._keep(key, plan, version, make)
 
     def _counts_versions(self) -> bool:
         return not (self._first.is_inference() or self._second.is_inference())
 
-    def _keep(self, place: tuple[Hashable, int], plan: Plan, version: int, make: Maker) -> Plan:
+    def _keep(self, key: Hashable, plan: Plan, version: int, make: Maker) -> Plan:
         with _lock:
-            made = self._made.get(place)
+            plans = self._made.setdefault(self._stream(), {})
+            made = plans.get(key)
             if made is not None and made.version == version:
                 return made.tensors  # another thread was faster
             if made is None:
@@ -151,21 +157,22 @@ class Plans:
             else:
                 _rewrite(made, plan, version)
             made.record(self._device)
-            self._made[place] = made
+            plans[key] = made
             return made.tensors
 
     def remake(self, mask: BlockMask) -> None:
         """Makes all plans again, on the current stream, in the memory where they are."""
         fresh: dict[Hashable, Plan] = {}
-        # A plan that another one needs was made, and so is found, before it.
-        for (key, _), made in list(self._made.items()):
-            if key not in fresh:
-                with normal_tensors():
-                    fresh[key] = made.make(mask)
-            with _lock:
-                _rewrite(made, fresh[key], self._version())
-                if not is_capturing(self._device):
-                    made.record(self._device)
+        for plans in list(self._made.values()):
+            # A plan that another one needs was made, and so is found, before it.
+            for key, made in list(plans.items()):
+                if key not in fresh:
+                    with normal_tensors():
+                        fresh[key] = made.make(mask)
+                with _lock:
+                    _rewrite(made, fresh[key], self._version())
+                    if not is_capturing(self._device):
+                        made.record(self._device)
 
 
 def _rewrite(made: _Made, plan: Plan, version: int) -> None:

@@ -305,7 +305,8 @@ class BlockMask:
                 self.sequences.copy_(place.sequences)
         if is_capturing(self.device):
             object.__setattr__(self, "_replayed", True)
-        self._plans.remake(self)
+        if not torch.compiler.is_compiling():  # the plans that a compiled program outdates are made anew when next used
+            self._plans.remake(self)
         return self
 
     @property
@@ -468,21 +469,14 @@ class BlockMask:
 
     def _check_use(self, q: Tensor, k: Tensor) -> None:
         """Checks tensors against the lengths that the mask was built for, which the op is not told."""
-        dims, form = (3, "packed") if self.packed else (4, "batched")
-        for name, tensor, seqlen, block_size in (
-            ("q", q, self.seqlen_q, self.q_block_size),
-            ("k", k, self.seqlen_k, self.k_block_size),
-        ):
-            check_is_tensor(name, tensor)
-            if tensor.dim() != dims:
-                raise ValueError(
-                    f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {dims}, as mask was "
-                    f"built for {form} tensors"
-                )
-            if not self.packed and tensor.shape[1] != seqlen:
-                raise ValueError(_describe_length(name, tensor, seqlen, block_size))
+        check_is_tensor("q", q)
+        check_is_tensor("k", k)
         if not self.packed:
+            _check_batched("q", q, self.seqlen_q, self.q_block_size)
+            _check_batched("k", k, self.seqlen_k, self.k_block_size)
             return
+        for name, tensor in (("q", q), ("k", k)):
+            _check_dims(name, tensor, 3, "packed")
         keys, rows = self.batch * self.cols * self._k_block, k.shape[0]
         if self.seqlen_k is not None and self.batch and rows > keys:
             raise ValueError(
@@ -509,14 +503,25 @@ def check_is_mask(value: object) -> None:
     raise TypeError(f"mask is a {type_name(value)}; expected a BlockMask of hbsattn{hint}")
 
 
-def _describe_length(name: str, tensor: Tensor, seqlen: int, block_size: int) -> str:
-    length = tensor.shape[1]
-    text = f"{name} has length {length}; expected {seqlen}, the seqlen_{name} that mask has"
+def _check_dims(name: str, tensor: Tensor, dims: int, form: str) -> None:
+    if tensor.dim() != dims:
+        raise ValueError(
+            f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {dims}, as mask was built "
+            f"for {form} tensors"
+        )
+
+
+def _check_batched(name: str, tensor: Tensor, seqlen: int, block_size: int) -> None:
+    _check_dims(name, tensor, 4, "batched")
+    length = tensor.size(1)
+    if length == seqlen:
+        return
+    hint = ""
     if tensor.shape[2] == seqlen:
-        return f"{text}: heads come after the length, (batch, length, heads, head_dim)"
-    if ceil_div(length, block_size) == ceil_div(seqlen, block_size):
-        return f"{text}: for this one, build the mask with seqlen_{name}={length}"
-    return text
+        hint = ": heads come after the length, (batch, length, heads, head_dim)"
+    elif ceil_div(length, block_size) == ceil_div(seqlen, block_size):
+        hint = f": for this one, build the mask with seqlen_{name}={length}"
+    raise ValueError(f"{name} has length {length}; expected {seqlen}, the seqlen_{name} that mask has{hint}")
 
 
 def _keep_lists(source: Source, place: Place) -> bool:
