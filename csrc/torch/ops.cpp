@@ -272,6 +272,7 @@ Tensor plan_items_op(const Tensor& bits, const Tensor& sequences, int64_t cols, 
   Tensor items = empty_ints({count, kItemInts}, device);
   params.scratch = scratch.mutable_data_ptr();
   params.items = static_cast<WorkItem*>(items.mutable_data_ptr());
+  params.num_items = count;
   raise_if_error(plan_items(params, current_stream(device)));
   return items;
 }
@@ -307,6 +308,8 @@ Tensor plan_keys_op(const Tensor& columns, const Tensor& sequences, int64_t rows
   params.head_dim = to_int32("head_dim", head_dim);
   params.element_size = to_int32("element_size", element_size);
   params.deterministic = deterministic;
+  params.packed = true;  // a list for packed tensors with as many keys as any tensor has serves all others
+  params.rows_k = INT32_MAX;
   raise_if_error(validate_key_plan(params));
   check_shape("columns", columns, {shape.heads, shape.cols, shape.row_words()});
   const int64_t count = num_key_items(params);
@@ -316,6 +319,7 @@ Tensor plan_keys_op(const Tensor& columns, const Tensor& sequences, int64_t rows
   params.columns = static_cast<const uint32_t*>(columns.const_data_ptr());
   params.scratch = scratch.mutable_data_ptr();
   params.items = static_cast<KeyItem*>(items.mutable_data_ptr());
+  params.num_items = count;
   raise_if_error(plan_keys(params, current_stream(device)));
   return items;
 }

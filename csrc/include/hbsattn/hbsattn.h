@@ -36,7 +36,7 @@ HBSATTN_API Status make_sequences_on_host(const SequencesParams& params);
 // Packs a bool mask, index lists or CSR into bits, trimmed to what each sequence and causality leave visible.
 HBSATTN_API Status pack_mask(const PackParams& params, Stream stream);
 
-// Number of records that plan_items writes; depends on shapes alone. `for_backward`: as in PlanParams.
+// Records that the list of plan_items has at least; depends on shapes alone. `for_backward`: as in PlanParams.
 HBSATTN_API int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
                               bool pack_heads, bool for_backward = false);
 
@@ -56,7 +56,7 @@ HBSATTN_API Status forward(const ForwardParams& params, Stream stream);
 // Transposes the bits of a mask; what the backward pass needs beside a forward plan is made from these.
 HBSATTN_API Status transpose_mask(const TransposeParams& params, Stream stream);
 
-// Number of records that plan_keys writes; depends on shapes and numbers of heads alone.
+// Records that the list of plan_keys has at least; depends on shapes, numbers of heads and the current device alone.
 HBSATTN_API int64_t num_key_items(const KeyPlanParams& params);
 
 // Bytes of `scratch` that plan_keys needs.
