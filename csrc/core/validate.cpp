@@ -66,6 +66,12 @@ Status check_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k) {
 // Of the work list; heads are valid.
 Status check_num_items(int64_t items) { return check_range("the number of tiles", items, 0, kItemsLimit); }
 
+// The length of a list that must hold `needed` records; more are dead. `made_for`: what decides that.
+Status check_room(const char* name, int64_t room, int64_t needed, const std::string& made_for) {
+  if (room < needed) return wrong_value(name, room, "at least " + std::to_string(needed) + ", " + made_for);
+  return check_range(name, room, 0, kItemsLimit);
+}
+
 // Items that a call has.
 int64_t count_items(const ForwardParams& problem, bool for_backward) {
   return num_items(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads,
@@ -89,6 +95,8 @@ KeyPlanParams key_plan_of(const BackwardParams& params) {
   plan.heads_k = problem.heads_k;
   plan.head_dim = problem.head_dim;
   plan.deterministic = params.deterministic;
+  plan.packed = problem.packed;
+  plan.rows_k = problem.rows_k;
   return plan;
 }
 
@@ -241,7 +249,8 @@ Status check_pointers(const PlanParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_pointer("bits", params.mask.bits, shape.heads * shape.rows * shape.words()));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", params.mask.sequences, shape.batch));
   HBSATTN_RETURN_IF_ERROR(check_pointer("scratch", params.scratch, items));
-  return check_pointer("items", params.items, items);
+  HBSATTN_RETURN_IF_ERROR(check_room("num_items", params.num_items, items, "as num_items() says"));
+  return check_pointer("items", params.items, params.num_items);
 }
 
 Status validate_transpose(const TransposeParams& params) {
@@ -257,6 +266,7 @@ Status validate_key_plan(const KeyPlanParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_heads(shape, params.heads_q, params.heads_k));
   HBSATTN_RETURN_IF_ERROR(check_range("head_dim", params.head_dim, 1, kMaxHeadDim + 1));
   HBSATTN_RETURN_IF_ERROR(check_range("element_size", params.element_size, 1, 9));
+  HBSATTN_RETURN_IF_ERROR(check_range("rows_k", params.rows_k, 0, kInt32Limit));
   return check_num_key_items(params);
 }
 
@@ -266,7 +276,8 @@ Status check_pointers(const KeyPlanParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_pointer("columns", params.columns, shape.heads * shape.cols * shape.row_words()));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", params.mask.sequences, shape.batch));
   HBSATTN_RETURN_IF_ERROR(check_pointer("scratch", params.scratch, items));
-  return check_pointer("items", params.items, items);
+  HBSATTN_RETURN_IF_ERROR(check_room("num_items", params.num_items, items, "as num_key_items() says"));
+  return check_pointer("items", params.items, params.num_items);
 }
 
 Status validate_problem(const ForwardParams& params) {
@@ -287,13 +298,10 @@ Status validate_problem(const ForwardParams& params) {
 Status validate_items(const ForwardParams& params, bool for_backward) {
   const int64_t items = count_items(params, for_backward);
   HBSATTN_RETURN_IF_ERROR(check_num_items(items));
-  if (params.items != nullptr && params.num_items != items) {
-    return wrong_value(
-        "the number of work items", params.num_items,
-        std::to_string(items) + ", as plan_items makes for this mask, heads_q = " + std::to_string(params.heads_q) +
-            " and heads_k = " + std::to_string(params.heads_k) + (for_backward ? ", for a backward" : ""));
-  }
-  return Status::Ok();
+  if (params.items == nullptr) return Status::Ok();
+  return check_room("the number of work items", params.num_items, items,
+                    "as plan_items makes for this mask, heads_q = " + std::to_string(params.heads_q) +
+                        " and heads_k = " + std::to_string(params.heads_k) + (for_backward ? ", for a backward" : ""));
 }
 
 Status validate_forward(const ForwardParams& params) {
@@ -317,14 +325,12 @@ Status validate_backward(const BackwardParams& params) {
   const KeyPlanParams plan = key_plan_of(params);
   const int64_t items = num_key_items(plan);
   HBSATTN_RETURN_IF_ERROR(check_num_key_items(plan));
-  if (params.key_items != nullptr && params.num_key_items != items) {
-    return wrong_value(
-        "the number of key work items", params.num_key_items,
-        std::to_string(items) + ", as plan_keys makes for this mask, heads_q = " + std::to_string(problem.heads_q) +
-            ", heads_k = " + std::to_string(problem.heads_k) + ", head_dim = " + std::to_string(problem.head_dim) +
-            (params.deterministic ? " and deterministic" : ""));
-  }
-  return Status::Ok();
+  if (params.key_items == nullptr) return Status::Ok();
+  return check_room(
+      "the number of key work items", params.num_key_items, items,
+      "as plan_keys makes for this mask, " + std::to_string(problem.rows_k) +
+          " keys, heads_q = " + std::to_string(problem.heads_q) + ", heads_k = " + std::to_string(problem.heads_k) +
+          ", head_dim = " + std::to_string(problem.head_dim) + (params.deterministic ? " and deterministic" : ""));
 }
 
 Status check_pointers(const BackwardParams& params) {

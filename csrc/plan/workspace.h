@@ -50,7 +50,7 @@ struct BackwardWorkspace {
 
 // `padded_head_dim` is the kernel's.
 constexpr BackwardWorkspace lay_out_backward(const ForwardParams& problem, int32_t padded_head_dim,
-                                             BackwardMethod method) {
+                                             BackwardMethod method, const DevicePolicy& policy) {
   const auto align = [](int64_t bytes) {
     return (bytes + BackwardWorkspace::kAlignment - 1) / BackwardWorkspace::kAlignment * BackwardWorkspace::kAlignment;
   };
@@ -58,7 +58,7 @@ constexpr BackwardWorkspace lay_out_backward(const ForwardParams& problem, int32
   const KeyTileShape tiles = shape_key_tiles(shape, problem.head_dim);
   const bool by_keys = method == BackwardMethod::kByKeys, by_queries = method == BackwardMethod::kByQueries;
   const int32_t tile_heads =
-      count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, !by_keys);
+      count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, !by_keys, policy);
   const bool passes_sets = !by_queries && tile_heads < problem.heads_q / problem.heads_k;
   const int64_t all_tiles = int64_t{problem.heads_q / tile_heads} * shape.batch * tiles.count(shape);
   const int64_t keys = problem.heads_k * problem.rows_k * (problem.packed ? 1 : shape.batch);

@@ -145,7 +145,7 @@ Tensor plan_items_op(const Tensor& bits, const Tensor& sequences, at::IntArrayRe
   const at::Device device = bits.device();
   const c10::DeviceGuard guard(device);
   PlanParams params = make_plan(read_mask(bits, sequences, read_layout(layout), device), read_call_shape(heads), false);
-  params.num_items = max_items(params.mask.shape, params.heads_q, params.heads_k, params.pack_heads);
+  params.num_items = item_capacity(params.mask.shape, params.heads_q, params.heads_k, params.pack_heads);
   Tensor items = empty_ints({params.num_items, kItemInts}, device);
   const Tensor scratch = allocate_scratch(plan_scratch_size(params.num_items), device);
   params.items = static_cast<WorkItem*>(items.mutable_data_ptr());

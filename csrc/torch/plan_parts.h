@@ -14,8 +14,8 @@ struct PlanParts {
   int64_t ints;                       // in all
 
   PlanParts(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads, int64_t rows_k, bool packed)
-      : num_items(max_items(shape, heads_q, heads_k, pack_heads)),
-        num_key_items(max_key_items(shape, heads_q, rows_k, packed)) {
+      : num_items(item_capacity(shape, heads_q, heads_k, pack_heads)),
+        num_key_items(key_item_capacity(shape, heads_q, rows_k, packed)) {
     constexpr int64_t kRecordInts = 16;
     static_assert(sizeof(KeyItem) == kRecordInts * sizeof(int32_t) && sizeof(WorkItem) == sizeof(KeyItem));
     columns = 0;

@@ -36,12 +36,12 @@ HBSATTN_API Status make_sequences_on_host(const SequencesParams& params);
 // Packs a bool mask, index lists or CSR into bits, trimmed to what each sequence and causality leave visible.
 HBSATTN_API Status pack_mask(const PackParams& params, Stream stream);
 
-// Number of records that plan_items writes; depends on shapes alone. `for_backward`: as in PlanParams.
+// Records that the list of plan_items has at least; depends on shapes alone. `for_backward`: as in PlanParams.
 HBSATTN_API int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
                               bool pack_heads, bool for_backward = false);
 
-// A bound of num_items that depends on shapes alone, whatever tiles a build or a device has.
-HBSATTN_API int64_t max_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads);
+// Records that suffice for every list of plan_items, whatever head dim, direction and device it is for.
+HBSATTN_API int64_t item_capacity(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads);
 
 // Bytes of `scratch` that plan_items needs.
 HBSATTN_API size_t plan_scratch_size(int64_t num_items);
@@ -59,11 +59,11 @@ HBSATTN_API Status forward(const ForwardParams& params, Stream stream);
 // Transposes the bits of a mask; what the backward pass needs beside a forward plan is made from these.
 HBSATTN_API Status transpose_mask(const TransposeParams& params, Stream stream);
 
-// Number of records that plan_keys writes; depends on shapes and numbers of heads alone.
+// Records that the list of plan_keys has at least; depends on shapes, numbers of heads and the current device alone.
 HBSATTN_API int64_t num_key_items(const KeyPlanParams& params);
 
-// A bound of num_key_items that depends on shapes alone. `rows_k`: keys of the packed tensor, or of a batch entry.
-HBSATTN_API int64_t max_key_items(const MaskShape& shape, int32_t heads_q, int64_t rows_k, bool packed);
+// Records that suffice for every list of plan_keys, likewise. `rows_k`, `packed`: as in KeyPlanParams.
+HBSATTN_API int64_t key_item_capacity(const MaskShape& shape, int32_t heads_q, int64_t rows_k, bool packed);
 
 // Bytes of `scratch` that plan_keys needs.
 HBSATTN_API size_t key_plan_scratch_size(int64_t num_key_items);

@@ -30,7 +30,8 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   const RowsOfTensor v = rows_of(problem.v, problem, problem.rows_k, problem.heads_k);
   HBSATTN_RETURN_IF_ERROR(check_launchable(params));
   const BackwardMethod method = params.deterministic ? BackwardMethod::kDeterministic : BackwardMethod::kByKeys;
-  const BackwardWorkspace workspace = lay_out_backward(problem, Config::kHeadDim, method);
+  const DevicePolicy policy = current_policy();
+  const BackwardWorkspace workspace = lay_out_backward(problem, Config::kHeadDim, method, policy);
   const int64_t chunks = workspace.rows / kGranule;
   if (problem.heads_q * chunks >= INT_MAX) {
     return Status::NotSupported("the mask's query blocks hold " + std::to_string(problem.heads_q * workspace.rows) +
@@ -92,8 +93,8 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.k_batch_rows = k.batch_rows;
   args.v_batch_rows = v.batch_rows;
   args.head_dim = problem.head_dim;
-  args.tile_heads =
-      count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, params.deterministic);
+  args.tile_heads = count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize,
+                                     params.deterministic, policy);
   args.sets_per_key_head = problem.heads_q / problem.heads_k / args.tile_heads;
   args.all_rows_k = problem.rows_k * (problem.packed ? 1 : shape.batch);
   args.sum_batch_rows = problem.packed ? 0 : static_cast<int>(problem.rows_k);

@@ -40,7 +40,7 @@ template <class Config>
 Status run_grad_queries(const BackwardParams& params, Stream stream) {
   using Traits = sm90::GradQueriesTraits<Config>;
   const BackwardWorkspace workspace =
-      lay_out_backward(params.problem, Config::kHeadDim, BackwardMethod::kDeterministic);
+      lay_out_backward(params.problem, Config::kHeadDim, BackwardMethod::kDeterministic, current_policy());
   sm90::GradQueriesArguments args{};
   bool general = false;
   HBSATTN_RETURN_IF_ERROR(set_query_arguments<Config>(params, workspace, args, general));

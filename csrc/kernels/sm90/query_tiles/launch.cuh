@@ -97,7 +97,9 @@ Status set_arguments(const ForwardParams& params, const std::string& out_name, b
   args.row_words = static_cast<int>(shape.words());
   args.q_block_size = shape.q_block_size;
   args.k_block_size = shape.k_block_size;
-  args.segments_per_block = (shape.k_block_size + segment - 1) / segment;
+  // Blocks may be longer than all sequences; those then have one.
+  const auto block_keys = static_cast<int>(std::clamp<int64_t>(params.rows_k, 1, shape.k_block_size));
+  args.segments_per_block = (block_keys + segment - 1) / segment;
   while ((1 << args.segment_log2) < segment) ++args.segment_log2;
   args.causal = shape.causal;
   args.scale = params.softmax_scale;
