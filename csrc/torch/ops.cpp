@@ -408,7 +408,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad_out, const std
   check("lse", lse, at::kFloat, lse_shape);
   if (grad_lse) check("grad_lse", *grad_lse, at::kFloat, lse_shape);
   check_table("columns", columns, 3, device);
-  if (!backward_by_queries(problem, deterministic)) {
+  params.deterministic = deterministic;
+  if (backward_lists(params).keys) {
     check_shape("columns", columns, {shape.heads, shape.cols, shape.row_words()});
   }
   check_table("key_items", key_items, 2, device);
@@ -416,7 +417,6 @@ std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad_out, const std
   params.columns = static_cast<const uint32_t*>(columns.const_data_ptr());
   params.key_items = static_cast<const KeyItem*>(key_items.const_data_ptr());
   params.num_key_items = key_items.size(0);
-  params.deterministic = deterministic;
   raise_if_error(supported(params));
 
   if (q.numel() == 0 || k.numel() == 0) {
