@@ -138,9 +138,12 @@ Status forward(const ForwardParams& params, Stream stream) {
       key, "forward", [&](auto config) { return kernels::run_forward<decltype(config)>(params, stream); });
 }
 
-bool backward_by_queries(const ForwardParams& problem, bool deterministic) {
-  return choose_backward_method(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
-                                problem.pack_heads, deterministic) == BackwardMethod::kByQueries;
+BackwardLists backward_lists(const BackwardParams& params) {
+  if (!needs_any(params)) return {false, false};
+  const BackwardMethod method = choose_backward_method(params);
+  const bool deterministic = method == BackwardMethod::kDeterministic;
+  return {deterministic || method == BackwardMethod::kByQueries || method == BackwardMethod::kQueriesOnly,
+          deterministic || method == BackwardMethod::kByKeys || method == BackwardMethod::kKeysOnly};
 }
 
 size_t backward_workspace_size(const BackwardParams& params) {
@@ -150,35 +153,42 @@ size_t backward_workspace_size(const BackwardParams& params) {
     return 0;
   }
   const int padded_head_dim = choose_backward_head_dim(params);
-  if (padded_head_dim == 0) return 0;
+  if (padded_head_dim == 0 || !needs_any(params)) return 0;
   return static_cast<size_t>(
-      lay_out_backward(problem, padded_head_dim, choose_backward_method(params), kernels::current_policy()).bytes);
+      lay_out_backward(params, padded_head_dim, choose_backward_method(params), kernels::current_policy()).bytes);
 }
 
 Status supported(const BackwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(validate_backward(params));
   KernelKey key;
   HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
-  return params.deterministic ? select_grad_queries(params, &key) : Status::Ok();
+  const bool deterministic = choose_backward_method(params) == BackwardMethod::kDeterministic;
+  return deterministic ? select_grad_queries(params, &key) : Status::Ok();
 }
 
 Status backward(const BackwardParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(validate_backward(params));
+  const BackwardMethod method = choose_backward_method(params);
   KernelKey key;
   KernelKey queries_key;
   HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
-  if (params.deterministic) HBSATTN_RETURN_IF_ERROR(select_grad_queries(params, &queries_key));
+  if (method == BackwardMethod::kDeterministic) HBSATTN_RETURN_IF_ERROR(select_grad_queries(params, &queries_key));
   const ForwardParams& problem = params.problem;
-  if (problem.mask.shape.batch == 0 || problem.rows_q == 0 || problem.rows_k == 0) return Status::Ok();
+  const bool empty = problem.mask.shape.batch == 0 || problem.rows_q == 0 || problem.rows_k == 0;
+  if (empty || !needs_any(params)) return Status::Ok();
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
   HBSATTN_RETURN_IF_ERROR(check_addressable(params));
-  if (choose_backward_method(params) == BackwardMethod::kByQueries) {
+  if (method == BackwardMethod::kByQueries) {
     return dispatch<Sm90BackwardQueriesKernels>(
         key, "backward", [&](auto config) { return kernels::run_backward_queries<decltype(config)>(params, stream); });
   }
-  HBSATTN_RETURN_IF_ERROR(dispatch<Sm90BackwardKeysKernels>(
-      key, "backward", [&](auto config) { return kernels::run_backward_keys<decltype(config)>(params, stream); }));
-  if (!params.deterministic) return Status::Ok();
+  if (method == BackwardMethod::kQueriesOnly) {
+    queries_key = key;
+  } else {
+    HBSATTN_RETURN_IF_ERROR(dispatch<Sm90BackwardKeysKernels>(
+        key, "backward", [&](auto config) { return kernels::run_backward_keys<decltype(config)>(params, stream); }));
+  }
+  if (method == BackwardMethod::kByKeys || method == BackwardMethod::kKeysOnly) return Status::Ok();
   return dispatch<Sm90GradQueriesKernels>(queries_key, "deterministic backward", [&](auto config) {
     return kernels::run_grad_queries<decltype(config)>(params, stream);
   });

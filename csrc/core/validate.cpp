@@ -81,11 +81,6 @@ int64_t count_items(const PlanParams& plan) {
   return num_items(plan.mask.shape, plan.heads_q, plan.heads_k, plan.head_dim, plan.pack_heads, plan.for_backward);
 }
 
-// Whether a backward streams keys past tiles of queries, so that it has a work list of those.
-bool has_query_tiles(const BackwardParams& params) {
-  return params.deterministic || backward_by_queries(params.problem, params.deterministic);
-}
-
 // What decides the work list of a backward.
 KeyPlanParams key_plan_of(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
@@ -320,8 +315,9 @@ Status check_pointers(const ForwardParams& params) {
 Status validate_backward(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
   HBSATTN_RETURN_IF_ERROR(validate_problem(problem));
-  if (has_query_tiles(params)) HBSATTN_RETURN_IF_ERROR(validate_items(problem, true));
-  if (backward_by_queries(problem, params.deterministic)) return Status::Ok();
+  const BackwardLists lists = backward_lists(params);
+  if (lists.items) HBSATTN_RETURN_IF_ERROR(validate_items(problem, true));
+  if (!lists.keys) return Status::Ok();
   const KeyPlanParams plan = key_plan_of(params);
   const int64_t items = num_key_items(plan);
   HBSATTN_RETURN_IF_ERROR(check_num_key_items(plan));
@@ -341,16 +337,16 @@ Status check_pointers(const BackwardParams& params) {
   const int64_t keys = count_key_rows(problem) * problem.head_dim;
   HBSATTN_RETURN_IF_ERROR(check_tensors(problem));
   HBSATTN_RETURN_IF_ERROR(check_pointer("grad_out", params.grad_out.data, queries));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("grad_q", params.grad_q.data, queries));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("grad_k", params.grad_k.data, keys));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("grad_v", params.grad_v.data, keys));
+  if (params.needs_q) HBSATTN_RETURN_IF_ERROR(check_pointer("grad_q", params.grad_q.data, queries));
+  if (params.needs_k) HBSATTN_RETURN_IF_ERROR(check_pointer("grad_k", params.grad_k.data, keys));
+  if (params.needs_v) HBSATTN_RETURN_IF_ERROR(check_pointer("grad_v", params.grad_v.data, keys));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", problem.mask.sequences, shape.batch));
-  const bool by_queries = backward_by_queries(problem, params.deterministic);
-  if (!by_queries) {
+  const BackwardLists lists = backward_lists(params);
+  if (lists.keys) {
     HBSATTN_RETURN_IF_ERROR(check_pointer("columns", params.columns, shape.heads * shape.cols * shape.row_words()));
     HBSATTN_RETURN_IF_ERROR(check_pointer("key_items", params.key_items, num_key_items(key_plan_of(params))));
   }
-  if (has_query_tiles(params)) {
+  if (lists.items) {
     HBSATTN_RETURN_IF_ERROR(check_pointer("bits", problem.mask.bits, shape.heads * shape.rows * shape.words()));
     HBSATTN_RETURN_IF_ERROR(check_pointer("items", problem.items, count_items(problem, true)));
   }

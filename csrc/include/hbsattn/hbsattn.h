@@ -10,8 +10,7 @@
 //                               -> transpose_mask -> plan_keys -> backward, backward, ...
 //                               -> plan_items, for_backward -> backward, backward, ...
 //
-// The last for gradients by queries (backward_by_queries) and deterministic ones, the line before it for those by keys
-// and deterministic ones.
+// Of the last two lines, backward_lists says which a backward needs.
 
 #include <string>
 #include <vector>
@@ -71,16 +70,22 @@ HBSATTN_API size_t key_plan_scratch_size(int64_t num_key_items);
 // Builds the work list of the backward pass.
 HBSATTN_API Status plan_keys(const KeyPlanParams& params, Stream stream);
 
-// Whether gradients of such a problem, of which no pointer is read, are computed by tiles of queries. Otherwise they
-// need columns and key_items. Those by queries, and deterministic ones, need problem.items, which plan_items made
-// `for_backward`; for deterministic ones the forward's list serves as well where it has as many items.
-HBSATTN_API bool backward_by_queries(const ForwardParams& problem, bool deterministic);
+// What a backward reads of the mask, which depends on its sizes, on what it needs and on `deterministic`.
+struct BackwardLists {
+  bool items;  // problem.mask.bits and problem.items, which plan_items made `for_backward`; unless gradients of keys
+               // are added up by tiles of queries (only `items`, all needed), the forward's list serves as well where
+               // it has as many items
+  bool keys;   // columns and key_items
+};
+
+// Of a problem of which no pointer is read.
+HBSATTN_API BackwardLists backward_lists(const BackwardParams& params);
 
 // Bytes of `workspace` that one backward call needs; 0 where this build has no kernel for it.
 HBSATTN_API size_t backward_workspace_size(const BackwardParams& params);
 
-// Gradients of q, k and v, given those of out and lse. What attends to nothing gets 0. Without queries or without keys
-// nothing is written: the caller clears the gradients of what there is.
+// Those gradients of q, k and v that are needed, given those of out and lse. What attends to nothing gets 0. Without
+// queries or without keys nothing is written: the caller clears the gradients of what there is.
 HBSATTN_API Status backward(const BackwardParams& params, Stream stream);
 
 // The checks of sizes that hold on every backend, without those of pointers and those that ask for a compiled kernel

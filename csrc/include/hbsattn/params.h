@@ -223,6 +223,9 @@ struct BackwardParams {
   TensorView grad_q;                // out, as q
   TensorView grad_k;                // out, as k
   TensorView grad_v;                // out, as k
+  // Which of the three are computed. The others are not written, and their views may be empty. Without grad_q, or
+  // without both grad_k and grad_v, a call takes less time and workspace; one of grad_k and grad_v costs what both do.
+  bool needs_q = true, needs_k = true, needs_v = true;
 
   const uint32_t* columns = nullptr;   // (heads, cols, row_words)
   const KeyItem* key_items = nullptr;  // (num_key_items)

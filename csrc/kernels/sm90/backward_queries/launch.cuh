@@ -17,7 +17,7 @@ Status run_backward_queries(const BackwardParams& params, Stream stream) {
   const ForwardParams& problem = params.problem;
   HBSATTN_RETURN_IF_ERROR(check_launchable(params));
   const BackwardWorkspace workspace =
-      lay_out_backward(problem, Config::kHeadDim, BackwardMethod::kByQueries, current_policy());
+      lay_out_backward(params, Config::kHeadDim, BackwardMethod::kByQueries, current_policy());
   sm90::BackwardQueriesArguments args{};
   bool general = false;
   HBSATTN_RETURN_IF_ERROR(set_query_arguments<Config>(params, workspace, args, general));
