@@ -68,7 +68,7 @@ def attend_in_chunks(
             f"q has {rows} rows; expected {max(mask.rows - mask.batch, 0)} to {mask.rows}, as mask has {mask.rows} "
             f"lists and {mask.batch} sequences"
         )
-    cols, _, k_block, causal = mask._numbers
+    cols, _, k_block, causal = mask._layout
     out = lse = None
     for chunk in make_chunks(mask._lists, mask.sequences, cols, k_block, causal, rows, mask.packed):
         length = chunk.end - chunk.begin

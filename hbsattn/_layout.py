@@ -22,7 +22,7 @@ class MaskLayout(NamedTuple):
     cols: int
     q_block_size: int
     k_block_size: int
-    causal: bool
+    causal: int  # 0 or 1
 
 
 class CallShape(NamedTuple):

@@ -82,7 +82,7 @@ def _attend(
     check_bool("deterministic", deterministic)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     needs = (q.requires_grad, k.requires_grad, v.requires_grad) if torch.is_grad_enabled() else NO_GRADIENTS
-    layout, options = mask._numbers, (pack_heads, scale)
+    layout, options = mask._layout, (pack_heads, scale)
     if mask.device.type == "cpu":
         results = ops.forward.default(q, k, v, mask.bits, mask.sequences, None, None, layout, *options, deterministic)
         return results if return_lse else results[0]
@@ -111,13 +111,13 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _plan_items(mask: BlockMask, call: CallShape) -> tuple[Tensor]:
-    return (ops.plan_items.default(mask._kept_bits(), mask.sequences, mask._numbers, call),)
+    return (ops.plan_items.default(mask._kept_bits(), mask.sequences, mask._layout, call),)
 
 
 def _plan_backward(
     mask: BlockMask, call: CallShape, rows_k: int, deterministic: bool, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor]:
-    shape = (mask._numbers, call, rows_k, mask.packed, deterministic, needs)
+    shape = (mask._layout, call, rows_k, mask.packed, deterministic, needs)
     return (ops.plan_backward.default(mask._kept_bits(), mask.sequences, *shape),)
 
 
@@ -125,7 +125,7 @@ def _attend_in_chunks(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, call: CallShape, options: tuple[bool, float]
 ) -> tuple[Tensor, Tensor]:
     """The call for a mask that stays lists, without gradients."""
-    layout = mask._numbers
+    layout = mask._layout
 
     def check(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, sequences: Tensor) -> None:
         ops.check_forward.default(q, k, v, bits, sequences, layout, *options)

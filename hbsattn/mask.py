@@ -345,9 +345,9 @@ class BlockMask:
         return None if self._counts is None else Lists(self._counts, self._indices)
 
     @property
-    def _numbers(self) -> tuple[int, int, int, bool]:
-        """What the ops take together: columns, rows and keys of a block, causality."""
-        return self.cols, self._q_block, self._k_block, self.causal
+    def _layout(self) -> tuple[int, int, int, int]:
+        """What ops take as `layout`, a MaskLayout. An op's list of symbolic numbers holds no bool."""
+        return self.cols, self._q_block, self._k_block, int(self.causal)
 
     @property
     def bits(self) -> Tensor:
@@ -437,7 +437,7 @@ class BlockMask:
         head_dim, num_heads = check_index("head_dim", head_dim), check_index("num_heads", num_heads)
         if num_heads % max(self.heads, 1) != 0:
             raise ValueError(f"num_heads is {num_heads}; expected a multiple of the {self.heads} heads of the mask")
-        pairs = count_pairs(self.bits, self.sequences, MaskLayout(*self._numbers))
+        pairs = count_pairs(self.bits, self.sequences, MaskLayout(*self._layout))
         return 4 * head_dim * pairs * (num_heads // max(self.heads, 1))
 
     def __repr__(self) -> str:
@@ -465,7 +465,7 @@ class BlockMask:
         return (unpack_bits(bits, self.cols) & visible for bits in self.bits)
 
     def _count_visible(self) -> Tensor:
-        return visible_columns(self.sequences, self.rows, *self._numbers)
+        return visible_columns(self.sequences, self.rows, *self._layout)
 
     def _check_use(self, q: Tensor, k: Tensor) -> None:
         """Checks tensors against the lengths that the mask was built for, which the op is not told."""
