@@ -10,8 +10,9 @@ from torch import Tensor
 
 import hbsattn
 from cases import Case, case
+from oracle import plan as oracle
 from problems import block_masks, build_mask
-from test_mask import tile_rows, unpack
+from test_mask import unpack
 
 pytestmark = pytest.mark.gpu
 
@@ -64,23 +65,15 @@ class KeyItem:
 
 def key_tiles(k_block: int, head_dim: int) -> tuple[int, int, int]:
     """Keys of a tile, tiles of a block, blocks of a tile."""
-    tile = tile_rows(k_block, head_dim) if head_dim <= 128 else 64
+    tile = oracle.choose_tile_rows(k_block, head_dim) if head_dim <= 128 else 64
     united = tile // k_block if k_block % 16 == 0 and k_block < tile else 1
     return tile, -(-k_block // tile), united
 
 
 def tile_heads(spec: Case, mask: hbsattn.BlockMask, head_dim: int, deterministic: bool = False) -> int:
-    """Query heads of a tile: those of a key head, if their queries are few, or as many as fit 36 MB, where tiles of
-    132 x 128 keys run at once; half of that if causal."""
-    group = spec.heads_q // spec.heads_k
-    if deterministic or group < 4 or mask.batch == 0:
-        return group
-    of_row = -(-head_dim // 8) * 8 * 8
-    of_head = max(mask.rows // mask.batch, 1) * spec.q_block * of_row
-    if of_head <= (5 << 20) // group:
-        return group
-    fit = (36 << 20) // max(of_head, 132 * 128 * of_row) // (1 + spec.causal)
-    return next(heads for heads in range(group, 0, -1) if group % heads == 0 and heads <= max(fit, 1))
+    """Query heads that a tile streams."""
+    sizes = (mask.batch, mask.rows, spec.q_block, spec.heads_q, spec.heads_k, head_dim, 2, spec.causal, deterministic)
+    return oracle.count_tile_heads(*sizes)
 
 
 def plan_lines(
@@ -110,6 +103,7 @@ def plan(
     slots = min(count, (10 << 20) // (8 * tile_keys * -(-head_dim // 64) * 64))
     assert items.dtype == torch.int32 and items.device == mask.bits.device
     assert items.shape == (count + slots, 16)
+    assert items.shape[0] == oracle.count_key_items(mask.batch, mask.cols, spec.k_block, head_sets, head_dim)
     lines = items.tolist()
     live = [line for line in lines if line[0] >= 0]
     assert all(line[0] == -1 for line in lines[len(live) :])

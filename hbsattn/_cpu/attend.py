@@ -1,6 +1,6 @@
 """Attention and its gradients in plain torch, for every dtype, head dim and block size.
 
-A tile is up to `TILE_ROWS` rows: neighbouring queries of one query block, of all heads that share a mask and a key head.
+A tile is up to `TILE_ROWS` rows: neighbouring queries of one query block, of all heads that share mask and key head.
 It brings the keys of its active blocks alone. Tiles with about as many keys make one batched product, of bounded size.
 
 Rows of tensors are numbered through, (batch, heads, rows) in this order, and one more row ends each list: what does not
@@ -19,7 +19,7 @@ TILE_ROWS = 256
 
 # Numbers that one batched product may gather: enough to hide the cost of a torch call, and few enough
 # to stay near the caches.
-PRODUCT_NUMBERS = 1 << 21
+PRODUCT_NUMBERS = 1 << 22
 
 KEY_BEYOND = 2**31 - 1  # a key that no sequence has
 
