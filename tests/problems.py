@@ -1,9 +1,9 @@
 """Tensors and masks made from a case, and the rule that judges a result.
 
 The accuracy rule is the contract's. The largest error against float64 is at most twice that of the same formula in
-PyTorch at the input dtype, plus 1e-5 (1e-9 for float64, where that formula is the reference). The root mean square of the
-errors of a row, which is a query of a head, is at most 1.3 times the formula's of that row, plus what `luck_of_rows` in
-oracle/dense.py derives. The log-sum-exp is within 2e-5 + 4e-6 of its size, for float32 within 1e-5.
+PyTorch at the input dtype, plus 1e-5 (1e-9 for float64, where that formula is the reference). The root mean square of
+the errors of a row, which is a query of a head, is at most 1.3 times the formula's of that row, plus what
+`luck_of_rows` in oracle/dense.py derives. The log-sum-exp is within 2e-5 + 4e-6 of its size, for float32 within 1e-5.
 """
 
 from __future__ import annotations
@@ -331,8 +331,8 @@ def compare_rows(out: Tensor, reference: Tensor, same_precision: Tensor, luck: T
     excess = error - bound
     where = _worst(excess)
     assert excess.max().item() <= 0, (
-        f"row {where} has an RMS error of {error[where]:.3e}, above {bound[where]:.3e} (1.3 x {unavoidable[where]:.3e} + "
-        f"slack); {int((excess > 0).sum())} of {error.numel()} rows do"
+        f"row {where} has an RMS error of {error[where]:.3e}, above {bound[where]:.3e}, of which 1.3 x "
+        f"{unavoidable[where]:.3e} are the formula's; {int((excess > 0).sum())} of {error.numel()} rows do"
     )
 
 
