@@ -36,37 +36,22 @@ class Ours:
 
     def plan(self) -> Tensor:
         """From bits to the work list, which the mask keeps after its first call."""
-        work, mask = self._workload, self.mask
-        return torch.ops.hbsattn.plan_items(
-            mask.bits,
-            mask.sequences,
-            mask.cols,
-            mask.q_block_size,
-            mask.k_block_size,
-            mask.causal,
-            work.heads,
-            work.heads_k,
-            work.head_dim,
-            work.dtype.itemsize,
-            True,
-        )
+        mask = self.mask
+        return torch.ops.hbsattn.plan_items(mask.bits, mask.sequences, self._layout(), self._call())
 
     def plan_columns(self) -> Tensor:
-        """From bits to what a backward needs beside the work list, which the mask keeps after its first backward."""
+        """From bits to what a backward needs, which the mask keeps after its first call with gradients."""
         work, mask = self._workload, self.mask
-        return torch.ops.hbsattn.plan_keys(
-            torch.ops.hbsattn.transpose_bits(mask.bits, mask.cols),
-            mask.sequences,
-            mask.rows,
-            mask.q_block_size,
-            mask.k_block_size,
-            mask.causal,
-            work.heads,
-            work.heads_k,
-            work.head_dim,
-            work.dtype.itemsize,
-            work.deterministic,
-        )
+        shape = (self._layout(), self._call(), work.seqlen, False, work.deterministic, (True, True, True))
+        return torch.ops.hbsattn.plan_backward(mask.bits, mask.sequences, *shape)
+
+    def _layout(self) -> tuple[int, int, int, int]:
+        mask = self.mask
+        return mask.cols, mask.q_block_size, mask.k_block_size, int(mask.causal)
+
+    def _call(self) -> tuple[int, int, int, int, bool]:
+        work = self._workload
+        return work.heads, work.heads_k, work.head_dim, work.dtype.itemsize, True
 
     def attend(self) -> Tensor:
         choices = {"deterministic": True} if self._workload.deterministic else {}
@@ -92,17 +77,5 @@ class Ours:
     def clocks(self) -> Tensor:
         """The attention kernel alone: int64 (thread blocks, 2), the SM's clock at the begin and the end of each."""
         mask = self.mask
-        _, _, clocks = torch.ops.hbsattn.forward(
-            *self._qkv,
-            mask.bits,
-            mask.sequences,
-            self.items,
-            mask.cols,
-            mask.q_block_size,
-            mask.k_block_size,
-            mask.causal,
-            True,
-            self._workload.head_dim**-0.5,
-            profile=True,
-        )
-        return clocks
+        tables = (mask.bits, mask.sequences, self.items, self._layout())
+        return torch.ops.hbsattn.profile_forward(*self._qkv, *tables, True, self._workload.head_dim**-0.5)[2]

@@ -4,10 +4,11 @@ mask = hbsattn.BlockMask.from_dense(block_mask, 128, 64, cu_seqlens_q=cu, cu_seq
 out = hbsattn.block_sparse_attention(q, k, v, mask)
 """
 
+from hbsattn._contents import set_debug
 from hbsattn._ops import build_info
 from hbsattn.attention import block_sparse_attention
 from hbsattn.hbsa_interface import HBSAttention
-from hbsattn.mask import BlockMask, set_debug
+from hbsattn.mask import BlockMask
 
 __version__ = "0.1.0"  # pyproject.toml and CMakeLists.txt read it from here
 

@@ -5,49 +5,23 @@ blocks each have 1 GB of bits and 64 MB of lists. With blocks of one query, a ru
 on a slice of q with the bits of those rows gives the same slice of the result, up to rounding.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hbsattn._layout import K_LEN, Q_BEGIN, Q_LEN, ROW_BEGIN, ceil_div
-from hbsattn._ops import ops
+from hbsattn._sources import Lists
+
+if TYPE_CHECKING:
+    from hbsattn.mask import BlockMask
 
 CHUNK_BYTES = 256 << 20  # of bits that a call makes at a time
 INT_BYTES = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Lists:
-    """What `BlockMask.from_indices` was given: int32 counts (heads, rows) or (batch or 1, heads, rows), and indices, of
-    a dimension more."""
-
-    counts: Tensor
-    indices: Tensor
-
-    @property
-    def heads(self) -> int:
-        return self.counts.shape[-2]
-
-    def pack(
-        self, sequences: Tensor, rows: int, cols: int, q_block_size: int, k_block_size: int, causal: bool
-    ) -> Tensor:
-        """Returns the bits, int32 (heads, rows, ceil(cols / 32))."""
-        flat = self.counts.dim() == 2
-        return ops.pack_indices.default(
-            self.counts, self.indices, sequences, flat, rows, cols, q_block_size, k_block_size, causal
-        )
-
-    def cut(self, begin: int, end: int) -> "Lists":
-        """The lists of some rows, of each batch entry if they are batched."""
-        return Lists(self.counts[..., begin:end].contiguous(), self.indices[..., begin:end, :].contiguous())
-
-    def clone(self) -> "Lists":
-        return Lists(self.counts.clone(), self.indices.clone())
-
-    def to(self, device: torch.device | str) -> "Lists":
-        return Lists(self.counts.to(device), self.indices.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +40,54 @@ def stays_lists(q_block_size: int, heads: int, rows: int, cols: int, listed: int
     return q_block_size == 1 and bits > CHUNK_BYTES and bits > 2 * INT_BYTES * listed
 
 
+def attend_in_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    check: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None],
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """The call for a mask that stays lists, without gradients: chunks of queries with their own bits.
+
+    Gradients go another way: each chunk would give its own, rounded before they are summed, and leaves those of keys
+    past its last query unset.
+
+    Args:
+        check: takes q, k, v, bits and sequences of the first chunk, the bits yet without values, and refuses what does
+            not fit, before anything is launched.
+        attend: takes q, k, v, bits and sequences of each chunk and returns out and lse.
+
+    Returns:
+        out and lse of all queries.
+    """
+    rows_dim = q.dim() - 3
+    rows = q.shape[rows_dim]
+    if mask.packed and not rows <= mask.rows <= rows + mask.batch:
+        raise ValueError(
+            f"q has {rows} rows; expected {max(mask.rows - mask.batch, 0)} to {mask.rows}, as mask has {mask.rows} "
+            f"lists and {mask.batch} sequences"
+        )
+    cols, _, k_block, causal = mask._layout
+    out = lse = None
+    for chunk in make_chunks(mask._lists, mask.sequences, cols, k_block, causal, rows, mask.packed):
+        length = chunk.end - chunk.begin
+        tensors = (q.narrow(rows_dim, chunk.begin, length), k, v)
+        if out is None:
+            bits = torch.empty(chunk.bits_shape, dtype=torch.int32, device=mask.device)
+            check(*tensors, bits, mask.sequences)
+            del bits
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        bits, sequences = chunk.pack()
+        part, part_lse = attend(*tensors, bits, sequences)
+        out.narrow(rows_dim, chunk.begin, length).copy_(part)
+        if lse is None:
+            lse = part_lse.new_empty((*part_lse.shape[:-1], rows))
+        lse.narrow(-1, chunk.begin, length).copy_(part_lse)
+        del bits, part, part_lse  # before the next ones come
+    return out, lse
+
+
 def make_chunks(
     lists: Lists, sequences: Tensor, cols: int, k_block_size: int, causal: bool, rows: int, packed: bool
 ) -> Iterator[Chunk]:
@@ -79,7 +101,7 @@ def make_chunks(
 
         def pack(begin: int = begin, end: int = end, bit_rows: int = bit_rows) -> tuple[Tensor, Tensor]:
             table = cut_sequences(sequences, begin, end, causal, packed)
-            return lists.cut(begin, end).pack(table, bit_rows, cols, 1, k_block_size, causal), table
+            return lists.cut(begin, end).pack(table, bit_rows, (cols, 1, k_block_size), causal), table
 
         yield Chunk(begin, end, (lists.heads, bit_rows, ceil_div(cols, 32)), pack)
 

@@ -1,18 +1,38 @@
-"""The layout of a packed mask, in torch ops for any device.
+"""The layout of a packed mask, in torch ops for any device, and the numbers that ops are given.
 
 ``bits`` is int32 (heads, rows, words): bit ``c % 32`` of word ``c // 32`` tells whether the query block of this row
 attends to key block ``c`` of its own sequence. ``sequences`` is int32 (batch, 6) with the columns below.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # Columns of the table of sequences.
 Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN = range(6)
-SECTION_BYTES = 32 << 20  # of the L2 cache
-RUNNING_KEYS, RUNNING_BYTES, TOGETHER_BYTES = 132 * 128, 36 << 20, 5 << 20  # count_tile_heads
-PART_BYTES = 10 << 20  # of the workspace of the backward pass, for parts of tiles
 ITEM_INTS = 16  # of a work item: the WorkItem, or KeyItem, of csrc/include/hbsattn/params.h
+RECORD_ROWS = 64  # queries, or keys, that a record of a work list stands for at least, where a block has as many
+PART_RECORDS = 512  # records of a work list of keys beside those of its tiles, at most
+
+
+class MaskLayout(NamedTuple):
+    """`layout` of the ops: what a mask is beside its bits and its table of sequences."""
+
+    cols: int
+    q_block_size: int
+    k_block_size: int
+    causal: int  # 0 or 1
+
+
+class CallShape(NamedTuple):
+    """`heads` of the ops that plan: what a call has beside its mask."""
+
+    heads_q: int
+    heads_k: int
+    head_dim: int
+    element_size: int  # bytes
+    pack_heads: bool  # query heads that share a mask and a key head may share tiles
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -20,103 +40,48 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def count_packed_heads(mask_heads: int, q_block_size: int, heads_q: int, heads_k: int, pack_heads: bool) -> int:
-    """Query heads that share tiles: those of a key head, if they have one mask, or as many as fit a small tile.
-
-    The rule, and its reason, are those of csrc/kernels/config.h.
-    """
-    group = heads_q // heads_k if 0 < heads_k <= heads_q else 1
-    if not pack_heads or (mask_heads == heads_q and group > 1):
+def _heads_of_record(mask_heads: int, layout: MaskLayout, call: CallShape) -> int:
+    """Query heads that one record of a work list stands for, at least."""
+    group = call.heads_q // call.heads_k
+    if not call.pack_heads or (mask_heads == call.heads_q and group > 1):
         return 1
-    if q_block_size % 16 == 0:
+    if layout.q_block_size % 16 == 0:
         return group
-    return max(
-        heads for heads in range(1, group + 1) if group % heads == 0 and (heads == 1 or heads * q_block_size <= 64)
-    )
+    fits = (n for n in range(1, group + 1) if group % n == 0 and n * layout.q_block_size <= RECORD_ROWS)
+    return max(fits, default=1)
 
 
-def choose_tile_rows(rows: int, head_dim: int) -> int:
-    """Rows of a tile of the backward pass, for blocks of ``rows`` rows: of keys, or of queries over their packed heads.
+def count_items(bits_shape: torch.Size, layout: MaskLayout, call: CallShape) -> int:
+    """Records that a work list of queries has room for: no plan has more, whatever its tiles are.
 
-    The rule, and its reason, are those of csrc/kernels/config.h.
+    max_items in csrc/plan/lists.h is the same bound.
     """
-    return 64 if head_dim <= 128 and 5 * 64 * ceil_div(rows, 64) < 4 * 128 * ceil_div(rows, 128) else 128
+    mask_heads, rows, _ = bits_shape
+    heads = _heads_of_record(mask_heads, layout, call)
+    return call.heads_q // heads * rows * ceil_div(heads * layout.q_block_size, RECORD_ROWS)
 
 
-def choose_query_tile_rows(rows: int, head_dim: int, k_block_size: int, for_backward: bool) -> int:
-    """Query rows of a work item of the forward, or of a list ``for_backward``; ``rows`` as in ``choose_tile_rows``.
-
-    The rule, and its reason, are those of csrc/kernels/config.h.
-    """
-    of_192, of_128 = 192 * ceil_div(rows, 192), 128 * ceil_div(rows, 128)
-    better = of_192 < of_128 or (of_192 == of_128 and head_dim <= 64)
-    if not for_backward and head_dim <= 128 and k_block_size % 16 == 0 and better:
-        return 192
-    return choose_tile_rows(rows, head_dim)
-
-
-def backward_has_own_tiles(
-    mask_heads: int, q_block_size: int, k_block_size: int, heads_q: int, heads_k: int, head_dim: int, pack_heads: bool
-) -> bool:
-    """Whether tiles of queries in the backward pass have other rows than the forward's, and so a list of their own."""
-    rows = q_block_size * count_packed_heads(mask_heads, q_block_size, heads_q, heads_k, pack_heads)
-    forward, backward = (choose_query_tile_rows(rows, head_dim, k_block_size, x) for x in (False, True))
-    return forward != backward
+def count_key_items(batch: int, layout: MaskLayout, call: CallShape, rows_k: int, packed: bool) -> int:
+    """The same for a work list of keys: max_key_items in csrc/plan/lists.h."""
+    size = layout.k_block_size
+    united = RECORD_ROWS // size if size % 16 == 0 and size < RECORD_ROWS else 1
+    tiles = ceil_div(size, RECORD_ROWS)
+    if packed:
+        cols = torch.sym_min(batch * layout.cols, ceil_div(rows_k, size) + batch)
+        tiles = (cols // united + batch) * tiles
+    else:
+        tiles = batch * ceil_div(layout.cols, united) * tiles
+    return call.heads_q * tiles + PART_RECORDS
 
 
-def count_tile_heads(
-    batch: int,
-    rows: int,
-    q_block_size: int,
-    heads_q: int,
-    heads_k: int,
-    head_dim: int,
-    element_size: int,
-    causal: bool,
-    deterministic: bool,
+def count_backward_plan(
+    bits_shape: torch.Size, batch: int, layout: MaskLayout, call: CallShape, rows_k: int, packed: bool
 ) -> int:
-    """Query heads that one tile of the backward pass streams.
-
-    The rule, and its reason, are those of csrc/kernels/config.h.
-    """
-    group = heads_q // heads_k
-    if deterministic or group < 4 or batch == 0:
-        return group
-    of_row = ceil_div(head_dim, 8) * 8 * (2 * element_size + 4)
-    of_head = min(max(rows // batch, 1) * q_block_size, 2**31 - 1) * of_row
-    if of_head <= TOGETHER_BYTES // group:
-        return group
-    fit = RUNNING_BYTES // max(of_head, RUNNING_KEYS * of_row) // (2 if causal else 1)
-    return max(heads for heads in range(1, group + 1) if group % heads == 0 and (heads == 1 or heads <= fit))
-
-
-def backward_by_queries(
-    mask_heads: int,
-    q_block_size: int,
-    k_block_size: int,
-    heads_q: int,
-    heads_k: int,
-    head_dim: int,
-    pack_heads: bool,
-    deterministic: bool,
-) -> bool:
-    """Whether tiles of queries, not of keys, compute the gradients.
-
-    The rule, and its reason, are those of csrc/kernels/config.h.
-    """
-    rows = q_block_size * count_packed_heads(mask_heads, q_block_size, heads_q, heads_k, pack_heads)
-    return not deterministic and head_dim <= 128 and k_block_size < 64 and choose_tile_rows(rows, head_dim) == 128
-
-
-def count_key_items(batch: int, cols: int, k_block_size: int, head_sets: int, head_dim: int) -> int:
-    """Items of the backward pass's work list, for query heads in as many sets as tiles stream one by one.
-
-    The rules, and their reasons, are those of csrc/kernels/config.h.
-    """
-    tile_keys = choose_tile_rows(k_block_size, head_dim) if head_dim <= 128 else 64
-    united = tile_keys // k_block_size if k_block_size % 16 == 0 and k_block_size < tile_keys else 1
-    tiles = batch * head_sets * ceil_div(cols, united) * ceil_div(k_block_size, tile_keys)
-    return tiles + min(tiles, PART_BYTES // (2 * 4 * tile_keys * ceil_div(head_dim, 64) * 64))
+    """Ints of what plan_backward makes: the columns of the mask, then both work lists (csrc/torch/plan_parts.h)."""
+    mask_heads, rows, _ = bits_shape
+    columns = ceil_div(mask_heads * layout.cols * ceil_div(rows, 32), ITEM_INTS) * ITEM_INTS
+    records = count_key_items(batch, layout, call, rows_k, packed) + count_items(bits_shape, layout, call)
+    return columns + ITEM_INTS * records
 
 
 def count_blocks(sequences: Tensor, column: int, block_size: int) -> Tensor:
@@ -175,3 +140,37 @@ def visible_columns(
         limit = torch.minimum(limit, last_row + table[:, K_LEN] - table[:, Q_LEN])
     columns = (torch.div(limit, k_block_size, rounding_mode="floor") + 1).clamp_(0, cols)
     return torch.where(used, columns, 0)
+
+
+def _sum_clamped(last: Tensor, width: Tensor) -> Tensor:
+    """Sums clamp(x, 0, width) over all integers x up to `last`."""
+    last = last.clamp(min=0)
+    rising = torch.minimum(last, width)
+    return rising * (rising + 1) // 2 + (last - rising) * width
+
+
+def count_pairs(bits: Tensor, sequences: Tensor, layout: MaskLayout) -> int:
+    """Counts the pairs of a query and a key that attend, over all mask heads. Exact, with causality and short blocks.
+    Waits for the device. Bits without values, as in a traced program, count as all on.
+    """
+    heads, rows, _ = bits.shape
+    if sequences.shape[0] == 0:
+        return 0
+    if bits.is_meta or type(bits) is not Tensor:
+        return heads * rows * layout.q_block_size * layout.cols * layout.k_block_size
+    sequence, block, used = locate_rows(sequences, rows, layout.q_block_size)
+    table = sequences.to(torch.int64)[sequence]
+    q_len, k_len = table[:, Q_LEN].unsqueeze(-1), table[:, K_LEN].unsqueeze(-1)
+    first = (block * layout.q_block_size).unsqueeze(-1)
+    last = torch.minimum(first + layout.q_block_size, q_len)
+    key = torch.arange(layout.cols, device=bits.device) * layout.k_block_size
+    width = (k_len - key).clamp(0, layout.k_block_size)
+    if layout.causal:
+        # Query i sees i + reach of the block's keys, cut to [0, width]; summed over the queries of a block.
+        reach = k_len - q_len + 1 - key
+        pairs = _sum_clamped(last - 1 + reach, width) - _sum_clamped(first - 1 + reach, width)
+    else:
+        pairs = (last - first) * width
+    pairs = torch.where(used.unsqueeze(-1), pairs, 0)
+    # One head after another: the booleans of all at once would be eight times the bits.
+    return sum(int(pairs[unpack_bits(head, layout.cols)].sum()) for head in bits)

@@ -1,13 +1,13 @@
 """How a mask lies over its sequences: what its constructors work out from shapes and lengths, and what does not fit."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hbsattn._layout import K_LEN, ceil_div, count_blocks, locate_rows
+from hbsattn._checks import check_index, check_is_tensor, check_same_device
+from hbsattn._layout import ceil_div
 from hbsattn._ops import ops
 
 CU_SEQLENS = "an int32 Tensor (batch + 1)"
@@ -24,6 +24,15 @@ class Lengths(NamedTuple):
     seqlen_k: int | None
     batch_size: int | None
 
+    def check(self) -> "Lengths":
+        """The same with ints for whatever stands for one."""
+        named = zip(self._fields[2:], self[2:], strict=True)
+        return Lengths(*self[:2], *[None if value is None else check_index(name, value) for name, value in named])
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None or self.cu_seqlens_k is not None
+
 
 class Place(NamedTuple):
     """Where the blocks of a mask lie, as its constructor worked it out."""
@@ -35,6 +44,13 @@ class Place(NamedTuple):
     packed: bool
     seqlen_q: int | None
     seqlen_k: int | None
+    q_block: int  # what the ops are told: `cut_block` of the size that was given
+    k_block: int
+
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        """The numbers that the ops which pack take together."""
+        return self.cols, self.q_block, self.k_block
 
 
 def place_blocks(
@@ -50,16 +66,13 @@ def place_blocks(
     the columns of a dense one.
     """
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_q, seqlen_k, batch_size = lengths
-    for keyword, value in zip(Lengths._fields[2:], lengths[2:], strict=True):
-        if value is not None and not isinstance(value, int | torch.SymInt):
-            raise TypeError(f"{keyword} is {value!r}; expected an int")
     flat, row_blocks = len(lead) == 2, lead[-1]
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    packed = lengths.packed
     if packed:
         if seqlen_q is not None or seqlen_k is not None:
             given = f"seqlen_q is {seqlen_q}" if seqlen_q is not None else f"seqlen_k is {seqlen_k}"
             raise ValueError(f"{given}; expected None with cu_seqlens_q and cu_seqlens_k, which give the lengths")
-        batch = _batch_of(cu_seqlens_q, cu_seqlens_k)
+        batch = count_sequences(cu_seqlens_q, cu_seqlens_k, device, name)
         if batch_size not in (None, batch):
             raise ValueError(f"batch_size is {batch_size}; expected {batch}, the sequences of cu_seqlens_q")
         seqlen_q, seqlen_k = max_seqlen_q, max_seqlen_k
@@ -106,24 +119,30 @@ def place_blocks(
         cols = ceil_div(seqlen_k, k_block_size)
     if not flat and lead[0] not in (1, batch):
         raise ValueError(f"{name} has a batch of {lead[0]}; expected 1 or {batch}")
+    blocks = cut_block(q_block_size, seqlen_q), cut_block(k_block_size, seqlen_k)
+    seqlens = (0, 0) if packed else (seqlen_q, seqlen_k)
     sequences = ops.make_sequences.default(
-        cu_seqlens_q,
-        cu_seqlens_k,
-        device,
-        batch,
-        0 if packed else seqlen_q,
-        0 if packed else seqlen_k,
-        q_block_size,
-        k_block_size,
-        -1 if flat else row_blocks,
+        cu_seqlens_q, cu_seqlens_k, device, batch, *seqlens, *blocks, -1 if flat else row_blocks
     )
-    return Place(sequences, batch, row_blocks if flat else batch * row_blocks, cols, packed, seqlen_q, seqlen_k)
+    rows = row_blocks if flat else batch * row_blocks
+    return Place(sequences, batch, rows, cols, packed, seqlen_q, seqlen_k, *blocks)
 
 
-def _batch_of(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> int:
+def cut_block(block_size: int, longest: int | None) -> int:
+    """The size of blocks for the ops, where no sequence is longer than `longest`: that given, or one that is not far
+    above `longest` and still covers every sequence with one block. Kernels like powers of two, and multiples of 128.
+    """
+    if longest is None or isinstance(longest, torch.SymInt) or torch.compiler.is_compiling():
+        return block_size
+    enough = 1 << max((longest - 1).bit_length(), 4) if longest <= 128 else 128 * ceil_div(longest, 128)
+    return min(block_size, enough)
+
+
+def count_sequences(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, device: torch.device, whose: str) -> int:
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu_seqlens is not None:
             check_is_tensor(name, cu_seqlens, CU_SEQLENS)
+            check_same_device(name, cu_seqlens, device, whose)
     if cu_seqlens_q is None or cu_seqlens_k is None:
         side, other = ("q", "k") if cu_seqlens_q is None else ("k", "q")
         raise ValueError(f"cu_seqlens_{side} is None; expected {CU_SEQLENS}, as cu_seqlens_{other} is given")
@@ -132,125 +151,7 @@ def _batch_of(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> int:
     return cu_seqlens_q.shape[0] - 1
 
 
-def check_block_sizes(q_block_size: int, k_block_size: int) -> None:
-    for name, value in (("q_block_size", q_block_size), ("k_block_size", k_block_size)):
-        if not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r}; expected an int")
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1")
-
-
-def check_is_tensor(name: str, value: object, accepted: str = "a Tensor") -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected {accepted}")
-
-
-def check_tensor(name: str, tensor: Tensor, dims: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    accepted = " or ".join(map(str, dtypes))
-    check_is_tensor(name, tensor, f"a Tensor of {accepted}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {accepted}")
-    if tensor.dim() not in dims:
-        raise ValueError(
-            f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {' or '.join(map(str, dims))}"
-        )
-
-
 def _check_blocks(name: str, seqlen: int, block_size: int, blocks: int, what: str) -> None:
     if ceil_div(seqlen, block_size) != blocks:
         low, high = max((blocks - 1) * block_size + 1, 0), blocks * block_size
         raise ValueError(f"{name} is {seqlen}; expected {low} to {high}, the {blocks} {what}")
-
-
-def to_int32(tensor: Tensor) -> Tensor:
-    if tensor.dtype == torch.int64:
-        # Clamped first: a large value must stay out of range.
-        tensor = tensor.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)
-    return tensor.contiguous()
-
-
-# Debug mode: these read device memory.
-
-
-def check_total(name: str, tensor: Tensor, sequences: Tensor, begin: int, length: int) -> None:
-    total = int(sequences[-1, begin] + sequences[-1, length]) if sequences.shape[0] else 0
-    if tensor.shape[0] != total:
-        raise ValueError(f"{name} has {tensor.shape[0]} rows; expected {total}, cu_seqlens_{name}[-1]")
-
-
-def check_lengths(
-    name: str, lead: Sequence[int], cols: int | None, lengths: Lengths, q_block_size: int, k_block_size: int
-) -> None:
-    if lengths.cu_seqlens_q is None or lengths.cu_seqlens_k is None:
-        return
-    flat = len(lead) == 2
-    sides = (
-        ("q", "query", lengths.cu_seqlens_q, lengths.max_seqlen_q, q_block_size, lead[-1]),
-        ("k", "key", lengths.cu_seqlens_k, lengths.max_seqlen_k, k_block_size, cols),
-    )
-    for side, word, cu_seqlens, longest, block_size, extent in sides:
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0:
-            raise ValueError(f"cu_seqlens_{side}[0] is {ends[0]}; expected 0")
-        for i in range(1, len(ends)):
-            if ends[i] < ends[i - 1]:
-                raise ValueError(
-                    f"cu_seqlens_{side}[{i}] is {ends[i]}; expected at least {ends[i - 1]}, the one before"
-                )
-        sizes = [end - begin for begin, end in pairwise(ends)]
-        if longest is not None and max(sizes, default=0) > longest:
-            raise ValueError(f"max_seqlen_{side} is {longest}; expected at least {max(sizes)}, the longest sequence")
-        blocks = [ceil_div(size, block_size) for size in sizes]
-        if extent is None:
-            continue
-        if flat and sum(blocks) != extent:
-            raise ValueError(f"{name} has {extent} {word} blocks; expected {sum(blocks)}, those of all sequences")
-        if not flat and max(blocks, default=0) > extent:
-            raise ValueError(
-                f"{name} has {extent} {word} blocks; expected at least {max(blocks)}, those of the longest sequence"
-            )
-
-
-def _check_range(entries: Tensor, row: Tensor, place: Place, q_block_size: int, k_block_size: int) -> None:
-    """Checks listed key blocks, each of its row of the bit matrix."""
-    sequence, _, used = locate_rows(place.sequences, place.rows, q_block_size)
-    if place.batch == 0:
-        return
-    limit = torch.where(
-        used, count_blocks(place.sequences, K_LEN, k_block_size)[sequence], torch.iinfo(torch.int32).max
-    )
-    wrong = used[row] & ((entries < 0) | (entries >= limit[row]))
-    if wrong.any():
-        at = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"indices has the entry {int(entries[at])} in row {int(row[at])}; expected 0 to {int(limit[row[at]]) - 1}, "
-            "the key blocks of the row's sequence"
-        )
-
-
-def check_lists(counts: Tensor, indices: Tensor, place: Place, q_block_size: int, k_block_size: int) -> None:
-    width = indices.shape[-1]
-    if counts.numel() and (int(counts.min()) < 0 or int(counts.max()) > width):
-        raise ValueError(
-            f"counts has values from {int(counts.min())} to {int(counts.max())}; expected 0 to {width}, the last "
-            "dimension of indices"
-        )
-    if counts.dim() == 3:
-        counts, indices = counts.expand(place.batch, -1, -1), indices.expand(place.batch, -1, -1, -1)
-    at = (torch.arange(width, device=counts.device) < counts.unsqueeze(-1)).nonzero(as_tuple=True)
-    row = at[1] if counts.dim() == 2 else at[0] * counts.shape[2] + at[2]
-    _check_range(indices[at], row, place, q_block_size, k_block_size)
-
-
-def check_rows(indptr: Tensor, indices: Tensor, place: Place, q_block_size: int, k_block_size: int) -> None:
-    entries = indices.shape[0]
-    sizes = indptr[:, 1:] - indptr[:, :-1]
-    if indptr.numel() and (int(indptr.min()) < 0 or int(indptr.max()) > entries or bool((sizes < 0).any())):
-        raise ValueError(
-            f"indptr has values from {int(indptr.min())} to {int(indptr.max())}; expected rows that do not decrease, "
-            f"from 0 to {entries}, the entries of indices"
-        )
-    for head in range(indptr.shape[0]):
-        row = torch.repeat_interleave(torch.arange(place.rows, device=indptr.device), sizes[head])
-        listed = indices[int(indptr[head, 0]) : int(indptr[head, -1])]
-        _check_range(listed, row, place, q_block_size, k_block_size)

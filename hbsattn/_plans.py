@@ -1,63 +1,182 @@
 """What is made from a mask once and then used by many calls, and when a call may use what an earlier one has made."""
 
+from __future__ import annotations
+
+import contextlib
+import threading
 from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+
+if TYPE_CHECKING:
+    from hbsattn.mask import BlockMask
 
 Plan = tuple[Tensor, ...]
+Maker = Callable[["BlockMask"], Plan]
+
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent where PyTorch has no CUDA
+_lock = threading.Lock()  # of whoever adds or rewrites plans; readers need none
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph takes what is launched now."""
-    return not torch.compiler.is_compiling() and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph takes what is launched now on the current stream of a device."""
+    if device.type != "cuda" or is_compiling() or not torch.cuda.is_initialized():
+        return False
+    if device.index in (None, torch.cuda.current_device()):
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
-def _stream(device: torch.device) -> int:
-    """Identifies the current stream of a device."""
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return 0
-    return torch.cuda.current_stream(device).cuda_stream
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether these tensors have no values that a program could read or keep: they are a tracer's, or a transform's."""
+    if is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    modes = torch._C._TorchDispatchModeKey
+    if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)):
+        return True
+    return any(type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+
+
+def is_transforming() -> bool:
+    """Whether a function transform, such as `torch.func.grad` or `vmap`, runs the program."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def normal_tensors() -> contextlib.AbstractContextManager:
+    """What is made inside can be saved for backward later, and counts its versions, in inference mode too."""
+    if is_compiling() or not torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    return torch.inference_mode(False)
+
+
+class _Made:
+    """A plan, how to make it again, and the version of the contents that it belongs to."""
+
+    __slots__ = ("event", "make", "tensors", "version")
+
+    def __init__(self, tensors: Plan, version: int, make: Maker) -> None:
+        self.tensors = tensors
+        self.version = version
+        self.make = make
+        self.event: torch.cuda.Event | None = None  # of the making, until that is known to be done
+
+    def record(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            # A graph that waits for an external event does so at each replay.
+            event = torch.cuda.Event(external=True)
+            event.record(torch.cuda.current_stream(device))
+            self.event = event
+
+    def settle(self, device: torch.device) -> None:
+        """Forgets the event once it has happened. A capture may not ask for that."""
+        event = self.event
+        if event is not None and not is_capturing(device) and event.query():
+            self.event = None
 
 
 class Plans:
-    """Plans made from something on `device`. Each stream makes its own: nothing orders one stream's use after another's
-    making.
+    """Plans made from the contents of a mask: `contents`, two tensors one of which changes if anything does.
+
+    A plan is good for the contents of its version, which counts writes to the tensors. Each stream makes its own:
+    nothing orders one stream's use after another's making. A plan that is made anew takes the memory of the one before:
+    CUDA graphs read it there.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._captured = is_capturing(device)  # whether what plans are made from gets its values when a graph runs
-        self._made: dict[tuple[Hashable, int], Plan] = {}
+    def __init__(self, contents: tuple[Tensor, Tensor]) -> None:
+        self._first, self._second = contents
+        self._device = self._first.device
+        on_cuda = self._device.type == "cuda" and not is_compiling() and type(self._first) is Tensor
+        self._stream_device = self._device.index if on_cuda else None
+        self._made: dict[int, dict[Hashable, _Made]] = {}  # of each stream
+
+    def _version(self) -> int:
+        # Versions only grow, and so does their sum.
+        return self._first._version + self._second._version
+
+    def _stream(self) -> int:
+        return 0 if self._stream_device is None else _raw_stream(self._stream_device)
 
     def find(self, key: Hashable) -> Plan | None:
-        """What an earlier call has made, if the current stream may use it as it is."""
-        plan = self._made.get((key, _stream(self._device)))
-        if plan is None and self._made and is_capturing(self._device):
-            # A capture begins with a synchronization, so what any stream has made is there.
-            plan = next((plan for (other, _), plan in self._made.items() if other == key), None)
-        return plan
+        """What an earlier call has made from these contents, if the current stream may use it as it is."""
+        # A compiled program could not tell whether the contents have changed since it was compiled.
+        if is_compiling() or not self._made:
+            return None
+        # All calls come this way: `_stream` and `_version`, written out.
+        index = self._stream_device
+        plans = self._made.get(0 if index is None else _raw_stream(index))
+        made = None if plans is None else plans.get(key)
+        if made is not None and made.version == self._first._version + self._second._version:
+            if made.event is not None:
+                made.settle(self._device)
+            return made.tensors
+        return self._find_of_other_stream(key) if is_capturing(self._device) else None
 
-    def find_or_make(self, key: Hashable, make: Callable[[], Plan]) -> Plan:
+    def _find_of_other_stream(self, key: Hashable) -> Plan | None:
+        """For a capture: what another stream has made. If that is not known to be done, the graph waits for it."""
+        version = self._version()
+        for plans in list(self._made.values()):
+            made = plans.get(key)
+            if made is not None and made.version == version:
+                event = made.event
+                if event is not None:
+                    torch.cuda.current_stream(self._device).wait_event(event)
+                return made.tensors
+        return None
+
+    def find_or_make(self, mask: BlockMask, key: Hashable, make: Maker) -> Plan:
+        """`make` takes the mask and may use its other plans; it is kept, so it may not hold the mask."""
         plan = self.find(key)
-        if plan is None:
-            plan = make()
-            # Traced or captured, it has no values yet; those of captured bits change when the graph is replayed.
-            traced = torch.compiler.is_compiling() or any(type(tensor) is not Tensor for tensor in plan)
-            if not (traced or self._captured or is_capturing(self._device)):
-                self._made[(key, _stream(self._device))] = plan
-        return plan
+        if plan is not None:
+            return plan
+        if is_compiling():
+            return make(mask)
+        version = self._version() if self._counts_versions() else None
+        with normal_tensors():
+            plan = make(mask)
+        # Captured, a plan has no values yet; one of contents that a graph rewrites has others after each replay.
+        passing = is_transforming() or mask._replayed or is_capturing(self._device)
+        if version is None or passing or is_traced(*plan, self._first, self._second):
+            return plan
+        return self._keep(key, plan, version, make)
+
+    def _counts_versions(self) -> bool:
+        return not (self._first.is_inference() or self._second.is_inference())
+
+    def _keep(self, key: Hashable, plan: Plan, version: int, make: Maker) -> Plan:
+        with _lock:
+            plans = self._made.setdefault(self._stream(), {})
+            made = plans.get(key)
+            if made is not None and made.version == version:
+                return made.tensors  # another thread was faster
+            if made is None:
+                made = _Made(plan, version, make)
+            else:
+                _rewrite(made, plan, version)
+            made.record(self._device)
+            plans[key] = made
+            return made.tensors
+
+    def remake(self, mask: BlockMask) -> None:
+        """Makes all plans again, on the current stream, in the memory where they are."""
+        fresh: dict[Hashable, Plan] = {}
+        for plans in list(self._made.values()):
+            # A plan that another one needs was made, and so is found, before it.
+            for key, made in list(plans.items()):
+                if key not in fresh:
+                    with normal_tensors():
+                        fresh[key] = made.make(mask)
+                with _lock:
+                    _rewrite(made, fresh[key], self._version())
+                    if not is_capturing(self._device):
+                        made.record(self._device)
 
 
-def plans_beside(items: Tensor) -> Plans:
-    """The plans of the backward pass that belong to a work list of the forward pass; called once where that is made.
-
-    They are kept with its memory, which goes through autograd as it is, though perhaps as another tensor, and so live
-    as long as the list does.
-    """
-    if torch.compiler.is_compiling() or type(items) is not Tensor:
-        return Plans(items.device)
-    storage = items.untyped_storage()
-    if not hasattr(storage, "hbsattn_plans"):
-        storage.hbsattn_plans = Plans(items.device)
-    return storage.hbsattn_plans
+def _rewrite(made: _Made, plan: Plan, version: int) -> None:
+    with torch.no_grad():
+        for old, new in zip(made.tensors, plan, strict=True):
+            old.copy_(new)
+    made.version = version

@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
-from hbsattn._chunks import make_chunks
+from hbsattn._checks import check_bool, check_is_tensor, check_number
+from hbsattn._chunks import attend_in_chunks
+from hbsattn._layout import CallShape
 from hbsattn._ops import ops
-from hbsattn._placement import check_is_tensor
-from hbsattn.mask import BlockMask
+from hbsattn.mask import BlockMask, check_is_mask
+
+NO_GRADIENTS = (False, False, False)  # of q, k and v
 
 
 def block_sparse_attention(
@@ -65,93 +68,70 @@ def _attend(
     deterministic: bool,
     pack_heads: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if not isinstance(mask, BlockMask):
-        raise TypeError(f"mask is a {type(mask).__name__}; expected a BlockMask")
+    check_is_mask(mask)
     mask._check_use(q, k)
     check_is_tensor("v", v)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = _autocast(q, k, v)
     heads_q, head_dim = q.shape[-2:]
     if softmax_scale is None:
-        softmax_scale = head_dim**-0.5 if head_dim else 1.0  # the op refuses a head_dim of 0
-    elif isinstance(softmax_scale, str | bytes | Tensor):
-        raise TypeError(f"softmax_scale is a {type(softmax_scale).__name__}; expected a number")
+        scale = head_dim**-0.5 if head_dim else 1.0  # the op refuses a head_dim of 0
+    else:
+        scale = check_number("softmax_scale", softmax_scale)
+    check_bool("return_lse", return_lse)
+    check_bool("deterministic", deterministic)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if mask._lists is not None and not trains and not mask._makes_bits():
-        out, lse = _attend_in_chunks(q, k, v, mask, softmax_scale, deterministic, pack_heads)
-        return (out, lse) if return_lse else out
-    bits = mask._kept_bits()
-    key = (heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)
-    items = mask._cached_items(key)
-    if items is None:
+    needs = (q.requires_grad, k.requires_grad, v.requires_grad) if torch.is_grad_enabled() else NO_GRADIENTS
+    layout, options = mask._layout, (pack_heads, scale)
+    if mask.device.type == "cpu":
+        results = ops.forward.default(q, k, v, mask.bits, mask.sequences, None, None, layout, *options, deterministic)
+        return results if return_lse else results[0]
+
+    call = CallShape(heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)
+    if mask._lists is not None and needs == NO_GRADIENTS and not mask._makes_bits():
+        results = _attend_in_chunks(q, k, v, mask, call, options)
+        return results if return_lse else results[0]
+    bits, sequences = mask._kept_bits(), mask.sequences
+    if mask._find_plan(("items", call)) is None:
         # What does not fit is refused before anything is launched, also before the work list is made.
-        ops.check_forward.default(
-            q,
-            k,
-            v,
-            bits,
-            mask.sequences,
-            None,
-            mask.cols,
-            mask.q_block_size,
-            mask.k_block_size,
-            mask.causal,
-            pack_heads,
-            softmax_scale,
-        )
-        items = mask._items(*key, bits=bits)
-    out, lse, _ = ops.forward.default(
-        q,
-        k,
-        v,
-        bits,
-        mask.sequences,
-        items,
-        mask.cols,
-        mask.q_block_size,
-        mask.k_block_size,
-        mask.causal,
-        pack_heads,
-        softmax_scale,
-        deterministic,
-    )
-    return (out, lse) if return_lse else out
+        ops.check_forward.default(q, k, v, bits, sequences, layout, *options)
+    items = mask._plan(("items", call), lambda mask: _plan_items(mask, call))[0]
+    backward_plan = None
+    if needs != NO_GRADIENTS:
+        shape = (call, k.shape[-3], deterministic, needs)
+        backward_plan = mask._plan(("backward", *shape), lambda mask: _plan_backward(mask, *shape))[0]
+    results = ops.forward.default(q, k, v, bits, sequences, items, backward_plan, layout, *options, deterministic)
+    return results if return_lse else results[0]
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts as PyTorch's own attention does where autocast is on: float64 stays as it is."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def _plan_items(mask: BlockMask, call: CallShape) -> tuple[Tensor]:
+    return (ops.plan_items.default(mask._kept_bits(), mask.sequences, mask._layout, call),)
+
+
+def _plan_backward(
+    mask: BlockMask, call: CallShape, rows_k: int, deterministic: bool, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor]:
+    shape = (mask._layout, call, rows_k, mask.packed, deterministic, needs)
+    return (ops.plan_backward.default(mask._kept_bits(), mask.sequences, *shape),)
 
 
 def _attend_in_chunks(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, softmax_scale: float, deterministic: bool, pack_heads: bool
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, call: CallShape, options: tuple[bool, float]
 ) -> tuple[Tensor, Tensor]:
-    """The call for a mask that stays lists, without gradients: chunks of queries with their own bits and work lists.
+    """The call for a mask that stays lists, without gradients."""
+    layout = mask._layout
 
-    Gradients go another way: each chunk would give its own, rounded before they are summed, and leaves those of keys
-    past its last query unset.
-    """
-    rows_dim = q.dim() - 3
-    rows = q.shape[rows_dim]
-    if mask.packed and not rows <= mask.rows <= rows + mask.batch:
-        raise ValueError(
-            f"q has {rows} rows; expected {max(mask.rows - mask.batch, 0)} to {mask.rows}, as mask has {mask.rows} "
-            f"lists and {mask.batch} sequences"
-        )
-    numbers = (mask.cols, mask.q_block_size, mask.k_block_size, mask.causal)
-    out = lse = None
-    for chunk in make_chunks(mask._lists, mask.sequences, mask.cols, mask.k_block_size, mask.causal, rows, mask.packed):
-        length = chunk.end - chunk.begin
-        tensors = (q.narrow(rows_dim, chunk.begin, length), k, v)
-        if out is None:
-            # What does not fit is refused before anything is launched; bits that nobody reads say how large they are.
-            bits = torch.empty(chunk.bits_shape, dtype=torch.int32, device=mask.device)
-            ops.check_forward.default(*tensors, bits, mask.sequences, None, *numbers, pack_heads, softmax_scale)
-            del bits
-            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        bits, sequences = chunk.pack()
-        sizes = (q.shape[-2], k.shape[-2], q.shape[-1], q.element_size(), pack_heads)
-        items = ops.plan_items.default(bits, sequences, *numbers, *sizes)
-        part, part_lse, _ = ops.forward.default(
-            *tensors, bits, sequences, items, *numbers, pack_heads, softmax_scale, deterministic
-        )
-        out.narrow(rows_dim, chunk.begin, length).copy_(part)
-        if lse is None:
-            lse = part_lse.new_empty((*part_lse.shape[:-1], rows))
-        lse.narrow(-1, chunk.begin, length).copy_(part_lse)
-        del bits, items, part, part_lse  # before the next ones come
-    return out, lse
+    def check(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, sequences: Tensor) -> None:
+        ops.check_forward.default(q, k, v, bits, sequences, layout, *options)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        items = ops.plan_items.default(bits, sequences, layout, call)
+        return ops.forward.default(q, k, v, bits, sequences, items, None, layout, *options)
+
+    return attend_in_chunks(q, k, v, mask, check, attend)

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from hbsattn._placement import CU_SEQLENS, check_is_tensor
+from hbsattn._checks import check_is_tensor
+from hbsattn._placement import CU_SEQLENS
 from hbsattn.attention import _attend
 from hbsattn.mask import BlockMask
 

@@ -1,56 +1,44 @@
 """BlockMask: which key blocks each query block attends to, packed into bits and planned once for many calls."""
 
-import os
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hbsattn._chunks import Lists, stays_lists
+from hbsattn._checks import (
+    check_block_sizes,
+    check_bool,
+    check_device,
+    check_index,
+    check_is_tensor,
+    check_same_device,
+    type_name,
+)
+from hbsattn._chunks import stays_lists
+from hbsattn._contents import can_read, check_contents, check_total
 from hbsattn._layout import (
     COL_BEGIN,
     K_BEGIN,
     K_LEN,
     Q_BEGIN,
     Q_LEN,
+    MaskLayout,
     ceil_div,
     count_blocks,
+    count_pairs,
     locate_rows,
     unpack_bits,
     visible_columns,
 )
 from hbsattn._ops import ops
-from hbsattn._placement import (
-    Lengths,
-    Place,
-    check_block_sizes,
-    check_is_tensor,
-    check_lengths,
-    check_lists,
-    check_rows,
-    check_tensor,
-    check_total,
-    place_blocks,
-    to_int32,
-)
-from hbsattn._plans import Plans, is_capturing, plans_beside
+from hbsattn._placement import Lengths, Place, count_sequences, place_blocks
+from hbsattn._plans import Maker, Plan, Plans, is_capturing, normal_tensors
+from hbsattn._sources import FORMS, Dense, Lists, Rows, Source
 
-_debug = os.environ.get("HBSATTN_DEBUG", "0") not in ("", "0")
-
-
-def set_debug(enabled: bool) -> None:
-    """Switches the checks that read device memory, and so wait for the device; HBSATTN_DEBUG=1 starts with them on.
-
-    They verify cumulative lengths, block counts and listed indices when a mask is built, and lengths when it is used,
-    and raise ValueError. They are skipped while a CUDA graph is captured or a program is traced.
-    """
-    global _debug
-    _debug = bool(enabled)
-
-
-def _debugging(device: torch.device) -> bool:
-    return _debug and not torch.compiler.is_compiling() and not is_capturing(device)
+CONSTRUCTORS = "BlockMask.from_dense, BlockMask.from_indices or BlockMask.from_csr"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,20 +75,43 @@ class BlockMask:
         seqlen_q, seqlen_k: lengths for batched tensors; for packed ones `max_seqlen_q` and `max_seqlen_k` as given.
     """
 
-    _bits: Tensor | None
-    sequences: Tensor
-    q_block_size: int
-    k_block_size: int
-    causal: bool
-    batch: int
-    heads: int
-    rows: int
-    cols: int
-    packed: bool
-    seqlen_q: int | None
-    seqlen_k: int | None
-    _lists: Lists | None
-    _plans: Plans
+    # All tensors are fields of their own, so that whoever maps the fields of dataclasses finds them. The defaults serve
+    # the sentence of `__post_init__` alone.
+    _bits: Tensor | None = None
+    sequences: Tensor = None
+    q_block_size: int = 0
+    k_block_size: int = 0
+    causal: bool = False
+    batch: int = 0
+    heads: int = 0
+    rows: int = 0
+    cols: int = 0
+    packed: bool = False
+    seqlen_q: int | None = None
+    seqlen_k: int | None = None
+    _q_block: int = 0  # for the ops, as `cut_block` has it
+    _k_block: int = 0
+    _form: str = ""  # of the constructor, and the shape of its first tensor
+    _shape: tuple[int, ...] = ()
+    _counts: Tensor | None = None  # lists, where there are no bits
+    _indices: Tensor | None = None
+    _replayed: bool = False  # whether a CUDA graph writes the contents: they may change with each replay
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sequences, Tensor):
+            raise TypeError(f"BlockMask was called itself; expected {CONSTRUCTORS}")
+        if not torch.compiler.is_compiling():
+            for name in ("_bits", "sequences", "_counts", "_indices"):
+                tensor = getattr(self, name)
+                if isinstance(tensor, Tensor) and tensor.is_inference():
+                    with torch.inference_mode(False):
+                        object.__setattr__(self, name, tensor.clone())
+        # No field: a copy, or a mask with other fields, plans anew.
+        contents = self._counts if self._bits is None else self._bits
+        object.__setattr__(self, "_plans", Plans((contents, self.sequences)))
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return BlockMask, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     @classmethod
     def from_dense(
@@ -128,18 +139,9 @@ class BlockMask:
             seqlen_q, seqlen_k: by default the mask's blocks times the block size; a length that is given ends in the
                 mask's last block.
         """
-        check_block_sizes(q_block_size, k_block_size)
-        check_tensor("block_mask", block_mask, (3, 4), (torch.bool,))
-        flat = block_mask.dim() == 3
+        source = Dense.check(block_mask)
         lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_q, seqlen_k, batch_size)
-        lead, cols = block_mask.shape[:-1], block_mask.shape[-1]
-        place = place_blocks("block_mask", block_mask.device, lead, cols, lengths, q_block_size, k_block_size)
-        if _debugging(block_mask.device):
-            check_lengths("block_mask", lead, cols, lengths, q_block_size, k_block_size)
-        bits = ops.pack_dense.default(
-            block_mask, place.sequences, flat, place.rows, place.cols, q_block_size, k_block_size, causal
-        )
-        return cls._of(bits, place, q_block_size, k_block_size, causal)
+        return cls._of(source, q_block_size, k_block_size, lengths, causal)
 
     @classmethod
     def from_indices(
@@ -176,27 +178,9 @@ class BlockMask:
         time. The first with gradients makes all bits, and the mask keeps them for all later calls on the stream; a
         compiled call makes all bits each time.
         """
-        check_block_sizes(q_block_size, k_block_size)
-        check_tensor("counts", counts, (2, 3), (torch.int32, torch.int64))
-        check_tensor("indices", indices, (counts.dim() + 1,), (torch.int32, torch.int64))
-        if indices.shape[:-1] != counts.shape:
-            raise ValueError(
-                f"indices has shape {tuple(indices.shape)}; expected that of counts, {tuple(counts.shape)}, and one "
-                "more dimension"
-            )
-        flat = counts.dim() == 2
-        counts, indices = to_int32(counts), to_int32(indices)
+        source = Lists.check(counts, indices)
         lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_q, seqlen_k, batch_size)
-        place = place_blocks("counts", counts.device, counts.shape, None, lengths, q_block_size, k_block_size)
-        if _debugging(counts.device):
-            check_lengths("counts", counts.shape, None, lengths, q_block_size, k_block_size)
-            check_lists(counts, indices, place, q_block_size, k_block_size)
-        lists = Lists(counts, indices)
-        if flat == place.packed and stays_lists(q_block_size, lists.heads, place.rows, place.cols, indices.numel()):
-            # Later changes of the caller's tensors change no mask, of bits or of lists.
-            return cls._of(None, place, q_block_size, k_block_size, causal, lists.clone())
-        bits = lists.pack(place.sequences, place.rows, place.cols, q_block_size, k_block_size, causal)
-        return cls._of(bits, place, q_block_size, k_block_size, causal)
+        return cls._of(source, q_block_size, k_block_size, lengths, causal)
 
     @classmethod
     def from_csr(
@@ -224,44 +208,29 @@ class BlockMask:
             max_seqlen_q, max_seqlen_k: required for packed tensors.
             seqlen_q, seqlen_k: required for batched tensors; `batch_size` follows from them and the rows.
         """
-        check_block_sizes(q_block_size, k_block_size)
-        check_tensor("indptr", indptr, (2,), (torch.int32, torch.int64))
-        check_tensor("indices", indices, (1,), (torch.int32, torch.int64))
-        heads, rows = indptr.shape[0], indptr.shape[1] - 1
-        lead: tuple[int, ...] = (heads, rows)
-        if cu_seqlens_q is None and cu_seqlens_k is None:
-            if seqlen_q is None:
-                raise ValueError("seqlen_q is None; expected the length of the batched queries of a mask from_csr")
-            blocks = ceil_div(seqlen_q, q_block_size)
-            if batch_size is None:
-                batch_size = rows // blocks if blocks else 0
-            if batch_size * blocks != rows:
-                raise ValueError(
-                    f"indptr has shape {tuple(indptr.shape)}; expected (heads, rows + 1) with {blocks} rows, the query "
-                    f"blocks of length seqlen_q = {seqlen_q}, for each sequence of the batch"
-                )
-            lead = (batch_size, heads, blocks)
-        indptr, indices = to_int32(indptr), to_int32(indices)
+        source = Rows.check(indptr, indices)
         lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_q, seqlen_k, batch_size)
-        place = place_blocks("indptr", indptr.device, lead, None, lengths, q_block_size, k_block_size)
-        if _debugging(indptr.device):
-            check_lengths("indptr", lead, None, lengths, q_block_size, k_block_size)
-            check_rows(indptr, indices, place, q_block_size, k_block_size)
-        bits = ops.pack_csr.default(
-            indptr, indices, place.sequences, place.rows, place.cols, q_block_size, k_block_size, causal
-        )
-        return cls._of(bits, place, q_block_size, k_block_size, causal)
+        return cls._of(source, q_block_size, k_block_size, lengths, causal)
 
     @classmethod
-    def _of(
-        cls,
-        bits: Tensor | None,
-        place: "Place",
-        q_block_size: int,
-        k_block_size: int,
-        causal: bool,
-        lists: Lists | None = None,
-    ) -> "BlockMask":
+    def _of(cls, source: Source, q_block_size: int, k_block_size: int, lengths: Lengths, causal: bool) -> "BlockMask":
+        q_block_size, k_block_size = check_block_sizes(q_block_size, k_block_size)
+        check_bool("causal", causal)
+        lengths = lengths.check()
+        name, device, lead = source.names[0], source.main.device, source.lead
+        if isinstance(source, Rows) and not lengths.packed:
+            lead = source.lead_of_batch(lengths, q_block_size)
+            lengths = lengths._replace(batch_size=lead[0])
+        with normal_tensors():
+            place = place_blocks(name, device, lead, source.cols, lengths, q_block_size, k_block_size)
+            bits = lists = None
+            if _keep_lists(source, place):
+                lists = source.clone()  # later changes of the caller's tensors change no mask, of bits or of lists
+            else:
+                bits = source.pack(place.sequences, place.rows, place.blocks, causal)
+            # After the op, which refuses what shapes tell, and is safe with any contents.
+            if can_read(*source.tensors, place.sequences):
+                check_contents(source, lead, lengths, place, q_block_size, k_block_size)
         return cls(
             bits,
             place.sequences,
@@ -269,31 +238,146 @@ class BlockMask:
             k_block_size,
             causal,
             place.batch,
-            lists.heads if bits is None else bits.shape[0],
+            source.heads,
             place.rows,
             place.cols,
             place.packed,
             place.seqlen_q,
             place.seqlen_k,
-            lists,
-            Plans(place.sequences.device),
+            place.q_block,
+            place.k_block,
+            source.form,
+            tuple(source.main.shape),
+            None if lists is None else lists.counts,
+            None if lists is None else lists.indices,
+            is_capturing(device),
         )
+
+    def update_(
+        self, *contents: Tensor, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None
+    ) -> "BlockMask":
+        """Rewrites the mask in place, with all work lists that calls have made from it, in the memory where they are.
+
+        CUDA graphs that were captured with the mask replay with the new contents; an update that is itself captured
+        takes effect at each replay. Like any write to a tensor, it runs on the current stream: whoever uses the mask on
+        other streams orders them. A backward pass needs the mask of its forward pass, and raises RuntimeError after an
+        update between the two.
+
+        Args:
+            contents: what the constructor took, with the same shapes on the same device: `block_mask`, or `counts` and
+                `indices`, or `indptr` and `indices`. The last dimension of `indices` may differ, but for a mask that
+                stays lists (`from_indices`).
+            cu_seqlens_q, cu_seqlens_k: for packed tensors, optionally: new ones for as many sequences, none longer than
+                the mask's `max_seqlen_q` and `max_seqlen_k`. By default the lengths stay.
+
+        Returns:
+            The mask itself.
+        """
+        kind = FORMS[self._form]
+        if len(contents) != len(kind.names):
+            raise TypeError(
+                f"update_ is called with {len(contents)} tensors; expected {' and '.join(kind.names)}, as mask was "
+                f"built by from_{kind.form}"
+            )
+        source = kind.check(*contents)
+        name = kind.names[0]
+        check_same_device(name, source.main, self.device, "mask")
+        if tuple(source.main.shape) != self._shape:
+            raise ValueError(
+                f"{name} has shape {tuple(source.main.shape)}; expected {self._shape}, that which mask was built from"
+            )
+        lists = self._lists
+        if lists is not None and source.indices.shape != lists.indices.shape:
+            raise ValueError(
+                f"indices has shape {tuple(source.indices.shape)}; expected {tuple(lists.indices.shape)}, as mask "
+                "stays lists"
+            )
+        with normal_tensors(), torch.no_grad():
+            place, lengths = self._place_again(cu_seqlens_q, cu_seqlens_k)
+            if can_read(*source.tensors, place.sequences):
+                check_contents(source, self._lead, lengths, place, self.q_block_size, self.k_block_size)
+            if lists is None:
+                self._bits.copy_(source.pack(place.sequences, place.rows, place.blocks, self.causal))
+            else:
+                lists.counts.copy_(source.counts)
+                lists.indices.copy_(source.indices)
+            if lengths.packed:
+                self.sequences.copy_(place.sequences)
+        if is_capturing(self.device):
+            object.__setattr__(self, "_replayed", True)
+        if not torch.compiler.is_compiling():  # the plans that a compiled program outdates are made anew when next used
+            self._plans.remake(self)
+        return self
+
+    @property
+    def _lead(self) -> tuple[int, ...]:
+        """The shape of what the constructor took, without columns, as `place_blocks` has it."""
+        if self._form == "dense":
+            return self._shape[:-1]
+        if self._form == "indices":
+            return self._shape
+        flat = (self.heads, self.rows)
+        return flat if self.packed else (self.batch, self.heads, self.rows // max(self.batch, 1))
+
+    def _place_again(self, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> tuple[Place, Lengths]:
+        """The place of the same blocks over new lengths, or over those that are there."""
+        longest = (self.seqlen_q, self.seqlen_k) if self.packed else (None, None)
+        lengths = Lengths(cu_seqlens_q, cu_seqlens_k, *longest, None, None, None)
+        sequences = self.sequences
+        if lengths.packed:
+            if not self.packed:
+                given = "cu_seqlens_q" if cu_seqlens_q is not None else "cu_seqlens_k"
+                raise ValueError(f"{given} is a Tensor; expected None, as mask was built for batched tensors")
+            batch = count_sequences(cu_seqlens_q, cu_seqlens_k, self.device, "mask")
+            if batch != self.batch:
+                raise ValueError(f"cu_seqlens_q has {batch} sequences; expected {self.batch}, those of mask")
+            lead = self._lead
+            stride = -1 if len(lead) == 2 else lead[-1]
+            blocks = (self._q_block, self._k_block)
+            sequences = ops.make_sequences.default(
+                cu_seqlens_q, cu_seqlens_k, self.device, batch, 0, 0, *blocks, stride
+            )
+        shape = (self.batch, self.rows, self.cols, self.packed, self.seqlen_q, self.seqlen_k)
+        return Place(sequences, *shape, self._q_block, self._k_block), lengths
+
+    @property
+    def _lists(self) -> Lists | None:
+        return None if self._counts is None else Lists(self._counts, self._indices)
+
+    @property
+    def _layout(self) -> tuple[int, int, int, int]:
+        """What ops take as `layout`, a MaskLayout. An op's list of symbolic numbers holds no bool."""
+        return self.cols, self._q_block, self._k_block, int(self.causal)
 
     @property
     def bits(self) -> Tensor:
         if self._bits is not None:
             return self._bits
-        sizes = (self.rows, self.cols, self.q_block_size, self.k_block_size)
-        return self._lists.pack(self.sequences, *sizes, self.causal)
+        return self._lists.pack(self.sequences, self.rows, (self.cols, self._q_block, self._k_block), self.causal)
+
+    def _plan(self, key: tuple[Any, ...], make: Maker) -> Plan:
+        """What calls share that are alike in `key`, made on the first one.
+
+        `make` takes the mask and returns tensors, in sizes that follow from the sizes of the mask and from `key`. It
+        may ask the mask for other plans; it may not hold the mask, which holds it.
+        """
+        return self._plans.find_or_make(self, key, make)
+
+    def _find_plan(self, key: tuple[Any, ...]) -> Plan | None:
+        """What an earlier call has made, if this one may use it."""
+        return self._plans.find(key)
 
     def _makes_bits(self) -> bool:
-        """Whether a mask of lists has its bits made: a call has, or is compiled, and not to be once for each length."""
-        return torch.compiler.is_compiling() or self._plans.find("bits") is not None
+        """Whether a mask of lists has its bits made at the next call.
+
+        It has if an earlier call has made them. A compiled call has, too: chunks would be a graph for each length.
+        """
+        return torch.compiler.is_compiling() or self._plans.find(("bits",)) is not None
 
     def _kept_bits(self) -> Tensor:
         if self._bits is not None:
             return self._bits
-        return self._plans.find_or_make("bits", lambda: (self.bits,))[0]
+        return self._plan(("bits",), lambda mask: (mask.bits,))[0]
 
     @property
     def device(self) -> torch.device:
@@ -302,31 +386,30 @@ class BlockMask:
     @property
     def density(self) -> float:
         """The share of active blocks among those that lengths and causality leave visible. Waits for the device."""
-        visible = int(self._visible().sum()) * self.heads
+        visible = int(self._count_visible().sum()) * self.heads
         active = sum(int(head.sum()) for head in self._heads())
         return active / visible if visible else 0.0
 
-    def to(self, device: torch.device | str) -> "BlockMask":
+    def to(self, device: torch.device | str | int) -> "BlockMask":
         """Returns the mask on another device, where its work lists are built anew; itself if it is there already."""
-        sequences = self.sequences.to(device)
-        if sequences is self.sequences:
-            return self
-        return BlockMask(
-            None if self._bits is None else self._bits.to(device),
-            sequences,
-            self.q_block_size,
-            self.k_block_size,
-            self.causal,
-            self.batch,
-            self.heads,
-            self.rows,
-            self.cols,
-            self.packed,
-            self.seqlen_q,
-            self.seqlen_k,
-            None if self._lists is None else self._lists.to(device),
-            Plans(sequences.device),
-        )
+        device = check_device(device)
+        with normal_tensors():
+            sequences = self.sequences.to(device)
+            if sequences is self.sequences:
+                return self
+            tensors = {"sequences": sequences}
+            for name in ("_bits", "_counts", "_indices"):
+                tensor = getattr(self, name)
+                tensors[name] = None if tensor is None else tensor.to(device)
+        return dataclasses.replace(self, **tensors, _replayed=is_capturing(device))
+
+    def cuda(self, device: torch.device | str | int | None = None) -> "BlockMask":
+        """Returns the mask on a CUDA device, by default the current one."""
+        return self.to("cuda" if device is None else device)
+
+    def cpu(self) -> "BlockMask":
+        """Returns the mask on the CPU."""
+        return self.to("cpu")
 
     def to_dense(self) -> Tensor:
         """Returns the mask as booleans, trimmed to the visible blocks; for packed tensors this waits for the device.
@@ -334,7 +417,7 @@ class BlockMask:
         Packed: (heads, query blocks of all sequences, key blocks of all sequences). Batched: (batch, heads, query
         blocks, key blocks).
         """
-        mask = unpack_bits(self.bits, self.cols)
+        mask = torch.stack(list(self._heads()))
         if not self.packed:
             blocks = ceil_div(self.seqlen_q, self.q_block_size)
             return mask.view(self.heads, self.batch, blocks, self.cols).transpose(0, 1)
@@ -351,26 +434,11 @@ class BlockMask:
         """Counts the floating-point operations of the forward: 4 * head_dim for each pair of a query and a key that
         attend, over all `num_heads` query heads. Exact, with causality and short blocks. Waits for the device.
         """
+        head_dim, num_heads = check_index("head_dim", head_dim), check_index("num_heads", num_heads)
         if num_heads % max(self.heads, 1) != 0:
             raise ValueError(f"num_heads is {num_heads}; expected a multiple of the {self.heads} heads of the mask")
-        sequence, block, used = locate_rows(self.sequences, self.rows, self.q_block_size)
-        if self.batch == 0:
-            return 0
-        table = self.sequences.to(torch.int64)[sequence]
-        q_len, k_len = table[:, Q_LEN].unsqueeze(-1), table[:, K_LEN].unsqueeze(-1)
-        first = (block * self.q_block_size).unsqueeze(-1)
-        last = torch.minimum(first + self.q_block_size, q_len)
-        key = torch.arange(self.cols, device=self.device) * self.k_block_size
-        width = (k_len - key).clamp(0, self.k_block_size)
-        if self.causal:
-            # Query i sees i + reach of the block's keys, cut to [0, width]; summed over the queries of a block.
-            reach = k_len - q_len + 1 - key
-            pairs = _sum_clamped(last - 1 + reach, width) - _sum_clamped(first - 1 + reach, width)
-        else:
-            pairs = (last - first) * width
-        pairs = torch.where(used.unsqueeze(-1), pairs, 0)
-        active = sum(int(pairs[head].sum()) for head in self._heads())
-        return 4 * head_dim * active * (num_heads // max(self.heads, 1))
+        pairs = count_pairs(self.bits, self.sequences, MaskLayout(*self._layout))
+        return 4 * head_dim * pairs * (num_heads // max(self.heads, 1))
 
     def __repr__(self) -> str:
         if self.packed:
@@ -389,65 +457,78 @@ class BlockMask:
         )
 
     def _heads(self) -> Iterator[Tensor]:
-        """The booleans of one head after another: of all heads at once they would be eight times the bits."""
-        return (unpack_bits(bits, self.cols) for bits in self.bits)
+        """The booleans of one head after another: of all heads at once they would be eight times the bits.
 
-    def _visible(self) -> Tensor:
-        return visible_columns(self.sequences, self.rows, self.cols, self.q_block_size, self.k_block_size, self.causal)
+        Trimmed: bits that others wrote may be on where nothing is visible.
+        """
+        visible = torch.arange(self.cols, device=self.device) < self._count_visible().unsqueeze(-1)
+        return (unpack_bits(bits, self.cols) & visible for bits in self.bits)
+
+    def _count_visible(self) -> Tensor:
+        return visible_columns(self.sequences, self.rows, *self._layout)
 
     def _check_use(self, q: Tensor, k: Tensor) -> None:
         """Checks tensors against the lengths that the mask was built for, which the op is not told."""
-        dims, form = (3, "packed") if self.packed else (4, "batched")
-        for name, tensor, seqlen in (("q", q, self.seqlen_q), ("k", k, self.seqlen_k)):
-            check_is_tensor(name, tensor)
-            if tensor.dim() != dims:
-                raise ValueError(
-                    f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {dims}, as mask was "
-                    f"built for {form} tensors"
-                )
-            if not self.packed and tensor.shape[1] != seqlen:
-                raise ValueError(
-                    f"{name} has length {tensor.shape[1]}; expected {seqlen}, the seqlen_{name} that mask has"
-                )
-        if self.packed and _debugging(self.device):
+        check_is_tensor("q", q)
+        check_is_tensor("k", k)
+        if not self.packed:
+            _check_batched("q", q, self.seqlen_q, self.q_block_size)
+            _check_batched("k", k, self.seqlen_k, self.k_block_size)
+            return
+        for name, tensor in (("q", q), ("k", k)):
+            _check_dims(name, tensor, 3, "packed")
+        keys, rows = self.batch * self.cols * self._k_block, k.shape[0]
+        if self.seqlen_k is not None and self.batch and rows > keys:
+            raise ValueError(
+                f"max_seqlen_k is {self.seqlen_k}; expected at least {ceil_div(rows, self.batch)}, as k has {rows} "
+                f"rows in {self.batch} sequences"
+            )
+        if can_read(self.sequences):
             check_total("q", q, self.sequences, Q_BEGIN, Q_LEN)
             check_total("k", k, self.sequences, K_BEGIN, K_LEN)
 
-    def _cached_items(self, key: tuple[int, int, int, int, bool]) -> Tensor | None:
-        """The work list of an earlier call of this kind, if the current stream may use it as it is."""
-        found = self._plans.find(key)
-        return None if found is None else found[0]
 
-    def _items(
-        self,
-        heads_q: int,
-        heads_k: int,
-        head_dim: int,
-        element_size: int,
-        pack_heads: bool,
-        bits: Tensor | None = None,
-    ) -> Tensor:
-        """Returns the work list, int32 (tiles, 16), that calls of this kind on one stream share. `bits`: if at hand."""
-        key = (heads_q, heads_k, head_dim, element_size, pack_heads)
-
-        def make() -> tuple[Tensor]:
-            items = ops.plan_items.default(
-                self._kept_bits() if bits is None else bits,
-                self.sequences,
-                self.cols,
-                self.q_block_size,
-                self.k_block_size,
-                self.causal,
-                *key,
-            )
-            plans_beside(items)
-            return (items,)
-
-        return self._plans.find_or_make(key, make)[0]
+def check_is_mask(value: object) -> None:
+    """Refuses what is no BlockMask, and says how to get one from what is often given instead."""
+    if isinstance(value, BlockMask):
+        return
+    hint = ""
+    if isinstance(value, Tensor):
+        hint = ": for booleans, BlockMask.from_dense makes one"
+    elif type_name(value).startswith("torch.nn.attention.flex_attention."):
+        hint = (
+            ": hbsattn.BlockMask.from_indices(mask.full_kv_num_blocks, mask.full_kv_indices, *mask.BLOCK_SIZE, "
+            "seqlen_q=..., seqlen_k=...) makes one of the full blocks of FlexAttention's"
+        )
+    raise TypeError(f"mask is a {type_name(value)}; expected a BlockMask of hbsattn{hint}")
 
 
-def _sum_clamped(last: Tensor, width: Tensor) -> Tensor:
-    """Sums clamp(x, 0, width) over all integers x up to `last`."""
-    last = last.clamp(min=0)
-    rising = torch.minimum(last, width)
-    return rising * (rising + 1) // 2 + (last - rising) * width
+def _check_dims(name: str, tensor: Tensor, dims: int, form: str) -> None:
+    if tensor.dim() != dims:
+        raise ValueError(
+            f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {dims}, as mask was built "
+            f"for {form} tensors"
+        )
+
+
+def _check_batched(name: str, tensor: Tensor, seqlen: int, block_size: int) -> None:
+    _check_dims(name, tensor, 4, "batched")
+    length = tensor.size(1)
+    if length == seqlen:
+        return
+    hint = ""
+    if tensor.shape[2] == seqlen:
+        hint = ": heads come after the length, (batch, length, heads, head_dim)"
+    elif ceil_div(length, block_size) == ceil_div(seqlen, block_size):
+        hint = f": for this one, build the mask with seqlen_{name}={length}"
+    raise ValueError(f"{name} has length {length}; expected {seqlen}, the seqlen_{name} that mask has{hint}")
+
+
+def _keep_lists(source: Source, place: Place) -> bool:
+    """Whether the mask keeps lists instead of bits. Chunks need lists that lie as the rows of tensors do."""
+    if not isinstance(source, Lists) or (len(source.lead) == 2) != place.packed:
+        return False
+    return stays_lists(place.q_block, source.heads, place.rows, place.cols, source.indices.numel())
+
+
+torch.serialization.add_safe_globals([BlockMask])  # for torch.load(weights_only=True)

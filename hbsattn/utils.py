@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from hbsattn._placement import CU_SEQLENS, check_is_tensor
+from hbsattn._checks import check_is_tensor
+from hbsattn._placement import CU_SEQLENS
 
 
 def calculate_blocks(cu_seqlens: Tensor, block_size: int) -> tuple[int, Tensor, Tensor, Tensor]:

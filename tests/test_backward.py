@@ -8,14 +8,13 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import cases
 import hbsattn
 from cases import Case, case
 from gradients import assert_same_gradients, attend, differentiate, judge_gradients, leaves, upstream
-from hbsattn import _ops
-from hbsattn._plans import plans_beside
 from problems import attended_keys, make_problem, same
 from test_key_plan import plan_lines
 
@@ -314,29 +313,26 @@ def differentiate_copies(problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
-def test_only_some_outputs_are_used(device: str, monkeypatch: pytest.MonkeyPatch):
+def test_only_some_outputs_are_used(device: str):
     """What is not used has no gradient; nobody makes zeros for that of the log-sum-exp."""
-    has_grad_lse, ops = [], _ops.ops
-
-    class Watched:
-        transpose_bits, plan_keys = ops.transpose_bits, ops.plan_keys
-
-        class backward:
-            @staticmethod
-            def default(*args: object) -> object:
-                has_grad_lse.append(args[1] is not None)
-                return ops.backward.default(*args)
-
-    monkeypatch.setattr(_ops, "ops", Watched)
     problem = make_problem(case("outputs", causal=True), device, dtype_of(device))
     q, k, v = leaves(problem)
     outputs = attend(q, k, v, problem.mask(), return_lse=True)
     grads = upstream(problem, outputs[1].detach(), 5)
-    for used in (0, 1):
-        got = torch.autograd.grad(outputs[used], (q, k, v), grads[used], retain_graph=True)
-        both = [grad if i == used else torch.zeros_like(grad) for i, grad in enumerate(grads)]
-        want = torch.autograd.grad(outputs, (q, k, v), both, retain_graph=True)
-        assert_same_gradients(got, want, problem.case)
+    has_grad_lse = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.hbsattn.backward.default:
+                has_grad_lse.append(args[1] is not None)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        for used in (0, 1):
+            got = torch.autograd.grad(outputs[used], (q, k, v), grads[used], retain_graph=True)
+            both = [grad if i == used else torch.zeros_like(grad) for i, grad in enumerate(grads)]
+            want = torch.autograd.grad(outputs, (q, k, v), both, retain_graph=True)
+            assert_same_gradients(got, want, problem.case)
     assert has_grad_lse == [False, True, True, True]
 
 
@@ -451,48 +447,33 @@ def test_deterministic_everywhere():
 # The plan of the backward pass
 
 
-@pytest.mark.parametrize("device", cases.DEVICES)
-@pytest.mark.parametrize(
-    "q_block,k_block,kinds",
-    [
-        (64, 64, [("keys", False)]),
-        (128, 16, ["queries"]),
-        (64, 64, [("keys", True)]),
-        (192, 64, ["queries", ("keys", True)]),  # 192 rows are one tile of the forward
-    ],
-)
-def test_plan_is_made_once(
-    q_block: int, k_block: int, kinds: list[object], device: str, monkeypatch: pytest.MonkeyPatch
-):
-    """By the first backward, for all calls of a kind; a work list that autograd saved is still known, as it is and as
-    the copy that a checkpoint makes."""
-    deterministic = ("keys", True) in kinds
-    problem = make_problem(case("once", causal=True, q_block=q_block, k_block=k_block), device, dtype_of(device))
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("q_block,k_block", [(64, 64), (128, 16), (192, 64)])
+def test_plan_is_made_once(q_block: int, k_block: int, deterministic: bool):
+    """By the first call with gradients, for all calls of a kind, those of a checkpoint too."""
+    problem = make_problem(case("once", causal=True, q_block=q_block, k_block=k_block), "cuda", torch.bfloat16)
     mask = problem.mask()
     q, k, v = leaves(problem)
-    found, plan_backward = [], _ops._plan_backward
+    planned = []
 
-    def spy(q: Tensor, k: Tensor, bits: Tensor, sequences: Tensor, items: Tensor, *rest: object):
-        plans = plans_beside(items)
-        result = plan_backward(q, k, bits, sequences, items, *rest)
-        found.append((plans, *result))
-        return result
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.hbsattn.plan_backward.default:
+                planned.append(func)
+            return func(*args, **(kwargs or {}))
 
     def call(*inputs: Tensor) -> Tensor:
         return attend(*inputs, mask, deterministic=deterministic)
 
-    monkeypatch.setattr(_ops, "_plan_backward", spy)
-    call(q, k, v)
-    items = mask._items(4, 2, 64, q.element_size(), True)
-    assert all(plans_beside(items).find(kind) is None for kind in kinds)
-    for _ in range(2):
-        call(q, k, v).sum().backward()
-    checkpoint(call, q, k, v, use_reentrant=False).sum().backward()
-    assert len(found) == 3 and all(plans is found[0][0] for plans, *_ in found)
-    if device == "cuda":
-        assert all(plans_beside(items).find(kind) is not None for kind in kinds)
-        made = [i for i in (1, 2, 3) if ("queries" if i == 1 else ("keys", deterministic)) in kinds]
-        assert all(plans[i] is found[0][i] for plans in found for i in made)
+    with Watch():
+        with torch.no_grad():
+            call(q, k, v)
+        assert not planned
+        for _ in range(2):
+            call(q, k, v).sum().backward()
+        checkpoint(call, q, k, v, use_reentrant=False).sum().backward()
+    assert len(planned) == 1
 
 
 # Streams, graphs, compilation

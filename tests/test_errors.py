@@ -18,7 +18,7 @@ import torch
 import cases
 import hbsattn
 from cases import case
-from hbsattn import BlockMask
+from hbsattn import BlockMask, _contents
 from hbsattn.utils import calculate_blocks
 from problems import build_mask, cu_seqlens, make_problem
 
@@ -198,9 +198,9 @@ CONSTRUCTOR_ERRORS: dict[str, tuple[Callable[[str], Any], Any, tuple[str, ...]]]
         ("max_seqlen_k", r"137\.0", "int"),
     ),
     "max_seqlen_tensor": (
-        lambda d: BlockMask.from_dense(dense(d), 32, 32, **lens(d), max_seqlen_q=torch.tensor(137)),
+        lambda d: BlockMask.from_dense(dense(d), 32, 32, **lens(d), max_seqlen_q=torch.tensor([137])),
         TypeError,
-        ("max_seqlen_q", r"tensor\(137\)", "int"),
+        ("max_seqlen_q", r"\(1,\)", "int"),
     ),
     "seqlen_str": (
         lambda d: BlockMask.from_dense(dense(d, (1, 1, 2, 2)), 32, 32, seqlen_q="64", seqlen_k=64),
@@ -540,10 +540,11 @@ def debug_cases(device: str) -> dict[str, tuple[Callable[[], Any], tuple[str, ..
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("name", debug_cases("cpu"))
 def test_debug(name: str, device: str):
-    """What debug mode refuses is accepted, and safe, without it."""
+    """Contents are always checked on a CPU; on CUDA, what debug mode refuses is accepted, and safe, without it."""
     call, patterns = debug_cases(device)[name]
-    assert isinstance(call(), BlockMask)
-    hbsattn.set_debug(True)
+    if device == "cuda":
+        assert isinstance(call(), BlockMask)
+        hbsattn.set_debug(True)
     expect(ValueError, patterns, call)
 
 
@@ -562,13 +563,25 @@ def test_debug_accepts_what_is_valid(device: str):
             make_problem(spec, device, DTYPES[device]).run()
 
 
-def test_debug_from_the_environment():
-    program = "import hbsattn.mask; print(hbsattn.mask._debug)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(hbsattn.__file__).parents[1])}
-    for value, enabled in (("1", "True"), ("0", "False")):
-        environment["HBSATTN_DEBUG"] = value
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-        assert done.stdout.strip() == enabled, done.stderr
+@pytest.mark.parametrize(
+    "value,enabled",
+    [*((x, True) for x in ("1", "true", "On", "YES")), *((x, False) for x in ("0", "False", "off", "no", ""))],
+)
+def test_debug_from_the_environment(value: str, enabled: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HBSATTN_DEBUG", value)
+    assert _contents._read_environment() is enabled
+
+
+def test_debug_from_the_environment_refuses_other_words():
+    program = "import hbsattn"
+    environment = {**os.environ, "PYTHONPATH": str(Path(hbsattn.__file__).parents[1]), "HBSATTN_DEBUG": "perhaps"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "ValueError: HBSATTN_DEBUG is 'perhaps'; expected 1, true" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["0", "off", 1, None])
+def test_set_debug_takes_a_bool(value: object):
+    expect(TypeError, ("enabled", re.escape(repr(value))), lambda: hbsattn.set_debug(value))
 
 
 # What only CUDA refuses

@@ -265,8 +265,14 @@ def test_batched_defaults(device: str):
     assert mask.to_dense().shape == (4, 1, 3, 5)
 
 
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch):
+    """Contents are not checked on a CPU either, as where a program is traced: the ops are safe with any."""
+    monkeypatch.setattr("hbsattn.mask.can_read", lambda *_: False)
+
+
 @pytest.mark.parametrize("device", cases.DEVICES)
-def test_indices_are_cleaned(device: str):
+def test_indices_are_cleaned(device: str, unread: None):
     """Duplicates merge, what is out of range drops out, what lies past the count is not read."""
     indices = torch.tensor([[[0, 2, 2, 2, 1], [3, -1, 2**31 - 1, -(2**31), 0], [4, 100, 1, 0, 0], [0, 1, 2, 3, 4]]])
     counts = torch.tensor([[4, 4, 3, 0]])
@@ -305,7 +311,7 @@ def test_csr_rows_in_any_order(device: str):
 
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("seed", range(4))
-def test_any_content_is_safe(seed: int, device: str):
+def test_any_content_is_safe(seed: int, device: str, unread: None):
     """Random integers in counts, indices and indptr: no crash, and trimming holds."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -505,7 +511,7 @@ def test_united_plan_of_several_sections(device: str):
 
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("claimed", [160, 33, 16])
-def test_united_plan_of_lying_lengths(claimed: int, device: str):
+def test_united_plan_of_lying_lengths(claimed: int, device: str, unread: None):
     """Sequences that claim more rows than the mask has for them: still one tile for each row of bits."""
     batch, heads = 205, 16
     lens = torch.arange(batch + 1, dtype=torch.int32, device=device) * claimed
@@ -538,6 +544,8 @@ def test_random_masks(seed: int, device: str):
     assert torch.equal(unpack(mask.bits, mask.cols)[..., : want.shape[2]], want), f"seed {seed}: {spec}"
     pack_heads = random.Random(seed).random() < 0.7
     items = set(read_items(mask._items(spec.heads_q, spec.heads_k, 64, 2, pack_heads)))
+    # The ops are told of smaller blocks where no sequence fills one.
+    spec = dataclasses.replace(spec, q_block=mask._q_block, k_block=mask._k_block)
     assert expected_items(spec, mask, want, pack_heads) <= items, f"seed {seed}: {spec}"
 
 

@@ -11,6 +11,7 @@ import torch
 import cases
 import hbsattn
 from cases import DEVICE_DTYPES, Case, case
+from plans import layout_of, plan_backward, plan_items
 from problems import (
     Problem,
     block_lists,
@@ -31,12 +32,12 @@ OPS = (
     "pack_dense",
     "pack_indices",
     "pack_csr",
-    "plan_items",
     "forward",
     "check_forward",
     "check_mask",
 )
-BACKWARD_OPS = ("transpose_bits", "plan_keys", "backward")  # of which the CPU has `backward` alone
+CUDA_OPS = ("plan_items", "plan_backward")
+BACKWARD_OPS = ("check_backward", "backward")
 
 SPECS = [
     case("packed", q_block=48, k_block=16, causal=True, heads_q=8, mask_heads=2),
@@ -73,41 +74,28 @@ def op_arguments(name: str, spec: Case, device: str) -> tuple[Any, ...]:
         return (*(x.to(device) for x in lists), mask.sequences, *table)
     if name == "check_mask":
         return (mask.batch, mask.heads, mask.rows, mask.cols, *sizes)
+    call = (spec.heads_q, spec.heads_k, spec.head_dim, problem.q.element_size(), True)
+    tables = (mask.bits, mask.sequences, layout_of(mask))
     if name == "plan_items":
-        return (
-            mask.bits,
-            mask.sequences,
-            mask.cols,
-            *sizes,
-            spec.causal,
-            spec.heads_q,
-            spec.heads_k,
-            64,
-            2,
-            True,
-            spec.causal,
-        )
-    if name == "transpose_bits":
-        return (mask.bits, mask.cols)
-    heads = (spec.heads_q, spec.heads_k, spec.head_dim, problem.q.element_size())
-    if name == "plan_keys":
-        columns = ops.transpose_bits(mask.bits, mask.cols)
-        return (columns, mask.sequences, mask.rows, *sizes, spec.causal, *heads, False)
-    items = mask._items(*heads, True)
-    tensors = (problem.q, problem.k, problem.v, mask.bits, mask.sequences, items)
-    return (*tensors, mask.cols, *sizes, spec.causal, True, 0.125)
+        return (*tables, call)
+    if name == "plan_backward":
+        return (*tables, call, problem.k.shape[-3], spec.packed, spec.causal, (True, True, True))
+    tensors = (problem.q, problem.k, problem.v, mask.bits, mask.sequences)
+    plans = (None, None)
+    if device == "cuda":
+        plan = plan_backward(mask, *call, rows_k=problem.k.shape[-3])
+        plans = (plan_items(mask, *call), plan)
+    if name == "check_forward":
+        return (*tensors, layout_of(mask), True, 0.125)
+    return (*tensors, *plans, layout_of(mask), True, 0.125)
 
 
 def backward_arguments(spec: Case, device: str) -> tuple[Any, ...]:
-    q, k, v, bits, sequences, items, *numbers = op_arguments("forward", spec, device)
-    out, lse, _ = ops.forward(q, k, v, bits, sequences, items, *numbers)
-    if device == "cpu":
-        columns, key_items = bits.new_empty((0, 0, 0)), items.new_empty((0, 16))
-    else:
-        plan = op_arguments("plan_keys", spec, device)
-        columns, key_items = plan[0], ops.plan_keys(*plan)
-    tensors = (q, k, v, out, lse, bits, sequences, items, columns, key_items)
-    return (torch.ones_like(out), torch.zeros_like(lse), *tensors, *numbers, False)
+    arguments = op_arguments("forward", spec, device)
+    q, k, v, bits, sequences, _, plan, *numbers = arguments
+    out, lse = ops.forward(*arguments)
+    tensors = (q, k, v, out, lse, bits, sequences, plan)
+    return (torch.ones_like(out), torch.zeros_like(lse), *tensors, *numbers, False, [True, True, True])
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -130,31 +118,51 @@ def test_opcheck_backward(spec: Case, device: str):
     grad_out, grad_lse, *rest = backward_arguments(spec, device)
     for grad in (grad_lse, None):
         torch.library.opcheck(ops.backward.default, (grad_out, grad, *rest))
+    torch.library.opcheck(ops.check_backward.default, (grad_out, grad_lse, *rest[:7], *rest[8:11]))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, True), (False, False, True), (False,) * 3])
+def test_gradients_that_nobody_needs(needs: tuple[bool, bool, bool], device: str):
+    """They are empty, and the others are what they are when all are needed."""
+    spec = case("needs", causal=True, lens_k=(90, 40, 500))
+    *arguments, _ = backward_arguments(spec, device)
+    if device == "cuda":
+        mask = make_problem(spec, device, dtype_of(device)).mask()
+        call = (spec.heads_q, spec.heads_k, spec.head_dim, 2, True)
+        arguments[9] = plan_backward(mask, *call, rows_k=arguments[3].shape[-3], needs=needs)
+    want = backward_arguments(spec, device)[2:5]
+    grads = ops.backward(*arguments, list(needs))
+    for grad, like, needed in zip(grads, want, needs, strict=True):
+        assert grad.shape == (like.shape if needed else (0,))
 
 
 # Position among the arguments, what becomes of it, and what the message says.
 BACKWARD_ERRORS: dict[str, tuple[int, Any, str]] = {
     "grad_out_shape": (0, lambda x: x[1:], r"grad_out has shape .*; expected"),
-    "grad_out_dtype": (0, lambda x: x.float(), r"grad_out has dtype float32; expected bfloat16"),
-    "grad_out_device": (0, lambda x: x.cpu(), r"grad_out is on cpu; expected cuda"),
+    "grad_out_dtype": (0, lambda x: x.half(), r"grad_out has dtype float16; expected"),
     "grad_lse_dtype": (1, lambda x: x.double(), r"grad_lse has dtype float64; expected float32"),
     "grad_lse_shape": (1, lambda x: x.T, r"grad_lse has shape .*; expected"),
     "out_shape": (5, lambda x: x[1:], r"out has shape .*; expected"),
     "lse_shape": (6, lambda x: x.T, r"lse has shape .*; expected"),
-    "columns_shape": (10, lambda x: x[:, 1:].contiguous(), r"columns has shape .*; expected"),
-    "columns_strides": (10, lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), r"columns has strides"),
-    "no_columns": (10, lambda x: x.new_empty((0, 0, 0)), r"columns has shape .*; expected"),
-    "key_items_shape": (11, lambda x: x[:, 1:].contiguous(), r"key_items has shape .*; expected"),
-    "key_items_count": (11, lambda x: x[1:], r"the number of key work items is .*; expected"),
-    "softmax_scale": (-2, lambda _: math.nan, r"softmax_scale is nan; expected"),
+    "softmax_scale": (-3, lambda _: math.nan, r"softmax_scale is nan; expected"),
+    "layout": (10, lambda x: x[1:], r"layout has 3 numbers; expected 4"),
+}
+PLAN_ERRORS: dict[str, tuple[int, Any, str]] = {
+    "grad_out_device": (0, lambda x: x.cpu(), r"grad_out is on cpu; expected cuda"),
+    "plan_length": (9, lambda x: x[16:], r"plan has shape .*; expected"),
+    "plan_rank": (9, lambda x: x.view(-1, 16), r"plan has 2 dimensions"),
+    "no_plan": (9, lambda _: None, r"plan is None; expected what plan_backward makes"),
 }
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", BACKWARD_ERRORS)
-def test_backward_refuses(name: str):
-    position, change, message = BACKWARD_ERRORS[name]
-    arguments = list(backward_arguments(case("refused", lens_k=(90, 40, 500), k_block=16), "cuda"))
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("name", [*BACKWARD_ERRORS, *PLAN_ERRORS])
+def test_backward_refuses(name: str, device: str):
+    if name in PLAN_ERRORS and device == "cpu":
+        pytest.skip("a CPU has no plans")
+    position, change, message = {**BACKWARD_ERRORS, **PLAN_ERRORS}[name]
+    arguments = list(backward_arguments(case("refused", lens_k=(90, 40, 500), k_block=16), device))
     arguments[position] = change(arguments[position])
     with pytest.raises((ValueError, TypeError), match=message):
         ops.backward(*arguments)
@@ -162,16 +170,16 @@ def test_backward_refuses(name: str):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("name", ["transpose_bits", "plan_keys"])
+@pytest.mark.parametrize("name", CUDA_OPS)
 def test_opcheck_plan(name: str, spec: Case):
     torch.library.opcheck(getattr(ops, name).default, op_arguments(name, spec, "cuda"))
 
 
-@pytest.mark.parametrize("name", [*OPS, *BACKWARD_OPS])
+@pytest.mark.parametrize("name", [*OPS, *CUDA_OPS, *BACKWARD_OPS])
 def test_arguments_are_tensors_and_constants(name: str):
     schema = getattr(ops, name).default._schema
     kinds = {str(argument.type) for argument in schema.arguments}
-    assert kinds <= {"Tensor", "Optional[Tensor]", "int", "bool", "float", "Device"}
+    assert kinds <= {"Tensor", "Optional[Tensor]", "int", "bool", "float", "Device", "List[int]", "List[bool]"}
     assert not schema.is_mutable
     assert all(result.alias_info is None for result in schema.returns)
 
@@ -213,10 +221,8 @@ def test_compile(device: str, dynamic: bool, backend: str):
         judge(problem, *problem.run(mask))
 
 
-# With gradients on CUDA, the number of parts of key tiles has a limit, which is one more graph.
-@pytest.mark.parametrize(
-    "device,trains", [("cpu", False), ("cpu", True), pytest.param("cuda", False, marks=pytest.mark.gpu)]
-)
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("trains", [False, True])
 def test_one_graph_for_all_lengths(device: str, trains: bool):
     torch._dynamo.reset()
 
@@ -271,10 +277,11 @@ def test_gradients_are_fresh(device: str):
     arguments = list(backward_arguments(problem.case, device))
     arguments[2:5] = problem.q, problem.k, problem.v
     grads = ops.backward(*arguments)
-    storages = {x.untyped_storage().data_ptr() for x in (*arguments[:12], *grads) if isinstance(x, torch.Tensor)}
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    storages = {x.untyped_storage().data_ptr() for x in (*tensors, *grads)}
     assert all(x.is_contiguous() for x in grads)
     assert len({x.untyped_storage().data_ptr() for x in grads}) == 3
-    inputs = {x.untyped_storage().data_ptr() for x in arguments[:12]}
+    inputs = {x.untyped_storage().data_ptr() for x in tensors}
     assert len(storages) == len(inputs) + 3
 
 
@@ -288,20 +295,17 @@ def test_inference_modes(device: str):
         assert same(out, expected[0]) and same(lse, expected[1])
 
 
-@pytest.mark.parametrize("device", cases.DEVICES)
-def test_profile(device: str):
-    """`profile` adds the SM clock at the start and end of each CTA, on CUDA, and changes nothing else."""
-    arguments = op_arguments("forward", SPECS[0], device)
-    plain, profiled = ops.forward(*arguments), ops.forward(*arguments, profile=True)
+@pytest.mark.gpu
+def test_profile():
+    """The SM clock at the start and end of each CTA comes beside the same results."""
+    *tensors, items, _, layout, pack_heads, scale = op_arguments("forward", SPECS[0], "cuda")
+    plain = ops.forward(*tensors, items, None, layout, pack_heads, scale)
+    *profiled, cycles = ops.profile_forward(*tensors, items, layout, pack_heads, scale)
     assert same(plain[0], profiled[0]) and same(plain[1], profiled[1])
-    assert plain[2].shape == (0,) and plain[2].dtype == torch.int64
-    if device == "cuda":
-        processors = torch.cuda.get_device_properties(0).multi_processor_count
-        assert profiled[2].shape == (2 * processors, 2) and profiled[2].dtype == torch.int64
-        used = profiled[2][profiled[2][:, 1] > 0]
-        assert used.shape[0] > 0 and bool((used[:, 1] > used[:, 0]).all())
-    else:
-        assert profiled[2].shape == (0,)
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    assert cycles.shape == (2 * processors, 2) and cycles.dtype == torch.int64
+    used = cycles[cycles[:, 1] > 0]
+    assert used.shape[0] > 0 and bool((used[:, 1] > used[:, 0]).all())
 
 
 # The doors of the Triton predecessor
@@ -366,9 +370,9 @@ def test_pack_heads_is_a_hint(device: str):
     problem = make_problem(spec, device, dtype_of(device))
     mask = build_mask(spec, block_masks(spec, 0), device)
     for pack_heads in (True, False):
-        items = mask._items(8, 2, 64, problem.q.element_size(), pack_heads)
-        inputs = (problem.q, problem.k, problem.v, mask.bits, mask.sequences, items)
-        out, lse, _ = ops.forward(*inputs, mask.cols, 16, 64, True, pack_heads, 64**-0.5)
+        items = plan_items(mask, 8, 2, 64, 2, pack_heads) if device == "cuda" else None
+        inputs = (problem.q, problem.k, problem.v, mask.bits, mask.sequences, items, None)
+        out, lse = ops.forward(*inputs, layout_of(mask), pack_heads, 64**-0.5)
         judge(problem, out, lse)
 
 

@@ -9,8 +9,7 @@ import torch
 
 from cases import Case, case
 from gradients import differentiate, goes_by_queries, judge_gradients
-from hbsattn import _layout
-from hbsattn._ops import ops
+from plans import plan_backward, plan_items, take_apart
 from problems import make_problem
 
 pytestmark = pytest.mark.gpu
@@ -79,48 +78,14 @@ def test_many_tiles_by_queries(head_dim: int, causal: bool):
     judge_gradients(problem, differentiate(problem))
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("pack_heads", [False, True])
-@pytest.mark.parametrize("head_dim", [128, 136])
-@pytest.mark.parametrize(
-    "q_block,k_block", [(128, 16), (128, 63), (128, 64), (32, 16), (64, 16), (65, 16), (160, 16), (193, 16), (40, 16)]
-)
-def test_who_needs_columns(q_block: int, k_block: int, head_dim: int, pack_heads: bool, deterministic: bool):
-    """The op and its Python side agree: columns of the mask may be missing where tiles of queries do the work."""
-    spec = case("method", q_block=q_block, k_block=k_block, head_dim=head_dim, mask_heads=1, lens_q=(100, 50))
-    problem = make_problem(spec, "cuda", torch.bfloat16)
-    mask = problem.mask()
-    items = mask._items(spec.heads_q, spec.heads_k, head_dim, 2, pack_heads)
-    tensors = (problem.q, problem.k, problem.v)
-    numbers = (mask.cols, q_block, k_block, False, pack_heads, 0.1, deterministic)
-    out, lse, _ = ops.forward(*tensors, mask.bits, mask.sequences, items, *numbers)
-    nothing = (mask.bits.new_empty((0, 0, 0)), mask.bits.new_empty((0, 16)))
-    arguments = (torch.ones_like(out), None, *tensors, out, lse, mask.bits, mask.sequences, items, *nothing, *numbers)
-    sizes = (1, q_block, k_block, spec.heads_q, spec.heads_k, head_dim, pack_heads, deterministic)
-    if _layout.backward_by_queries(*sizes):
-        ops.backward(*arguments)
-    else:
-        with pytest.raises(ValueError, match="columns has shape"):
-            ops.backward(*arguments)
-
-
 def test_lists_for_backward():
-    """Where the forward's tiles are not those of gradients, neither takes the other's list."""
+    """Where the forward's tiles are not those of gradients, each has a list of its own."""
     spec = case("lists", lens_q=(400,), q_block=192, k_block=64, head_dim=128)
     problem = make_problem(spec, "cuda", torch.bfloat16)
     mask = problem.mask()
     judge_gradients(problem, differentiate(problem, mask=mask, deterministic=True))
-    out, lse = problem.run(mask)
-    numbers = (mask.cols, spec.q_block, spec.k_block, False)
-    heads = (spec.heads_q, spec.heads_k, 128, 2)
-    columns = ops.transpose_bits(mask.bits, mask.cols)
-    keys = ops.plan_keys(columns, mask.sequences, mask.rows, *numbers[1:], *heads, True)
-    lists = [ops.plan_items(mask.bits, mask.sequences, *numbers, *heads, True, x) for x in (False, True)]
-    assert lists[0].shape[0] != lists[1].shape[0]
-    tensors = (problem.q, problem.k, problem.v)
-    rest = (*numbers, True, 0.125)
-    with pytest.raises(ValueError, match="number of work items is .* for a backward"):
-        saved = (*tensors, out, lse, mask.bits, mask.sequences, lists[0], columns, keys)
-        ops.backward(torch.ones_like(out), None, *saved, *rest, True)
-    with pytest.raises(ValueError, match="number of work items is"):
-        ops.forward(*tensors, mask.bits, mask.sequences, lists[1], *rest)
+    call = (spec.heads_q, spec.heads_k, 128, 2, True)
+    plan = plan_backward(mask, *call, rows_k=problem.k.shape[0], deterministic=True)
+    lists = [plan_items(mask, *call), take_apart(mask, plan, *call).items]
+    live = [int((items[:, 0] >= 0).sum()) for items in lists]
+    assert live[0] < live[1]

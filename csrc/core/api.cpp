@@ -7,6 +7,7 @@
 #include "core/select.h"
 #include "core/validate.h"
 #include "hbsattn/hbsattn.h"
+#include "plan/lists.h"
 
 // The one path of a call: validate, select, dispatch.
 
@@ -70,17 +71,24 @@ Status pack_mask(const PackParams& params, Stream stream) {
 int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim, bool pack_heads,
                   bool for_backward) {
   if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return 0;
-  const TileShape tiles = shape_tiles(shape, heads_q, heads_k, head_dim, pack_heads, for_backward);
-  return heads_q / tiles.packed_heads * shape.rows * tiles.tiles;
+  return count_query_items(shape, heads_q, heads_k, head_dim, pack_heads, for_backward);
+}
+
+int64_t item_capacity(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads) {
+  if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return 0;
+  return max_items(shape, heads_q, heads_k, pack_heads);
+}
+
+int64_t key_item_capacity(const MaskShape& shape, int32_t heads_q, int64_t rows_k, bool packed) {
+  if (heads_q < 1 || shape.k_block_size < 1) return 0;
+  return max_key_items(shape, heads_q, rows_k, packed);
 }
 
 Status plan_items(const PlanParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(check_device());
   HBSATTN_RETURN_IF_ERROR(validate_plan(params));
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
-  const int64_t items = num_items(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads,
-                                  params.for_backward);
-  return kernels::plan_items(params, items, stream);
+  return kernels::plan_items(params, stream);
 }
 
 size_t plan_scratch_size(int64_t num_items) { return 3 * sizeof(int32_t) * static_cast<size_t>(num_items); }
@@ -95,19 +103,16 @@ int64_t num_key_items(const KeyPlanParams& params) {
   const MaskShape& shape = params.mask.shape;
   const bool some = params.heads_k > 0 && params.heads_q >= params.heads_k && params.head_dim > 0;
   if (!some || shape.batch < 1 || shape.cols < 1 || shape.k_block_size < 1 || shape.q_block_size < 1) return 0;
-  const KeyTileShape shapes = shape_key_tiles(shape, params.head_dim);
-  const int32_t tile_heads = count_tile_heads(shape, params.heads_q, params.heads_k, params.head_dim,
-                                              params.element_size, params.deterministic);
-  const int64_t pairs = int64_t{params.heads_q / tile_heads} * shape.batch, count = shapes.count(shape);
-  const int64_t tiles = std::min(pairs, INT64_MAX / 2 / count) * count;  // sizes yet to be checked may be too many
-  return tiles + count_part_slots(tiles, shapes.tile_keys, params.head_dim);
+  return size_key_list(shape, params.heads_q, params.heads_k, params.head_dim, params.element_size,
+                       params.deterministic, params.rows_k, params.packed, kernels::current_policy())
+      .items();
 }
 
 Status plan_keys(const KeyPlanParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(check_device());
   HBSATTN_RETURN_IF_ERROR(validate_key_plan(params));
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
-  return kernels::plan_keys(params, num_key_items(params), stream);
+  return kernels::plan_keys(params, stream);
 }
 
 size_t key_plan_scratch_size(int64_t num_key_items) {
@@ -133,9 +138,12 @@ Status forward(const ForwardParams& params, Stream stream) {
       key, "forward", [&](auto config) { return kernels::run_forward<decltype(config)>(params, stream); });
 }
 
-bool backward_by_queries(const ForwardParams& problem, bool deterministic) {
-  return choose_backward_method(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
-                                problem.pack_heads, deterministic) == BackwardMethod::kByQueries;
+BackwardLists backward_lists(const BackwardParams& params) {
+  if (!needs_any(params)) return {false, false};
+  const BackwardMethod method = choose_backward_method(params);
+  const bool deterministic = method == BackwardMethod::kDeterministic;
+  return {deterministic || method == BackwardMethod::kByQueries || method == BackwardMethod::kQueriesOnly,
+          deterministic || method == BackwardMethod::kByKeys || method == BackwardMethod::kKeysOnly};
 }
 
 size_t backward_workspace_size(const BackwardParams& params) {
@@ -145,34 +153,42 @@ size_t backward_workspace_size(const BackwardParams& params) {
     return 0;
   }
   const int padded_head_dim = choose_backward_head_dim(params);
-  if (padded_head_dim == 0) return 0;
-  return static_cast<size_t>(lay_out_backward(problem, padded_head_dim, choose_backward_method(params)).bytes);
+  if (padded_head_dim == 0 || !needs_any(params)) return 0;
+  return static_cast<size_t>(
+      lay_out_backward(params, padded_head_dim, choose_backward_method(params), kernels::current_policy()).bytes);
 }
 
 Status supported(const BackwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(validate_backward(params));
   KernelKey key;
   HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
-  return params.deterministic ? select_grad_queries(params, &key) : Status::Ok();
+  const bool deterministic = choose_backward_method(params) == BackwardMethod::kDeterministic;
+  return deterministic ? select_grad_queries(params, &key) : Status::Ok();
 }
 
 Status backward(const BackwardParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(validate_backward(params));
+  const BackwardMethod method = choose_backward_method(params);
   KernelKey key;
   KernelKey queries_key;
   HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
-  if (params.deterministic) HBSATTN_RETURN_IF_ERROR(select_grad_queries(params, &queries_key));
+  if (method == BackwardMethod::kDeterministic) HBSATTN_RETURN_IF_ERROR(select_grad_queries(params, &queries_key));
   const ForwardParams& problem = params.problem;
-  if (problem.mask.shape.batch == 0 || problem.rows_q == 0 || problem.rows_k == 0) return Status::Ok();
+  const bool empty = problem.mask.shape.batch == 0 || problem.rows_q == 0 || problem.rows_k == 0;
+  if (empty || !needs_any(params)) return Status::Ok();
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
   HBSATTN_RETURN_IF_ERROR(check_addressable(params));
-  if (choose_backward_method(params) == BackwardMethod::kByQueries) {
+  if (method == BackwardMethod::kByQueries) {
     return dispatch<Sm90BackwardQueriesKernels>(
         key, "backward", [&](auto config) { return kernels::run_backward_queries<decltype(config)>(params, stream); });
   }
-  HBSATTN_RETURN_IF_ERROR(dispatch<Sm90BackwardKeysKernels>(
-      key, "backward", [&](auto config) { return kernels::run_backward_keys<decltype(config)>(params, stream); }));
-  if (!params.deterministic) return Status::Ok();
+  if (method == BackwardMethod::kQueriesOnly) {
+    queries_key = key;
+  } else {
+    HBSATTN_RETURN_IF_ERROR(dispatch<Sm90BackwardKeysKernels>(
+        key, "backward", [&](auto config) { return kernels::run_backward_keys<decltype(config)>(params, stream); }));
+  }
+  if (method == BackwardMethod::kByKeys || method == BackwardMethod::kKeysOnly) return Status::Ok();
   return dispatch<Sm90GradQueriesKernels>(queries_key, "deterministic backward", [&](auto config) {
     return kernels::run_grad_queries<decltype(config)>(params, stream);
   });

@@ -15,11 +15,12 @@ Status no_cuda() {
 }  // namespace
 
 Status current_device(int*, int*) { return no_cuda(); }
+DevicePolicy current_policy() { return {}; }
 Status make_sequences(const SequencesParams&, Stream) { return no_cuda(); }
 Status pack_mask(const PackParams&, Stream) { return no_cuda(); }
-Status plan_items(const PlanParams&, int64_t, Stream) { return no_cuda(); }
+Status plan_items(const PlanParams&, Stream) { return no_cuda(); }
 Status transpose_mask(const TransposeParams&, Stream) { return no_cuda(); }
-Status plan_keys(const KeyPlanParams&, int64_t, Stream) { return no_cuda(); }
+Status plan_keys(const KeyPlanParams&, Stream) { return no_cuda(); }
 
 }  // namespace hbsattn::kernels
 

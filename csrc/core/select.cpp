@@ -74,16 +74,22 @@ int query_tile_rows(const ForwardParams& problem, bool for_backward) {
 
 int backward_tile_rows(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
-  return choose_backward_method(params) == BackwardMethod::kByQueries
+  const BackwardMethod method = choose_backward_method(params);
+  return method == BackwardMethod::kByQueries || method == BackwardMethod::kQueriesOnly
              ? query_tile_rows(problem, true)
              : shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys;
 }
 
 HeadDims find_backward_head_dims(const BackwardParams& params) {
   const int tile_rows = backward_tile_rows(params);
-  return choose_backward_method(params) == BackwardMethod::kByQueries
-             ? find_head_dims<Sm90BackwardQueriesKernels>(params.problem, tile_rows)
-             : find_head_dims<Sm90BackwardKeysKernels>(params.problem, tile_rows);
+  switch (choose_backward_method(params)) {
+    case BackwardMethod::kByQueries:
+      return find_head_dims<Sm90BackwardQueriesKernels>(params.problem, tile_rows);
+    case BackwardMethod::kQueriesOnly:
+      return find_head_dims<Sm90GradQueriesKernels>(params.problem, tile_rows);
+    default:
+      return find_head_dims<Sm90BackwardKeysKernels>(params.problem, tile_rows);
+  }
 }
 
 Status select(const ForwardParams& problem, const HeadDims& found, int tile_rows, const char* where, KernelKey* key) {
@@ -142,9 +148,9 @@ Status check_addressable(const ForwardParams& params) {
 Status check_addressable(const BackwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_addressable(params.problem));
   HBSATTN_RETURN_IF_ERROR(check_view("grad_out", params.grad_out, params.problem.dtype));
-  HBSATTN_RETURN_IF_ERROR(check_view("grad_q", params.grad_q, params.problem.dtype));
-  HBSATTN_RETURN_IF_ERROR(check_view("grad_k", params.grad_k, params.problem.dtype));
-  return check_view("grad_v", params.grad_v, params.problem.dtype);
+  if (params.needs_q) HBSATTN_RETURN_IF_ERROR(check_view("grad_q", params.grad_q, params.problem.dtype));
+  if (params.needs_k) HBSATTN_RETURN_IF_ERROR(check_view("grad_k", params.grad_k, params.problem.dtype));
+  return params.needs_v ? check_view("grad_v", params.grad_v, params.problem.dtype) : Status::Ok();
 }
 
 Status check_device() {
@@ -161,12 +167,6 @@ Status select_forward(const ForwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_dtype(params.dtype));
   const int tile_rows = query_tile_rows(params, false);
   return select(params, find_head_dims<Sm90ForwardKernels>(params, tile_rows), tile_rows, " on CUDA", key);
-}
-
-BackwardMethod choose_backward_method(const BackwardParams& params) {
-  const ForwardParams& problem = params.problem;
-  return choose_backward_method(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
-                                problem.pack_heads, params.deterministic);
 }
 
 int choose_backward_head_dim(const BackwardParams& params) { return find_backward_head_dims(params).chosen; }

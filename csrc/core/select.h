@@ -21,7 +21,8 @@ Status select_forward(const ForwardParams& params, KernelKey* key);
 Status select_backward(const BackwardParams& params, KernelKey* key);
 Status select_grad_queries(const BackwardParams& params, KernelKey* key);  // of a deterministic call, beside the other
 
-BackwardMethod choose_backward_method(const BackwardParams& params);
+// Whether a backward has anything to compute.
+inline bool needs_any(const BackwardParams& params) { return params.needs_q || params.needs_k || params.needs_v; }
 
 // The head dim that the backward kernel of a problem is compiled for, on whatever device; 0: there is none.
 int choose_backward_head_dim(const BackwardParams& params);

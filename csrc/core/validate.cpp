@@ -66,6 +66,12 @@ Status check_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k) {
 // Of the work list; heads are valid.
 Status check_num_items(int64_t items) { return check_range("the number of tiles", items, 0, kItemsLimit); }
 
+// The length of a list that must hold `needed` records; more are dead. `made_for`: what decides that.
+Status check_room(const char* name, int64_t room, int64_t needed, const std::string& made_for) {
+  if (room < needed) return wrong_value(name, room, "at least " + std::to_string(needed) + ", " + made_for);
+  return check_range(name, room, 0, kItemsLimit);
+}
+
 // Items that a call has.
 int64_t count_items(const ForwardParams& problem, bool for_backward) {
   return num_items(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads,
@@ -73,11 +79,6 @@ int64_t count_items(const ForwardParams& problem, bool for_backward) {
 }
 int64_t count_items(const PlanParams& plan) {
   return num_items(plan.mask.shape, plan.heads_q, plan.heads_k, plan.head_dim, plan.pack_heads, plan.for_backward);
-}
-
-// Whether a backward streams keys past tiles of queries, so that it has a work list of those.
-bool has_query_tiles(const BackwardParams& params) {
-  return params.deterministic || backward_by_queries(params.problem, params.deterministic);
 }
 
 // What decides the work list of a backward.
@@ -89,6 +90,8 @@ KeyPlanParams key_plan_of(const BackwardParams& params) {
   plan.heads_k = problem.heads_k;
   plan.head_dim = problem.head_dim;
   plan.deterministic = params.deterministic;
+  plan.packed = problem.packed;
+  plan.rows_k = problem.rows_k;
   return plan;
 }
 
@@ -241,7 +244,8 @@ Status check_pointers(const PlanParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_pointer("bits", params.mask.bits, shape.heads * shape.rows * shape.words()));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", params.mask.sequences, shape.batch));
   HBSATTN_RETURN_IF_ERROR(check_pointer("scratch", params.scratch, items));
-  return check_pointer("items", params.items, items);
+  HBSATTN_RETURN_IF_ERROR(check_room("num_items", params.num_items, items, "as num_items() says"));
+  return check_pointer("items", params.items, params.num_items);
 }
 
 Status validate_transpose(const TransposeParams& params) {
@@ -257,6 +261,7 @@ Status validate_key_plan(const KeyPlanParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_heads(shape, params.heads_q, params.heads_k));
   HBSATTN_RETURN_IF_ERROR(check_range("head_dim", params.head_dim, 1, kMaxHeadDim + 1));
   HBSATTN_RETURN_IF_ERROR(check_range("element_size", params.element_size, 1, 9));
+  HBSATTN_RETURN_IF_ERROR(check_range("rows_k", params.rows_k, 0, kInt32Limit));
   return check_num_key_items(params);
 }
 
@@ -266,7 +271,8 @@ Status check_pointers(const KeyPlanParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_pointer("columns", params.columns, shape.heads * shape.cols * shape.row_words()));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", params.mask.sequences, shape.batch));
   HBSATTN_RETURN_IF_ERROR(check_pointer("scratch", params.scratch, items));
-  return check_pointer("items", params.items, items);
+  HBSATTN_RETURN_IF_ERROR(check_room("num_items", params.num_items, items, "as num_key_items() says"));
+  return check_pointer("items", params.items, params.num_items);
 }
 
 Status validate_problem(const ForwardParams& params) {
@@ -287,13 +293,10 @@ Status validate_problem(const ForwardParams& params) {
 Status validate_items(const ForwardParams& params, bool for_backward) {
   const int64_t items = count_items(params, for_backward);
   HBSATTN_RETURN_IF_ERROR(check_num_items(items));
-  if (params.items != nullptr && params.num_items != items) {
-    return wrong_value(
-        "the number of work items", params.num_items,
-        std::to_string(items) + ", as plan_items makes for this mask, heads_q = " + std::to_string(params.heads_q) +
-            " and heads_k = " + std::to_string(params.heads_k) + (for_backward ? ", for a backward" : ""));
-  }
-  return Status::Ok();
+  if (params.items == nullptr) return Status::Ok();
+  return check_room("the number of work items", params.num_items, items,
+                    "as plan_items makes for this mask, heads_q = " + std::to_string(params.heads_q) +
+                        " and heads_k = " + std::to_string(params.heads_k) + (for_backward ? ", for a backward" : ""));
 }
 
 Status validate_forward(const ForwardParams& params) {
@@ -312,19 +315,18 @@ Status check_pointers(const ForwardParams& params) {
 Status validate_backward(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
   HBSATTN_RETURN_IF_ERROR(validate_problem(problem));
-  if (has_query_tiles(params)) HBSATTN_RETURN_IF_ERROR(validate_items(problem, true));
-  if (backward_by_queries(problem, params.deterministic)) return Status::Ok();
+  const BackwardLists lists = backward_lists(params);
+  if (lists.items) HBSATTN_RETURN_IF_ERROR(validate_items(problem, true));
+  if (!lists.keys) return Status::Ok();
   const KeyPlanParams plan = key_plan_of(params);
   const int64_t items = num_key_items(plan);
   HBSATTN_RETURN_IF_ERROR(check_num_key_items(plan));
-  if (params.key_items != nullptr && params.num_key_items != items) {
-    return wrong_value(
-        "the number of key work items", params.num_key_items,
-        std::to_string(items) + ", as plan_keys makes for this mask, heads_q = " + std::to_string(problem.heads_q) +
-            ", heads_k = " + std::to_string(problem.heads_k) + ", head_dim = " + std::to_string(problem.head_dim) +
-            (params.deterministic ? " and deterministic" : ""));
-  }
-  return Status::Ok();
+  if (params.key_items == nullptr) return Status::Ok();
+  return check_room(
+      "the number of key work items", params.num_key_items, items,
+      "as plan_keys makes for this mask, " + std::to_string(problem.rows_k) +
+          " keys, heads_q = " + std::to_string(problem.heads_q) + ", heads_k = " + std::to_string(problem.heads_k) +
+          ", head_dim = " + std::to_string(problem.head_dim) + (params.deterministic ? " and deterministic" : ""));
 }
 
 Status check_pointers(const BackwardParams& params) {
@@ -335,16 +337,16 @@ Status check_pointers(const BackwardParams& params) {
   const int64_t keys = count_key_rows(problem) * problem.head_dim;
   HBSATTN_RETURN_IF_ERROR(check_tensors(problem));
   HBSATTN_RETURN_IF_ERROR(check_pointer("grad_out", params.grad_out.data, queries));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("grad_q", params.grad_q.data, queries));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("grad_k", params.grad_k.data, keys));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("grad_v", params.grad_v.data, keys));
+  if (params.needs_q) HBSATTN_RETURN_IF_ERROR(check_pointer("grad_q", params.grad_q.data, queries));
+  if (params.needs_k) HBSATTN_RETURN_IF_ERROR(check_pointer("grad_k", params.grad_k.data, keys));
+  if (params.needs_v) HBSATTN_RETURN_IF_ERROR(check_pointer("grad_v", params.grad_v.data, keys));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", problem.mask.sequences, shape.batch));
-  const bool by_queries = backward_by_queries(problem, params.deterministic);
-  if (!by_queries) {
+  const BackwardLists lists = backward_lists(params);
+  if (lists.keys) {
     HBSATTN_RETURN_IF_ERROR(check_pointer("columns", params.columns, shape.heads * shape.cols * shape.row_words()));
     HBSATTN_RETURN_IF_ERROR(check_pointer("key_items", params.key_items, num_key_items(key_plan_of(params))));
   }
-  if (has_query_tiles(params)) {
+  if (lists.items) {
     HBSATTN_RETURN_IF_ERROR(check_pointer("bits", problem.mask.bits, shape.heads * shape.rows * shape.words()));
     HBSATTN_RETURN_IF_ERROR(check_pointer("items", problem.items, count_items(problem, true)));
   }

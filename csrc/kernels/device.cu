@@ -1,20 +1,84 @@
+#include <mutex>
 #include <utility>
+#include <vector>
 
-#include "kernels/common/cuda_status.h"
+#include "kernels/common/launch.cuh"
 #include "kernels/instances.h"
 
 namespace hbsattn::kernels {
+namespace {
 
-Status current_device(int* compute_capability, int* multiprocessors) {
-  int device = 0, major = 0, minor = 0;
-  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetDevice(&device), "cudaGetDevice"));
+struct Device {
+  int capability = 0;  // major * 10 + minor; 0: not asked for yet
+  DevicePolicy policy;
+  std::vector<std::pair<const void*, int>> shared_bytes;  // that kernels may have
+};
+
+// What the runtime has been asked, by device.
+struct Devices {
+  std::mutex mutex;
+  std::vector<Device> known;
+};
+
+Devices& devices() {
+  static Devices all;
+  return all;
+}
+
+Status ask_runtime(int index, Device& device) {
+  int major = 0, minor = 0, multiprocessors = 0, l2_bytes = 0, shared_bytes = 0;
   for (auto [value, attribute] :
        {std::pair{&major, cudaDevAttrComputeCapabilityMajor}, std::pair{&minor, cudaDevAttrComputeCapabilityMinor},
-        std::pair{multiprocessors, cudaDevAttrMultiProcessorCount}}) {
-    HBSATTN_RETURN_IF_ERROR(cuda_status(cudaDeviceGetAttribute(value, attribute, device), "cudaDeviceGetAttribute"));
+        std::pair{&multiprocessors, cudaDevAttrMultiProcessorCount}, std::pair{&l2_bytes, cudaDevAttrL2CacheSize},
+        std::pair{&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor}}) {
+    HBSATTN_RETURN_IF_ERROR(cuda_status(cudaDeviceGetAttribute(value, attribute, index), "cudaDeviceGetAttribute"));
   }
-  *compute_capability = major * 10 + minor;
+  device.policy = {multiprocessors, l2_bytes, shared_bytes};
+  device.capability = major * 10 + minor;
   return Status::Ok();
+}
+
+// Calls use(device) with what is known of the current device, while nobody else uses it.
+template <class Use>
+Status with_current_device(Use&& use) {
+  int index = 0;
+  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetDevice(&index), "cudaGetDevice"));
+  const std::lock_guard lock(devices().mutex);
+  auto& known = devices().known;
+  if (known.size() <= static_cast<size_t>(index)) known.resize(index + 1);
+  if (known[index].capability == 0) HBSATTN_RETURN_IF_ERROR(ask_runtime(index, known[index]));
+  return use(known[index]);
+}
+
+}  // namespace
+
+Status current_device(int* compute_capability, int* multiprocessors) {
+  return with_current_device([&](const Device& device) {
+    *compute_capability = device.capability;
+    *multiprocessors = device.policy.multiprocessors;
+    return Status::Ok();
+  });
+}
+
+DevicePolicy current_policy() {
+  DevicePolicy policy;
+  const Status status = with_current_device([&](const Device& device) {
+    policy = device.policy;
+    return Status::Ok();
+  });
+  return status.ok() ? policy : DevicePolicy{};
+}
+
+Status allow_shared_bytes(const void* kernel, int bytes) {
+  return with_current_device([&](Device& device) {
+    for (const auto& [known, at_most] : device.shared_bytes) {
+      if (known == kernel && at_most == bytes) return Status::Ok();
+    }
+    HBSATTN_RETURN_IF_ERROR(cuda_status(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute"));
+    device.shared_bytes.emplace_back(kernel, bytes);
+    return Status::Ok();
+  });
 }
 
 }  // namespace hbsattn::kernels

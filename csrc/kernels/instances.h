@@ -5,6 +5,7 @@
 
 #include "hbsattn/params.h"
 #include "hbsattn/status.h"
+#include "plan/policy.h"
 
 namespace hbsattn::kernels {
 
@@ -12,10 +13,10 @@ namespace hbsattn::kernels {
 void make_sequences_on_host(const SequencesParams& params);  // in every build
 Status make_sequences(const SequencesParams& params, Stream stream);
 Status pack_mask(const PackParams& params, Stream stream);
-Status plan_items(const PlanParams& params, int64_t num_items, Stream stream);
+Status plan_items(const PlanParams& params, Stream stream);
 
 Status transpose_mask(const TransposeParams& params, Stream stream);
-Status plan_keys(const KeyPlanParams& params, int64_t num_key_items, Stream stream);
+Status plan_keys(const KeyPlanParams& params, Stream stream);
 
 // sm90/, instantiated for each kernel of sm90/instances.txt
 template <class Config>
@@ -44,5 +45,8 @@ int backward_queries_shared_bytes();
 
 // Compute capability (major * 10 + minor) and multiprocessors of the current device.
 Status current_device(int* compute_capability, int* multiprocessors);
+
+// What planning knows of the current device; the defaults where there is none.
+DevicePolicy current_policy();
 
 }  // namespace hbsattn::kernels

@@ -5,13 +5,10 @@
 #include <cstdint>
 
 #include "hbsattn/params.h"
+#include "plan/policy.h"
 #include "plan/tiles.h"
 
 namespace hbsattn {
-
-// Queries, output gradients and sums of query gradients that tiles which run at the same time should find in L2 (50 MB,
-// of which what they keep and write and the far partition take a share).
-inline constexpr int64_t kSectionBytes = int64_t{32} << 20;
 
 // Of a row. Head dims that are padded in copies must not be planned differently from the copies.
 constexpr int64_t count_row_bytes(int32_t head_dim, int32_t element_size) {
@@ -28,25 +25,18 @@ constexpr int64_t count_query_bytes(const MaskShape& shape, int32_t head_dim, in
 
 inline constexpr int32_t kElementSize = 2;  // bytes, of every dtype that kernels are compiled for
 
-// Keys of all tiles that run at the same time: two CTAs or one to each of 132 multiprocessors. Shorter sequences have
-// as many tiles in flight, of several key heads.
-inline constexpr int64_t kRunningKeys = 132 * 128;
-// What their queries may take of L2, and of what a key head's queries may take until it pays to add gradients of keys
-// up.
-inline constexpr int64_t kRunningBytes = int64_t{36} << 20, kTogetherBytes = int64_t{5} << 20;
-
 // Query heads that one tile of the backward pass streams: those that read its key head, so that the gradients of its
 // keys never leave registers. Where the queries of that many outgrow L2 before they are used again, as many as fit, and
 // the tiles of a key head pass on the sum of what they have: the sums of four or more heads take less than half the
 // memory of those of the queries. Causal tiles have different numbers of stages and are soon at different heads.
 constexpr int32_t count_tile_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
-                                   int32_t element_size, bool deterministic) {
+                                   int32_t element_size, bool deterministic, const DevicePolicy& policy) {
   const int32_t group = heads_q / heads_k;
   if (deterministic || group < 4 || shape.batch < 1) return group;
   const int64_t of_head = count_query_bytes(shape, head_dim, element_size);
-  if (of_head <= kTogetherBytes / group) return group;
-  const int64_t running = kRunningKeys * count_row_bytes(head_dim, element_size);
-  const int64_t fit = kRunningBytes / (of_head > running ? of_head : running) / (shape.causal ? 2 : 1);
+  if (of_head <= policy.together_bytes() / group) return group;
+  const int64_t running = policy.running_keys() * count_row_bytes(head_dim, element_size);
+  const int64_t fit = policy.running_bytes() / (of_head > running ? of_head : running) / (shape.causal ? 2 : 1);
   int32_t heads = group;
   while (heads > 1 && (heads > fit || group % heads != 0)) --heads;
   return heads;

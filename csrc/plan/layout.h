@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "hbsattn/params.h"
+#include "plan/lists.h"
 #include "plan/tiles.h"
 
 namespace hbsattn::mask {
@@ -118,6 +119,7 @@ struct ItemGrid {
 struct Item {
   WorkItem record;    // without counts of blocks
   int32_t clean_end;  // columns before this one are visible to all rows of the tile, to their last key
+  bool has_queries;   // false: the tile lies behind the end of its sequence, or the sequence has no such block
 };
 
 constexpr Item make_item(const ItemGrid& grid, int64_t index) {
@@ -162,6 +164,7 @@ constexpr Item make_item(const ItemGrid& grid, int64_t index) {
   }
   if (first > last) return item;
 
+  item.has_queries = true;
   record.col_end = columns_up_to(shape, last_key(shape, sequence, block_row + last));
   item.clean_end = whole_blocks(shape, last_key(shape, sequence, block_row + first) + 1);
   return item;
@@ -211,21 +214,25 @@ constexpr RowRange find_rows(const MaskShape& shape, int32_t row_begin, int32_t 
   return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
 }
 
-// The work list of the backward pass before it is put in order: sets of query heads, sequences, groups of united
-// columns, tiles of a block.
+// The work list of the backward pass before it is put in order: sets of query heads, groups of united columns of all
+// sequences (KeyListShape), tiles of a group.
 struct KeyGrid {
   MaskShape shape;
   const Sequence* sequences;
   KeyTileShape tiles;
-  int32_t count;                // tiles of one sequence and set of heads
+  KeyListShape list;
   int32_t tile_heads;           // query heads of a set
   int32_t heads_per_mask_head;  // query heads
+  int32_t units;                // DevicePolicy::units
 };
 
-constexpr KeyGrid make_key_grid(const MaskView& mask, int32_t heads_q, int32_t tile_heads, int32_t head_dim) {
-  const KeyTileShape tiles = shape_key_tiles(mask.shape, head_dim);
-  const auto count = static_cast<int32_t>(tiles.count(mask.shape));
-  return {mask.shape, mask.sequences, tiles, count, tile_heads, heads_q / mask.shape.heads};
+constexpr KeyGrid make_key_grid(const KeyPlanParams& params, int32_t tile_heads, const DevicePolicy& policy) {
+  const MaskShape& shape = params.mask.shape;
+  const KeyTileShape tiles = shape_key_tiles(shape, params.head_dim);
+  return {shape,         params.mask.sequences,
+          tiles,         shape_key_list(shape, tiles, params.rows_k, params.packed),
+          tile_heads,    params.heads_q / shape.heads,
+          policy.units()};
 }
 
 // Masks that a set of query heads has: all share one, or each has its own. The first is that of the first head.
@@ -236,32 +243,57 @@ constexpr int32_t first_mask_head(const KeyGrid& grid, int32_t head_set) {
   return head_set * grid.tile_heads / grid.heads_per_mask_head;
 }
 
-// Without what is active.
+// Groups of united columns before those of sequence b. Ascends with b where the table is honest.
+constexpr int64_t groups_before(const KeyGrid& grid, int64_t b) {
+  if (!grid.list.packed) return b * grid.list.groups_of_sequence;
+  const int64_t columns = clamp<int64_t>(grid.sequences[b].col_begin, 0, grid.list.columns);
+  return static_cast<uint32_t>(columns) / grid.tiles.united + b;
+}
+
+// The last sequence whose groups begin at this one or before. Where the table lies, some sequence.
+constexpr int32_t find_sequence_of_group(const KeyGrid& grid, int32_t group) {
+  if (!grid.list.packed) return group / static_cast<int32_t>(grid.list.groups_of_sequence);
+  int32_t first = 0, end = grid.shape.batch;
+  while (end - first > 1) {
+    const int32_t middle = first + (end - first) / 2;
+    if (groups_before(grid, middle) <= group) {
+      first = middle;
+    } else {
+      end = middle;
+    }
+  }
+  return first;
+}
+
+// Without what is active. A place that no tile of its sequence falls on, or whose tile has no keys, has column -1.
+// Whatever the table says, no two places have the same tile, as a group of a sequence has one place.
 constexpr KeyItem make_key_item(const KeyGrid& grid, int64_t index) {
   const MaskShape& shape = grid.shape;
   // Not 64-bit divisions: those are subroutines on a GPU.
-  const int32_t pair = static_cast<int32_t>(index) / grid.count, tile = static_cast<int32_t>(index) % grid.count;
-  const int32_t column = tile / grid.tiles.tiles * grid.tiles.united;
-  const int64_t block_begin = int64_t{column} * shape.k_block_size;
-  const int64_t first_key = block_begin + int64_t{tile % grid.tiles.tiles} * grid.tiles.tile_keys;
+  const int32_t line = static_cast<int32_t>(index) / grid.tiles.tiles;
+  const int32_t tile = static_cast<int32_t>(index) % grid.tiles.tiles;
+  const int32_t groups = static_cast<int32_t>(grid.list.groups);
+  const int32_t group = line % groups;
 
   KeyItem item{};
-  item.sequence = pair % shape.batch;
-  item.head_set = pair / shape.batch;
+  item.column = -1;
+  item.sequence = find_sequence_of_group(grid, group);
+  item.head_set = line / groups;
   const Sequence& sequence = grid.sequences[item.sequence];
   item.row_begin = sequence.row_begin;
   item.q_begin = sequence.q_begin;
   item.q_len = sequence.q_len;
   item.k_begin = sequence.k_begin;
   item.k_len = sequence.k_len;
-  if (first_key >= sequence.k_len) {
-    item.column = -1;
-    return item;
-  }
+  const int64_t column = (group - groups_before(grid, item.sequence)) * grid.tiles.united;
+  if (column < 0 || column >= shape.cols) return item;
+  const int64_t block_begin = column * shape.k_block_size;
+  const int64_t first_key = block_begin + int64_t{tile} * grid.tiles.tile_keys;
+  if (first_key >= sequence.k_len) return item;
   const int64_t blocks_end =
       block_begin + smaller<int64_t>(grid.tiles.united, shape.cols - column) * shape.k_block_size;
   const int64_t end = smaller(smaller(first_key + grid.tiles.tile_keys, blocks_end), int64_t{sequence.k_len});
-  item.column = column;
+  item.column = static_cast<int32_t>(column);
   item.first_key = static_cast<int32_t>(first_key);
   item.keys = static_cast<int32_t>(end - first_key);
   item.united = (item.keys - 1) / shape.k_block_size + 1;
@@ -269,17 +301,19 @@ constexpr KeyItem make_key_item(const KeyGrid& grid, int64_t index) {
 }
 
 // Whether an item is so much heavier than the mean of `items` items, which weigh `total` together, that a
-// multiprocessor which came to it late would still compute it when all others are done.
-constexpr bool is_heavy(int32_t weight, uint64_t total, uint32_t items) {
+// multiprocessor which came to it late would still compute it when all others are done: more than a 32nd of what each
+// of `units` multiprocessors computes in all.
+constexpr bool is_heavy(int32_t units, int32_t weight, uint64_t total, uint32_t items) {
   const uint64_t positive = larger(weight, 0);
-  return positive * items > 3 * total && positive * 4096 > total;
+  return positive * items > 3 * total && positive * 32 * static_cast<uint32_t>(units) > total;
 }
 
 // Parts that a heavy item is cut into: none much longer than a quarter of what a multiprocessor computes in all, or
 // than what pays for adding them up again.
-constexpr int32_t count_parts(const MaskShape& shape, int32_t weight, uint64_t total) {
+constexpr int32_t count_parts(const MaskShape& shape, int32_t units, int32_t weight, uint64_t total) {
   constexpr int32_t kMostParts = 32, kQueries = 2048;
-  const auto quarter = static_cast<uint32_t>(smaller<uint64_t>(total >> 9, INT32_MAX));
+  // A 64-bit division, a subroutine on a GPU: few items are heavy.
+  const auto quarter = static_cast<uint32_t>(smaller<uint64_t>(total / (4 * static_cast<uint32_t>(units)), INT32_MAX));
   const uint32_t longest = larger<uint32_t>(quarter, (kQueries - 1) / shape.q_block_size + 1);
   return smaller<int32_t>((static_cast<uint32_t>(weight) - 1) / longest + 1, kMostParts);
 }

@@ -78,11 +78,14 @@ struct KeyTileShape {
   constexpr int64_t count(const MaskShape& shape) const { return (shape.cols + united - 1) / united * tiles; }
 };
 
+constexpr KeyTileShape cut_key_blocks(int32_t k_block_size, int32_t tile_keys) {
+  const bool unite = k_block_size % kGranule == 0 && k_block_size < tile_keys;
+  return {tile_keys, static_cast<int32_t>((int64_t{k_block_size} + tile_keys - 1) / tile_keys),
+          unite ? tile_keys / k_block_size : 1};
+}
+
 constexpr KeyTileShape shape_key_tiles(const MaskShape& shape, int32_t head_dim) {
-  const int32_t tile_keys = head_dim <= 128 ? choose_tile_rows(shape.k_block_size, head_dim) : 64;
-  const bool unite = shape.k_block_size % kGranule == 0 && shape.k_block_size < tile_keys;
-  return {tile_keys, static_cast<int32_t>((int64_t{shape.k_block_size} + tile_keys - 1) / tile_keys),
-          unite ? tile_keys / shape.k_block_size : 1};
+  return cut_key_blocks(shape.k_block_size, head_dim <= 128 ? choose_tile_rows(shape.k_block_size, head_dim) : 64);
 }
 
 }  // namespace hbsattn

@@ -15,12 +15,17 @@ enum class BackwardMethod {
   kByKeys,         // by tiles of keys; those of queries are added up in global memory
   kByQueries,      // by tiles of queries; those of keys and values are added up
   kDeterministic,  // those of keys and values by tiles of keys, those of queries by tiles of queries
+  kKeysOnly,       // of these, the former alone: nobody needs those of queries
+  kQueriesOnly,    // the latter alone
 };
 
 // Tiles of keys compute scores of whole tiles. Where several key blocks share one, tiles of queries compute only those
 // that are wanted; as many additions to global memory as tiles of 64 keys need make them slower else.
 constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t heads_q, int32_t heads_k,
-                                                int32_t head_dim, bool pack_heads, bool deterministic) {
+                                                int32_t head_dim, bool pack_heads, bool deterministic, bool needs_q,
+                                                bool needs_keys) {
+  if (!needs_keys) return BackwardMethod::kQueriesOnly;
+  if (!needs_q) return BackwardMethod::kKeysOnly;
   if (deterministic) return BackwardMethod::kDeterministic;
   // Sizes yet to be checked.
   if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return BackwardMethod::kByKeys;
@@ -29,41 +34,52 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
   return by_queries ? BackwardMethod::kByQueries : BackwardMethod::kByKeys;
 }
 
+constexpr BackwardMethod choose_backward_method(const BackwardParams& params) {
+  const ForwardParams& problem = params.problem;
+  return choose_backward_method(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
+                                problem.pack_heads, params.deterministic, params.needs_q,
+                                params.needs_k || params.needs_v);
+}
+
 // What the backward pass keeps in its workspace: for each query row, padded to whole granules in each block, its
 // log-sum-exp and the dot product of output and output gradient, and, by keys, its gradient in float32. Byte offsets.
 struct BackwardWorkspace {
   int64_t block_rows;    // of a query block, padded
   int64_t rows;          // of a head
-  int64_t ticket;        // of the persistent CTAs, and behind it a counter for each warpgroup's half of each slot
+  int64_t tickets;       // of the persistent CTAs of up to kTickets kernels, and behind them a counter for each
+                         // warpgroup's half of each slot
   int64_t set_counters;  // (heads_k, batch * rows_k), twice above head dim 128, if sets of heads pass sums on
   int64_t sums;        // that tiles add to: by keys, (heads_q, rows / 16) chunks of 16 x padded head_dim floats, in the
                        // order of accumulators; by queries, (2, heads_k, batch * rows_k, padded head_dim) floats
-  int64_t zeroed;      // bytes from `ticket` on that are to be 0
+  int64_t zeroed;      // bytes from `tickets` on that are to be 0, a multiple of 16
   int64_t statistics;  // two arrays (heads_q, rows) of float, each followed by kPaddingRows for rows that do not exist
   int64_t parts;       // gradients of keys and values in parts of tiles, slot after slot
   int64_t set_sums;    // (heads_k, batch * rows_k, 2 x padded head_dim) floats, if sets of heads pass sums on
   int64_t bytes;
 
+  static constexpr int64_t kTickets = 2;
   static constexpr int64_t kPaddingRows = 64;
   static constexpr int64_t kAlignment = 128;
 };
 
 // `padded_head_dim` is the kernel's.
-constexpr BackwardWorkspace lay_out_backward(const ForwardParams& problem, int32_t padded_head_dim,
-                                             BackwardMethod method) {
+constexpr BackwardWorkspace lay_out_backward(const BackwardParams& params, int32_t padded_head_dim,
+                                             BackwardMethod method, const DevicePolicy& policy) {
   const auto align = [](int64_t bytes) {
     return (bytes + BackwardWorkspace::kAlignment - 1) / BackwardWorkspace::kAlignment * BackwardWorkspace::kAlignment;
   };
+  const ForwardParams& problem = params.problem;
   const MaskShape& shape = problem.mask.shape;
   const KeyTileShape tiles = shape_key_tiles(shape, problem.head_dim);
   const bool by_keys = method == BackwardMethod::kByKeys, by_queries = method == BackwardMethod::kByQueries;
-  const int32_t tile_heads =
-      count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, !by_keys);
-  const bool passes_sets = !by_queries && tile_heads < problem.heads_q / problem.heads_k;
+  const bool key_tiles = !by_queries && method != BackwardMethod::kQueriesOnly;
+  const int32_t tile_heads = count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize,
+                                              params.deterministic, policy);
+  const bool passes_sets = key_tiles && tile_heads < problem.heads_q / problem.heads_k;
   const int64_t all_tiles = int64_t{problem.heads_q / tile_heads} * shape.batch * tiles.count(shape);
   const int64_t keys = problem.heads_k * problem.rows_k * (problem.packed ? 1 : shape.batch);
   const int64_t key_bytes = 2 * 4 * keys * padded_head_dim;
-  const int64_t slots = by_queries ? 0 : count_part_slots(all_tiles, tiles.tile_keys, problem.head_dim);
+  const int64_t slots = key_tiles ? count_part_slots(all_tiles, tiles.tile_keys, problem.head_dim) : 0;
   // Blocks may be longer than all sequences. Segments must not reach into the next block's rows.
   const int64_t block = (int64_t{shape.q_block_size} + kGranule - 1) / kGranule * kGranule;
   const int64_t longest = (problem.rows_q + 63) / 64 * 64;
@@ -71,7 +87,7 @@ constexpr BackwardWorkspace lay_out_backward(const ForwardParams& problem, int32
   workspace.block_rows = block < longest ? block : longest;
   workspace.rows = shape.rows * workspace.block_rows;
   const int64_t query_bytes = 4 * problem.heads_q * workspace.rows * padded_head_dim;
-  workspace.set_counters = workspace.ticket + align(4 * (1 + 2 * slots));
+  workspace.set_counters = workspace.tickets + align(4 * (BackwardWorkspace::kTickets + 2 * slots));
   workspace.sums = workspace.set_counters + align(passes_sets ? 4 * keys * (padded_head_dim > 128 ? 2 : 1) : 0);
   workspace.zeroed = workspace.sums + (by_queries ? key_bytes : by_keys ? query_bytes : 0);
   workspace.statistics = align(workspace.zeroed);

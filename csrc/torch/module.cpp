@@ -1,4 +1,4 @@
-// hbsattn._C: what this build contains. Loading it registers the operators of ops.cpp.
+// hbsattn._C: what this build contains. Loading it registers the operators of schemas.cpp.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -88,6 +88,9 @@ int64_t count_items(bool for_backward) {
   return hbsattn::num_items(mask_shape(), kHeadsQ, kHeadsK, kHeadDim, true, for_backward);
 }
 
+// A list may have room for more than it needs.
+int64_t room_for_items(bool for_backward) { return count_items(for_backward) + 100; }
+
 hbsattn::Status plan_items(const Buffers& buffers, bool for_backward) {
   hbsattn::PlanParams params;
   params.mask = mask_view(buffers);
@@ -98,6 +101,7 @@ hbsattn::Status plan_items(const Buffers& buffers, bool for_backward) {
   params.for_backward = for_backward;
   params.scratch = buffers.scratch;
   params.items = static_cast<hbsattn::WorkItem*>(for_backward ? buffers.backward_items : buffers.items);
+  params.num_items = room_for_items(for_backward);
   return hbsattn::plan_items(params, nullptr);
 }
 
@@ -121,7 +125,7 @@ hbsattn::ForwardParams forward_params(const Buffers& buffers) {
   params.softmax_scale = kScale;
   params.mask = mask_view(buffers);
   params.items = static_cast<hbsattn::WorkItem*>(buffers.items);
-  params.num_items = count_items(false);
+  params.num_items = room_for_items(false);
   params.workspace = buffers.workspace;
   return params;
 }
@@ -139,27 +143,40 @@ hbsattn::KeyPlanParams key_plan_params(const Buffers& buffers, bool deterministi
   params.head_dim = kHeadDim;
   params.element_size = 2;
   params.deterministic = deterministic;
+  params.packed = true;
+  params.rows_k = kTotalK;
   params.scratch = buffers.key_scratch;
   params.items = static_cast<hbsattn::KeyItem*>(buffers.key_items);
+  params.num_items = hbsattn::num_key_items(params) + 100;
   return params;
 }
 
-hbsattn::BackwardParams backward_params(const Buffers& buffers, bool deterministic) {
+// What of a backward is asked for.
+struct Gradients {
+  bool deterministic = false;
+  bool q = true, k = true, v = true;
+};
+
+// Lists that a backward does not read, and gradients that it need not write, are null.
+hbsattn::BackwardParams backward_params(const Buffers& buffers, const Gradients& gradients) {
   hbsattn::BackwardParams params;
   params.problem = forward_params(buffers);
-  // Deterministic gradients need lists of both kinds.
-  params.problem.items = static_cast<hbsattn::WorkItem*>(buffers.backward_items);
-  params.problem.num_items = count_items(true);
-  if (!hbsattn::backward_by_queries(params.problem, deterministic)) {
+  params.deterministic = gradients.deterministic;
+  params.needs_q = gradients.q;
+  params.needs_k = gradients.k;
+  params.needs_v = gradients.v;
+  const hbsattn::BackwardLists lists = hbsattn::backward_lists(params);
+  params.problem.items = lists.items ? static_cast<hbsattn::WorkItem*>(buffers.backward_items) : nullptr;
+  params.problem.num_items = room_for_items(true);
+  if (lists.keys) {
     params.columns = static_cast<uint32_t*>(buffers.columns);
     params.key_items = static_cast<hbsattn::KeyItem*>(buffers.key_items);
-    params.num_key_items = hbsattn::num_key_items(key_plan_params(buffers, deterministic));
+    params.num_key_items = key_plan_params(buffers, gradients.deterministic).num_items;
   }
   params.grad_out = queries(buffers.grad_out);
-  params.grad_q = queries(buffers.grad_q);
-  params.grad_k = keys(buffers.grad_k);
-  params.grad_v = keys(buffers.grad_v);
-  params.deterministic = deterministic;
+  if (gradients.q) params.grad_q = queries(buffers.grad_q);
+  if (gradients.k) params.grad_k = keys(buffers.grad_k);
+  if (gradients.v) params.grad_v = keys(buffers.grad_v);
   params.workspace = buffers.backward_workspace;
   return params;
 }
@@ -174,6 +191,25 @@ Buffers make_unread_buffers() {
   static char memory;
   void* p = &memory;
   return {p, p, p, p, p, p, p, p, p, p, p, p, p, p, p, p, p, p, p, p, p, p};
+}
+
+// Gradients that are not needed take neither lists nor workspace.
+int check_frozen() {
+  const Buffers buffers = make_unread_buffers();
+  const auto lists = [&](const Gradients& gradients) {
+    return hbsattn::backward_lists(backward_params(buffers, gradients));
+  };
+  for (const bool deterministic : {false, true}) {
+    if (lists({deterministic, true, false, false}).keys)
+      return fail("keys are frozen, and yet there are tiles of them");
+    if (lists({deterministic, false, true, true}).items) return fail("queries are frozen, and yet there are tiles");
+    if (lists({deterministic, true, false, true}).keys != deterministic) return fail("one frozen tensor changes lists");
+  }
+  const Gradients none{false, false, false, false};
+  if (lists(none).items || lists(none).keys) return fail("a backward that computes nothing wants lists");
+  if (hbsattn::backward_workspace_size(backward_params(buffers, none)) != 0)
+    return fail("nor does it need a workspace");
+  return 0;
 }
 
 // Wrong input is refused on every machine, in words that name it.
@@ -193,18 +229,19 @@ int check_refusals() {
   if (status.message.find("heads_q") == std::string::npos) return fail("unclear message: " + status.message);
 
   for (const bool deterministic : {false, true}) {
-    hbsattn::BackwardParams gradients = backward_params(buffers, deterministic);
+    hbsattn::BackwardParams gradients = backward_params(buffers, Gradients{deterministic});
     if (!(status = hbsattn::validate_backward(gradients)).ok()) return fail("validate_backward: " + status.message);
-    if (hbsattn::backward_by_queries(gradients.problem, deterministic) == deterministic) {
-      return fail("this case should plan gradients by queries, and by keys if they are deterministic");
+    const hbsattn::BackwardLists lists = hbsattn::backward_lists(gradients);
+    if (!lists.items || lists.keys != deterministic) {
+      return fail("this case should plan gradients by queries, and also by keys if they are deterministic");
     }
     if (!deterministic) continue;
-    ++gradients.num_key_items;
+    gradients.num_key_items = hbsattn::num_key_items(key_plan_params(buffers, deterministic)) - 1;
     status = hbsattn::backward(gradients, nullptr);
-    if (status.code != hbsattn::StatusCode::kInvalidValue) return fail("backward took a wrong number of key items");
+    if (status.code != hbsattn::StatusCode::kInvalidValue) return fail("backward took too few key items");
     if (status.message.find("key work items") == std::string::npos) return fail("unclear message: " + status.message);
   }
-  return 0;
+  return check_frozen();
 }
 
 int run_without_gpu() {
@@ -386,7 +423,7 @@ int compare_lse(const void* device, const std::vector<double>& expected) {
 }
 
 int run_forward(Buffers& buffers, const Problem& problem, const Results& expected) {
-  const int64_t items = count_items(false), backward_items = count_items(true);
+  const int64_t items = room_for_items(false), backward_items = room_for_items(true);
   if (items == backward_items) return fail("this case should have other tiles in the forward than for gradients");
   CHECK_CUDA(upload(problem.q, &buffers.q));
   CHECK_CUDA(upload(problem.k, &buffers.k));
@@ -411,21 +448,22 @@ int run_forward(Buffers& buffers, const Problem& problem, const Results& expecte
 }
 
 // Plans what these gradients need, and computes them.
-hbsattn::Status backward(const Buffers& buffers, bool deterministic) {
-  const hbsattn::BackwardParams params = backward_params(buffers, deterministic);
-  HBSATTN_RETURN_IF_ERROR(plan_items(buffers, true));
-  if (!hbsattn::backward_by_queries(params.problem, deterministic)) {
+hbsattn::Status backward(const Buffers& buffers, const Gradients& gradients) {
+  const hbsattn::BackwardParams params = backward_params(buffers, gradients);
+  const hbsattn::BackwardLists lists = hbsattn::backward_lists(params);
+  if (lists.items) HBSATTN_RETURN_IF_ERROR(plan_items(buffers, true));
+  if (lists.keys) {
     HBSATTN_RETURN_IF_ERROR(transpose_mask(buffers));
-    HBSATTN_RETURN_IF_ERROR(hbsattn::plan_keys(key_plan_params(buffers, deterministic), nullptr));
+    HBSATTN_RETURN_IF_ERROR(hbsattn::plan_keys(key_plan_params(buffers, gradients.deterministic), nullptr));
   }
   return hbsattn::backward(params, nullptr);
 }
 
 // After a forward, whose results it reads.
-int run_backward(Buffers& buffers, const Problem& problem, const Results& expected, bool deterministic) {
-  const int64_t items = count_items(true);
-  const int64_t key_items = hbsattn::num_key_items(key_plan_params(buffers, deterministic));
-  const size_t workspace_bytes = hbsattn::backward_workspace_size(backward_params(buffers, deterministic));
+int run_backward(Buffers& buffers, const Problem& problem, const Results& expected, const Gradients& gradients) {
+  const int64_t items = room_for_items(true);
+  const int64_t key_items = key_plan_params(buffers, gradients.deterministic).num_items;
+  const size_t workspace_bytes = hbsattn::backward_workspace_size(backward_params(buffers, gradients));
   CHECK_CUDA(upload(problem.grad_out, &buffers.grad_out));
   CHECK_CUDA(poisoned(problem.q.size() * sizeof(uint16_t), &buffers.grad_q));
   CHECK_CUDA(poisoned(problem.k.size() * sizeof(uint16_t), &buffers.grad_k));
@@ -435,11 +473,15 @@ int run_backward(Buffers& buffers, const Problem& problem, const Results& expect
   CHECK_CUDA(poisoned(sizeof(hbsattn::KeyItem) * key_items, &buffers.key_items));
   CHECK_CUDA(poisoned(hbsattn::key_plan_scratch_size(key_items), &buffers.key_scratch));
   CHECK_CUDA(poisoned(workspace_bytes, &buffers.backward_workspace));
-  if (const hbsattn::Status status = backward(buffers, deterministic); !status.ok()) return fail(status.message);
+  if (const hbsattn::Status status = backward(buffers, gradients); !status.ok()) return fail(status.message);
   CHECK_CUDA(cudaDeviceSynchronize());
-  if (int failed = compare("grad_q", buffers.grad_q, expected.grad_q)) return failed;
-  if (int failed = compare("grad_k", buffers.grad_k, expected.grad_k)) return failed;
-  return compare("grad_v", buffers.grad_v, expected.grad_v);
+  if (gradients.q) {
+    if (int failed = compare("grad_q", buffers.grad_q, expected.grad_q)) return failed;
+  }
+  if (gradients.k) {
+    if (int failed = compare("grad_k", buffers.grad_k, expected.grad_k)) return failed;
+  }
+  return gradients.v ? compare("grad_v", buffers.grad_v, expected.grad_v) : 0;
 }
 
 int run_with_gpu() {
@@ -447,8 +489,15 @@ int run_with_gpu() {
   const Results expected = reference(problem);
   Buffers buffers{};
   if (int failed = run_forward(buffers, problem, expected)) return failed;
-  if (int failed = run_backward(buffers, problem, expected, false)) return failed;  // tiles of queries
-  if (int failed = run_backward(buffers, problem, expected, true)) return failed;   // tiles of keys, then of queries
+  for (const Gradients& gradients : {Gradients{},                           // by tiles of queries
+                                     Gradients{true},                       // by tiles of keys, then of queries
+                                     Gradients{false, true, false, true},   // one of keys and values
+                                     Gradients{true, true, true, false},    //
+                                     Gradients{false, true, false, false},  // those of queries alone
+                                     Gradients{false, false, true, true},   // those of keys and values alone
+                                     Gradients{true, false, true, false}, Gradients{false, false, false, false}}) {
+    if (int failed = run_backward(buffers, problem, expected, gradients)) return failed;
+  }
   std::printf("GPU: forward and backward passed\n");
   return 0;
 }
@@ -476,7 +525,7 @@ bool answers_unchecked_sizes() {
     problem.mask.shape.q_block_size = zero == 2 ? 0 : 128;
     problem.mask.shape.k_block_size = zero == 3 ? 0 : 16;
     if (hbsattn::backward_workspace_size(params) != 0) return false;
-    if (zero < 3 && hbsattn::backward_by_queries(problem, false)) return false;
+    if (zero < 3 && !hbsattn::backward_lists(params).keys) return false;
   }
   return true;
 }

@@ -10,8 +10,7 @@
 //                               -> transpose_mask -> plan_keys -> backward, backward, ...
 //                               -> plan_items, for_backward -> backward, backward, ...
 //
-// The last for gradients by queries (backward_by_queries) and deterministic ones, the line before it for those by keys
-// and deterministic ones.
+// Of the last two lines, backward_lists says which a backward needs.
 
 #include <string>
 #include <vector>
@@ -36,9 +35,12 @@ HBSATTN_API Status make_sequences_on_host(const SequencesParams& params);
 // Packs a bool mask, index lists or CSR into bits, trimmed to what each sequence and causality leave visible.
 HBSATTN_API Status pack_mask(const PackParams& params, Stream stream);
 
-// Number of records that plan_items writes; depends on shapes alone. `for_backward`: as in PlanParams.
+// Records that the list of plan_items has at least; depends on shapes alone. `for_backward`: as in PlanParams.
 HBSATTN_API int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
                               bool pack_heads, bool for_backward = false);
+
+// Records that suffice for every list of plan_items, whatever head dim, direction and device it is for.
+HBSATTN_API int64_t item_capacity(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads);
 
 // Bytes of `scratch` that plan_items needs.
 HBSATTN_API size_t plan_scratch_size(int64_t num_items);
@@ -56,8 +58,11 @@ HBSATTN_API Status forward(const ForwardParams& params, Stream stream);
 // Transposes the bits of a mask; what the backward pass needs beside a forward plan is made from these.
 HBSATTN_API Status transpose_mask(const TransposeParams& params, Stream stream);
 
-// Number of records that plan_keys writes; depends on shapes and numbers of heads alone.
+// Records that the list of plan_keys has at least; depends on shapes, numbers of heads and the current device alone.
 HBSATTN_API int64_t num_key_items(const KeyPlanParams& params);
+
+// Records that suffice for every list of plan_keys, likewise. `rows_k`, `packed`: as in KeyPlanParams.
+HBSATTN_API int64_t key_item_capacity(const MaskShape& shape, int32_t heads_q, int64_t rows_k, bool packed);
 
 // Bytes of `scratch` that plan_keys needs.
 HBSATTN_API size_t key_plan_scratch_size(int64_t num_key_items);
@@ -65,16 +70,22 @@ HBSATTN_API size_t key_plan_scratch_size(int64_t num_key_items);
 // Builds the work list of the backward pass.
 HBSATTN_API Status plan_keys(const KeyPlanParams& params, Stream stream);
 
-// Whether gradients of such a problem, of which no pointer is read, are computed by tiles of queries. Otherwise they
-// need columns and key_items. Those by queries, and deterministic ones, need problem.items, which plan_items made
-// `for_backward`; for deterministic ones the forward's list serves as well where it has as many items.
-HBSATTN_API bool backward_by_queries(const ForwardParams& problem, bool deterministic);
+// What a backward reads of the mask, which depends on its sizes, on what it needs and on `deterministic`.
+struct BackwardLists {
+  bool items;  // problem.mask.bits and problem.items, which plan_items made `for_backward`; unless gradients of keys
+               // are added up by tiles of queries (only `items`, all needed), the forward's list serves as well where
+               // it has as many items
+  bool keys;   // columns and key_items
+};
+
+// Of a problem of which no pointer is read.
+HBSATTN_API BackwardLists backward_lists(const BackwardParams& params);
 
 // Bytes of `workspace` that one backward call needs; 0 where this build has no kernel for it.
 HBSATTN_API size_t backward_workspace_size(const BackwardParams& params);
 
-// Gradients of q, k and v, given those of out and lse. What attends to nothing gets 0. Without queries or without keys
-// nothing is written: the caller clears the gradients of what there is.
+// Those gradients of q, k and v that are needed, given those of out and lse. What attends to nothing gets 0. Without
+// queries or without keys nothing is written: the caller clears the gradients of what there is.
 HBSATTN_API Status backward(const BackwardParams& params, Stream stream);
 
 // The checks of sizes that hold on every backend, without those of pointers and those that ask for a compiled kernel

@@ -111,8 +111,8 @@ struct alignas(64) WorkItem {
   int32_t q_len;
   int32_t k_begin;
   int32_t k_len;
-  int32_t united;  // query blocks of the tile. 0: the tile of another item has this block; such items end the list,
-                   // and their bit_row is -1
+  int32_t united;  // query blocks of the tile. 0: a dead item, as the tile of another has this block, or the tile no
+                   // query; such items end the list, and their bit_row is -1
 };
 
 // The work list of one mask for one (heads_q, heads_k, head_dim, element size): a record per tile, heaviest first
@@ -127,6 +127,7 @@ struct PlanParams {
   bool for_backward = false;  // a list for gradients, whose tiles may have fewer rows, and add to gradients of keys
   void* scratch = nullptr;    // plan_scratch_size(num_items) bytes, aligned to 4
   WorkItem* items = nullptr;  // out, (num_items)
+  int64_t num_items = 0;      // that there is room for, num_items() or more; those left over end the list, as dead ones
 };
 
 // The mask as the keys see it: the transpose of its bits. Bit r % 32 of columns[h][c][r / 32] is bit c of row r; the
@@ -168,8 +169,11 @@ struct KeyPlanParams {
   int32_t head_dim = 0;
   int32_t element_size = 2;    // bytes
   bool deterministic = false;  // as in the BackwardParams of the calls that use the list
+  bool packed = false;         // likewise
+  int64_t rows_k = 0;          // keys of the packed tensor, or more: a list for more keys serves fewer
   void* scratch = nullptr;     // key_plan_scratch_size(num_items) bytes, aligned to 8
-  KeyItem* items = nullptr;    // out, (num_key_items)
+  KeyItem* items = nullptr;    // out, (num_items)
+  int64_t num_items = 0;       // that there is room for, num_key_items() or more; those left over end the list
 };
 
 // A tensor of (batch, rows, heads, head_dim) or, packed, (rows, heads, head_dim). Strides in elements; the last
@@ -204,7 +208,7 @@ struct ForwardParams {
   MaskView mask;
   bool pack_heads = true;           // as in PlanParams
   const WorkItem* items = nullptr;  // (num_items)
-  int64_t num_items = 0;
+  int64_t num_items = 0;            // num_items() or more, as planned
 
   void* workspace = nullptr;  // device, forward_workspace_size() bytes; not shared by concurrent calls
   int64_t* cycles = nullptr;  // optional, (2 x multiprocessors, 2): SM clock at the start and end of each CTA
@@ -219,11 +223,14 @@ struct BackwardParams {
   TensorView grad_q;                // out, as q
   TensorView grad_k;                // out, as k
   TensorView grad_v;                // out, as k
+  // Which of the three are computed. The others are not written, and their views may be empty. Without grad_q, or
+  // without both grad_k and grad_v, a call takes less time and workspace; one of grad_k and grad_v costs what both do.
+  bool needs_q = true, needs_k = true, needs_v = true;
 
   const uint32_t* columns = nullptr;   // (heads, cols, row_words)
   const KeyItem* key_items = nullptr;  // (num_key_items)
-  int64_t num_key_items = 0;
-  bool deterministic = false;  // gradients are the same in every run; without, nothing promises it
+  int64_t num_key_items = 0;           // num_key_items() or more, as planned
+  bool deterministic = false;          // gradients are the same in every run; without, nothing promises it
 
   void* workspace = nullptr;  // device, backward_workspace_size() bytes, aligned to 128; not shared by concurrent calls
 };

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <cstddef>
 
-#include "kernels/common/cuda_status.h"
+#include "kernels/common/launch.cuh"
 #include "kernels/instances.h"
 #include "kernels/mask/order.cuh"
 #include "plan/head_sets.h"
@@ -17,11 +17,13 @@ constexpr int kHeavyThreads = 256;
 
 // Items of a section: those of as many sequences and sets of heads as have queries, output gradients and sums of query
 // gradients that fit.
-int32_t count_section_items(const KeyPlanParams& params, const KeyGrid& grid, int64_t num_items) {
+int32_t count_section_items(const KeyPlanParams& params, const KeyGrid& grid, int64_t section_bytes,
+                            int64_t num_items) {
   const int64_t bytes = count_query_bytes(params.mask.shape, params.head_dim, params.element_size) * grid.tile_heads;
-  const int64_t pairs = std::max<int64_t>(kSectionBytes / bytes, 1);
+  const int64_t pairs = std::max<int64_t>(section_bytes / bytes, 1);
+  const int64_t of_pair = mask::ceil_div(grid.list.groups, grid.shape.batch) * grid.tiles.tiles;
   // Not so few that adding up the live items of all sections takes longer than ranking.
-  return limit_section_items(std::max(pairs * grid.count, mask::ceil_div(num_items, kSectionItems)), num_items);
+  return limit_section_items(std::max(pairs * of_pair, mask::ceil_div(num_items, kSectionItems)), num_items);
 }
 
 // Of all items that have a tile: their weight and number; of the heavy ones: parts, and slots given to them.
@@ -45,6 +47,8 @@ struct HeavyPlace {
 __global__ void __launch_bounds__(32 * kCountWarps)
     count_key_blocks_kernel(const KeyGrid grid, const uint32_t* columns, int64_t num_items, int32_t section_items,
                             int32_t* blocks, int32_t* active, int32_t* live, Totals* totals) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   const int lane = threadIdx.x % 32;
   const int64_t index = int64_t{blockIdx.x} * kCountWarps + threadIdx.x / 32;
   if (index >= num_items) return;
@@ -90,23 +94,27 @@ __global__ void __launch_bounds__(32 * kCountWarps)
 
 // Counts the heavy items of each section, and the slots that the parts of all would take.
 __global__ void __launch_bounds__(kHeavyThreads)
-    count_heavy_kernel(const MaskShape shape, const int32_t* blocks, int64_t num_tiles, int32_t section_items,
-                       Totals* totals, int32_t* heavy) {
+    count_heavy_kernel(const MaskShape shape, int32_t units, const int32_t* blocks, int64_t num_tiles,
+                       int32_t section_items, Totals* totals, int32_t* heavy) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   const int64_t index = int64_t{blockIdx.x} * kHeavyThreads + threadIdx.x;
-  if (index >= num_tiles || !mask::is_heavy(blocks[index], totals->weight, totals->items)) return;
+  if (index >= num_tiles || !mask::is_heavy(units, blocks[index], totals->weight, totals->items)) return;
   atomicAdd(heavy + static_cast<int32_t>(index) / section_items, 1);
-  const int32_t parts = mask::count_parts(shape, blocks[index], totals->weight);
+  const int32_t parts = mask::count_parts(shape, units, blocks[index], totals->weight);
   if (parts > 1) atomicAdd(&totals->wanted_slots, static_cast<unsigned long long>(parts));
 }
 
 // Gives every heavy item its place before all others, and its parts: fewer for all, if there are too few slots. How
 // many does not depend on the order in which items come here, only their places do.
 __global__ void __launch_bounds__(kHeavyThreads)
-    place_heavy_kernel(const MaskShape shape, const int32_t* blocks, int64_t num_tiles, int32_t slots, Totals* totals,
-                       HeavyPlace* places) {
+    place_heavy_kernel(const MaskShape shape, int32_t units, const int32_t* blocks, int64_t num_tiles, int32_t slots,
+                       Totals* totals, HeavyPlace* places) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   const int64_t index = int64_t{blockIdx.x} * kHeavyThreads + threadIdx.x;
-  if (index >= num_tiles || !mask::is_heavy(blocks[index], totals->weight, totals->items)) return;
-  HeavyPlace place{0, mask::count_parts(shape, blocks[index], totals->weight), 0};
+  if (index >= num_tiles || !mask::is_heavy(units, blocks[index], totals->weight, totals->items)) return;
+  HeavyPlace place{0, mask::count_parts(shape, units, blocks[index], totals->weight), 0};
   const auto wanted = static_cast<uint32_t>(mask::smaller<uint64_t>(totals->wanted_slots, UINT32_MAX));
   if (place.parts > 1 && wanted > static_cast<uint32_t>(slots)) {
     // Both factors are small: at most 32 parts, and slots of some megabytes.
@@ -136,7 +144,7 @@ struct KeyItemList {
     if (record.column >= 0) {
       record.active = active[index];
       record.blocks = weight;
-      if (mask::is_heavy(weight, totals->weight, totals->items)) {
+      if (mask::is_heavy(grid.units, weight, totals->weight, totals->items)) {
         record.part = part;
         record.parts = places[index].parts;
         record.slot = places[index].slot;
@@ -153,39 +161,43 @@ static_assert(sizeof(KeyItem) == sizeof(PackedRecord) && offsetof(KeyItem, keys)
 
 }  // namespace
 
-Status plan_keys(const KeyPlanParams& params, int64_t num_key_items, Stream stream) {
-  if (num_key_items == 0) return Status::Ok();
-  const int32_t tile_heads = count_tile_heads(params.mask.shape, params.heads_q, params.heads_k, params.head_dim,
-                                              params.element_size, params.deterministic);
-  const KeyGrid grid = mask::make_key_grid(params.mask, params.heads_q, tile_heads, params.head_dim);
-  const int64_t num_tiles = int64_t{params.heads_q / tile_heads} * params.mask.shape.batch * grid.count;
+Status plan_keys(const KeyPlanParams& params, Stream stream) {
+  const MaskShape& shape = params.mask.shape;
+  const DevicePolicy policy = current_policy();
+  if (shape.batch == 0 || shape.cols == 0) return write_dead_list(params.items, params.num_items, stream);
+  const KeyListSize size = size_key_list(shape, params.heads_q, params.heads_k, params.head_dim, params.element_size,
+                                         params.deterministic, params.rows_k, params.packed, policy);
+  const KeyGrid grid = mask::make_key_grid(params, size.tile_heads, policy);
+  const int32_t section_items = count_section_items(params, grid, policy.section_bytes(), size.tiles);
+  const int64_t sections = mask::ceil_div(size.tiles, section_items);
   auto* totals = static_cast<Totals*>(params.scratch);
   auto* live = reinterpret_cast<int32_t*>(totals + 1);
-  int32_t* heavy = live + num_tiles;
-  int32_t* blocks = heavy + num_tiles;
-  int32_t* active = blocks + num_tiles;
-  auto* places = reinterpret_cast<HeavyPlace*>(active + num_tiles);
-  const int32_t section_items = count_section_items(params, grid, num_tiles);
-  const size_t zeros = sizeof(Totals) + 2 * num_tiles * sizeof(int32_t);
-  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(totals, 0, zeros, stream), "cudaMemsetAsync"));
-  // What nothing is written to behind the tiles has column -1.
-  HBSATTN_RETURN_IF_ERROR(cuda_status(
-      cudaMemsetAsync(params.items + num_tiles, 0xff, (num_key_items - num_tiles) * sizeof(KeyItem), stream),
-      "cudaMemsetAsync"));
+  int32_t* heavy = live + sections;
+  int32_t* blocks = heavy + sections;
+  int32_t* active = blocks + size.tiles;
+  auto* places = reinterpret_cast<HeavyPlace*>(active + size.tiles);
+  constexpr int64_t kTotalInts = sizeof(Totals) / sizeof(int32_t);
+  HBSATTN_RETURN_IF_ERROR(clear_counters(static_cast<int32_t*>(params.scratch), kTotalInts + 2 * sections, stream));
 
-  const auto count_ctas = static_cast<unsigned>(mask::ceil_div(num_tiles, kCountWarps));
-  count_key_blocks_kernel<<<count_ctas, 32 * kCountWarps, 0, stream>>>(grid, params.columns, num_tiles, section_items,
-                                                                       blocks, active, live, totals);
-  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetLastError(), "the launch of count_key_blocks"));
-  const auto heavy_ctas = static_cast<unsigned>(mask::ceil_div(num_tiles, kHeavyThreads));
-  count_heavy_kernel<<<heavy_ctas, kHeavyThreads, 0, stream>>>(grid.shape, blocks, num_tiles, section_items, totals,
-                                                               heavy);
-  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetLastError(), "the launch of count_heavy"));
-  place_heavy_kernel<<<heavy_ctas, kHeavyThreads, 0, stream>>>(
-      grid.shape, blocks, num_tiles, static_cast<int32_t>(num_key_items - num_tiles), totals, places);
-  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetLastError(), "the launch of place_heavy"));
-  return order_items(KeyItemList{grid, active, totals, places}, num_tiles, section_items, blocks, live, heavy,
-                     params.items, stream);
+  const auto count_ctas = static_cast<unsigned>(mask::ceil_div(size.tiles, kCountWarps));
+  HBSATTN_RETURN_IF_ERROR(launch("the launch of count_key_blocks", count_key_blocks_kernel, count_ctas,
+                                 32 * kCountWarps, 0, stream, grid, params.columns, size.tiles, section_items, blocks,
+                                 active, live, totals));
+  const auto heavy_ctas = static_cast<unsigned>(mask::ceil_div(size.tiles, kHeavyThreads));
+  HBSATTN_RETURN_IF_ERROR(launch("the launch of count_heavy", count_heavy_kernel, heavy_ctas, kHeavyThreads, 0, stream,
+                                 shape, grid.units, blocks, size.tiles, section_items, totals, heavy));
+  HBSATTN_RETURN_IF_ERROR(launch("the launch of place_heavy", place_heavy_kernel, heavy_ctas, kHeavyThreads, 0, stream,
+                                 shape, grid.units, blocks, size.tiles, static_cast<int32_t>(size.slots), totals,
+                                 places));
+  OrderArguments order{};
+  order.num_items = size.tiles;
+  order.room = params.num_items;
+  order.section_items = section_items;
+  order.weights = blocks;
+  order.live = live;
+  order.heavy = heavy;
+  order.items = reinterpret_cast<PackedRecord*>(params.items);
+  return order_items(KeyItemList{grid, active, totals, places}, order, stream);
 }
 
 }  // namespace hbsattn::kernels

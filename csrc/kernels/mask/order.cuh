@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "kernels/common/cuda_status.h"
+#include "kernels/common/launch.cuh"
 #include "plan/layout.h"
 
 namespace hbsattn::kernels {
@@ -41,10 +41,48 @@ struct KindPlace {
   }
 };
 
-// A record of a work list, as it lies in memory.
+// A record of a work list, as it lies in memory. One that is dead begins with -1.
 struct alignas(64) PackedRecord {
   int4 parts[kLanes];
 };
+
+// Where the counters of a list lie, of `count` ints: they are 0 once this has run. A kernel, not a memset, as kernels
+// may start before it ends.
+static __global__ void __launch_bounds__(kOrderThreads) clear_counters_kernel(int32_t* counters, int64_t count) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  const int64_t index = int64_t{blockIdx.x} * kOrderThreads + threadIdx.x;
+  if (index < count) counters[index] = 0;
+}
+
+inline Status clear_counters(int32_t* counters, int64_t count, Stream stream) {
+  const auto ctas = static_cast<unsigned>(mask::ceil_div(count, kOrderThreads));
+  return launch("the launch of clear_counters", clear_counters_kernel, ctas, kOrderThreads, 0, stream, counters, count);
+}
+
+// What order_items puts in order, and where.
+struct OrderArguments {
+  int64_t num_items;      // that are ranked
+  int64_t room;           // records of the list; those behind what is ranked are dead
+  int32_t section_items;  // of all sections but the last
+  int32_t sections, ctas_per_section;
+  const int32_t* weights;
+  const int32_t* live;
+  const int32_t* heavy;
+  PackedRecord* items;
+};
+
+// Ends the list with dead records: kOrderItems places, from `first` on.
+template <class List>
+__device__ void write_dead([[maybe_unused]] const List& list, const OrderArguments& args, int64_t first) {
+  const int lane = threadIdx.x % kLanes;
+  int64_t end = args.num_items;  // of what is ranked
+  if constexpr (List::kHeavyFirst) {
+    end += list.count_heavy_parts() - KindPlace(args.heavy, 0, args.sections, lane).all;
+  }
+  const int64_t place = first + threadIdx.x / kLanes;
+  if (place >= end && place < args.room) args.items[place].parts[lane] = make_int4(lane == 0 ? -1 : 0, 0, 0, 0);
+}
 
 // Ranks kOrderItems items of one section, by the number of its items that are heavier, or as heavy and earlier, and
 // writes their records where they belong: list.make_record(index, weight). Weights are 0 or more; -1 is an item without
@@ -52,22 +90,28 @@ struct alignas(64) PackedRecord {
 // a tile. `heavy` counts the items of each section, its heaviest, that go before all sections, where `list` says, and
 // in parts; null: none do.
 template <class List>
-__global__ void __launch_bounds__(kOrderThreads)
-    order_items_kernel(const List list, int64_t num_items, int64_t section_items, int ctas_per_section,
-                       const int32_t* weights, const int32_t* live, const int32_t* heavy, PackedRecord* items) {
+__global__ void __launch_bounds__(kOrderThreads) order_items_kernel(const List list, const OrderArguments args) {
   __shared__ int4 keys[kChunk / 4];
-  const int64_t section = blockIdx.x / ctas_per_section, begin = section * section_items;
-  const int count = static_cast<int>(mask::smaller(section_items, num_items - begin));
-  const int mine = static_cast<int>(blockIdx.x % ctas_per_section) * kOrderItems + threadIdx.x / kLanes;
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  const int section = static_cast<int>(blockIdx.x) / args.ctas_per_section;
+  if (section >= args.sections) {
+    write_dead(list, args,
+               args.num_items + (int64_t{blockIdx.x} - int64_t{args.sections} * args.ctas_per_section) * kOrderItems);
+    return;
+  }
+  const int64_t begin = int64_t{section} * args.section_items;
+  const int count = static_cast<int>(mask::smaller<int64_t>(args.section_items, args.num_items - begin));
+  const int mine = static_cast<int>(blockIdx.x) % args.ctas_per_section * kOrderItems + threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
-  const int weight = mine < count ? weights[begin + mine] : 0;
+  const int weight = mine < count ? args.weights[begin + mine] : 0;
 
   int rank = 0;
   for (int first = 0; first < count; first += kChunk) {
     __syncthreads();
     for (int i = threadIdx.x; i < kChunk; i += kOrderThreads) {
       // Behind the last item, -1: as light as an item without a tile, but later than any.
-      reinterpret_cast<int32_t*>(keys)[i] = first + i < count ? weights[begin + first + i] : -1;
+      reinterpret_cast<int32_t*>(keys)[i] = first + i < count ? args.weights[begin + first + i] : -1;
     }
     __syncthreads();
     for (int i = lane; 4 * i < mask::smaller(kChunk, count - first); i += kLanes) {
@@ -82,8 +126,8 @@ __global__ void __launch_bounds__(kOrderThreads)
 #pragma unroll
   for (int delta = kLanes / 2; delta > 0; delta /= 2) rank += __shfl_xor_sync(~0u, rank, delta);
   int64_t place = begin + rank;
-  if (live != nullptr) {
-    const KindPlace live_place(live, section, gridDim.x / ctas_per_section, lane);
+  if (args.live != nullptr) {
+    const KindPlace live_place(args.live, section, args.sections, lane);
     if (rank < live_place.here) {
       place = live_place.before + rank;
     } else {
@@ -92,7 +136,7 @@ __global__ void __launch_bounds__(kOrderThreads)
   }
   int parts = 1;
   if constexpr (List::kHeavyFirst) {
-    const KindPlace heavy_place(heavy, section, gridDim.x / ctas_per_section, lane);
+    const KindPlace heavy_place(args.heavy, section, args.sections, lane);
     if (mine >= count) return;
     if (rank < heavy_place.here) {
       place = list.place_heavy(begin + mine, &parts);
@@ -108,20 +152,26 @@ __global__ void __launch_bounds__(kOrderThreads)
     const PackedRecord record = list.make_record(begin + mine, weight, part);
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
-      if (lane == i) items[place + part].parts[i] = record.parts[i];
+      if (lane == i) args.items[place + part].parts[i] = record.parts[i];
     }
   }
 }
 
+// A list of dead records, where there is nothing to plan.
+inline Status write_dead_list(void* items, int64_t records, Stream stream) {
+  if (records == 0) return Status::Ok();
+  return cuda_status(cudaMemsetAsync(items, 0xff, records * sizeof(PackedRecord), stream), "cudaMemsetAsync");
+}
+
+// Puts a list in order; of `args`, what tells how it is cut follows from the rest.
 template <class List>
-Status order_items(const List& list, int64_t num_items, int32_t section_items, const int32_t* weights,
-                   const int32_t* live, const int32_t* heavy, void* items, Stream stream) {
-  const int64_t ctas_per_section = mask::ceil_div(section_items, kOrderItems);
-  const auto ctas = static_cast<unsigned>(mask::ceil_div(num_items, section_items) * ctas_per_section);
-  order_items_kernel<<<ctas, kOrderThreads, 0, stream>>>(list, num_items, section_items,
-                                                         static_cast<int>(ctas_per_section), weights, live, heavy,
-                                                         static_cast<PackedRecord*>(items));
-  return cuda_status(cudaGetLastError(), "the launch of order_items");
+Status order_items(const List& list, OrderArguments args, Stream stream) {
+  args.sections = static_cast<int32_t>(mask::ceil_div(args.num_items, args.section_items));
+  args.ctas_per_section = static_cast<int32_t>(mask::ceil_div(args.section_items, kOrderItems));
+  const int64_t ctas =
+      int64_t{args.sections} * args.ctas_per_section + mask::ceil_div(args.room - args.num_items, kOrderItems);
+  return launch("the launch of order_items", order_items_kernel<List>, static_cast<unsigned>(ctas), kOrderThreads, 0,
+                stream, list, args);
 }
 
 }  // namespace hbsattn::kernels

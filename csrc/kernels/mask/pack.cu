@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "kernels/common/cuda_status.h"
+#include "kernels/common/launch.cuh"
 #include "kernels/instances.h"
 #include "plan/layout.h"
 
@@ -28,6 +28,8 @@ __device__ uint32_t read_columns(const uint8_t* row, int64_t col_stride, int cou
 
 // A thread makes one byte: eight columns. blockDim is (bytes, bit rows), the grid (bit rows, bytes).
 __global__ void __launch_bounds__(kDenseThreads) pack_dense_kernel(const PackParams params) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   const MaskShape& shape = params.shape;
   const PackSource& source = params.source;
   const int64_t bit_row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
@@ -81,6 +83,8 @@ __device__ List find_list(const PackParams& params, int32_t head, int64_t row, c
 // A warp makes one bit row.
 __global__ void __launch_bounds__(32 * kListWarps) pack_lists_kernel(const PackParams params) {
   __shared__ uint32_t chunks[kListWarps][kListWords];
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   const MaskShape& shape = params.shape;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t bit_row = int64_t{blockIdx.x} * kListWarps + warp;
@@ -122,8 +126,7 @@ Status pack_mask(const PackParams& params, Stream stream) {
 
   if (params.source.form != PackSource::Form::kDense) {
     const auto grid = static_cast<unsigned>(mask::ceil_div(bit_rows, kListWarps));
-    pack_lists_kernel<<<grid, 32 * kListWarps, 0, stream>>>(params);
-    return cuda_status(cudaGetLastError(), "the launch of pack_lists");
+    return launch("the launch of pack_lists", pack_lists_kernel, grid, 32 * kListWarps, 0, stream, params);
   }
   // Short rows share a CTA.
   unsigned bytes = 4;
@@ -131,8 +134,7 @@ Status pack_mask(const PackParams& params, Stream stream) {
   const dim3 block(bytes, kDenseThreads / bytes);
   const dim3 grid(static_cast<unsigned>(mask::ceil_div(bit_rows, block.y)),
                   static_cast<unsigned>(mask::ceil_div(row_bytes, block.x)));
-  pack_dense_kernel<<<grid, block, 0, stream>>>(params);
-  return cuda_status(cudaGetLastError(), "the launch of pack_dense");
+  return launch("the launch of pack_dense", pack_dense_kernel, grid, block, 0, stream, params);
 }
 
 }  // namespace hbsattn::kernels

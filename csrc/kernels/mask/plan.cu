@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <cstddef>
 
-#include "kernels/common/cuda_status.h"
+#include "kernels/common/launch.cuh"
 #include "kernels/instances.h"
 #include "kernels/mask/order.cuh"
 #include "plan/head_sets.h"
@@ -17,18 +17,19 @@ constexpr int kCountThreads = 64;
 constexpr int64_t kUnitedSectionItems = 1024;
 
 // Items of a section: those of as many (sequence, key head) pairs as fit.
-int32_t count_section_items(const PlanParams& params, const TileShape& tiles, int64_t num_items) {
+int32_t count_section_items(const PlanParams& params, const TileShape& tiles, int64_t num_items, bool some_dead) {
   const MaskShape& shape = params.mask.shape;
   const int64_t longest = std::max<int64_t>(shape.cols * shape.k_block_size, 1);
   const int64_t column_bytes = params.element_size + (params.for_backward ? sizeof(float) : 0);
   const int64_t bytes = 2 * longest * params.head_dim * column_bytes;
-  const int64_t pairs = std::max<int64_t>(kSectionBytes / bytes, 1);
+  const int64_t pairs = std::max<int64_t>(current_policy().section_bytes() / bytes, 1);
   const int64_t batch = std::max(shape.batch, 1);
   const int64_t row_groups = params.heads_q / tiles.packed_heads / params.heads_k;  // that read one key head
   int64_t wanted = pairs >= batch ? pairs / batch * row_groups * shape.rows * tiles.tiles
                                   : pairs * mask::ceil_div(shape.rows, batch) * tiles.tiles;
   // Not so few that adding up the live items of all sections takes long.
   if (tiles.united > 1) wanted = std::max<int64_t>(wanted, kUnitedSectionItems);
+  if (some_dead) wanted = std::max(wanted, mask::ceil_div(num_items, kSectionItems));
   return limit_section_items(wanted, num_items);
 }
 
@@ -65,32 +66,27 @@ __device__ UnitedCounts count_united(const ItemGrid& grid, const uint32_t* bits,
   return {together, mask::pays_to_unite(grid.shape, together, apart, __popc(active_blocks))};
 }
 
-// kThreads threads count the blocks of one item: all of them, and those that need element masks. The first of united
-// items gets the blocks of all, and the complement of how many they are for `masked`; the others get -1 and the
-// complement of 0. Where items may be united, `live` counts the items of each section that have a tile. Each item
-// decides for itself, so that every item is decided, whatever the table of sequences says.
+// What is known of an item, for the lists.
+struct ItemCounts {
+  int32_t blocks;  // -1: the item is dead
+  int32_t masked;  // of these, those that need element masks; the complement of how many blocks are united, if several
+                   // are or the item is dead
+};
+
+// kThreads threads count the blocks of one item. The first of united items gets the blocks of all, the others are dead,
+// and so are tiles without queries of blocks that have several. Each item decides for itself, so that every item is
+// decided, whatever the table of sequences says.
 template <int kThreads>
-__global__ void __launch_bounds__(kCountThreads)
-    count_blocks_kernel(const ItemGrid grid, const uint32_t* bits, int64_t num_items, int32_t section_items,
-                        int32_t* blocks, int32_t* masked, int32_t* live) {
-  const int64_t index = (int64_t{blockIdx.x} * kCountThreads + threadIdx.x) / kThreads;
-  if (index >= num_items) return;
-  const int lane = threadIdx.x % kThreads;
+__device__ ItemCounts count_item(const ItemGrid& grid, const uint32_t* bits, int64_t index, int lane) {
+  constexpr ItemCounts kDead{-1, ~0};
   if (grid.united > 1) {
     const mask::Neighbours neighbours = mask::find_neighbours(grid, index);
     const UnitedCounts united = count_united<kThreads>(grid, bits, neighbours, lane);
-    const bool first = index == neighbours.first;
-    if (lane == 0 && (first || !united.pays)) atomicAdd(live + static_cast<int32_t>(index) / section_items, 1);
-    if (united.pays) {
-      if (lane == 0) {
-        blocks[index] = first ? united.blocks : -1;
-        masked[index] = ~(first ? neighbours.count : 0);
-      }
-      return;
-    }
+    if (united.pays) return index == neighbours.first ? ItemCounts{united.blocks, ~neighbours.count} : kDead;
   }
 
   const Item item = mask::make_item(grid, index);
+  if (grid.tiles > 1 && !item.has_queries) return kDead;
   const uint32_t* row = bits + item.record.bit_row * grid.shape.words();
   int all = 0, clean = 0;
   for (int word = lane; 32 * word < item.record.col_end; word += kThreads) {
@@ -103,10 +99,31 @@ __global__ void __launch_bounds__(kCountThreads)
     all += __shfl_xor_sync(~0u, all, delta);
     clean += __shfl_xor_sync(~0u, clean, delta);
   }
-  if (lane == 0) {
-    blocks[index] = all;
-    masked[index] = all - clean;
+  return {all, all - clean};
+}
+
+// Counts the blocks of each item and, if `live` is not null, the items of each section that are not dead.
+template <int kThreads>
+__global__ void __launch_bounds__(kCountThreads)
+    count_blocks_kernel(const ItemGrid grid, const uint32_t* bits, int64_t num_items, int32_t section_items,
+                        int32_t* blocks, int32_t* masked, int32_t* live) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  const int64_t index = (int64_t{blockIdx.x} * kCountThreads + threadIdx.x) / kThreads;
+  const int lane = threadIdx.x % kThreads;
+  const bool exists = index < num_items;
+  ItemCounts counts{-1, 0};
+  if (exists) counts = count_item<kThreads>(grid, bits, index, lane);
+  if (exists && lane == 0) {
+    blocks[index] = counts.blocks;
+    masked[index] = counts.masked;
   }
+  if (live == nullptr) return;
+  // One addition for all items of a warp that are of one section.
+  const int32_t section = exists ? static_cast<int32_t>(index) / section_items : -1;
+  const unsigned some = __ballot_sync(~0u, lane == 0 && counts.blocks >= 0);
+  const unsigned mine = some & __match_any_sync(~0u, section);
+  if (mine != 0 && threadIdx.x % 32 == __ffs(mine) - 1) atomicAdd(live + section, __popc(mine));
 }
 
 // The records of the list, from what count_blocks_kernel found.
@@ -140,32 +157,38 @@ static_assert(sizeof(WorkItem) == sizeof(PackedRecord) && offsetof(WorkItem, fir
 
 }  // namespace
 
-Status plan_items(const PlanParams& params, int64_t num_items, Stream stream) {
-  if (num_items == 0) return Status::Ok();
+Status plan_items(const PlanParams& params, Stream stream) {
   const MaskShape& shape = params.mask.shape;
   const TileShape tiles =
       shape_tiles(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, params.for_backward);
+  const int64_t num_items =
+      count_query_items(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, params.for_backward);
+  if (num_items == 0) return write_dead_list(params.items, params.num_items, stream);
   const ItemGrid grid{shape,           params.mask.sequences, params.heads_q, tiles.packed_heads,
                       tiles.tile_rows, tiles.tiles,           tiles.united};
   int32_t* blocks = static_cast<int32_t*>(params.scratch);
   int32_t* masked = blocks + num_items;
-  int32_t* live = masked + num_items;
-  const int32_t section_items = count_section_items(params, tiles, num_items);
-  if (tiles.united > 1) {
-    const size_t bytes = mask::ceil_div(num_items, section_items) * sizeof(int32_t);
-    HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(live, 0, bytes, stream), "cudaMemsetAsync"));
+  const bool some_dead = tiles.united > 1 || tiles.tiles > 1;
+  int32_t* live = some_dead ? masked + num_items : nullptr;
+  const int32_t section_items = count_section_items(params, tiles, num_items, some_dead);
+  if (some_dead) {
+    HBSATTN_RETURN_IF_ERROR(clear_counters(live, mask::ceil_div(num_items, section_items), stream));
   }
 
   // Up to eight words, 32 bytes, come in one sector: more threads would only wait for each other.
   const int threads = shape.words() <= 8 ? 1 : 32;
   const auto count_ctas = static_cast<unsigned>(mask::ceil_div(num_items * threads, kCountThreads));
-  auto* count_blocks = threads == 1 ? count_blocks_kernel<1> : count_blocks_kernel<32>;
-  count_blocks<<<count_ctas, kCountThreads, 0, stream>>>(grid, params.mask.bits, num_items, section_items, blocks,
-                                                         masked, live);
-  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetLastError(), "the launch of count_blocks"));
-
-  return order_items(ItemList{grid, masked}, num_items, section_items, blocks, tiles.united > 1 ? live : nullptr,
-                     nullptr, params.items, stream);
+  HBSATTN_RETURN_IF_ERROR(
+      launch("the launch of count_blocks", threads == 1 ? count_blocks_kernel<1> : count_blocks_kernel<32>, count_ctas,
+             kCountThreads, 0, stream, grid, params.mask.bits, num_items, section_items, blocks, masked, live));
+  OrderArguments order{};
+  order.num_items = num_items;
+  order.room = params.num_items;
+  order.section_items = section_items;
+  order.weights = blocks;
+  order.live = live;
+  order.items = reinterpret_cast<PackedRecord*>(params.items);
+  return order_items(ItemList{grid, masked}, order, stream);
 }
 
 }  // namespace hbsattn::kernels

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "kernels/common/cuda_status.h"
+#include "kernels/common/launch.cuh"
 #include "kernels/instances.h"
 #include "plan/layout.h"
 
@@ -33,6 +33,8 @@ __device__ Blocks sum_of_warp(Blocks value, int lane) {
 // One CTA takes as many sequences at a time as it has threads and carries the sums from one round to the next.
 __global__ void __launch_bounds__(32 * kWarps) make_sequences_kernel(const SequencesParams params) {
   __shared__ long long warp_q[kWarps], warp_k[kWarps];
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warps = blockDim.x / 32;
   Blocks carry;
@@ -70,8 +72,7 @@ __global__ void __launch_bounds__(32 * kWarps) make_sequences_kernel(const Seque
 Status make_sequences(const SequencesParams& params, Stream stream) {
   if (params.shape.batch == 0) return Status::Ok();
   const int threads = std::min((params.shape.batch + 31) / 32, kWarps) * 32;
-  make_sequences_kernel<<<1, threads, 0, stream>>>(params);
-  return cuda_status(cudaGetLastError(), "the launch of make_sequences");
+  return launch("the launch of make_sequences", make_sequences_kernel, 1, threads, 0, stream, params);
 }
 
 }  // namespace hbsattn::kernels

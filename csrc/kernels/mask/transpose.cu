@@ -1,4 +1,4 @@
-#include "kernels/common/cuda_status.h"
+#include "kernels/common/launch.cuh"
 #include "kernels/instances.h"
 #include "plan/layout.h"
 
@@ -26,6 +26,8 @@ __device__ uint32_t transpose_warp(uint32_t word, int lane) {
 __global__ void __launch_bounds__(kThreads)
     transpose_kernel(const MaskShape shape, const uint32_t* bits, uint32_t* columns) {
   __shared__ uint32_t square[kThreads][kWords + 1];
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t words = shape.words(), row_words = shape.row_words();
   const auto squares_across = static_cast<uint32_t>(mask::ceil_div(words, kWords));
@@ -60,8 +62,8 @@ Status transpose_mask(const TransposeParams& params, Stream stream) {
   const int64_t squares =
       shape.heads * mask::ceil_div(shape.words(), kWords) * mask::ceil_div(shape.row_words(), kWords);
   if (squares == 0) return Status::Ok();
-  transpose_kernel<<<static_cast<unsigned>(squares), kThreads, 0, stream>>>(shape, params.mask.bits, params.columns);
-  return cuda_status(cudaGetLastError(), "the launch of transpose");
+  return launch("the launch of transpose", transpose_kernel, static_cast<unsigned>(squares), kThreads, 0, stream, shape,
+                params.mask.bits, params.columns);
 }
 
 }  // namespace hbsattn::kernels

@@ -2,7 +2,7 @@
 #include <string>
 
 #include "kernels/common/convert.cuh"
-#include "kernels/common/cuda_status.h"
+#include "kernels/common/launch.cuh"
 #include "kernels/rows/rows.h"
 #include "kernels/sm90/tensor_rows.h"
 #include "plan/layout.h"
@@ -13,6 +13,7 @@ namespace {
 constexpr int kRowThreads = 8;  // that share a row
 constexpr int kPrepareThreads = kGranule * kRowThreads;
 constexpr int kFinishWarps = 4;
+constexpr int64_t kFewBytes = int64_t{1} << 20;  // that prepare_rows clears among its reads
 
 struct RowArguments {
   MaskShape shape;
@@ -26,6 +27,8 @@ struct RowArguments {
   int heads_q, head_dim, padded_head_dim;
   bool packed;
   float scale;
+  uint4* cleared;
+  int64_t cleared_vectors;
 };
 
 // A row of the workspace, in the tensors.
@@ -77,6 +80,12 @@ __device__ float dot(const uint4& a, const uint4& b) {
 // A CTA has a chunk of 16 rows of one head, a thread up to kVectors vectors of 8 columns of a row.
 template <class Element, int kVectors>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const RowArguments args) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  const int64_t thread = (int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * kPrepareThreads + threadIdx.x;
+  for (int64_t i = thread; i < args.cleared_vectors; i += int64_t{gridDim.y} * gridDim.x * kPrepareThreads) {
+    args.cleared[i] = make_uint4(0, 0, 0, 0);
+  }
   // The first heads last, which find their rows in the L2 cache then.
   const int chunk = blockIdx.x, head = static_cast<int>(gridDim.y - 1 - blockIdx.y);
   const int row = threadIdx.x / kRowThreads, lane = threadIdx.x % kRowThreads;
@@ -120,6 +129,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Row
 // row lane / 4 and two of the row 8 further on.
 template <class Element>
 __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const RowArguments args, int chunks) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   const int parts = args.padded_head_dim / 32;
   const auto warp = static_cast<int>(blockIdx.x * kFinishWarps + threadIdx.x / 32);
   // The last heads first, whose sums are still in the L2 cache.
@@ -149,12 +160,8 @@ __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const Ro
 
 // Calls visit(Element{}) with the dtype of a problem.
 template <class Visitor>
-void visit_dtype(DType dtype, Visitor&& visit) {
-  if (dtype == DType::kBFloat16) {
-    visit(cutlass::bfloat16_t{});
-  } else {
-    visit(cutlass::half_t{});
-  }
+Status visit_dtype(DType dtype, Visitor&& visit) {
+  return dtype == DType::kBFloat16 ? visit(cutlass::bfloat16_t{}) : visit(cutlass::half_t{});
 }
 
 RowArguments row_arguments(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim) {
@@ -178,31 +185,35 @@ RowArguments row_arguments(const BackwardParams& params, const BackwardWorkspace
           problem.head_dim,
           padded_head_dim,
           problem.packed,
-          problem.softmax_scale};
+          problem.softmax_scale,
+          reinterpret_cast<uint4*>(bytes + workspace.tickets),
+          0};
 }
 
 constexpr int kVector = 8;    // columns of a thread
 constexpr int kKeyRows = 16;  // of a CTA
 
 struct KeyArguments {
-  const float* sums;  // (2, heads_k, rows, padded head dim): of keys, and of values
-  TensorView grad_k, grad_v;
-  float scale;               // of grad_k
-  int64_t rows, batch_rows;  // over the batch, and of a batch entry
+  const float* sums;          // (2, heads_k, rows, padded head dim): of keys, and of values
+  TensorView grad_k, grad_v;  // null: not needed
+  float scale;                // of grad_k
+  int64_t rows, batch_rows;   // over the batch, and of a batch entry
   int heads_k, head_dim, padded_head_dim;
 };
 
 // Writes the gradients of keys, or of values, that tiles have added up.
 template <class Element>
 __global__ void __launch_bounds__(kKeyRows * 256 / kVector) finish_keys_kernel(const KeyArguments args) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   const int head = blockIdx.y, which = blockIdx.z, column = static_cast<int>(threadIdx.x) * kVector;
   const uint32_t row = blockIdx.x * kKeyRows + threadIdx.y;
-  if (row >= args.rows || column >= args.head_dim) return;
+  const TensorView grad = which == 0 ? args.grad_k : args.grad_v;
+  if (row >= args.rows || column >= args.head_dim || grad.data == nullptr) return;
   const int64_t head_row = (int64_t{which} * args.heads_k + head) * args.rows + row;
   const auto* sums = reinterpret_cast<const float4*>(args.sums + head_row * args.padded_head_dim + column);
   const float4 first = __ldcs(sums), second = __ldcs(sums + 1);
   const float scale = which == 0 ? args.scale : 1.f;
-  const TensorView grad = which == 0 ? args.grad_k : args.grad_v;
   const auto batch_rows = static_cast<uint32_t>(args.batch_rows);
   auto* destination = static_cast<Element*>(grad.data) + row / batch_rows * grad.batch_stride +
                       row % batch_rows * grad.row_stride + head * grad.head_stride + column;
@@ -221,8 +232,10 @@ Status check_launchable(const BackwardParams& params) {
   const auto of_keys = [&](const TensorView& view) {
     return rows_of(view, problem, problem.rows_k, problem.heads_k).matrix.rows;
   };
+  const int64_t of_grad_k = params.needs_k ? of_keys(params.grad_k) : 0;
+  const int64_t of_grad_v = params.needs_v ? of_keys(params.grad_v) : 0;
   for (const int64_t rows : {of_queries(problem.q), of_queries(params.grad_out), of_keys(problem.k), of_keys(problem.v),
-                             of_keys(params.grad_k), of_keys(params.grad_v)}) {
+                             of_grad_k, of_grad_v}) {
     if (rows >= 1 << 30) {
       return Status::NotSupported("q, k, v or a gradient of theirs or of out spans " + std::to_string(rows) +
                                   " rows over its batch; expected fewer than 2^30");
@@ -235,20 +248,21 @@ Status check_launchable(const BackwardParams& params) {
 }
 
 Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, Stream stream) {
-  const RowArguments args = row_arguments(params, workspace, 0);
-  // The memory is faster at writing these by themselves than among the reads of the kernel.
-  HBSATTN_RETURN_IF_ERROR(cuda_status(
-      cudaMemsetAsync(static_cast<uint8_t*>(params.workspace) + workspace.ticket, 0, workspace.zeroed, stream),
-      "cudaMemsetAsync"));
+  RowArguments args = row_arguments(params, workspace, 0);
+  if (workspace.zeroed <= kFewBytes) {
+    args.cleared_vectors = workspace.zeroed / sizeof(uint4);
+  } else {
+    // The memory is faster at writing that many by themselves than among the reads of the kernel.
+    HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.cleared, 0, workspace.zeroed, stream), "cudaMemsetAsync"));
+  }
   const dim3 grid(static_cast<unsigned>(workspace.rows / kGranule), static_cast<unsigned>(args.heads_q));
-  visit_dtype(params.problem.dtype, [&](auto element) {
+  return visit_dtype(params.problem.dtype, [&](auto element) {
     using Element = decltype(element);
     auto* kernel = args.head_dim <= 64    ? prepare_rows_kernel<Element, 1>
                    : args.head_dim <= 128 ? prepare_rows_kernel<Element, 2>
                                           : prepare_rows_kernel<Element, 4>;
-    kernel<<<grid, kPrepareThreads, 0, stream>>>(args);
+    return launch("the launch of prepare_rows", kernel, grid, kPrepareThreads, 0, stream, args);
   });
-  return cuda_status(cudaGetLastError(), "the launch of prepare_rows");
 }
 
 Status finish_keys(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
@@ -256,13 +270,21 @@ Status finish_keys(const BackwardParams& params, const BackwardWorkspace& worksp
   const ForwardParams& problem = params.problem;
   const int64_t rows = problem.rows_k * (problem.packed ? 1 : problem.mask.shape.batch);
   const auto* sums = reinterpret_cast<const float*>(static_cast<const uint8_t*>(params.workspace) + workspace.sums);
-  const KeyArguments args{sums,           params.grad_k,   params.grad_v,    problem.softmax_scale, rows,
-                          problem.rows_k, problem.heads_k, problem.head_dim, padded_head_dim};
+  const TensorView none;
+  const KeyArguments args{sums,
+                          params.needs_k ? params.grad_k : none,
+                          params.needs_v ? params.grad_v : none,
+                          problem.softmax_scale,
+                          rows,
+                          problem.rows_k,
+                          problem.heads_k,
+                          problem.head_dim,
+                          padded_head_dim};
   const dim3 grid(static_cast<unsigned>(mask::ceil_div(rows, kKeyRows)), static_cast<unsigned>(problem.heads_k), 2);
-  visit_dtype(problem.dtype, [&](auto element) {
-    finish_keys_kernel<decltype(element)><<<grid, dim3(padded_head_dim / kVector, kKeyRows), 0, stream>>>(args);
+  return visit_dtype(problem.dtype, [&](auto element) {
+    return launch("the launch of finish_keys", finish_keys_kernel<decltype(element)>, grid,
+                  dim3(padded_head_dim / kVector, kKeyRows), 0, stream, args);
   });
-  return cuda_status(cudaGetLastError(), "the launch of finish_keys");
 }
 
 Status finish_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
@@ -271,10 +293,10 @@ Status finish_rows(const BackwardParams& params, const BackwardWorkspace& worksp
   const int64_t chunks = workspace.rows / kGranule;
   const dim3 grid(static_cast<unsigned>(mask::ceil_div(chunks * (padded_head_dim / 32), kFinishWarps)),
                   static_cast<unsigned>(args.heads_q));
-  visit_dtype(params.problem.dtype, [&](auto element) {
-    finish_rows_kernel<decltype(element)><<<grid, 32 * kFinishWarps, 0, stream>>>(args, static_cast<int>(chunks));
+  return visit_dtype(params.problem.dtype, [&](auto element) {
+    return launch("the launch of finish_rows", finish_rows_kernel<decltype(element)>, grid, 32 * kFinishWarps, 0,
+                  stream, args, static_cast<int>(chunks));
   });
-  return cuda_status(cudaGetLastError(), "the launch of finish_rows");
 }
 
 }  // namespace hbsattn::kernels

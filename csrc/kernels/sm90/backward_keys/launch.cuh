@@ -6,7 +6,7 @@
 #include <cmath>
 #include <string>
 
-#include "kernels/common/cuda_status.h"
+#include "kernels/common/launch.cuh"
 #include "kernels/instances.h"
 #include "kernels/rows/rows.h"
 #include "kernels/sm90/backward_keys/kernel.cuh"
@@ -19,6 +19,7 @@ int backward_keys_shared_bytes() {
   return static_cast<int>(sizeof(typename sm90::BackwardKeysTraits<Config>::Storage));
 }
 
+// If deterministic, run_grad_queries follows.
 template <class Config>
 Status run_backward_keys(const BackwardParams& params, Stream stream) {
   using Traits = sm90::BackwardKeysTraits<Config>;
@@ -29,8 +30,9 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   const RowsOfTensor k = rows_of(problem.k, problem, problem.rows_k, problem.heads_k);
   const RowsOfTensor v = rows_of(problem.v, problem, problem.rows_k, problem.heads_k);
   HBSATTN_RETURN_IF_ERROR(check_launchable(params));
-  const BackwardMethod method = params.deterministic ? BackwardMethod::kDeterministic : BackwardMethod::kByKeys;
-  const BackwardWorkspace workspace = lay_out_backward(problem, Config::kHeadDim, method);
+  const BackwardMethod method = choose_backward_method(params);
+  const DevicePolicy policy = current_policy();
+  const BackwardWorkspace workspace = lay_out_backward(params, Config::kHeadDim, method, policy);
   const int64_t chunks = workspace.rows / kGranule;
   if (problem.heads_q * chunks >= INT_MAX) {
     return Status::NotSupported("the mask's query blocks hold " + std::to_string(problem.heads_q * workspace.rows) +
@@ -55,29 +57,33 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   }
 
   if constexpr (Traits::kSendsKeys) {
-    const RowsOfTensor grad_k = rows_of(params.grad_k, problem, problem.rows_k, problem.heads_k);
-    const RowsOfTensor grad_v = rows_of(params.grad_v, problem, problem.rows_k, problem.heads_k);
-    HBSATTN_RETURN_IF_ERROR(encode_rows(grad_k.matrix, Config::kChunkColumns, kGranule, 1, &args.map_grad_k));
-    HBSATTN_RETURN_IF_ERROR(encode_rows(grad_v.matrix, Config::kChunkColumns, kGranule, 1, &args.map_grad_v));
-    args.grad_k_batch_rows = grad_k.batch_rows;
-    args.grad_v_batch_rows = grad_v.batch_rows;
+    if (params.needs_k) {
+      const RowsOfTensor grad_k = rows_of(params.grad_k, problem, problem.rows_k, problem.heads_k);
+      HBSATTN_RETURN_IF_ERROR(encode_rows(grad_k.matrix, Config::kChunkColumns, kGranule, 1, &args.map_grad_k));
+      args.grad_k_batch_rows = grad_k.batch_rows;
+    }
+    if (params.needs_v) {
+      const RowsOfTensor grad_v = rows_of(params.grad_v, problem, problem.rows_k, problem.heads_k);
+      HBSATTN_RETURN_IF_ERROR(encode_rows(grad_v.matrix, Config::kChunkColumns, kGranule, 1, &args.map_grad_v));
+      args.grad_v_batch_rows = grad_v.batch_rows;
+    }
   }
   args.mask = shape;
   args.columns = params.columns;
   args.items = params.key_items;
   args.num_items = static_cast<int>(params.num_key_items);
   args.row_words = static_cast<int>(shape.row_words());
-  args.grad_k = params.grad_k.data;
+  args.grad_k = params.needs_k ? params.grad_k.data : nullptr;
   args.grad_k_batch_stride = problem.packed ? 0 : params.grad_k.batch_stride;
   args.grad_k_row_stride = params.grad_k.row_stride;
   args.grad_k_head_stride = params.grad_k.head_stride;
-  args.grad_v = params.grad_v.data;
+  args.grad_v = params.needs_v ? params.grad_v.data : nullptr;
   args.grad_v_batch_stride = problem.packed ? 0 : params.grad_v.batch_stride;
   args.grad_v_row_stride = params.grad_v.row_stride;
   args.grad_v_head_stride = params.grad_v.head_stride;
   auto* bytes = static_cast<uint8_t*>(params.workspace);
-  args.ticket = reinterpret_cast<int*>(bytes + workspace.ticket);
-  args.parts_done = args.ticket + 1;
+  args.ticket = reinterpret_cast<int*>(bytes + workspace.tickets);
+  args.parts_done = args.ticket + BackwardWorkspace::kTickets;
   args.part_sums = reinterpret_cast<float4*>(bytes + workspace.parts);
   args.lse = reinterpret_cast<float*>(bytes + workspace.statistics);
   args.delta = args.lse + problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows;
@@ -92,8 +98,8 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.k_batch_rows = k.batch_rows;
   args.v_batch_rows = v.batch_rows;
   args.head_dim = problem.head_dim;
-  args.tile_heads =
-      count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, params.deterministic);
+  args.tile_heads = count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize,
+                                     params.deterministic, policy);
   args.sets_per_key_head = problem.heads_q / problem.heads_k / args.tile_heads;
   args.all_rows_k = problem.rows_k * (problem.packed ? 1 : shape.batch);
   args.sum_batch_rows = problem.packed ? 0 : static_cast<int>(problem.rows_k);
@@ -106,20 +112,14 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.scale_log2 = static_cast<float>(problem.softmax_scale * M_LOG2E);
 
   HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, stream));
-  auto* kernel =
-      params.deterministic ? sm90::backward_keys_kernel<Config, false> : sm90::backward_keys_kernel<Config, true>;
-  constexpr int kSharedBytes = sizeof(typename Traits::Storage);
-  HBSATTN_RETURN_IF_ERROR(cuda_status(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "cudaFuncSetAttribute"));
+  const bool with_queries = method == BackwardMethod::kByKeys;
+  auto* kernel = with_queries ? sm90::backward_keys_kernel<Config, true> : sm90::backward_keys_kernel<Config, false>;
   int capability = 0, multiprocessors = 0;
   HBSATTN_RETURN_IF_ERROR(current_device(&capability, &multiprocessors));
-  if (params.num_key_items > 0) {
-    const auto grid = std::min<int64_t>(multiprocessors * Config::kCtasPerSm, params.num_key_items);
-    kernel<<<static_cast<unsigned>(grid), Traits::kThreads, kSharedBytes, stream>>>(args);
-    HBSATTN_RETURN_IF_ERROR(cuda_status(cudaGetLastError(), "the launch of the backward kernel"));
-  }
-  if (params.deterministic) return Status::Ok();  // run_grad_queries follows
-  return finish_rows(params, workspace, Config::kHeadDim, stream);
+  const auto grid = std::min<int64_t>(multiprocessors * Config::kCtasPerSm, params.num_key_items);
+  HBSATTN_RETURN_IF_ERROR(launch("the launch of the backward kernel", kernel, static_cast<unsigned>(grid),
+                                 Traits::kThreads, backward_keys_shared_bytes<Config>(), stream, args));
+  return with_queries ? finish_rows(params, workspace, Config::kHeadDim, stream) : Status::Ok();
 }
 
 }  // namespace hbsattn::kernels

@@ -4,6 +4,7 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "kernels/common/launch.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/sm90/backward_keys/traits.cuh"
 #include "kernels/sm90/tensor_map.h"
@@ -29,6 +30,14 @@ __device__ __forceinline__ KeyItem read_item(const BackwardKeysArguments& args, 
   item.k_len = min(item.k_len, args.rows_k - item.k_begin);
   item.keys = min(item.keys, max(item.k_len - item.first_key, 0));
   return item;
+}
+
+// Of the tensor maps that a launch uses, those that are read first.
+__device__ __forceinline__ void prefetch_tensor_maps(const BackwardKeysArguments& args) {
+  cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_q : &args.map_q_clipped);
+  cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_grad_out : &args.map_grad_out_clipped);
+  cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_k : &args.map_k_clipped);
+  cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_v : &args.map_v_clipped);
 }
 
 // The bits of the query blocks that attend to a tile from one query head.
@@ -258,7 +267,10 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
       mbarrier_arrive(&storage.tile_full[slot.index]);
     }
     slot.advance();
-    if (last) break;
+    if (last) {
+      let_next_kernel_start();
+      break;
+    }
     mbarrier_wait(&storage.tile_wanted, wanted.parity);
     wanted.advance();
     const int ticket = lane == 0 ? atomicAdd(args.ticket, 1) : 0;

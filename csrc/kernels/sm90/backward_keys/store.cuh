@@ -20,6 +20,7 @@ __device__ __forceinline__ void store_keys(const BackwardKeysArguments& args, co
                                            int first_column, float scale, void* out, int64_t batch_stride,
                                            int64_t row_stride, int64_t head_stride, int head, int warp_key, int lane) {
   using Element = typename Traits::Element;
+  if (out == nullptr) return;  // not needed
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const int in_tile = warp_key + lane / 4 + 8 * row;
@@ -145,12 +146,16 @@ __device__ __forceinline__ void leave_keys(const BackwardKeysArguments& args, ty
     if (warp_key + kGranule <= uniform(item.keys)) {
       const int row = item.k_begin + item.first_key + warp_key;
       float* buffer = storage.grad_queries[unit * 4 + warp];
-      bulk_wait_read(lane);
-      send_keys<Traits>(args, grad_values, 1.f, args.map_grad_v, row + item.sequence * args.grad_v_batch_rows, head,
-                        buffer, lane);
-      bulk_wait_read(lane);
-      send_keys<Traits>(args, grad_keys, args.scale, args.map_grad_k, row + item.sequence * args.grad_k_batch_rows,
-                        head, buffer, lane);
+      if (args.grad_v != nullptr) {
+        bulk_wait_read(lane);
+        send_keys<Traits>(args, grad_values, 1.f, args.map_grad_v, row + item.sequence * args.grad_v_batch_rows, head,
+                          buffer, lane);
+      }
+      if (args.grad_k != nullptr) {
+        bulk_wait_read(lane);
+        send_keys<Traits>(args, grad_keys, args.scale, args.map_grad_k, row + item.sequence * args.grad_k_batch_rows,
+                          head, buffer, lane);
+      }
       return;
     }
   }

@@ -185,7 +185,7 @@ struct BackwardKeysArguments {
       part_sums;  // (slots, warpgroups): gradients of keys and values that parts leave, in the order of accumulators
   int row_words;  // of a column
 
-  void *grad_k, *grad_v;
+  void *grad_k, *grad_v;                                               // null: not needed
   int64_t grad_k_batch_stride, grad_k_row_stride, grad_k_head_stride;  // elements
   int64_t grad_v_batch_stride, grad_v_row_stride, grad_v_head_stride;
 

@@ -81,7 +81,10 @@ __global__ void __launch_bounds__(BackwardQueriesTraits<Config>::kThreads, Confi
       mbarrier_init(&storage.shared_empty[i], Traits::kConsumerWarps);
     }
     init_barriers<Traits, kGeneral>(storage);
+    prefetch_tensor_maps(args);
+    cute::prefetch_tma_descriptor(&args.map_grad_out);
   }
+  wait_for_earlier_kernels();
   __syncthreads();
 
   const int warpgroup = uniform(threadIdx.x / 128);

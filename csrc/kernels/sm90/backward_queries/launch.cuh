@@ -16,7 +16,8 @@ Status run_backward_queries(const BackwardParams& params, Stream stream) {
   using Traits = sm90::BackwardQueriesTraits<Config>;
   const ForwardParams& problem = params.problem;
   HBSATTN_RETURN_IF_ERROR(check_launchable(params));
-  const BackwardWorkspace workspace = lay_out_backward(problem, Config::kHeadDim, BackwardMethod::kByQueries);
+  const BackwardWorkspace workspace =
+      lay_out_backward(params, Config::kHeadDim, BackwardMethod::kByQueries, current_policy());
   sm90::BackwardQueriesArguments args{};
   bool general = false;
   HBSATTN_RETURN_IF_ERROR(set_query_arguments<Config>(params, workspace, args, general));

@@ -72,9 +72,11 @@ __global__ void __launch_bounds__(QueryTileTraits<Config>::kThreads, Config::kCt
   auto& storage = *reinterpret_cast<typename Traits::Storage*>(shared);
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
-    if (args.cycles != nullptr) args.cycles[2 * blockIdx.x] = clock64();
     init_barriers<Traits, kGeneral>(storage);
+    prefetch_tensor_maps(args);
   }
+  wait_for_earlier_kernels();
+  if (args.cycles != nullptr && threadIdx.x == 0) args.cycles[2 * blockIdx.x] = clock64();
   __syncthreads();
 
   const int warpgroup = uniform(threadIdx.x / 128);

@@ -44,7 +44,12 @@ __global__ void __launch_bounds__(GradQueriesTraits<Config>::kThreads, Config::k
   extern __shared__ __align__(1024) uint8_t shared[];
   auto& storage = *reinterpret_cast<typename Traits::Storage*>(shared);
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) init_barriers<Traits, kGeneral>(storage);
+  if (threadIdx.x == 0) {
+    init_barriers<Traits, kGeneral>(storage);
+    prefetch_tensor_maps(args);
+    cute::prefetch_tma_descriptor(&args.map_grad_out);
+  }
+  wait_for_earlier_kernels();
   __syncthreads();
 
   const int warpgroup = uniform(threadIdx.x / 128);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "kernels/rows/rows.h"
 #include "kernels/sm90/grad_queries/kernel.cuh"
 #include "kernels/sm90/query_tiles/launch.cuh"
 #include "plan/workspace.h"
@@ -20,7 +21,7 @@ Status set_query_arguments(const BackwardParams& params, const BackwardWorkspace
   auto* bytes = static_cast<uint8_t*>(params.workspace);
   problem.out = params.grad_q;
   problem.lse = nullptr;
-  problem.workspace = bytes + workspace.ticket;
+  problem.workspace = bytes + workspace.tickets;
   HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(problem, "grad_q", true, args, general));
   const RowsOfTensor grad_out = rows_of(params.grad_out, problem, problem.rows_q, problem.heads_q);
   HBSATTN_RETURN_IF_ERROR(
@@ -35,17 +36,20 @@ Status set_query_arguments(const BackwardParams& params, const BackwardWorkspace
   return Status::Ok();
 }
 
-// Follows run_backward_keys, which fills the statistics of the workspace.
+// Follows run_backward_keys, which prepares the workspace, unless gradients of keys are not needed.
 template <class Config>
 Status run_grad_queries(const BackwardParams& params, Stream stream) {
   using Traits = sm90::GradQueriesTraits<Config>;
-  const BackwardWorkspace workspace =
-      lay_out_backward(params.problem, Config::kHeadDim, BackwardMethod::kDeterministic);
+  const BackwardMethod method = choose_backward_method(params);
+  const BackwardWorkspace workspace = lay_out_backward(params, Config::kHeadDim, method, current_policy());
+  const bool alone = method == BackwardMethod::kQueriesOnly;
+  if (alone) HBSATTN_RETURN_IF_ERROR(check_launchable(params));
   sm90::GradQueriesArguments args{};
   bool general = false;
   HBSATTN_RETURN_IF_ERROR(set_query_arguments<Config>(params, workspace, args, general));
   auto* kernel = general ? sm90::grad_queries_kernel<Config, true> : sm90::grad_queries_kernel<Config, false>;
-  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.ticket, 0, sizeof(int), stream), "cudaMemsetAsync"));
+  ++args.ticket;  // the other kernel has the first
+  if (alone) HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, stream));
   return launch_tiles(kernel, args, Traits::kThreads, Config::kCtasPerSm, grad_queries_shared_bytes<Config>(),
                       "the launch of the kernel for grad_q", stream);
 }

@@ -8,7 +8,7 @@
 #include <numeric>
 #include <string>
 
-#include "kernels/common/cuda_status.h"
+#include "kernels/common/launch.cuh"
 #include "kernels/instances.h"
 #include "kernels/sm90/query_tiles/traits.cuh"
 #include "kernels/sm90/tensor_rows.h"
@@ -18,7 +18,7 @@ namespace hbsattn::kernels {
 // Fills what a kernel gets that streams keys and values past tiles of query rows, and tells whether the general one is
 // needed. `out_name`: what the caller knows params.out as; `for_backward`: as in PlanParams.
 template <class Config>
-Status set_arguments(const ForwardParams& params, const std::string& out_name, bool for_backward,
+Status set_arguments(const ForwardParams& params, const char* out_name, bool for_backward,
                      sm90::QueryTileArguments& args, bool& general) {
   using Traits = sm90::QueryTileTraits<Config>;
   const MaskShape& shape = params.mask.shape;
@@ -33,7 +33,8 @@ Status set_arguments(const ForwardParams& params, const std::string& out_name, b
   }
   for (const RowsOfTensor& tensor : {q, k, v, out}) {
     if (tensor.matrix.rows >= sm90::kOutOfBounds) {
-      return Status::NotSupported("q, k, v or " + out_name + " spans " + std::to_string(tensor.matrix.rows) +
+      return Status::NotSupported(std::string("q, k, v or ") + out_name + " spans " +
+                                  std::to_string(tensor.matrix.rows) +
                                   " rows over its batch; expected fewer than 2^30");
     }
   }
@@ -97,7 +98,9 @@ Status set_arguments(const ForwardParams& params, const std::string& out_name, b
   args.row_words = static_cast<int>(shape.words());
   args.q_block_size = shape.q_block_size;
   args.k_block_size = shape.k_block_size;
-  args.segments_per_block = (shape.k_block_size + segment - 1) / segment;
+  // Blocks may be longer than all sequences; those then have one.
+  const auto block_keys = static_cast<int>(std::clamp<int64_t>(params.rows_k, 1, shape.k_block_size));
+  args.segments_per_block = (block_keys + segment - 1) / segment;
   while ((1 << args.segment_log2) < segment) ++args.segment_log2;
   args.causal = shape.causal;
   args.scale = params.softmax_scale;
@@ -112,11 +115,8 @@ Status launch_tiles(void (*kernel)(Arguments), const Arguments& args, int thread
                     const char* what, Stream stream) {
   int device_capability = 0, multiprocessors = 0;
   HBSATTN_RETURN_IF_ERROR(current_device(&device_capability, &multiprocessors));
-  HBSATTN_RETURN_IF_ERROR(cuda_status(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "cudaFuncSetAttribute"));
   const int grid = std::min(multiprocessors * ctas_per_sm, args.num_items);
-  kernel<<<grid, threads, shared_bytes, stream>>>(args);
-  return cuda_status(cudaGetLastError(), what);
+  return launch(what, kernel, grid, threads, shared_bytes, stream, args);
 }
 
 }  // namespace hbsattn::kernels

@@ -4,6 +4,7 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "kernels/common/launch.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/sm90/query_tiles/traits.cuh"
 #include "kernels/sm90/tensor_map.h"
@@ -115,6 +116,13 @@ __device__ __forceinline__ void load_queries(const Arguments& args, typename Tra
   }
 }
 
+// Of the tensor maps that a launch uses, those that are read first.
+__device__ __forceinline__ void prefetch_tensor_maps(const QueryTileArguments& args) {
+  cute::prefetch_tma_descriptor(&args.map_q);
+  cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_k : &args.map_k_clipped);
+  cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_v : &args.map_v_clipped);
+}
+
 // Stages that a slot of segments holds. With many segments a stage, a lane's worth of them each; with few, no more than
 // a tile can wait for at its start.
 template <class Traits>
@@ -202,7 +210,10 @@ __device__ __forceinline__ void run_tile_warp(const QueryTileArguments& args, ty
       mbarrier_arrive(&storage.tile_full[slot.index]);
     }
     slot.advance();
-    if (last) break;
+    if (last) {
+      let_next_kernel_start();
+      break;
+    }
 
     list_segments<Traits, kGeneral>(args, storage, segment_slot, item, first_word, stages, padding, key_end, lane);
     mbarrier_wait(&storage.tile_wanted, wanted.parity);

@@ -1,0 +1,57 @@
+#pragma once
+
+// How every kernel is launched: so that it may start while the one before it in the stream still runs.
+
+#include <cuda_runtime.h>
+
+#include "hbsattn/params.h"
+#include "kernels/common/cuda_status.h"
+
+namespace hbsattn {
+
+// Waits until all kernels before this one in its stream are complete; what they wrote is visible then. All threads of a
+// kernel that `launch` starts call this, and none touches global memory before: neither reads, as what it reads may
+// still be written, nor writes, as what it overwrites may still be read. What needs no global memory, such as barriers
+// and prefetches of tensor maps in the arguments, comes before. A kernel that never waited would be complete before
+// those before it are, and the next would not wait for these.
+__device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Lets the next kernel's CTAs start where there is room, once all CTAs of this one have called this, by any thread, or
+// ended. It is a hint: the next kernel waits for the end of this one wherever this is called. Its CTAs hold registers
+// and shared memory while they wait, so a kernel of many CTAs calls this at once, as all its CTAs have started when the
+// last one does, and a persistent one where it knows that its work list is at an end.
+__device__ __forceinline__ void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+namespace kernels {
+
+// Lets a kernel have that many bytes of dynamic shared memory on the current device. The runtime is asked once for each
+// kernel and device.
+Status allow_shared_bytes(const void* kernel, int bytes);
+
+// Launches a kernel that keeps the rules above. `what`: for an error, e.g. "the launch of the forward kernel". An empty
+// grid launches nothing. Works in a capture: the edge between two such kernels is a programmatic one there.
+template <class... Parameters, class... Arguments>
+Status launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes, Stream stream,
+              const Arguments&... arguments) {
+  constexpr int kAlwaysAllowed = 48 * 1024;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return Status::Ok();
+  if (shared_bytes > kAlwaysAllowed) {
+    HBSATTN_RETURN_IF_ERROR(allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes));
+  }
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return cuda_status(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+}
+
+}  // namespace kernels
+}  // namespace hbsattn

@@ -1,0 +1,36 @@
+#pragma once
+
+// What the rules of planning know of a card, and the limits that follow from it. What decides the length of a list or
+// the size of a workspace must be the same in planning, validation and launch: all take the policy of the current
+// device (kernels::current_policy).
+
+#include <cstdint>
+
+namespace hbsattn {
+
+// The limits were swept on one H200, by the times of whole forward and backward passes; its numbers are the defaults,
+// which hold where there is no device. That limits of bytes grow with the L2 cache, and those of tiles with the number
+// of multiprocessors, is a guess for other cards.
+struct DevicePolicy {
+  int32_t multiprocessors = 132;
+  int64_t l2_bytes = int64_t{60} << 20;
+  int64_t shared_bytes = int64_t{228} << 10;  // of a multiprocessor
+
+  // What the items of a section of a work list may read and add to, so that tiles which run at the same time find it in
+  // L2: 32 MB of an H200's 60. What tiles keep and write, and the far partition, take a share of the rest.
+  constexpr int64_t section_bytes() const { return l2_bytes * 8 / 15; }
+
+  // What the queries of all tiles of keys that run at the same time may take of L2: 36 MB of an H200's 60.
+  constexpr int64_t running_bytes() const { return l2_bytes * 3 / 5; }
+
+  // What a key head's queries may take until it pays to stream fewer of its query heads: 5 MB of an H200's 60.
+  constexpr int64_t together_bytes() const { return l2_bytes / 12; }
+
+  // Keys of all tiles that run at the same time: two CTAs with 64 or one with 128 to each multiprocessor.
+  constexpr int64_t running_keys() const { return int64_t{multiprocessors} * 128; }
+
+  // Multiprocessors as the rules for heavy tiles count them, in whole 32s: they were swept with 128 for an H200's 132.
+  constexpr int32_t units() const { return multiprocessors < 64 ? 32 : multiprocessors / 32 * 32; }
+};
+
+}  // namespace hbsattn

@@ -1,0 +1,174 @@
+#pragma once
+
+// What several operators are given alike: the layout of a mask, the numbers of heads, an attention problem.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "hbsattn/hbsattn.h"
+#include "torch/checks.h"
+
+#if HBSATTN_WITH_CUDA
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace hbsattn {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline constexpr int64_t kSequenceInts = sizeof(Sequence) / sizeof(int32_t);
+inline constexpr int64_t kItemInts = sizeof(WorkItem) / sizeof(int32_t);
+inline constexpr int64_t kKeyItemInts = sizeof(KeyItem) / sizeof(int32_t);
+
+// `SymInt[] layout` of the operators: what a mask is beside its bits and its table of sequences. hbsattn/_layout.py
+// spells it as MaskLayout.
+struct MaskLayout {
+  int64_t cols, q_block_size, k_block_size;
+  bool causal;
+};
+
+inline MaskLayout read_layout(at::IntArrayRef values) {
+  TORCH_CHECK_VALUE(values.size() == 4, describe("layout has ", static_cast<int64_t>(values.size()),
+                                                 " numbers; expected 4: cols, q_block_size, k_block_size, causal"));
+  return {values[0], values[1], values[2], values[3] != 0};
+}
+
+// `int[] heads` of the operators that plan: what a call has beside its mask. hbsattn/_layout.py spells it as CallShape.
+struct CallShape {
+  int32_t heads_q, heads_k, head_dim, element_size;
+  bool pack_heads;
+};
+
+inline CallShape read_call_shape(at::IntArrayRef values) {
+  TORCH_CHECK_VALUE(values.size() == 5,
+                    describe("heads has ", static_cast<int64_t>(values.size()),
+                             " numbers; expected 5: heads_q, heads_k, head_dim, element_size, pack_heads"));
+  return {to_int32("heads_q", values[0]), to_int32("heads_k", values[1]), to_int32("head_dim", values[2]),
+          to_int32("element_size", values[3]), values[4] != 0};
+}
+
+inline Tensor empty_ints(at::IntArrayRef shape, at::Device device) {
+  return at::empty(shape, at::TensorOptions(at::kInt).device(device));
+}
+
+inline MaskShape make_shape(int64_t batch, int64_t heads, int64_t rows, const MaskLayout& layout) {
+  MaskShape shape;
+  shape.batch = to_int32("batch", batch);
+  shape.heads = to_int32("the mask's number of heads", heads);
+  shape.rows = rows;
+  shape.cols = layout.cols;
+  shape.q_block_size = to_int32("q_block_size", layout.q_block_size);
+  shape.k_block_size = to_int32("k_block_size", layout.k_block_size);
+  shape.causal = layout.causal;
+  return shape;
+}
+
+inline const Sequence* read_sequences(const Tensor& sequences, at::Device device) {
+  check_table("sequences", sequences, 2, device);
+  check_shape("sequences", sequences, {sequences.size(0), kSequenceInts});
+  return static_cast<const Sequence*>(sequences.const_data_ptr());
+}
+
+inline MaskView read_mask(const Tensor& bits, const Tensor& sequences, const MaskLayout& layout, at::Device device) {
+  check_table("bits", bits, 3, device);
+  MaskView mask;
+  mask.sequences = read_sequences(sequences, device);
+  mask.shape = make_shape(sequences.size(0), bits.size(0), bits.size(1), layout);
+  raise_if_error(validate_mask(mask.shape));
+  check_shape("bits", bits, {bits.size(0), bits.size(1), mask.shape.words()});
+  mask.bits = static_cast<const uint32_t*>(bits.const_data_ptr());
+  return mask;
+}
+
+#if HBSATTN_WITH_CUDA
+inline Stream current_stream(at::Device device) { return c10::cuda::getCurrentCUDAStream(device.index()).stream(); }
+#else
+// The core of this build answers every call for a device with the same sentence.
+inline void refuse_cuda() { raise_if_error(pack_mask({}, nullptr)); }
+inline void refuse_operator(const c10::OperatorHandle&, torch::jit::Stack*) { refuse_cuda(); }
+
+inline Stream current_stream(at::Device) {
+  refuse_cuda();
+  return nullptr;
+}
+#endif
+
+// Checks the tensors of a call; the problem that they pose is yet to be checked.
+inline ForwardParams read_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits,
+                                  const Tensor& sequences, const MaskLayout& layout, bool pack_heads,
+                                  double softmax_scale) {
+  const at::Device device = q.device();
+  TORCH_CHECK_VALUE(
+      q.dim() == 3 || q.dim() == 4,
+      describe("q has shape ", q.sizes(), " and ", q.dim(),
+               " dimensions; expected (total_q, heads_q, head_dim) or (batch, seqlen_q, heads_q, head_dim)"));
+  ForwardParams params;
+  params.packed = q.dim() == 3;
+  params.dtype = to_dtype("q", q);
+  const auto check_like_q = [&](const char* name, const Tensor& tensor) {
+    check_dtype(name, tensor, q.scalar_type());
+    check_device(name, tensor, device);
+    check_dims(name, tensor, q.dim());
+  };
+  check_like_q("k", k);
+  check_like_q("v", v);
+  TORCH_CHECK_VALUE(k.size(-1) == q.size(-1),
+                    describe("k has a head_dim of ", k.size(-1), "; expected ", q.size(-1), ", that of q"));
+  TORCH_CHECK_VALUE(v.sizes() == k.sizes(),
+                    describe("v has shape ", v.sizes(), "; expected ", k.sizes(), ", that of k"));
+  params.mask = read_mask(bits, sequences, layout, device);
+  if (!params.packed) {
+    const int64_t batch = sequences.size(0);
+    TORCH_CHECK_VALUE(q.size(0) == batch,
+                      describe("q has a batch of ", q.size(0), "; expected ", batch, ", that of the mask"));
+    TORCH_CHECK_VALUE(k.size(0) == batch,
+                      describe("k has a batch of ", k.size(0), "; expected ", batch, ", that of the mask"));
+  }
+  params.q = to_view("q", q);
+  params.k = to_view("k", k);
+  params.v = to_view("v", v);
+  params.rows_q = q.size(-3);
+  params.rows_k = k.size(-3);
+  params.heads_q = to_int32("heads_q", q.size(-2));
+  params.heads_k = to_int32("heads_k", k.size(-2));
+  params.head_dim = to_int32("head_dim", q.size(-1));
+  params.softmax_scale = static_cast<float>(softmax_scale);
+  params.pack_heads = pack_heads;
+  return params;
+}
+
+inline void read_items(const Tensor& items, at::Device device, ForwardParams& params) {
+  check_table("items", items, 2, device);
+  check_shape("items", items, {items.size(0), kItemInts});
+  params.items = static_cast<const WorkItem*>(items.const_data_ptr());
+  params.num_items = items.size(0);
+}
+
+inline std::vector<int64_t> shape_lse(const ForwardParams& params) {
+  if (params.packed) return {params.heads_q, params.rows_q};
+  return {params.mask.shape.batch, params.heads_q, params.rows_q};
+}
+
+// What a backward call is given beside its problem: gradients and results in the shapes of the forward's.
+inline void check_gradients(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& out,
+                            const Tensor& lse, const ForwardParams& problem) {
+  const auto check = [&](const char* name, const Tensor& tensor, at::ScalarType dtype, at::IntArrayRef sizes) {
+    check_dtype(name, tensor, dtype);
+    check_device(name, tensor, q.device());
+    check_shape(name, tensor, sizes);
+  };
+  const at::ScalarType lse_dtype = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const std::vector<int64_t> lse_shape = shape_lse(problem);
+  check("grad_out", grad_out, q.scalar_type(), q.sizes());
+  check("out", out, q.scalar_type(), q.sizes());
+  check("lse", lse, lse_dtype, lse_shape);
+  if (grad_lse) check("grad_lse", *grad_lse, lse_dtype, lse_shape);
+}
+
+}  // namespace hbsattn

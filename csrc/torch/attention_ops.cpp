@@ -1,0 +1,227 @@
+// The attention operators: guard, checks, allocation, and the way to the plain parameters of the core.
+
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "torch/arguments.h"
+#include "torch/plan_parts.h"
+
+#if HBSATTN_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#endif
+
+namespace hbsattn {
+namespace {
+
+using TwoTensors = std::tuple<Tensor, Tensor>;
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+
+// The checks of a call that has no work list yet.
+void check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
+                   at::IntArrayRef layout, bool pack_heads, double softmax_scale) {
+  const c10::DeviceGuard guard(q.device());
+  const ForwardParams params = read_problem(q, k, v, bits, sequences, read_layout(layout), pack_heads, softmax_scale);
+  raise_if_error(q.is_cuda() ? supported(params) : validate_forward(params));
+}
+
+// Those of a backward call on a CPU, which has no plan.
+void check_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
+                    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& bits, const Tensor& sequences,
+                    at::IntArrayRef layout, bool pack_heads, double softmax_scale) {
+  const ForwardParams problem = read_problem(q, k, v, bits, sequences, read_layout(layout), pack_heads, softmax_scale);
+  check_gradients(grad_out, grad_lse, q, out, lse, problem);
+  raise_if_error(validate_forward(problem));
+}
+
+#if HBSATTN_WITH_CUDA
+
+// The tensor, or a copy where the kernels cannot address it: a copy costs less than a second kind of kernel.
+Tensor make_addressable(const char* name, const Tensor& tensor, DType dtype, TensorView& view) {
+  if (addressable(view, dtype)) return tensor;
+  Tensor copy = tensor.clone(at::MemoryFormat::Contiguous);
+  view = to_view(name, copy);
+  return copy;
+}
+
+// A copy with zeros behind each row, and what belongs to the rows of such a result.
+Tensor pad_head_dim(const Tensor& tensor) {
+  const int64_t extra = tensor.size(-1) % kHeadDimMultiple;
+  return at::constant_pad_nd(tensor, {0, extra == 0 ? 0 : kHeadDimMultiple - extra});
+}
+
+Tensor cut_head_dim(const Tensor& tensor, int64_t head_dim) {
+  return tensor.numel() == 0 ? tensor : tensor.narrow(-1, 0, head_dim).contiguous();
+}
+
+Tensor allocate_workspace(size_t bytes, at::Device device) {
+  return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions(at::kByte).device(device));
+}
+
+TwoTensors run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
+                       const Tensor& items, const MaskLayout& layout, bool pack_heads, double softmax_scale,
+                       int64_t* cycles) {
+  const at::Device device = q.device();
+  ForwardParams params = read_problem(q, k, v, bits, sequences, layout, pack_heads, softmax_scale);
+  read_items(items, device, params);
+  const int64_t head_dim = params.head_dim;
+  if (head_dim % kHeadDimMultiple != 0) {
+    raise_if_error(supported(params));
+    const auto [out, lse] = run_forward(pad_head_dim(q), pad_head_dim(k), pad_head_dim(v), bits, sequences, items,
+                                        layout, pack_heads, softmax_scale, cycles);
+    return {cut_head_dim(out, head_dim), lse};
+  }
+  const bool copies = !addressable(params.q, params.dtype) || !addressable(params.k, params.dtype) ||
+                      !addressable(params.v, params.dtype);
+  if (copies) raise_if_error(supported(params));  // before the copies
+  const Tensor q_read = make_addressable("q", q, params.dtype, params.q);
+  const Tensor k_read = make_addressable("k", k, params.dtype, params.k);
+  const Tensor v_read = make_addressable("v", v, params.dtype, params.v);
+
+  Tensor out = at::empty(q.sizes(), q.options());
+  Tensor lse = at::empty(shape_lse(params), q.options().dtype(at::kFloat));
+  params.out = to_view("out", out);
+  params.lse = lse.mutable_data_ptr<float>();
+  params.cycles = cycles;
+  const Tensor workspace = allocate_workspace(forward_workspace_size(), device);
+  params.workspace = workspace.mutable_data_ptr();
+  raise_if_error(forward(params, current_stream(device)));
+  return {out, lse};
+}
+
+const Tensor& check_given(const char* name, const OptionalTensor& tensor, const char* maker) {
+  TORCH_CHECK_VALUE(tensor.has_value(), describe(name, " is None; expected what ", maker, " makes, on CUDA"));
+  return *tensor;
+}
+
+// `backward_plan` and `deterministic` are for the autograd rule alone.
+TwoTensors forward_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
+                      const OptionalTensor& items, const OptionalTensor& backward_plan, at::IntArrayRef layout,
+                      bool pack_heads, double softmax_scale, bool deterministic) {
+  const c10::DeviceGuard guard(q.device());
+  return run_forward(q, k, v, bits, sequences, check_given("items", items, "plan_items"), read_layout(layout),
+                     pack_heads, softmax_scale, nullptr);
+}
+
+// The forward, and the clock of its multiprocessor where each CTA begins and ends: (CTAs, 2).
+ThreeTensors profile_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits,
+                             const Tensor& sequences, const Tensor& items, at::IntArrayRef layout, bool pack_heads,
+                             double softmax_scale) {
+  const c10::DeviceGuard guard(q.device());
+  int multiprocessors = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, q.device().index()));
+  Tensor cycles = at::zeros({2 * multiprocessors, 2}, q.options().dtype(at::kLong));
+  const auto [out, lse] = run_forward(q, k, v, bits, sequences, items, read_layout(layout), pack_heads, softmax_scale,
+                                      cycles.mutable_data_ptr<int64_t>());
+  return {out, lse, cycles};
+}
+
+// Points `params` at the parts of a plan that plan_backward made.
+void read_plan(const Tensor& plan, at::Device device, BackwardParams& params) {
+  ForwardParams& problem = params.problem;
+  check_table("plan", plan, 1, device);
+  const PlanParts parts(problem.mask.shape, problem.heads_q, problem.heads_k, problem.pack_heads, problem.rows_k,
+                        problem.packed);
+  check_shape("plan", plan, {parts.ints});
+  const int32_t* ints = plan.const_data_ptr<int32_t>();
+  params.columns = reinterpret_cast<const uint32_t*>(ints + parts.columns);
+  params.key_items = reinterpret_cast<const KeyItem*>(ints + parts.key_items);
+  params.num_key_items = parts.num_key_items;
+  problem.items = reinterpret_cast<const WorkItem*>(ints + parts.items);
+  problem.num_items = parts.num_items;
+}
+
+ThreeTensors run_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
+                          const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& bits,
+                          const Tensor& sequences, const Tensor& plan, const MaskLayout& layout, bool pack_heads,
+                          double softmax_scale, bool deterministic, const std::array<bool, 3>& needs) {
+  const at::Device device = q.device();
+  BackwardParams params;
+  ForwardParams& problem = params.problem;
+  problem = read_problem(q, k, v, bits, sequences, layout, pack_heads, softmax_scale);
+  check_gradients(grad_out, grad_lse, q, out, lse, problem);
+  params.deterministic = deterministic;
+  params.needs_q = needs[0];
+  params.needs_k = needs[1];
+  params.needs_v = needs[2];
+  read_plan(plan, device, params);
+  raise_if_error(supported(params));
+
+  if (q.numel() == 0 || k.numel() == 0) {
+    const auto zeros = [](const Tensor& like, bool needed) {
+      return needed ? at::zeros(like.sizes(), like.options()) : at::empty({0}, like.options());
+    };
+    return {zeros(q, needs[0]), zeros(k, needs[1]), zeros(v, needs[2])};
+  }
+  const int64_t head_dim = problem.head_dim;
+  if (head_dim % kHeadDimMultiple != 0) {
+    const auto [grad_q, grad_k, grad_v] = run_backward(
+        pad_head_dim(grad_out), grad_lse, pad_head_dim(q), pad_head_dim(k), pad_head_dim(v), pad_head_dim(out), lse,
+        bits, sequences, plan, layout, pack_heads, softmax_scale, deterministic, needs);
+    return {cut_head_dim(grad_q, head_dim), cut_head_dim(grad_k, head_dim), cut_head_dim(grad_v, head_dim)};
+  }
+
+  // Autograd may bring an expanded tensor: that of a sum has no strides at all.
+  const Tensor grad_out_rows = grad_out.stride(-1) == 1 ? grad_out : grad_out.contiguous();
+  problem.out = to_view("out", out);
+  params.grad_out = to_view("grad_out", grad_out_rows);
+  const Tensor q_read = make_addressable("q", q, problem.dtype, problem.q);
+  const Tensor k_read = make_addressable("k", k, problem.dtype, problem.k);
+  const Tensor v_read = make_addressable("v", v, problem.dtype, problem.v);
+  const Tensor out_read = make_addressable("out", out, problem.dtype, problem.out);
+  const Tensor grad_out_read = make_addressable("grad_out", grad_out_rows, problem.dtype, params.grad_out);
+  const Tensor lse_read = lse.contiguous(), grad_lse_read = grad_lse ? grad_lse->contiguous() : Tensor();
+  problem.lse = lse_read.data_ptr<float>();
+  if (grad_lse) params.grad_lse = grad_lse_read.const_data_ptr<float>();
+
+  const auto allocate = [](const char* name, const Tensor& like, bool needed, TensorView& view) {
+    Tensor grad = at::empty(needed ? like.sizes() : at::IntArrayRef({0}), like.options());
+    if (needed) view = to_view(name, grad);
+    return grad;
+  };
+  Tensor grad_q = allocate("grad_q", q, needs[0], params.grad_q);
+  Tensor grad_k = allocate("grad_k", k, needs[1], params.grad_k);
+  Tensor grad_v = allocate("grad_v", v, needs[2], params.grad_v);
+  const Tensor workspace = allocate_workspace(backward_workspace_size(params), device);
+  params.workspace = workspace.mutable_data_ptr();
+  raise_if_error(backward(params, current_stream(device)));
+  return {grad_q, grad_k, grad_v};
+}
+
+ThreeTensors backward_op(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
+                         const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& bits,
+                         const Tensor& sequences, const OptionalTensor& plan, at::IntArrayRef layout, bool pack_heads,
+                         double softmax_scale, bool deterministic, std::array<bool, 3> needs) {
+  const c10::DeviceGuard guard(q.device());
+  return run_backward(grad_out, grad_lse, q, k, v, out, lse, bits, sequences,
+                      check_given("plan", plan, "plan_backward"), read_layout(layout), pack_heads, softmax_scale,
+                      deterministic, needs);
+}
+
+#endif
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(hbsattn, CompositeExplicitAutograd, m) {
+  m.impl("check_forward", check_forward);
+  m.impl("check_backward", check_backward);
+}
+
+TORCH_LIBRARY_IMPL(hbsattn, CUDA, m) {
+#if HBSATTN_WITH_CUDA
+  m.impl("forward", forward_op);
+  m.impl("profile_forward", profile_forward);
+  m.impl("backward", backward_op);
+#else
+  for (const char* name : {"forward", "profile_forward", "backward"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_operator>());
+  }
+#endif
+}
+
+}  // namespace hbsattn

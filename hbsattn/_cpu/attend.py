@@ -1,0 +1,274 @@
+"""Attention and its gradients in plain torch, for every dtype, head dim and block size.
+
+A tile is up to `TILE_ROWS` rows: neighbouring queries of one query block, of all heads that share a mask and a key head.
+It brings the keys of its active blocks alone. Tiles with about as many keys make one batched product, of bounded size.
+
+Rows of tensors are numbered through, (batch, heads, rows) in this order, and one more row ends each list: what does not
+exist reads its zeros, and writes what nobody reads. A product with 0 would not do: it lets NaN and infinity pass.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hbsattn._layout import K_BEGIN, K_LEN, Q_BEGIN, Q_LEN, ceil_div, locate_rows, unpack_bits
+
+TILE_ROWS = 256
+
+# Numbers that one batched product may gather: enough to hide the cost of a torch call, and few enough
+# to stay near the caches.
+PRODUCT_NUMBERS = 1 << 21
+
+KEY_BEYOND = 2**31 - 1  # a key that no sequence has
+
+
+class MaskTensors(NamedTuple):
+    """A packed mask, as `hbsattn._layout` describes it."""
+
+    bits: Tensor
+    sequences: Tensor
+    cols: int
+    q_block_size: int
+    k_block_size: int
+    causal: bool
+
+
+class _Tiles(NamedTuple):
+    """Tiles with something to attend to: int64 (tiles) each."""
+
+    bit_row: Tensor  # in bits.flatten(0, 1)
+    first_query: Tensor  # number of the row, of the first head
+    queries: Tensor  # of each head
+    first_limit: Tensor  # the last key, in the sequence, that the first query may attend to; negative: none
+    last_limit: Tensor  # the last one that the last query may attend to
+    first_key: Tensor  # number of the row that is the sequence's first key
+    keys: Tensor  # no tile attends to more
+
+
+class _Batch(NamedTuple):
+    """What one batched product takes: tiles, padded to as many queries and keys each."""
+
+    queries: Tensor  # (tiles, heads * queries): numbers of rows
+    keys: Tensor  # (tiles, keys): numbers of rows, in the order of the sequence
+    clear: int  # each query attends to all keys before this position
+    hidden: Tensor  # bool (tiles, 1, queries, keys - clear): which ones of the others it does not attend to
+
+    def hide(self, scores: Tensor) -> None:
+        """Makes -inf of the scores (tiles, heads * queries, keys) of what a query does not attend to."""
+        if self.clear < scores.shape[-1]:
+            of_heads = scores.unflatten(1, (-1, self.hidden.shape[2]))
+            of_heads[..., self.clear :].masked_fill_(self.hidden, -torch.inf)
+
+
+def _count_bits(bits: Tensor) -> Tensor:
+    """Counts the bits of int32 (..., words): int64 (...)."""
+    x = bits - ((bits >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return x.view(torch.uint8).sum(-1, dtype=torch.int64)
+
+
+class _Call:
+    """The tiles of a call. q and k are (batch, rows, heads, head_dim); batch is 1 for packed tensors."""
+
+    def __init__(self, q: Tensor, k: Tensor, mask: MaskTensors) -> None:
+        self.mask = mask
+        self.batch, self.rows_q, self.heads_q, self.head_dim = q.shape
+        _, self.rows_k, self.heads_k, _ = k.shape
+        self.no_query, self.no_key = q.shape[:3].numel(), k.shape[:3].numel()  # numbers of the rows that do not exist
+        group = self.heads_q // self.heads_k
+        self.tile_heads = 1 if mask.bits.shape[0] == self.heads_q else group
+        parts = ceil_div(mask.q_block_size * self.tile_heads, TILE_ROWS)
+        self.tile_queries = ceil_div(mask.q_block_size, parts)
+
+    def _find_tiles(self) -> _Tiles:
+        """Finds the tiles, those with the most keys first. Lengths that lie past a tensor end with it."""
+        mask = self.mask
+        mask_heads, rows, _ = mask.bits.shape
+        sequence, block, used = locate_rows(mask.sequences, rows, mask.q_block_size)
+        table = mask.sequences.to(torch.int64)[sequence]
+        q_begin, q_len, k_begin, k_len = (table[:, column] for column in (Q_BEGIN, Q_LEN, K_BEGIN, K_LEN))
+        used = used & (q_begin >= 0) & (k_begin >= 0)
+        start = block * mask.q_block_size
+        queries = (torch.minimum(q_len, self.rows_q - q_begin) - start).clamp(0, mask.q_block_size) * used
+
+        # From rows of bits to tiles of one group of heads, and from those to tiles of all groups.
+        tiles = ceil_div(queries, self.tile_queries)
+        row = torch.repeat_interleave(torch.arange(rows), tiles)
+        skipped = (torch.arange(row.shape[0]) - (tiles.cumsum(0) - tiles)[row]) * self.tile_queries
+        start = start[row] + skipped
+        queries = (queries[row] - skipped).clamp(max=self.tile_queries)
+        last_key = torch.minimum(k_len, self.rows_k - k_begin)[row] - 1
+        first_limit = last_limit = last_key
+        if mask.causal:
+            first_limit = torch.minimum(start + (k_len - q_len)[row], last_key)
+            last_limit = torch.minimum(start + queries - 1 + (k_len - q_len)[row], last_key)
+
+        head = torch.arange(0, self.heads_q, self.tile_heads).unsqueeze(-1)
+        mask_head = head * mask_heads // self.heads_q
+        key_head = head // (self.heads_q // self.heads_k)
+        member = sequence[row] if self.batch > 1 else torch.zeros_like(row)
+        blocks = torch.stack([_count_bits(of_head) for of_head in mask.bits])
+        tiles = _Tiles(
+            bit_row=mask_head * rows + row,
+            first_query=(member * self.heads_q + head) * self.rows_q + q_begin[row] + start,
+            queries=queries.expand(head.shape[0], -1),
+            first_limit=first_limit.expand(head.shape[0], -1),
+            last_limit=last_limit.expand(head.shape[0], -1),
+            first_key=(member * self.heads_k + key_head) * self.rows_k + k_begin[row],
+            keys=torch.minimum(blocks[mask_head, row] * mask.k_block_size, last_limit + 1),
+        )
+        some = tiles.keys > 0
+        tiles = _Tiles(*(x[some] for x in tiles))
+        order = (tiles.keys * (self.tile_queries + 1) + tiles.queries).argsort(descending=True, stable=True)
+        return _Tiles(*(x[order] for x in tiles))
+
+    def _expand(self, tiles: _Tiles) -> _Batch:
+        """Lists the queries and keys of some tiles."""
+        mask = self.mask
+        tile = _Tiles(*(x.unsqueeze(-1) for x in tiles))
+        count = tile.keys.shape[0]
+        row = torch.arange(int(tile.queries.max()))
+        head = torch.arange(self.tile_heads).view(-1, 1) * self.rows_q
+        number = tile.first_query.unsqueeze(-1) + head + row
+        numbers = torch.where((row < tile.queries).unsqueeze(1), number, self.no_query)
+
+        # The keys of one block after another, in their order, so that those that a query may attend to come first.
+        # Shorter lists end in keys that no sequence has.
+        width = int(tile.keys.max())
+        owner, block = unpack_bits(mask.bits.flatten(0, 1)[tiles.bit_row], mask.cols).nonzero(as_tuple=True)
+        active = torch.bincount(owner, minlength=count)
+        place = torch.arange(owner.shape[0]) - (active.cumsum(0) - active)[owner]
+        blocks = ceil_div(width, mask.k_block_size)
+        fits = place < blocks
+        begin = torch.full((count, blocks), KEY_BEYOND, dtype=torch.int64)
+        begin[owner[fits], place[fits]] = block[fits] * mask.k_block_size
+        key = (begin.unsqueeze(-1) + torch.arange(min(mask.k_block_size, width))).flatten(1)[:, :width]
+        attended = key <= tile.last_limit
+        key_numbers = torch.where(attended, tile.first_key + key, self.no_key)
+
+        clear = int((key <= tile.first_limit).sum(-1).min())
+        limit = tile.first_limit + row if mask.causal else tile.first_limit
+        limit = torch.minimum(limit, tile.last_limit).to(torch.int32)
+        key = torch.where(attended, key, KEY_BEYOND)[:, clear:].to(torch.int32)
+        hidden = key.unsqueeze(1) > limit.unsqueeze(-1)
+        return _Batch(numbers.flatten(1), key_numbers, clear, hidden.unsqueeze(1).expand(-1, -1, row.shape[0], -1))
+
+    def batches(self, numbers_of_key: int) -> Iterator[_Batch]:
+        """Everything there is to compute, where a key of a tile takes so many numbers."""
+        if self.no_key == 0 or self.no_query == 0 or self.mask.sequences.shape[0] == 0:
+            return
+        tiles = self._find_tiles()
+        keys = tiles.keys.tolist()
+        done = 0
+        while done < len(keys):
+            end = done + max(PRODUCT_NUMBERS // (keys[done] * numbers_of_key), 1)
+            yield self._expand(_Tiles(*(x[done:end] for x in tiles)))
+            done = end
+
+
+def _flatten(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Copies (batch, rows, heads, head_dim) to (numbers of rows, head_dim), with a row of zeros at the end."""
+    batch, rows, heads, head_dim = x.shape
+    result = torch.empty((batch * rows * heads + 1, head_dim), dtype=dtype)
+    result[:-1].view(batch, heads, rows, head_dim).copy_(x.transpose(1, 2))
+    result[-1] = 0
+    return result
+
+
+def _restore(flat: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_flatten`, in the dtype of `like`."""
+    batch, rows, heads, head_dim = like.shape
+    rows_of_heads = flat[:-1].view(batch, heads, rows, head_dim)
+    return torch.empty(like.shape, dtype=like.dtype).copy_(rows_of_heads.transpose(1, 2))
+
+
+def _gather(flat: Tensor, numbers: Tensor) -> Tensor:
+    return flat.index_select(0, numbers.flatten()).unflatten(0, numbers.shape)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.autocast("cpu", enabled=False)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskTensors, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """Computes the output and the log-sum-exp of packed or batched tensors; rows without keys get 0 and -inf."""
+    if q.dim() == 3:
+        out, lse = attend(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), mask, softmax_scale)
+        return out.squeeze(0), lse.squeeze(0)
+    call = _Call(q, k, mask)
+    compute = _compute_dtype(q.dtype)
+    queries, keys, values = (_flatten(x, compute) for x in (q, k, v))
+    queries.mul_(softmax_scale)
+    out = torch.zeros_like(queries)
+    lse = torch.full((call.no_query + 1,), -torch.inf, dtype=compute)
+    for batch in call.batches(2 * call.head_dim + call.tile_heads * call.tile_queries):
+        scores = _gather(queries, batch.queries) @ _gather(keys, batch.keys).mT
+        batch.hide(scores)
+        largest = scores.amax(-1, keepdim=True)
+        largest.masked_fill_(largest == -torch.inf, 0.0)
+        weights = scores.sub_(largest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        result = (weights @ _gather(values, batch.keys)).div_(torch.where(total == 0, 1, total))
+        out[batch.queries] = result
+        lse[batch.queries] = (largest + total.log()).squeeze(-1)
+    return _restore(out, q), lse[:-1].view(call.batch, call.heads_q, call.rows_q).clone()
+
+
+@torch.autocast("cpu", enabled=False)
+def differentiate(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: MaskTensors,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the gradients of q, k and v, packed or batched; rows without keys take no part.
+
+    With P the weights and S the scaled scores: grad_v = P^T grad_out, and grad_S = P * (grad_out v^T - delta) with
+    delta = rowsum(grad_out * out) - grad_lse, because the log-sum-exp's derivative is P (FlashAttention-2, 3.1).
+    Of large scores, the log-sum-exp is rounded more coarsely than P may be. It cancels: P is E / rowsum(E) with
+    E = exp(S - lse), and the sums divide grad_out and delta, which are smaller than E.
+    """
+    if q.dim() == 3:
+        tensors = (x if x is None else x.unsqueeze(0) for x in (grad_out, grad_lse, q, k, v, out, lse))
+        grads = differentiate(*tensors, mask, softmax_scale)
+        return tuple(x.squeeze(0) for x in grads)
+    call = _Call(q, k, mask)
+    compute = _compute_dtype(q.dtype)
+    queries, keys, values, grads = (_flatten(x, compute) for x in (q, k, v, grad_out))
+    queries.mul_(softmax_scale)
+    deltas = (grads * _flatten(out, compute)).sum(-1)
+    row_lse = torch.full((call.no_query + 1,), torch.inf, dtype=compute)
+    row_lse[:-1] = lse.flatten()
+    if grad_lse is not None:
+        deltas[:-1] -= grad_lse.flatten()
+    # Whatever the gradients of a row without keys are: it is a row that does not exist.
+    numbers = torch.arange(call.no_query + 1).masked_fill_(row_lse == -torch.inf, call.no_query)
+
+    grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (queries, keys, values))
+    for batch in call.batches(4 * call.head_dim + 3 * call.tile_heads * call.tile_queries):
+        rows, cols = numbers[batch.queries], batch.keys
+        tile_queries, tile_keys = _gather(queries, rows), _gather(keys, cols)
+        scores = tile_queries @ tile_keys.mT
+        batch.hide(scores)
+        weights = scores.sub_(row_lse[rows].unsqueeze(-1)).exp_()
+        total = weights.sum(-1, keepdim=True)
+        total = torch.where(total == 0, 1, total)
+        tile_grads = _gather(grads, rows).div_(total)
+        grad_scores = tile_grads @ _gather(values, cols).mT
+        grad_scores.sub_(deltas[rows].unsqueeze(-1).div_(total)).mul_(weights)
+
+        # A query is in one tile, a key in many.
+        grad_q[rows] = grad_scores @ tile_keys
+        grad_k.index_add_(0, cols.flatten(), (grad_scores.mT @ tile_queries).flatten(0, 1))
+        grad_v.index_add_(0, cols.flatten(), (weights.mT @ tile_grads).flatten(0, 1))
+    grad_q.mul_(softmax_scale)
+    return _restore(grad_q, q), _restore(grad_k, k), _restore(grad_v, v)

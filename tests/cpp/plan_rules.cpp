@@ -1,0 +1,281 @@
+// Rules of planning against their definitions, for shapes and tables drawn at random: lists are never longer than the
+// bounds that know no card, and hold every tile once.
+
+#include <algorithm>
+#include <cinttypes>
+#include <cstdio>
+#include <map>
+#include <random>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "plan/layout.h"
+#include "plan/lists.h"
+#include "plan/workspace.h"
+
+namespace {
+
+using namespace hbsattn;
+
+// The limits that were measured hold on the card that they were measured on.
+constexpr DevicePolicy kH200{132, int64_t{60} << 20, int64_t{228} << 10};
+static_assert(kH200.section_bytes() == 32 << 20 && kH200.running_bytes() == 36 << 20);
+static_assert(kH200.together_bytes() == 5 << 20 && kH200.running_keys() == 132 * 128 && kH200.units() == 128);
+constexpr DevicePolicy kDefaults;
+static_assert(kDefaults.multiprocessors == kH200.multiprocessors && kDefaults.l2_bytes == kH200.l2_bytes);
+
+std::mt19937_64 generator(1);
+
+int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+
+// Small numbers as often as large ones.
+int64_t draw_size(int64_t high) { return draw(0, std::min<int64_t>(high, (int64_t{1} << draw(0, 62)) - 1)); }
+
+template <class T>
+T choose(std::initializer_list<T> values) {
+  return values.begin()[draw(0, static_cast<int64_t>(values.size()) - 1)];
+}
+
+struct Problem {
+  MaskShape shape;
+  int32_t heads_q, heads_k, head_dim;
+  bool pack_heads, deterministic, packed;
+  int64_t rows_k;
+  DevicePolicy policy;
+};
+
+int32_t draw_block() {
+  return static_cast<int32_t>(draw(0, 2) == 0 ? 16 * draw(1, 16) : 1 + draw_size((int64_t{1} << 30) - 2));
+}
+
+// Any problem whose sizes the core accepts one by one; `valid` says whether its lists are short enough as well.
+Problem draw_problem() {
+  Problem problem{};
+  problem.heads_k = static_cast<int32_t>(1 + draw_size(63));
+  const auto group = static_cast<int32_t>(1 + draw_size(31));
+  problem.heads_q = problem.heads_k * group;
+  problem.head_dim = static_cast<int32_t>(choose({draw(1, 256), draw(1, 128), int64_t{64}, int64_t{128}}));
+  problem.pack_heads = draw(0, 3) != 0;
+  problem.deterministic = draw(0, 2) == 0;
+  problem.packed = draw(0, 1) == 0;
+  problem.rows_k = draw_size(INT32_MAX);
+  MaskShape& shape = problem.shape;
+  shape.batch = static_cast<int32_t>(draw_size(INT32_MAX));
+  shape.heads = choose({1, problem.heads_k, problem.heads_q});
+  shape.rows = draw_size(INT32_MAX / shape.heads);
+  shape.q_block_size = static_cast<int32_t>(std::min<int64_t>(draw_block(), INT32_MAX / problem.heads_q));
+  shape.k_block_size = draw_block();
+  shape.cols = draw_size(std::min<int64_t>((1 << 26) - 1, (int64_t{1} << 32) / shape.k_block_size - 1));
+  shape.causal = draw(0, 1) == 0;
+  if (draw(0, 3) != 0) {
+    problem.policy = {static_cast<int32_t>(draw(1, 300)), draw(1, 400) << 18, draw(64, 256) << 10};
+  }
+  return problem;
+}
+
+KeyListSize size_list(const Problem& problem, int64_t rows_k) {
+  return size_key_list(problem.shape, problem.heads_q, problem.heads_k, problem.head_dim, 2, problem.deterministic,
+                       rows_k, problem.packed, problem.policy);
+}
+
+int fail(const char* what, const Problem& problem, int64_t got, int64_t bound) {
+  const MaskShape& shape = problem.shape;
+  std::printf("FAILED: %s: %" PRId64 ", against %" PRId64 "\n", what, got, bound);
+  std::printf("batch %d heads %d rows %" PRId64 " cols %" PRId64 " blocks %d x %d causal %d\n", shape.batch,
+              shape.heads, shape.rows, shape.cols, shape.q_block_size, shape.k_block_size, shape.causal);
+  std::printf("heads_q %d heads_k %d head_dim %d pack %d deterministic %d packed %d rows_k %" PRId64 " SMs %d\n",
+              problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads, problem.deterministic,
+              problem.packed, problem.rows_k, problem.policy.multiprocessors);
+  return 1;
+}
+
+int check_lengths(int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    const Problem problem = draw_problem();
+    const int64_t most = max_items(problem.shape, problem.heads_q, problem.heads_k, problem.pack_heads);
+    for (const bool for_backward : {false, true}) {
+      const int64_t items = count_query_items(problem.shape, problem.heads_q, problem.heads_k, problem.head_dim,
+                                              problem.pack_heads, for_backward);
+      if (items < 0 || items > most) return fail("tiles of queries", problem, items, most);
+    }
+    const KeyListSize size = size_list(problem, problem.rows_k);
+    const int64_t most_keys = max_key_items(problem.shape, problem.heads_q, problem.rows_k, problem.packed);
+    if (size.items() < 0 || size.items() > most_keys) return fail("tiles of keys", problem, size.items(), most_keys);
+    const KeyListSize longer = size_list(problem, problem.rows_k + draw_size(INT32_MAX - problem.rows_k));
+    if (longer.tiles < size.tiles || longer.slots != size.slots || longer.tile_heads != size.tile_heads) {
+      return fail("a list for more keys", problem, longer.tiles, size.tiles);
+    }
+    // Parts of tiles fit what lay_out_backward leaves them room for.
+    const KeyTileShape tiles = shape_key_tiles(problem.shape, problem.head_dim);
+    constexpr int64_t kListLimit = int64_t{1} << 30;
+    if (size.tiles < kListLimit && int64_t{problem.heads_q} * problem.shape.batch < kListLimit) {
+      ForwardParams forward;
+      forward.mask.shape = problem.shape;
+      forward.heads_q = problem.heads_q;
+      forward.heads_k = problem.heads_k;
+      forward.head_dim = problem.head_dim;
+      forward.packed = true;
+      forward.rows_q = forward.rows_k = 1;
+      const BackwardMethod method = problem.deterministic ? BackwardMethod::kDeterministic : BackwardMethod::kByKeys;
+      const int32_t padded = (problem.head_dim + 63) / 64 * 64;
+      const BackwardWorkspace room = lay_out_backward(forward, padded, method, problem.policy);
+      const int64_t slots = (room.set_sums - room.parts) / (2 * 4 * tiles.tile_keys * padded);
+      if (slots < size.slots) return fail("slots in the workspace", problem, slots, size.slots);
+    }
+  }
+  return 0;
+}
+
+// One tile: its set of heads, sequence, first key, keys and key blocks.
+using Tile = std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t>;
+
+// A small problem with a table of sequences; `honest`: as make_sequences makes them. Otherwise any of its numbers lies.
+struct Table {
+  Problem problem;
+  std::vector<Sequence> sequences;
+  KeyPlanParams params;
+};
+
+Table draw_table(bool honest) {
+  Table table;
+  Problem& problem = table.problem;
+  problem = draw_problem();
+  MaskShape& shape = problem.shape;
+  problem.heads_k = static_cast<int32_t>(draw(1, 2));
+  problem.heads_q = problem.heads_k * static_cast<int32_t>(draw(1, 5));
+  shape.heads = choose({1, problem.heads_k, problem.heads_q});
+  shape.batch = static_cast<int32_t>(draw(1, choose({1, 4, 40})));
+  shape.q_block_size = static_cast<int32_t>(choose({draw(1, 300), 16 * draw(1, 10)}));
+  shape.k_block_size = static_cast<int32_t>(choose({draw(1, 300), 16 * draw(1, 10), draw(1000, 5000)}));
+  problem.packed = draw(0, 1) == 0;
+
+  const int64_t longest = choose<int64_t>({0, 1, 40, 700});
+  const int64_t even_q = draw(0, longest), even_k = draw(0, longest);
+  int64_t q_begin = 0, k_begin = 0, rows = 0, columns = 0;
+  for (int b = 0; b < shape.batch; ++b) {
+    const int64_t q_len = problem.packed ? draw(0, longest) : even_q;
+    const int64_t k_len = problem.packed ? draw(0, longest) : even_k;
+    Sequence sequence{static_cast<int32_t>(q_begin), static_cast<int32_t>(q_len), static_cast<int32_t>(k_begin),
+                      static_cast<int32_t>(k_len),   static_cast<int32_t>(rows),  static_cast<int32_t>(columns)};
+    if (problem.packed) {
+      q_begin += q_len;
+      k_begin += k_len;
+    }
+    const int64_t k_blocks = mask::count_k_blocks(sequence, shape);
+    shape.cols = std::max(b == 0 ? 0 : shape.cols, k_blocks);
+    rows += mask::count_q_blocks(sequence, shape);
+    columns += k_blocks;
+    table.sequences.push_back(sequence);
+  }
+  shape.rows = rows;
+  shape.cols += problem.packed ? draw(0, 2) : 0;  // a bound
+  problem.rows_k = problem.packed ? k_begin + choose<int64_t>({0, 0, 100}) : even_k;
+  for (Sequence& sequence : table.sequences) {
+    if (honest) break;
+    for (int32_t* number : {&sequence.q_begin, &sequence.q_len, &sequence.k_begin, &sequence.k_len, &sequence.row_begin,
+                            &sequence.col_begin}) {
+      if (draw(0, 1) == 0) *number = static_cast<int32_t>(choose({draw(INT32_MIN, INT32_MAX), draw(-30, 300)}));
+    }
+  }
+
+  KeyPlanParams& params = table.params;
+  params.mask.shape = shape;
+  params.mask.sequences = table.sequences.data();
+  params.heads_q = problem.heads_q;
+  params.heads_k = problem.heads_k;
+  params.head_dim = problem.head_dim;
+  params.deterministic = problem.deterministic;
+  params.packed = problem.packed;
+  params.rows_k = problem.rows_k;
+  return table;
+}
+
+// The tiles that hold keys, from the definition.
+std::set<Tile> expected_tiles(const Table& table, int32_t head_sets) {
+  const MaskShape& shape = table.params.mask.shape;
+  const KeyTileShape tiles = shape_key_tiles(shape, table.params.head_dim);
+  std::set<Tile> expected;
+  for (int32_t set = 0; set < head_sets; ++set) {
+    for (int32_t b = 0; b < shape.batch; ++b) {
+      const int32_t k_len = table.sequences[b].k_len;
+      // Every key belongs to the tile that begins at or before it, where united blocks begin or in one block.
+      for (int32_t key = 0; key < k_len; ++key) {
+        const int32_t of_group = tiles.united * shape.k_block_size;
+        const int32_t group = key / of_group * of_group;
+        const int32_t first = group + (key - group) / tiles.tile_keys * tiles.tile_keys;
+        const int32_t end = std::min({first + tiles.tile_keys, group + of_group, k_len});
+        const int32_t blocks = (end - 1) / shape.k_block_size - first / shape.k_block_size + 1;
+        expected.insert({set, b, first, end - first, blocks});
+      }
+    }
+  }
+  return expected;
+}
+
+int check_key_places(int rounds, bool honest) {
+  for (int round = 0; round < rounds; ++round) {
+    const Table table = draw_table(honest);
+    const MaskShape& shape = table.params.mask.shape;
+    if (shape.cols == 0) continue;  // no list
+    const KeyListSize size = size_list(table.problem, table.problem.rows_k);
+    const mask::KeyGrid grid = mask::make_key_grid(table.params, size.tile_heads, table.problem.policy);
+    const int32_t head_sets = table.params.heads_q / size.tile_heads;
+    std::set<Tile> got;
+    for (int64_t place = 0; place < size.tiles; ++place) {
+      const KeyItem item = mask::make_key_item(grid, place);
+      if (item.sequence < 0 || item.sequence >= shape.batch || item.head_set < 0 || item.head_set >= head_sets) {
+        return fail("a place outside the table", table.problem, item.sequence, item.head_set);
+      }
+      if (item.column < 0) continue;
+      if (item.united < 1 || item.column + item.united > shape.cols || item.keys < 1 ||
+          item.keys > grid.tiles.tile_keys || item.first_key + item.keys > item.k_len ||
+          item.column != item.first_key / shape.k_block_size) {
+        return fail("a tile outside its sequence", table.problem, item.column, item.keys);
+      }
+      if (!got.insert({item.head_set, item.sequence, item.first_key, item.keys, item.united}).second) {
+        return fail("a tile that the list has twice", table.problem, item.sequence, item.first_key);
+      }
+    }
+    if (honest && got != expected_tiles(table, head_sets)) {
+      return fail("tiles of the list", table.problem, static_cast<int64_t>(got.size()), size.tiles);
+    }
+    if (!table.problem.packed && size.tiles != head_sets * shape.batch * grid.tiles.count(shape)) {
+      return fail("places of batched tensors", table.problem, size.tiles, grid.tiles.count(shape));
+    }
+  }
+  return 0;
+}
+
+// Tiles of queries without a query are those that hold none.
+int check_empty_tiles(int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    const Table table = draw_table(true);
+    const Problem& problem = table.problem;
+    const MaskShape& shape = problem.shape;
+    if (shape.rows == 0) continue;
+    const TileShape tiles =
+        shape_tiles(shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads, draw(0, 1) == 0);
+    const mask::ItemGrid grid{
+        shape, table.sequences.data(), problem.heads_q, tiles.packed_heads, tiles.tile_rows, tiles.tiles, tiles.united};
+    const int64_t items = problem.heads_q / tiles.packed_heads * shape.rows * tiles.tiles;
+    for (int64_t index = 0; index < std::min<int64_t>(items, 3000); ++index) {
+      const mask::Item item = mask::make_item(grid, index);
+      const WorkItem& record = item.record;
+      int64_t queries = 0;
+      for (int64_t row = record.first_row;
+           row < std::min<int64_t>(record.first_row + tiles.tile_rows, tiles.block_rows); ++row) {
+        queries += record.block_row + row % shape.q_block_size < record.q_len;
+      }
+      if (item.has_queries != (queries > 0)) return fail("queries of a tile", problem, item.has_queries, queries);
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main() {
+  if (check_lengths(1000000) || check_key_places(5000, true) || check_key_places(5000, false)) return 1;
+  return check_empty_tiles(1000);
+}

@@ -1,0 +1,53 @@
+"""The work lists of a mask, taken apart: what the planning ops make for a call, as tensors of records."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import hbsattn
+
+ops = torch.ops.hbsattn
+RECORD_INTS = 16
+
+
+class Lists(NamedTuple):
+    """Parts of what plan_backward makes; csrc/torch/plan_parts.h has the order."""
+
+    columns: Tensor  # (mask heads, cols, words)
+    key_items: Tensor  # (records, 16)
+    items: Tensor  # (records, 16)
+
+
+def layout_of(mask: hbsattn.BlockMask) -> tuple[int, int, int, int]:
+    return mask.cols, mask.q_block_size, mask.k_block_size, int(mask.causal)
+
+
+def plan_items(mask: hbsattn.BlockMask, *call: int) -> Tensor:
+    """The forward's list, dead records behind the others. `call`: heads_q, heads_k, head_dim, element size, and whether
+    heads share tiles."""
+    return ops.plan_items(mask.bits, mask.sequences, layout_of(mask), call)
+
+
+def plan_backward(
+    mask: hbsattn.BlockMask,
+    *call: int,
+    rows_k: int,
+    deterministic: bool = False,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+    sequences: Tensor | None = None,
+) -> Tensor:
+    table = mask.sequences if sequences is None else sequences
+    return ops.plan_backward(mask.bits, table, layout_of(mask), call, rows_k, mask.packed, deterministic, needs)
+
+
+def take_apart(mask: hbsattn.BlockMask, plan: Tensor, *call: int) -> Lists:
+    heads, rows, _ = mask.bits.shape
+    shape = (heads, mask.cols, -(-rows // 32))
+    columns = heads * mask.cols * shape[2]
+    begin = -(-columns // RECORD_INTS) * RECORD_INTS
+    records = plan[begin:].view(-1, RECORD_INTS)
+    items = plan_items(mask, *call).shape[0] if plan.device.type == "cuda" else 0
+    return Lists(plan[:columns].view(shape), records[: records.shape[0] - items], records[records.shape[0] - items :])
