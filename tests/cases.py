@@ -230,3 +230,30 @@ def random_case(seed: int, *, any_block_size: bool, max_len: int) -> Case:
         values=rng.choice(["normal", "normal", "hidden"]),
         scale=rng.choice([None, 0.3]),
     )
+
+
+# Lengths that lie about tensors of HOSTILE_ROWS rows: what cumulative lengths claim.
+HOSTILE_ROWS = 300
+HOSTILE_LENGTHS = {
+    "past_the_end": (0, 10**6),
+    "below_zero": (-5, 300),
+    "far_below_zero": (-(2**31), 300),
+    "int_max": (0, 2**31 - 1),
+    "whole_range": (-(2**31), 2**31 - 1),
+    "beyond": (10**6, 2 * 10**6),
+    "decreasing": (300, 0),
+    "second_past_the_end": (0, 100, 10**6),
+    "first_past_the_end": (0, 10**6, 300),
+    "overlapping": (0, 300, 0, 10**6),
+}
+
+# A problem for each way in which gradients are computed on CUDA: `deterministic` is an option of the call.
+BACKWARD_METHODS = [
+    case("by_keys", q_block=128, k_block=128, head_dim=128),
+    case("by_keys_of_64", q_block=64, k_block=64),
+    case("by_keys_wide", q_block=64, k_block=48, head_dim=256),
+    case("by_keys_of_sets", q_block=8192, k_block=64, heads_q=8, heads_k=1, mask_heads=1, head_dim=128),
+    case("by_queries", q_block=128, k_block=16, head_dim=128),
+    case("by_queries_of_odd_blocks", q_block=100, k_block=7),
+    case("united", q_block=16, k_block=64, mask_heads=2, pattern="alike"),
+]

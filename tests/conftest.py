@@ -1,4 +1,8 @@
-"""Poisoned memory for every test, and GPU tests that skip in sight.
+"""Poisoned memory for every test, GPU tests that skip in sight, and limits that name the test which hangs.
+
+A call that waits for a GPU cannot be interrupted, so a test that exceeds its limit ends the process, after its name
+and the stacks of all threads are printed. Limits are for hangs, not for speed: the slowest test on a CPU
+takes seconds, of which a loaded machine may make minutes.
 
 `torch.use_deterministic_algorithms` with `fill_uninitialized_memory` fills whatever `empty` returns with NaN, in C++
 too, so an output that a kernel forgets to write shows.
@@ -7,11 +11,13 @@ too, so an output that a kernel forgets to write shows.
 from __future__ import annotations
 
 import os
+import threading
 
 # Deterministic cuBLAS needs this before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
+import pytest_timeout
 import torch
 
 import hbsattn
@@ -31,17 +37,40 @@ def _why_no_gpu() -> str | None:
 NO_GPU = _why_no_gpu()
 
 
+# Seconds of one test: fast and slow ones on a GPU, and all others.
+GPU_LIMIT, SLOW_GPU_LIMIT, CPU_LIMIT = 60, 240, 900
+
+
+# Tensors on the CPU are small, and on a loaded machine threads wait for each other longer than they compute.
+torch.set_num_threads(1)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device that the kernels support")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
+def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Settings) -> bool:
+    """In place of pytest-timeout's own timer, which prints stacks alone: names the test before it ends the process."""
+
+    def end() -> None:
+        item.config.get_terminal_writer().sep("+", f"{item.nodeid} is not done after {settings.timeout:g} s")
+        pytest_timeout.timeout_timer(item, settings)
+
+    timer = threading.Timer(settings.timeout, end)
+    timer.daemon = True
+    timer.start()
+    item.cancel_timeout = timer.cancel  # which pytest-timeout calls
+    return True
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if NO_GPU is None:
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        gpu, slow = item.get_closest_marker("gpu"), item.get_closest_marker("slow")
+        if gpu and NO_GPU is not None:
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
+        if not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout((SLOW_GPU_LIMIT if slow else GPU_LIMIT) if gpu else CPU_LIMIT))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,6 +1,8 @@
-"""A dozen small problems for compute-sanitizer (`make sanitize`), each checked against the formula, with gradients.
+"""Small problems for compute-sanitizer (`make sanitize`), each checked against the formula, with gradients, and lengths
+that lie, by every method that computes gradients.
 
-The formula is evaluated on the CPU, so that the product's kernels are nearly all that the sanitizer sees.
+The formula is evaluated on the CPU, so that the product's kernels are nearly all that the sanitizer sees. Arguments are
+the names of problems to run; "lies" runs the lengths.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ import sys
 import torch
 
 import hbsattn
-from cases import case
-from gradients import attend, differentiate, judge_gradients, leaves
-from problems import dense_mask, judge, make_problem
+from cases import BACKWARD_METHODS, HOSTILE_LENGTHS, HOSTILE_ROWS, Case, case
+from gradients import attend, differentiate, judge_gradients
+from problems import judge, make_problem
 
 CASES = [
     case("packed_causal", causal=True, q_block=64, k_block=16),
@@ -65,22 +67,41 @@ def main() -> None:
         judge(problem, out.cpu(), lse.cpu())
         judge_gradients(problem, tuple(grad.cpu() for grad in grads))
         print(f"{spec.name}: ok", flush=True)
-    # Lengths that lie, within the tensors; the smaller blocks may be united.
-    for q_block, k_block in ((64, 64), (16, 64), (128, 16)):
-        spec = case("lies", mask_heads=1, q_block=q_block, k_block=k_block)
-        problem = make_problem(spec, "cuda", torch.bfloat16)
-        block_mask = dense_mask(problem.case, problem.block_masks, "flat").cuda()
-        for lie in ((0, 337, 0, 337), (337, 200, 100, 0), (0, 0, 0, 337)):
-            lens = torch.tensor(lie, dtype=torch.int32).cuda()
-            mask = hbsattn.BlockMask.from_dense(
-                block_mask, q_block, k_block, cu_seqlens_q=lens, cu_seqlens_k=lens, causal=True
-            )
-            # Rows that no sequence covers get no values, so that nothing else may read results.
-            inputs = leaves(problem)
-            out = attend(*inputs, mask)
-            torch.autograd.grad(out, inputs, torch.ones_like(out))
-            torch.cuda.synchronize()
-    print("lies: ok", flush=True)
+    if not names or "lies" in names:
+        for spec in BACKWARD_METHODS:
+            for deterministic in (False, True):
+                run_lies(spec, deterministic)
+            print(f"lies to {spec.name}: ok", flush=True)
+
+
+# Within the tensors, and past them.
+LIES = [(0, 300, 0, 300), (300, 200, 100, 0), (0, 0, 0, 300), *HOSTILE_LENGTHS.values()]
+
+
+def run_lies(spec: Case, deterministic: bool) -> None:
+    """Forward and backward of tensors of HOSTILE_ROWS rows, about which the lengths of queries, keys or both lie."""
+    generator = torch.Generator().manual_seed(0)
+    heads = (spec.heads_q, spec.heads_k, spec.heads_k)
+    tensors = [torch.randn((HOSTILE_ROWS, n, spec.head_dim), generator=generator).bfloat16().cuda() for n in heads]
+    rows, cols = (-(-HOSTILE_ROWS // size) for size in (spec.q_block, spec.k_block))
+    for number, lie in enumerate(LIES):
+        batch = len(lie) - 1
+        honest = (*[0] * batch, HOSTILE_ROWS)
+        lens_q, lens_k = ((lie, lie), (lie, honest), (honest, lie))[number % 3]
+        # As many rows as the sequences would have blocks, were they to share the tensors.
+        block_mask = torch.ones((spec.mask_heads, rows + batch - 1, cols + batch - 1), dtype=torch.bool).cuda()
+        lens = {"cu_seqlens_q": lens_q, "cu_seqlens_k": lens_k}
+        mask = hbsattn.BlockMask.from_dense(
+            block_mask,
+            spec.q_block,
+            spec.k_block,
+            causal=number % 2 == 0,
+            **{name: torch.tensor(x, dtype=torch.int32).cuda() for name, x in lens.items()},
+        )
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out = attend(*leaves, mask, deterministic=deterministic)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from problems import (
     build_mask,
     compare,
     compare_lse,
+    compare_rows,
     cu_seqlens,
     dense_mask,
     judge,
@@ -485,6 +486,7 @@ def test_more_than_2_to_31_elements():
             for t in (torch.float64, torch.bfloat16)
         ]
         compare(out[row : row + 1], results[0][0], results[1][0])
+        compare_rows(out[row : row + 1], results[0][0], results[1][0], results[0][2])
         compare_lse(lse[:, row : row + 1], results[0][1], results[1][1], torch.bfloat16)
     assert bool(torch.isfinite(lse).all())
 
