@@ -28,14 +28,8 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   const RowsOfTensor grad_out = rows_of(params.grad_out, problem, problem.rows_q, problem.heads_q);
   const RowsOfTensor k = rows_of(problem.k, problem, problem.rows_k, problem.heads_k);
   const RowsOfTensor v = rows_of(problem.v, problem, problem.rows_k, problem.heads_k);
-  HBSATTN_RETURN_IF_ERROR(check_launchable(params));
   const BackwardMethod method = params.deterministic ? BackwardMethod::kDeterministic : BackwardMethod::kByKeys;
   const BackwardWorkspace workspace = lay_out_backward(problem, Config::kHeadDim, method);
-  const int64_t chunks = workspace.rows / kGranule;
-  if (problem.heads_q * chunks >= INT_MAX) {
-    return Status::NotSupported("the mask's query blocks hold " + std::to_string(problem.heads_q * workspace.rows) +
-                                " rows over all heads; expected fewer than 2^35");
-  }
 
   sm90::BackwardKeysArguments args{};
   const int segment = shape.q_block_size % kGranule == 0
@@ -63,28 +57,29 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
     args.grad_v_batch_rows = grad_v.batch_rows;
   }
   args.mask = shape;
+  args.sequences = problem.packed ? problem.mask.sequences : nullptr;
   args.columns = params.columns;
   args.items = params.key_items;
   args.num_items = static_cast<int>(params.num_key_items);
   args.row_words = static_cast<int>(shape.row_words());
   args.grad_k = params.grad_k.data;
-  args.grad_k_batch_stride = problem.packed ? 0 : params.grad_k.batch_stride;
+  args.grad_k_batch_stride = view_of(problem, params.grad_k).batch_stride;
   args.grad_k_row_stride = params.grad_k.row_stride;
   args.grad_k_head_stride = params.grad_k.head_stride;
   args.grad_v = params.grad_v.data;
-  args.grad_v_batch_stride = problem.packed ? 0 : params.grad_v.batch_stride;
+  args.grad_v_batch_stride = view_of(problem, params.grad_v).batch_stride;
   args.grad_v_row_stride = params.grad_v.row_stride;
   args.grad_v_head_stride = params.grad_v.head_stride;
   auto* bytes = static_cast<uint8_t*>(params.workspace);
   args.ticket = reinterpret_cast<int*>(bytes + workspace.ticket);
   args.parts_done = args.ticket + 1;
   args.part_sums = reinterpret_cast<float4*>(bytes + workspace.parts);
+  args.slots = static_cast<int>(workspace.slots);
   args.lse = reinterpret_cast<float*>(bytes + workspace.statistics);
   args.delta = args.lse + problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows;
   args.grad_q = reinterpret_cast<float*>(bytes + workspace.sums);
-  args.chunks = static_cast<int>(chunks);
-  args.chunks_per_block = static_cast<int>(workspace.block_rows / kGranule);
-  args.padding_chunk = static_cast<int>(problem.heads_q * chunks);
+  args.chunks = workspace.chunks;
+  args.padding_chunk = static_cast<int>(problem.heads_q * workspace.chunks.count);
   args.rows_q = static_cast<int>(problem.rows_q);
   args.rows_k = static_cast<int>(problem.rows_k);
   args.q_batch_rows = q.batch_rows;
@@ -92,6 +87,8 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.k_batch_rows = k.batch_rows;
   args.v_batch_rows = v.batch_rows;
   args.head_dim = problem.head_dim;
+  args.heads_k = problem.heads_k;
+  args.united = shape_key_tiles(shape, problem.head_dim).united;
   args.tile_heads =
       count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, params.deterministic);
   args.sets_per_key_head = problem.heads_q / problem.heads_k / args.tile_heads;
@@ -100,7 +97,9 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.set_sums = reinterpret_cast<float*>(bytes + workspace.set_sums);
   args.set_counters = reinterpret_cast<uint32_t*>(bytes + workspace.set_counters);
   args.heads_per_mask_head = problem.heads_q / shape.heads;
-  args.segments_per_block = (std::min<int64_t>(shape.q_block_size, workspace.block_rows) + segment - 1) / segment;
+  // Blocks may be longer than all sequences.
+  const int64_t block_queries = std::min<int64_t>(shape.q_block_size, problem.rows_q);
+  args.segments_per_block = static_cast<int>((block_queries + segment - 1) / segment);
   while ((1 << args.segment_log2) < segment) ++args.segment_log2;
   args.scale = problem.softmax_scale;
   args.scale_log2 = static_cast<float>(problem.softmax_scale * M_LOG2E);
