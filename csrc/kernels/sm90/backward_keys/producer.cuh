@@ -203,18 +203,18 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
   const bool mine = lanes >> lane & 1;
   const int row = (lane - first_lane) << args.segment_log2;
   if (mine) {
-    const auto load_statistics = [&](int64_t chunk, int first_row, int end_row) {
-      if (first_row == end_row) return;
-      const int bytes = (end_row - first_row) * static_cast<int>(sizeof(float));
-      cute::SM90_BULK_COPY_G2S::copy(args.lse + chunk * kGranule, full, &storage.lse[stage][row + first_row], bytes);
-      cute::SM90_BULK_COPY_G2S::copy(args.delta + chunk * kGranule, full, &storage.delta[stage][row + first_row],
-                                     bytes);
-    };
-    // Chunks behind the segment's end are another sequence's. Statistics of padding make weights 0.
+    // Chunks behind the segment's last granule are another sequence's. Statistics of padding make weights 0.
     const int rows = 1 << args.segment_log2;
-    const int in_chunks = min((plan.end - plan.query + kGranule - 1) & -kGranule, rows);
-    load_statistics(plan.chunk, 0, in_chunks);
-    load_statistics(args.padding_chunk, in_chunks, rows);
+    int first = 0, chunk = plan.chunk, end = min((plan.end - plan.query + kGranule - 1) & -kGranule, rows);
+#pragma unroll 1
+    for (;; first = end, end = rows, chunk = args.padding_chunk) {
+      if (first == end) continue;
+      const int64_t from = int64_t{chunk} * kGranule;
+      const int bytes = (end - first) * static_cast<int>(sizeof(float));
+      cute::SM90_BULK_COPY_G2S::copy(args.lse + from, full, &storage.lse[stage][row + first], bytes);
+      cute::SM90_BULK_COPY_G2S::copy(args.delta + from, full, &storage.delta[stage][row + first], bytes);
+      if (end == rows) break;
+    }
   }
   if ((whole & lanes) == lanes && args.whole_rows) {
     if (mine) {
@@ -312,13 +312,13 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
     // Stages of this part of the tile, counted from the head at hand on.
     int begin = storage.tiles[slot.index].first_stage, end = begin + storage.tiles[slot.index].stages;
     if (end - begin <= Traits::kTileLead && lane == 0) mbarrier_arrive(&storage.tile_wanted);
-    const int first_head = item.head_set * args.tile_heads;
-    for (int head = first_head; end > 0 && head < first_head + args.tile_heads; ++head) {
+    const int first_head = item.head_set * args.tile_heads, last_head = first_head + args.tile_heads - 1;
+    for (int head = first_head; end > 0; ++head) {
       const ColumnBits bits(args, item, head);
       const int segments = all_segments.count(bits, lane);
       int stages = all_segments.count_stages(segments);
-      // As many as were announced, even if bits were changed since: whoever waits for them waits for padding then.
-      if (head + 1 == first_head + args.tile_heads) stages = max(stages, end);
+      // As many as were announced: what is missing, as bits were changed since, comes as padding behind the last head.
+      if (head == last_head) stages = max(stages, end);
       const int end_of_head = min(end, stages);
       if (begin < end_of_head) {
         const int chunk = Traits::Blocks::first_chunk(bits.blocks.end);
