@@ -517,6 +517,22 @@ def test_united_plan_of_lying_lengths(claimed: int, device: str):
     assert covered == [(head, row) for head in range(heads) for row in range(batch * 5)]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("for_backward", [False, True])
+@pytest.mark.parametrize("lens", [(17, 300), (0, 5000)])
+def test_blocks_longer_than_sequences(lens: tuple[int, ...], for_backward: bool):
+    """Tiles without queries end the list: nobody computes them."""
+    spec = case("long", lens_q=lens, q_block=4096, k_block=64, heads_q=4, heads_k=2, mask_heads=2)
+    masks = block_masks(spec, seed=13)
+    mask = build_mask(spec, masks, "cuda", seed=13)
+    numbers = (mask.cols, spec.q_block, spec.k_block, spec.causal, spec.heads_q, spec.heads_k, 64, 2, True)
+    items = read_items(torch.ops.hbsattn.plan_items(mask.bits, mask.sequences, *numbers, for_backward))
+    live = list(itertools.takewhile(lambda item: item.bit_row >= 0, items))
+    assert all((item.bit_row, item.united) == (-1, 0) for item in items[len(live) :])
+    want = expected_items(spec, mask, expected_rows(spec, trimmed(spec, masks)), True, for_backward=for_backward)
+    assert set(live) == want and len(live) == len(want) < len(items)
+
+
 @pytest.mark.parametrize("device", cases.DEVICES)
 def test_plan_is_cached(device: str):
     spec = case("cache", mask_heads=2)

@@ -24,6 +24,17 @@ static_assert(kH200.together_bytes() == 5 << 20 && kH200.running_keys() == 132 *
 constexpr DevicePolicy kDefaults;
 static_assert(kDefaults.multiprocessors == kH200.multiprocessors && kDefaults.l2_bytes == kH200.l2_bytes);
 
+// Thousands of short sequences, whose flat mask has as many columns as all have blocks: a list of megabytes.
+constexpr MaskShape many_sequences() {
+  MaskShape shape;
+  shape.batch = 4096;
+  shape.heads = 8;
+  shape.rows = shape.cols = 4 * shape.batch;
+  shape.q_block_size = shape.k_block_size = 32;
+  return shape;
+}
+static_assert(max_key_items(many_sequences(), 8, 128 * 4096, true) * sizeof(KeyItem) < 16 << 20);
+
 std::mt19937_64 generator(1);
 
 int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
