@@ -211,8 +211,7 @@ Status select_backward(const BackwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_dtype(params.problem.dtype));
   HBSATTN_RETURN_IF_ERROR(check_backward_sizes(params.problem));
   // Tiles of keys take them as they are; those of queries tell consumers where blocks end.
-  const bool by_keys = choose_backward_method(params) == BackwardMethod::kByKeys;
-  if (!by_keys) HBSATTN_RETURN_IF_ERROR(check_keys(params.problem));
+  if (backward_lists(params).items) HBSATTN_RETURN_IF_ERROR(check_keys(params.problem));
   return select(params.problem, find_backward_head_dims(params), backward_tile_rows(params),
                 " for the backward pass on CUDA", key);
 }
