@@ -105,8 +105,9 @@ hbsattn::Status plan_items(const Buffers& buffers, bool for_backward) {
   return hbsattn::plan_items(params, nullptr);
 }
 
-hbsattn::TensorView queries(void* data) { return {data, 0, kHeadsQ * kHeadDim, kHeadDim}; }
-hbsattn::TensorView keys(void* data) { return {data, 0, kHeadsK * kHeadDim, kHeadDim}; }
+// Packed tensors have no batch entries: their stride over the batch says nothing.
+hbsattn::TensorView queries(void* data) { return {data, 12345, kHeadsQ * kHeadDim, kHeadDim}; }
+hbsattn::TensorView keys(void* data) { return {data, 12345, kHeadsK * kHeadDim, kHeadDim}; }
 
 hbsattn::ForwardParams forward_params(const Buffers& buffers) {
   hbsattn::ForwardParams params;

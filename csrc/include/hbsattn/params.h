@@ -180,7 +180,7 @@ struct KeyPlanParams {
 // dimension is contiguous.
 struct TensorView {
   void* data = nullptr;
-  int64_t batch_stride = 0;  // 0 when packed
+  int64_t batch_stride = 0;  // not read when packed
   int64_t row_stride = 0;
   int64_t head_stride = 0;
 };
