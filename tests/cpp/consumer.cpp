@@ -266,8 +266,8 @@ int run_without_gpu() {
         std::pair{"forward", hbsattn::forward(forward_params(buffers), nullptr)},
         std::pair{"transpose_mask", transpose_mask(buffers)},
         std::pair{"plan_keys", hbsattn::plan_keys(key_plan_params(buffers, true), nullptr)},
-        std::pair{"backward", hbsattn::backward(backward_params(buffers, false), nullptr)},
-        std::pair{"backward", hbsattn::backward(backward_params(buffers, true), nullptr)}}) {
+        std::pair{"backward", hbsattn::backward(backward_params(buffers, Gradients{}), nullptr)},
+        std::pair{"backward", hbsattn::backward(backward_params(buffers, Gradients{true}), nullptr)}}) {
     if (status.ok()) return fail(std::string(name) + " succeeded without a GPU");
     if (status.message.empty()) return fail(std::string(name) + " failed without a message");
     std::printf("%s: no GPU: %s\n", name, status.message.c_str());
