@@ -123,7 +123,8 @@ class Plans:
             if made is not None and made.version == version:
                 event = made.event
                 if event is not None:
-                    torch.cuda.current_stream(self._device).wait_event(event)
+                    with torch.cuda.device(self._device):
+                        torch.cuda.current_stream().wait_event(event)
                 return made.tensors
         return None
 

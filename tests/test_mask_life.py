@@ -454,29 +454,45 @@ def test_compiled_after_a_write():
     judge(other, *compiled(*arguments, return_lse=True))
 
 
-def test_threads():
-    """Plans are looked for while another thread adds some."""
+def test_threads(monkeypatch: pytest.MonkeyPatch):
+    """Plans are looked for while other threads add some, on streams of their own."""
     mask = problem_of(SPEC, "cpu").mask()
     wrong: list[str] = []
-    start = threading.Barrier(4)
+    start, stream = threading.Barrier(4), threading.local()
+    monkeypatch.setattr(_plans, "_raw_stream", lambda _: stream.number)
+    mask._plans._stream_device = 0
 
-    def work(first: int) -> None:
+    def work(thread: int) -> None:
         start.wait()
         try:
             for i in range(300):
-                number = (first + i) % 300
-                found = mask._plan(("number", number), lambda mask, n=number: (torch.full((1,), n),))[0]
-                if found.item() != number or mask._plans._find_of_other_stream(("number", number)) is None:
-                    wrong.append(f"{number}: {found}")
+                stream.number = 300 * thread + i
+                found = mask._plan(("number", thread), lambda mask: (torch.full((1,), thread),))[0]
+                if found.item() != thread or mask._plans._find_of_other_stream(("none",)) is not None:
+                    wrong.append(f"{thread}: {found}")
         except Exception as error:
             wrong.append(repr(error))
 
-    threads = [threading.Thread(target=work, args=(75 * i,)) for i in range(4)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not wrong, wrong[:3]
+    assert len(mask._plans._made) == 1200
+
+
+def test_a_stream_is_added_while_plans_are_looked_for():
+    mask = problem_of(SPEC, "cpu").mask()
+    counted(mask, [])
+    made = mask._plans._made
+
+    class Key:
+        def __hash__(self) -> int:  # another thread's turn
+            made[len(made)] = {}
+            return 1
+
+    assert mask._plans._find_of_other_stream(Key()) is None and len(made) == 2
 
 
 def test_two_threads_get_one_plan():
