@@ -454,6 +454,24 @@ def test_compiled_after_a_write():
     judge(other, *compiled(*arguments, return_lse=True))
 
 
+def test_compiled_update():
+    torch._dynamo.reset()
+    problem, other = (problem_of(SPEC, "cpu", seed) for seed in (0, 5))
+    mask, calls = problem.mask(), []
+    problem.run(mask)
+    plan = counted(mask, calls).clone()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def attend(block_mask: Tensor) -> tuple[Tensor, Tensor]:
+        mask.update_(block_mask)
+        return hbsattn.block_sparse_attention(problem.q, problem.k, problem.v, mask, return_lse=True)
+
+    expected = Problem(SPEC, problem.q, problem.k, problem.v, other.block_masks)
+    judge(expected, *attend(*contents(SPEC, other.block_masks, "cpu")))
+    judge(expected, *problem.run(mask))
+    assert not same(counted(mask, calls), plan) and len(calls) == 2
+
+
 def test_threads(monkeypatch: pytest.MonkeyPatch):
     """Plans are looked for while other threads add some, on streams of their own."""
     mask = problem_of(SPEC, "cpu").mask()
