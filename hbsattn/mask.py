@@ -60,13 +60,20 @@ class BlockMask:
       batch dimension is 1 and stands for more.
     * `causal`.
 
-    They raise TypeError or ValueError for what does not fit. They wait for the device only in debug mode (`set_debug`).
+    Integers may be whatever has `__index__`, but for bools. What does not fit raises TypeError or ValueError. What the
+    tensors hold is checked on a CPU, and on CUDA in debug mode (`set_debug`); the constructors wait for the device only
+    there. Rows of packed tensors past the last sequence are padding.
+
+    A mask may be copied, pickled, saved, moved and mapped over its fields; each copy plans its work anew. `update_`
+    rewrites it in place. Writes to `bits` and `sequences` by torch ops are noticed by later calls, but not by CUDA
+    graphs, which read the mask's memory and keep the plan that they were captured with: keep the mask as long as its
+    graphs, and rewrite it with `update_`. What is off for causality stays off in a copy with `causal=False`.
 
     Attributes:
         bits: int32 (heads, rows, ceil(cols / 32)), trimmed to the blocks that lengths and causality leave visible. Made
             anew each time by a mask that stays lists (`from_indices`).
         sequences: int32 (batch, 6), where each sequence lies.
-        q_block_size, k_block_size, causal: as given.
+        q_block_size, k_block_size, causal: as given. Calls cut blocks far above all lengths to about the length.
         batch: sequences.
         heads: mask heads.
         rows: query blocks of all sequences, padding included.
@@ -167,7 +174,8 @@ class BlockMask:
                 (batch or 1, heads, query blocks).
             indices: int32 or int64, counts' shape and one more dimension for the lists. Key blocks are numbered within
                 their own sequence and come in any order; repeated ones count once. Entries past the count are not
-                read, entries out of range are dropped (in debug mode: ValueError).
+                read. Entries out of range are dropped, or raise ValueError where contents are checked; lists with a
+                batch dimension may name what the longest sequence has.
             max_seqlen_q, max_seqlen_k: required for packed tensors.
             seqlen_q: by default the query blocks times the block size; a length that is given ends in the last one.
             seqlen_k: required for batched tensors.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hbsattn._checks import check_is_tensor
+from hbsattn._checks import BLOCK_LIMIT, check_index, check_is_tensor, check_tensor
 from hbsattn._placement import CU_SEQLENS
 
 
@@ -21,8 +21,10 @@ def calculate_blocks(cu_seqlens: Tensor, block_size: int) -> tuple[int, Tensor, 
         cu_num_block: int32 (batch + 1), blocks of all sequences before each one.
     """
     check_is_tensor("cu_seqlens", cu_seqlens, CU_SEQLENS)
-    if block_size < 1:
-        raise ValueError(f"block_size is {block_size}; expected at least 1")
+    check_tensor("cu_seqlens", cu_seqlens, (1,), (torch.int32,))
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens has shape (0,); expected {CU_SEQLENS}")
+    block_size = check_index("block_size", block_size, 1, BLOCK_LIMIT)
     begins, ends = cu_seqlens[:-1], cu_seqlens[1:]
     counts = (ends - begins + block_size - 1) // block_size
     cu_num_block = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))

@@ -73,6 +73,8 @@ CASES = [
     case("zero_length", lens_q=(0, 70, 0, 50, 33, 0), lens_k=(40, 70, 0, 0, 90, 0)),
     case("zero_length_causal", lens_q=(0, 70, 0, 50, 33, 0), lens_k=(40, 70, 0, 0, 90, 0), causal=True),
     case("all_zero_length", lens_q=(0, 0, 0)),
+    case("long_blocks", lens_q=(17, 200), lens_k=(40, 150), q_block=4096, k_block=4096, density=0.8),
+    case("long_odd_blocks_causal", lens_q=(17, 200), lens_k=(40, 150), q_block=999, k_block=5001, causal=True),
     case("no_sequences", lens_q=()),
     case("batched_no_keys", lens_q=(40, 40), lens_k=(0, 0), packed=False),
     case("batched_no_queries", lens_q=(0, 0), lens_k=(40, 40), packed=False),

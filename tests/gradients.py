@@ -17,7 +17,7 @@ from torch import Tensor
 
 import hbsattn
 from cases import Case
-from hbsattn import _layout
+from oracle import plan
 from problems import Problem, compare, same
 
 SLACK = {torch.bfloat16: 1e-3}  # beside that of `compare`, of the largest gradient up to 1
@@ -119,7 +119,7 @@ def judge_gradients(problem: Problem, got: Gradients, *, seed: int = 7, with_lse
 def goes_by_queries(spec: Case) -> bool:
     """Whether tiles of queries, not of keys, compute the gradients of a problem on CUDA, in any order."""
     heads = (spec.heads_q, spec.heads_k)
-    return _layout.backward_by_queries(spec.mask_heads, spec.q_block, spec.k_block, *heads, spec.head_dim, True, False)
+    return plan.goes_by_queries(spec.mask_heads, spec.q_block, spec.k_block, *heads, spec.head_dim)
 
 
 def assert_same_gradients(got: Gradients, want: Gradients, spec: Case) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cases
 import hbsattn
 from cases import Case, case
+from gradients import upstream
+from hbsattn._cpu.attend import MaskTensors, attend, differentiate
+from oracle import plan
 from problems import judge, make_problem, same
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -94,17 +102,227 @@ def test_threads(threads: int):
         torch.set_num_threads(before)
 
 
+def tensors_of(mask: hbsattn.BlockMask) -> MaskTensors:
+    return MaskTensors(mask.bits, mask.sequences, mask.cols, mask.q_block_size, mask.k_block_size, mask.causal)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast_does_not_reach_inside(dtype: torch.dtype, autocast: torch.dtype):
+    """The precision of the computation is that of the tensors, forward and backward, whatever autocast says."""
+    problem = make_problem(case("autocast", causal=True), "cpu", dtype)
+    tensors, mask = (problem.q, problem.k, problem.v), tensors_of(problem.mask())
+    want = attend(*tensors, mask, 0.125)
+    grads = upstream(problem, want[1], 3)
+    want_grads = differentiate(*grads, *tensors, *want, mask, 0.125)
+    with torch.autocast("cpu", dtype=autocast):
+        got = attend(*tensors, mask, 0.125)
+        got_grads = differentiate(*grads, *tensors, *want, mask, 0.125)
+        assert torch.is_autocast_enabled("cpu")
+    assert all(same(x, y) for x, y in zip((*got, *got_grads), (*want, *want_grads), strict=True))
+
+
+@pytest.mark.parametrize("poison_out", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("poison_lse", [math.nan, -math.inf, 1.0])
+@pytest.mark.parametrize("keys", [1, 63])
+def test_empty_rows_take_no_part(keys: int, poison_lse: float, poison_out: float):
+    """Whatever the gradients of a row without keys: those of the inputs are as if it were not there."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn((1, n, 1, 8), generator=generator).requires_grad_() for n in (keys + 1, keys, keys))
+    mask = hbsattn.BlockMask.from_dense(
+        torch.ones((1, 1, 1, 1), dtype=torch.bool), 64, 64, seqlen_q=keys + 1, seqlen_k=keys, causal=True
+    )
+    out, lse = hbsattn.block_sparse_attention(q, k, v, mask, return_lse=True)
+    assert bool((lse[..., 0] == -math.inf).all()) and bool(torch.isfinite(lse[..., 1:]).all())
+    grad_out, grad_lse = torch.randn(out.shape, generator=generator), torch.randn(lse.shape, generator=generator)
+    grad_out[:, 0], grad_lse[..., 0] = 0.0, 0.0
+    want = torch.autograd.grad((out, lse), (q, k, v), (grad_out, grad_lse), retain_graph=True)
+    grad_out[:, 0], grad_lse[..., 0] = poison_out, poison_lse
+    got = torch.autograd.grad((out, lse), (q, k, v), (grad_out, grad_lse))
+    assert bool((got[0][:, 0] == 0).all())
+    assert all(bool(torch.isfinite(x).all()) and same(x, y) for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("where", ["unattended", "tails", "past_the_sequences"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_nobody_attends_to(packed: bool, value: float, where: str):
+    """Poisoned rows of no sequence, of no query's keys, past the end of a sequence: results are bitwise the same."""
+    lens = (50, 50)
+    spec = case("poison", lens_q=lens, q_block=16, k_block=16, heads_q=4, heads_k=2, mask_heads=2, packed=packed)
+    problem = make_problem(spec, "cpu", torch.float32)
+    for of_sequence in problem.block_masks:
+        of_sequence[..., 1] = False
+    mask = tensors_of(problem.mask())
+    tensors = [problem.q, problem.k, problem.v]
+    dim = 0 if packed else 1
+    if where != "unattended":  # rows that no sequence covers, at the end; or, of batched tensors, of every sequence
+        grown = [(0, 0, 0, 0, 0, 20)] * 3
+        tensors = [torch.nn.functional.pad(x, pad) for x, pad in zip(tensors, grown, strict=True)]
+    if where == "tails":  # what a sequence leaves is in the middle of the tensors
+        tensors = [torch.cat([x.narrow(dim, 0, 50), x.narrow(dim, 50, x.shape[dim] - 50)], dim) for x in tensors]
+        mask = mask._replace(sequences=mask.sequences.clone())
+        mask.sequences[0, 1] = mask.sequences[0, 3] = 41
+
+    def run(*x: torch.Tensor) -> list[torch.Tensor]:
+        q, k, v, grad = x
+        out, lse = attend(q, k, v, mask, 0.3)
+        return [out, lse, *differentiate(grad, torch.ones_like(lse), q, k, v, out, lse, mask, 0.3)]
+
+    grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1))
+    want = run(*tensors, grad)
+    poisoned = [x.clone() for x in (*tensors, grad)]
+    for i, x in enumerate(poisoned):
+        if where == "unattended" and i in (1, 2):
+            for begin in (0, 50) if packed else (0,):
+                x.narrow(dim, begin + 16, 16).fill_(value)
+        elif where == "tails":
+            (x if packed else x[0]).narrow(0, 41, 9).fill_(value)
+        elif where == "past_the_sequences":
+            x.narrow(dim, x.shape[dim] - 20, 20).fill_(value)
+    got = run(*poisoned)
+    assert all(bool(torch.isfinite(x).all()) for i, x in enumerate(got) if i != 1)
+    assert all(same(x, y) for x, y in zip(got, want, strict=True))
+    if where == "past_the_sequences":
+        assert all(bool((got[i].narrow(dim, got[i].shape[dim] - 20, 20) == 0).all()) for i in (0, 2, 3, 4))
+        assert bool((got[1][..., -20:] == -math.inf).all())
+
+
+INT_MAX = 2**31 - 1
+LIES = [(0, 10**6), (-5, 300), (0, INT_MAX), (INT_MAX, INT_MAX), (200, 300), (60, -7), (-(2**31), INT_MAX), (337, 1)]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("keys", LIES)
+@pytest.mark.parametrize("queries", LIES)
+def test_lengths_past_the_tensors(queries: tuple[int, int], keys: tuple[int, int], causal: bool):
+    """Begins and lengths that lie: what is read and written is inside the tensors, or PyTorch would refuse it."""
+    spec = case("lies", lens_q=(100, 37, 200), q_block=32, k_block=48, heads_q=4, heads_k=2, mask_heads=2)
+    problem = make_problem(spec, "cpu", torch.float32)
+    mask = tensors_of(problem.mask())._replace(causal=causal)
+    table = mask.sequences.clone()
+    table[1, :2], table[1, 2:4] = torch.tensor(queries), torch.tensor(keys)
+    mask = mask._replace(sequences=table, bits=torch.full_like(mask.bits, -1))  # also past the columns
+    tensors = (problem.q, problem.k, problem.v)
+    out, lse = attend(*tensors, mask, 0.125)
+    grads = differentiate(torch.ones_like(out), torch.ones_like(lse), *tensors, out, lse, mask, 0.125)
+    assert all(bool(torch.isfinite(x).all()) for x in (out, *grads))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_mask_is_safe(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    packed = seed % 2 == 0
+    spec = case(
+        "noise", lens_q=(64, 64), q_block=16, k_block=(16, 7)[seed // 4], heads_q=4, mask_heads=4, packed=packed
+    )
+    problem = make_problem(spec, "cpu", torch.float32)
+    mask = tensors_of(problem.mask())
+    wild = torch.randint(-(2**31), INT_MAX, mask.sequences.shape, generator=generator)
+    mild = torch.randint(-30, 150, mask.sequences.shape, generator=generator)
+    table = torch.where(torch.rand(wild.shape, generator=generator) < 0.3, wild, mild).to(torch.int32)
+    bits = torch.randint(-(2**31), INT_MAX, mask.bits.shape, generator=generator).to(torch.int32)
+    mask = mask._replace(sequences=table, bits=bits, causal=seed % 3 == 0)
+    tensors = (problem.q, problem.k, problem.v)
+    out, lse = attend(*tensors, mask, 0.125)
+    grads = differentiate(torch.ones_like(out), None, *tensors, out, lse, mask, 0.125)
+    assert all(bool(torch.isfinite(x).all()) for x in (out, *grads))
+
+
+def test_lengths_that_claim_too_much_end_with_the_tensors():
+    spec = case("claims", lens_q=(90,), q_block=32, k_block=32, density=1.0)
+    problem = make_problem(spec, "cpu", torch.float32)
+    mask = tensors_of(problem.mask())
+    table = mask.sequences.clone()
+    table[0, 1] = table[0, 3] = 10**6
+    tensors = (problem.q, problem.k, problem.v)
+    want, got = (attend(*tensors, x, 0.125) for x in (mask, mask._replace(sequences=table)))
+    assert all(same(x, y) for x, y in zip(got, want, strict=True))
+
+
+class Work(TorchDispatchMode):
+    """Counts the operations that run, and the numbers that they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.operations += 1
+            self.numbers += result.numel()
+        return result
+
+
+def count_work(spec: Case) -> tuple[Work, Work]:
+    """Of a forward and of a backward."""
+    problem = make_problem(spec, "cpu", torch.bfloat16)
+    tensors, mask = (problem.q, problem.k, problem.v), tensors_of(problem.mask())
+    forward, backward = Work(), Work()
+    with forward:
+        out, lse = attend(*tensors, mask, 0.125)
+    with backward:
+        differentiate(torch.ones_like(out), None, *tensors, out, lse, mask, 0.125)
+    return forward, backward
+
+
+@pytest.mark.parametrize("sizes", [(65536, 65536), (65536, 16), (16, 65536), (1 << 20, 1 << 20)])
+def test_blocks_beyond_the_length_cost_nothing(sizes: tuple[int, int]):
+    spec = case("huge", lens_q=(17,), density=1.0, mask_heads=2, q_block=sizes[0], k_block=sizes[1])
+    problem = make_problem(spec, "cpu", torch.float32)
+    judge(problem, *problem.run())
+    like = dataclasses.replace(spec, q_block=min(sizes[0], 17), k_block=min(sizes[1], 17))
+    for huge, fitting in zip(count_work(spec), count_work(like), strict=True):
+        assert huge.numbers <= 1.1 * fitting.numbers and huge.operations <= fitting.operations
+
+
+def test_short_sequences_beside_a_long_one_stay_cheap():
+    spec = case("mixed", lens_q=(17,) * 64, density=1.0, mask_heads=2, q_block=65536, k_block=65536)
+    alone, beside = (count_work(dataclasses.replace(spec, lens_q=x)) for x in ((600,), (600, *spec.lens_q)))
+    for work, long, short in zip(beside, alone, count_work(spec), strict=True):
+        assert work.numbers <= 1.1 * (long.numbers + short.numbers)
+
+
+@pytest.mark.parametrize("k_block", [1, 64])
+def test_token_rows_are_batched(k_block: int):
+    """Query blocks of one token: numbers and operations are those of the keys that they attend to."""
+    length, keys = 4096, 128
+    density = keys / length if k_block == 1 else 2 * k_block / length
+    spec = case("tokens", lens_q=(length,), q_block=1, k_block=k_block, heads_q=2, heads_k=2, mask_heads=2)
+    spec = dataclasses.replace(spec, density=density, head_dim=64)
+    forward, backward = count_work(spec)
+    gathered = spec.heads_q * length * keys * spec.head_dim
+    assert forward.numbers < 6 * gathered and backward.numbers < 12 * gathered
+    assert forward.operations < 5000 and backward.operations < 10000
+
+
+def test_gradients_of_large_scores():
+    """Scores of 2^17, which float32 holds exactly while a log-sum-exp is rounded to 2^-6: weights add up to 1."""
+    q = torch.full((1, 4, 1, 1), 2.0**9, dtype=torch.float32)
+    k = torch.full((1, 5, 1, 1), 2.0**8, dtype=torch.float32)
+    v = torch.arange(5, dtype=torch.float32).view(1, 5, 1, 1).clone()
+    mask = hbsattn.BlockMask.from_dense(
+        torch.ones((1, 1, 1, 1), dtype=torch.bool), 16, 16, seqlen_q=4, seqlen_k=5, causal=True
+    )
+    v.requires_grad_()
+    out = hbsattn.block_sparse_attention(q, k, v, mask, softmax_scale=1.0)
+    (got,) = torch.autograd.grad(out.sum(), v)
+    want = [sum(1 / (i + 2) for i in range(4) if j <= i + 1) for j in range(5)]
+    torch.testing.assert_close(got.flatten(), torch.tensor(want), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["packed_causal", "gqa_8_group", "zero_length_causal", "tails"])
 def test_agrees_with_cuda(name: str):
-    """Both backends agree on bits and work lists exactly and on results within the rule."""
+    """Both backends agree on bits exactly and on results within the rule; the list is the oracle's."""
     spec = next(c for c in cases.CASES if c.name == name)
     here, there = (make_problem(spec, device, torch.bfloat16) for device in ("cpu", "cuda"))
     masks = [p.mask() for p in (here, there)]
     assert same(masks[0].bits, masks[1].bits.cpu()) and same(masks[0].sequences, masks[1].sequences.cpu())
-    sizes = (spec.heads_q, spec.heads_k, spec.head_dim, 2, True)
-    items = [m._items(*sizes).cpu() for m in masks]
-    live = [x[x[:, 5] > 0] for x in items]
-    assert same(live[0], live[1])
+    sizes = (masks[0].cols, spec.q_block, spec.k_block, spec.causal, spec.heads_q, spec.heads_k, spec.head_dim, 2, True)
+    want = plan.plan_items(masks[0].bits, masks[0].sequences, *sizes)
+    got = torch.ops.hbsattn.plan_items(masks[1].bits, masks[1].sequences, *sizes).cpu()
+    assert same(*(items[items[:, plan.BLOCKS] > 0] for items in (want, got)))
     judge(here, *here.run(masks[0]))
     judge(there, *there.run(masks[1]))

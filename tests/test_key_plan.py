@@ -10,10 +10,13 @@ from torch import Tensor
 
 import hbsattn
 from cases import Case, case
+from oracle import plan as oracle
+from plans import plan_backward, take_apart
 from problems import block_masks, build_mask
-from test_mask import tile_rows, unpack
+from test_mask import unpack
 
 pytestmark = pytest.mark.gpu
+KEYS_ONLY = (False, True, True)  # gradients by tiles of keys, whatever the blocks are
 
 SIZES = (16, 32, 48, 64, 80, 128, 192, 7)
 LAYOUTS = (
@@ -64,23 +67,15 @@ class KeyItem:
 
 def key_tiles(k_block: int, head_dim: int) -> tuple[int, int, int]:
     """Keys of a tile, tiles of a block, blocks of a tile."""
-    tile = tile_rows(k_block, head_dim) if head_dim <= 128 else 64
+    tile = oracle.choose_tile_rows(k_block, head_dim) if head_dim <= 128 else 64
     united = tile // k_block if k_block % 16 == 0 and k_block < tile else 1
     return tile, -(-k_block // tile), united
 
 
 def tile_heads(spec: Case, mask: hbsattn.BlockMask, head_dim: int, deterministic: bool = False) -> int:
-    """Query heads of a tile: those of a key head, if their queries are few, or as many as fit 36 MB, where tiles of
-    132 x 128 keys run at once; half of that if causal."""
-    group = spec.heads_q // spec.heads_k
-    if deterministic or group < 4 or mask.batch == 0:
-        return group
-    of_row = -(-head_dim // 8) * 8 * 8
-    of_head = max(mask.rows // mask.batch, 1) * spec.q_block * of_row
-    if of_head <= (5 << 20) // group:
-        return group
-    fit = (36 << 20) // max(of_head, 132 * 128 * of_row) // (1 + spec.causal)
-    return next(heads for heads in range(group, 0, -1) if group % heads == 0 and heads <= max(fit, 1))
+    """Query heads that a tile streams."""
+    sizes = (mask.batch, mask.rows, spec.q_block, spec.heads_q, spec.heads_k, head_dim, 2, spec.causal, deterministic)
+    return oracle.count_tile_heads(*sizes)
 
 
 def plan_lines(
@@ -90,9 +85,10 @@ def plan_lines(
     sequences: Tensor | None = None,
     deterministic: bool = False,
 ) -> Tensor:
-    columns = torch.ops.hbsattn.transpose_bits(mask.bits, mask.cols)
-    sizes = (mask.rows, spec.q_block, spec.k_block, spec.causal, spec.heads_q, spec.heads_k, head_dim, 2, deterministic)
-    return torch.ops.hbsattn.plan_keys(columns, mask.sequences if sequences is None else sequences, *sizes)
+    call = (spec.heads_q, spec.heads_k, head_dim, 2, True)
+    rows_k = sum(spec.keys) if spec.packed else max(spec.keys, default=0)
+    lines = plan_backward(mask, *call, rows_k=rows_k, deterministic=deterministic, sequences=sequences, needs=KEYS_ONLY)
+    return take_apart(mask, lines, *call).key_items
 
 
 def plan(
@@ -109,7 +105,6 @@ def plan(
     count = head_sets * mask.batch * -(-mask.cols // united) * tiles
     slots = min(count, (10 << 20) // (8 * tile_keys * -(-head_dim // 64) * 64))
     assert items.dtype == torch.int32 and items.device == mask.bits.device
-    assert items.shape == (count + slots, 16)
     lines = items.tolist()
     live = [line for line in lines if line[0] >= 0]
     assert all(line[0] == -1 for line in lines[len(live) :])
@@ -174,7 +169,9 @@ def expected_items(spec: Case, mask: hbsattn.BlockMask, head_dim: int, determini
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 def test_transpose(spec: Case):
     mask = build_mask(spec, block_masks(spec, seed=6), "cuda", seed=6)
-    columns = torch.ops.hbsattn.transpose_bits(mask.bits, mask.cols)
+    call = (spec.heads_q, spec.heads_k, 64, 2, True)
+    rows_k = sum(spec.keys) if spec.packed else max(spec.keys)
+    columns = take_apart(mask, plan_backward(mask, *call, rows_k=rows_k, needs=KEYS_ONLY), *call).columns
     assert columns.dtype == torch.int32 and columns.shape == (spec.mask_heads, mask.cols, -(-mask.rows // 32))
     got = unpack(columns, 32 * columns.shape[2])
     assert torch.equal(got[..., : mask.rows], unpack(mask.bits, mask.cols).transpose(1, 2))

@@ -4,6 +4,7 @@
 
 #include "core/kernel_table.h"
 #include "hbsattn/hbsattn.h"
+#include "plan/rows.h"
 
 namespace hbsattn {
 namespace {
@@ -98,14 +99,46 @@ Status select(const ForwardParams& problem, const HeadDims& found, int tile_rows
   return Status::Ok();
 }
 
+// What streams keys past tiles of queries.
+Status check_keys(const ForwardParams& problem) {
+  const int32_t k_block_size = problem.mask.shape.k_block_size;
+  if (k_block_size % kGranule == 0 || problem.rows_k < kSm90RaggedKeyLimit) return Status::Ok();
+  return Status::NotSupported("k has " + std::to_string(problem.rows_k) + " rows and k_block_size is " +
+                              std::to_string(k_block_size) +
+                              "; expected fewer than 2^27 rows, or a block size that is a multiple of 16");
+}
+
+// What grids and 32-bit numbers of chunks hold.
+Status check_backward_sizes(const ForwardParams& problem) {
+  constexpr int32_t kMostHeads = 65535;  // of a grid's second dimension
+  if (problem.heads_q > kMostHeads) {
+    return Status::NotSupported("heads_q is " + std::to_string(problem.heads_q) + "; expected at most " +
+                                std::to_string(kMostHeads) + " for gradients on CUDA");
+  }
+  constexpr int64_t kChunkLimit = (int64_t{1} << 31) - 1, kHeadChunkLimit = int64_t{1} << 28;
+  const int64_t chunks = chunk_queries(problem).count;
+  if (chunks < kHeadChunkLimit && problem.heads_q * chunks < kChunkLimit) return Status::Ok();
+  return Status::NotSupported("q has " + std::to_string(chunks) + " chunks of 16 rows, in blocks of " +
+                              std::to_string(problem.mask.shape.q_block_size) + ", in each of " +
+                              std::to_string(problem.heads_q) +
+                              " heads; expected fewer than 2^28 in a head and 2^31 - 1 in all for gradients on CUDA");
+}
+
 Status check_head_dim(int head_dim) {
   if (head_dim % kHeadDimMultiple == 0) return Status::Ok();
   return Status::NotSupported("head_dim is " + std::to_string(head_dim) + "; expected a multiple of " +
                               std::to_string(kHeadDimMultiple) + "; copies with zeros behind each row do");
 }
 
-Status check_view(const char* name, const TensorView& view, DType dtype) {
-  if (addressable(view, dtype)) return Status::Ok();
+// `rows`: of a batch entry.
+Status check_view(const char* name, const ForwardParams& problem, const TensorView& tensor, int64_t rows) {
+  const TensorView view = view_of(problem, tensor);
+  if (addressable(view, problem.dtype)) {
+    const int64_t all_rows = span_rows(problem, view, rows).all_rows;
+    if (all_rows < kSm90RowLimit) return Status::Ok();
+    return Status::NotSupported(std::string(name) + " spans " + std::to_string(all_rows) +
+                                " rows over its batch; expected fewer than 2^30");
+  }
   return Status::NotSupported(std::string(name) + " has strides (" + std::to_string(view.batch_stride) + ", " +
                               std::to_string(view.row_stride) + ", " + std::to_string(view.head_stride) +
                               ", 1) or an address that the copy engine cannot use; expected 16-byte aligned data and "
@@ -139,18 +172,19 @@ bool addressable(const TensorView& view, DType dtype) {
 
 Status check_addressable(const ForwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_head_dim(params.head_dim));
-  HBSATTN_RETURN_IF_ERROR(check_view("q", params.q, params.dtype));
-  HBSATTN_RETURN_IF_ERROR(check_view("k", params.k, params.dtype));
-  HBSATTN_RETURN_IF_ERROR(check_view("v", params.v, params.dtype));
-  return check_view("out", params.out, params.dtype);
+  HBSATTN_RETURN_IF_ERROR(check_view("q", params, params.q, params.rows_q));
+  HBSATTN_RETURN_IF_ERROR(check_view("k", params, params.k, params.rows_k));
+  HBSATTN_RETURN_IF_ERROR(check_view("v", params, params.v, params.rows_k));
+  return check_view("out", params, params.out, params.rows_q);
 }
 
 Status check_addressable(const BackwardParams& params) {
-  HBSATTN_RETURN_IF_ERROR(check_addressable(params.problem));
-  HBSATTN_RETURN_IF_ERROR(check_view("grad_out", params.grad_out, params.problem.dtype));
-  if (params.needs_q) HBSATTN_RETURN_IF_ERROR(check_view("grad_q", params.grad_q, params.problem.dtype));
-  if (params.needs_k) HBSATTN_RETURN_IF_ERROR(check_view("grad_k", params.grad_k, params.problem.dtype));
-  return params.needs_v ? check_view("grad_v", params.grad_v, params.problem.dtype) : Status::Ok();
+  const ForwardParams& problem = params.problem;
+  HBSATTN_RETURN_IF_ERROR(check_addressable(problem));
+  HBSATTN_RETURN_IF_ERROR(check_view("grad_out", problem, params.grad_out, problem.rows_q));
+  if (params.needs_q) HBSATTN_RETURN_IF_ERROR(check_view("grad_q", problem, params.grad_q, problem.rows_q));
+  if (params.needs_k) HBSATTN_RETURN_IF_ERROR(check_view("grad_k", problem, params.grad_k, problem.rows_k));
+  return params.needs_v ? check_view("grad_v", problem, params.grad_v, problem.rows_k) : Status::Ok();
 }
 
 Status check_device() {
@@ -165,6 +199,7 @@ Status check_device() {
 Status select_forward(const ForwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_device());
   HBSATTN_RETURN_IF_ERROR(check_dtype(params.dtype));
+  HBSATTN_RETURN_IF_ERROR(check_keys(params));
   const int tile_rows = query_tile_rows(params, false);
   return select(params, find_head_dims<Sm90ForwardKernels>(params, tile_rows), tile_rows, " on CUDA", key);
 }
@@ -174,6 +209,10 @@ int choose_backward_head_dim(const BackwardParams& params) { return find_backwar
 Status select_backward(const BackwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_device());
   HBSATTN_RETURN_IF_ERROR(check_dtype(params.problem.dtype));
+  HBSATTN_RETURN_IF_ERROR(check_backward_sizes(params.problem));
+  // Tiles of keys take them as they are; those of queries tell consumers where blocks end.
+  const bool by_keys = choose_backward_method(params) == BackwardMethod::kByKeys;
+  if (!by_keys) HBSATTN_RETURN_IF_ERROR(check_keys(params.problem));
   return select(params.problem, find_backward_head_dims(params), backward_tile_rows(params),
                 " for the backward pass on CUDA", key);
 }

@@ -15,6 +15,7 @@ constexpr int64_t kInt32Limit = int64_t{1} << 31;
 constexpr int64_t kBlockLimit = int64_t{1} << 30;  // of block sizes and columns: their sums fit int32
 constexpr int64_t kItemsLimit = int64_t{1} << 30;  // tickets count on past the last item
 constexpr int64_t kColumnsLimit = int64_t{1} << 26;
+constexpr int64_t kVirtualRowsLimit = kInt32Limit - 256;  // tiles, of at most 192 rows, reach past a block's last row
 constexpr int kMaxHeadDim = 256;
 
 Status wrong_text(const char* name, const std::string& value, const std::string& expected) {
@@ -56,11 +57,7 @@ Status check_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k) {
     return wrong_value("the mask's number of heads", shape.heads,
                        "1, heads_k = " + std::to_string(heads_k) + " or heads_q = " + std::to_string(heads_q));
   }
-  if (int64_t{heads_q} * shape.q_block_size >= kInt32Limit) {
-    return wrong_value("heads_q * q_block_size", int64_t{heads_q} * shape.q_block_size,
-                       "less than " + std::to_string(kInt32Limit));
-  }
-  return Status::Ok();
+  return check_range("heads_q * q_block_size", int64_t{heads_q} * shape.q_block_size, 1, kVirtualRowsLimit);
 }
 
 // Of the work list; heads are valid.

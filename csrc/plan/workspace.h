@@ -6,6 +6,7 @@
 
 #include "hbsattn/params.h"
 #include "plan/head_sets.h"
+#include "plan/rows.h"
 #include "plan/tiles.h"
 
 namespace hbsattn {
@@ -41,19 +42,20 @@ constexpr BackwardMethod choose_backward_method(const BackwardParams& params) {
                                 params.needs_k || params.needs_v);
 }
 
-// What the backward pass keeps in its workspace: for each query row, padded to whole granules in each block, its
-// log-sum-exp and the dot product of output and output gradient, and, by keys, its gradient in float32. Byte offsets.
+// What the backward pass keeps in its workspace: for each query row, in chunks, its log-sum-exp and the dot product of
+// output and output gradient, and, by keys, its gradient in float32. Byte offsets.
 struct BackwardWorkspace {
-  int64_t block_rows;    // of a query block, padded
-  int64_t rows;          // of a head
+  QueryChunks chunks;
+  int64_t rows;          // of a head's chunks
   int64_t tickets;       // of the persistent CTAs of up to kTickets kernels, and behind them a counter for each
                          // warpgroup's half of each slot
   int64_t set_counters;  // (heads_k, batch * rows_k), twice above head dim 128, if sets of heads pass sums on
-  int64_t sums;        // that tiles add to: by keys, (heads_q, rows / 16) chunks of 16 x padded head_dim floats, in the
-                       // order of accumulators; by queries, (2, heads_k, batch * rows_k, padded head_dim) floats
-  int64_t zeroed;      // bytes from `tickets` on that are to be 0, a multiple of 16
+  int64_t sums;          // that tiles add to: by keys, (heads_q, chunks) of 16 x padded head_dim floats, in the
+                         // order of accumulators; by queries, (2, heads_k, batch * rows_k, padded head_dim) floats
+  int64_t zeroed;        // bytes from `tickets` on that are to be 0, a multiple of 16
   int64_t statistics;  // two arrays (heads_q, rows) of float, each followed by kPaddingRows for rows that do not exist
   int64_t parts;       // gradients of keys and values in parts of tiles, slot after slot
+  int64_t slots;       // that there is room for
   int64_t set_sums;    // (heads_k, batch * rows_k, 2 x padded head_dim) floats, if sets of heads pass sums on
   int64_t bytes;
 
@@ -80,12 +82,10 @@ constexpr BackwardWorkspace lay_out_backward(const BackwardParams& params, int32
   const int64_t keys = problem.heads_k * problem.rows_k * (problem.packed ? 1 : shape.batch);
   const int64_t key_bytes = 2 * 4 * keys * padded_head_dim;
   const int64_t slots = key_tiles ? count_part_slots(all_tiles, tiles.tile_keys, problem.head_dim) : 0;
-  // Blocks may be longer than all sequences. Segments must not reach into the next block's rows.
-  const int64_t block = (int64_t{shape.q_block_size} + kGranule - 1) / kGranule * kGranule;
-  const int64_t longest = (problem.rows_q + 63) / 64 * 64;
   BackwardWorkspace workspace{};
-  workspace.block_rows = block < longest ? block : longest;
-  workspace.rows = shape.rows * workspace.block_rows;
+  workspace.chunks = chunk_queries(problem);
+  workspace.slots = slots;
+  workspace.rows = workspace.chunks.count * kGranule;
   const int64_t query_bytes = 4 * problem.heads_q * workspace.rows * padded_head_dim;
   workspace.set_counters = workspace.tickets + align(4 * (BackwardWorkspace::kTickets + 2 * slots));
   workspace.sums = workspace.set_counters + align(passes_sets ? 4 * keys * (padded_head_dim > 128 ? 2 : 1) : 0);

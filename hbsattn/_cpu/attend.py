@@ -1,13 +1,15 @@
 """Attention and its gradients in plain torch, for every dtype, head dim and block size.
 
-A tile is up to `TILE_ROWS` rows: neighbouring queries of one query block, of all heads that share a mask and a key head.
+A tile is up to `TILE_ROWS` rows: neighbouring queries of one query block, of all heads that share mask and key head.
 It brings the keys of its active blocks alone. Tiles with about as many keys make one batched product, of bounded size.
 
 Rows of tensors are numbered through, (batch, heads, rows) in this order, and one more row ends each list: what does not
 exist reads its zeros, and writes what nobody reads. A product with 0 would not do: it lets NaN and infinity pass.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
+from operator import neg
 from typing import NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ TILE_ROWS = 256
 
 # Numbers that one batched product may gather: enough to hide the cost of a torch call, and few enough
 # to stay near the caches.
-PRODUCT_NUMBERS = 1 << 21
+PRODUCT_NUMBERS = 1 << 22
 
 KEY_BEYOND = 2**31 - 1  # a key that no sequence has
 
@@ -90,8 +92,8 @@ class _Call:
         sequence, block, used = locate_rows(mask.sequences, rows, mask.q_block_size)
         table = mask.sequences.to(torch.int64)[sequence]
         q_begin, q_len, k_begin, k_len = (table[:, column] for column in (Q_BEGIN, Q_LEN, K_BEGIN, K_LEN))
-        used = used & (q_begin >= 0) & (k_begin >= 0)
         start = block * mask.q_block_size
+        used = used & (start >= 0) & (q_begin >= 0) & (k_begin >= 0)
         queries = (torch.minimum(q_len, self.rows_q - q_begin) - start).clamp(0, mask.q_block_size) * used
 
         # From rows of bits to tiles of one group of heads, and from those to tiles of all groups.
@@ -165,6 +167,8 @@ class _Call:
         done = 0
         while done < len(keys):
             end = done + max(PRODUCT_NUMBERS // (keys[done] * numbers_of_key), 1)
+            # Those that are padded to more than twice their keys wait for a batch of their own.
+            end = min(end, bisect_right(keys, -keys[done] / 2, key=neg))
             yield self._expand(_Tiles(*(x[done:end] for x in tiles)))
             done = end
 
@@ -196,9 +200,9 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 @torch.autocast("cpu", enabled=False)
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskTensors, softmax_scale: float) -> tuple[Tensor, Tensor]:
     """Computes the output and the log-sum-exp of packed or batched tensors; rows without keys get 0 and -inf."""
-    if q.dim() == 3:
-        out, lse = attend(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), mask, softmax_scale)
-        return out.squeeze(0), lse.squeeze(0)
+    packed = q.dim() == 3
+    if packed:
+        q, k, v = (x.unsqueeze(0) for x in (q, k, v))
     call = _Call(q, k, mask)
     compute = _compute_dtype(q.dtype)
     queries, keys, values = (_flatten(x, compute) for x in (q, k, v))
@@ -215,7 +219,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskTensors, softmax_scale: fl
         result = (weights @ _gather(values, batch.keys)).div_(torch.where(total == 0, 1, total))
         out[batch.queries] = result
         lse[batch.queries] = (largest + total.log()).squeeze(-1)
-    return _restore(out, q), lse[:-1].view(call.batch, call.heads_q, call.rows_q).clone()
+    out, lse = _restore(out, q), lse[:-1].view(call.batch, call.heads_q, call.rows_q).clone()
+    return (out.squeeze(0), lse.squeeze(0)) if packed else (out, lse)
 
 
 @torch.autocast("cpu", enabled=False)
@@ -237,10 +242,9 @@ def differentiate(
     Of large scores, the log-sum-exp is rounded more coarsely than P may be. It cancels: P is E / rowsum(E) with
     E = exp(S - lse), and the sums divide grad_out and delta, which are smaller than E.
     """
-    if q.dim() == 3:
-        tensors = (x if x is None else x.unsqueeze(0) for x in (grad_out, grad_lse, q, k, v, out, lse))
-        grads = differentiate(*tensors, mask, softmax_scale)
-        return tuple(x.squeeze(0) for x in grads)
+    packed = q.dim() == 3
+    if packed:
+        grad_out, q, k, v, out = (x.unsqueeze(0) for x in (grad_out, q, k, v, out))
     call = _Call(q, k, mask)
     compute = _compute_dtype(q.dtype)
     queries, keys, values, grads = (_flatten(x, compute) for x in (q, k, v, grad_out))
@@ -271,4 +275,5 @@ def differentiate(
         grad_k.index_add_(0, cols.flatten(), (grad_scores.mT @ tile_queries).flatten(0, 1))
         grad_v.index_add_(0, cols.flatten(), (weights.mT @ tile_grads).flatten(0, 1))
     grad_q.mul_(softmax_scale)
-    return _restore(grad_q, q), _restore(grad_k, k), _restore(grad_v, v)
+    results = (_restore(grad_q, q), _restore(grad_k, k), _restore(grad_v, v))
+    return tuple(x.squeeze(0) for x in results) if packed else results

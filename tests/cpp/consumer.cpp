@@ -228,6 +228,19 @@ int check_refusals() {
   if (status.code != hbsattn::StatusCode::kInvalidValue) return fail("forward took 3 query heads for 2 key heads");
   if (status.message.find("heads_q") == std::string::npos) return fail("unclear message: " + status.message);
 
+  // Rows of a tile are numbered on past the last one of a block, over the heads that share it.
+  hbsattn::PlanParams plan;
+  plan.mask = mask_view(buffers);
+  plan.heads_q = kHeadsQ;
+  plan.heads_k = kHeadsK;
+  plan.head_dim = kHeadDim;
+  plan.mask.shape.q_block_size = (std::numeric_limits<int32_t>::max() - 255) / kHeadsQ - 1;
+  if (!(status = hbsattn::validate_plan(plan)).ok()) return fail("validate_plan: " + status.message);
+  ++plan.mask.shape.q_block_size;
+  status = hbsattn::validate_plan(plan);
+  if (status.code != hbsattn::StatusCode::kInvalidValue) return fail("validate_plan took a block with too many rows");
+  if (status.message.find("q_block_size") == std::string::npos) return fail("unclear message: " + status.message);
+
   for (const bool deterministic : {false, true}) {
     hbsattn::BackwardParams gradients = backward_params(buffers, Gradients{deterministic});
     if (!(status = hbsattn::validate_backward(gradients)).ok()) return fail("validate_backward: " + status.message);

@@ -2,10 +2,11 @@
 #include <string>
 
 #include "kernels/common/convert.cuh"
+#include "kernels/common/gaps.cuh"
 #include "kernels/common/launch.cuh"
 #include "kernels/rows/rows.h"
-#include "kernels/sm90/tensor_rows.h"
 #include "plan/layout.h"
+#include "plan/rows.h"
 
 namespace hbsattn::kernels {
 namespace {
@@ -14,6 +15,7 @@ constexpr int kRowThreads = 8;  // that share a row
 constexpr int kPrepareThreads = kGranule * kRowThreads;
 constexpr int kFinishWarps = 4;
 constexpr int64_t kFewBytes = int64_t{1} << 20;  // that prepare_rows clears among its reads
+constexpr int kGapCtas = 64;                     // of a head, that share what belongs to no tile
 
 struct RowArguments {
   MaskShape shape;
@@ -31,26 +33,10 @@ struct RowArguments {
   int64_t cleared_vectors;
 };
 
-// A row of the workspace, in the tensors.
-struct QueryPlace {
-  bool exists;
-  int sequence;
-  int64_t row;  // of the sequence's batch entry
-
-  __device__ QueryPlace(const RowArguments& args, int chunk, int row_in_chunk) {
-    // Not 64-bit divisions: those are subroutines on a GPU.
-    const auto chunks = static_cast<uint32_t>(args.workspace.block_rows / kGranule);
-    const uint32_t bit_row = static_cast<uint32_t>(chunk) / chunks;
-    const int in_block = static_cast<int>(chunk - bit_row * chunks) * kGranule + row_in_chunk;
-    const mask::RowPlace place = mask::locate_row(args.shape, args.sequences, bit_row);
-    const int64_t query = place.block * args.shape.q_block_size + in_block;
-    sequence = place.index;
-    // Lengths that lie are cut to the tensors.
-    const int64_t q_begin = mask::clamp<int64_t>(place.sequence.q_begin, 0, args.rows_q);
-    row = q_begin + query;
-    exists = place.used && in_block < args.shape.q_block_size && query < place.sequence.q_len && row < args.rows_q;
-  }
-};
+// Of a row of the workspace.
+__device__ QueryPlace locate(const RowArguments& args, int chunk, int row_in_chunk) {
+  return locate_query(args.shape, args.sequences, args.workspace.chunks, args.rows_q, chunk, row_in_chunk);
+}
 
 template <class Element>
 __device__ Element* address(const TensorView& view, const QueryPlace& place, int head) {
@@ -90,7 +76,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Row
   const int chunk = blockIdx.x, head = static_cast<int>(gridDim.y - 1 - blockIdx.y);
   const int row = threadIdx.x / kRowThreads, lane = threadIdx.x % kRowThreads;
   const int64_t head_row = head * args.workspace.rows + int64_t{chunk} * kGranule;
-  const QueryPlace place(args, chunk, row);
+  const QueryPlace place = locate(args, chunk, row);
   uint4 out[kVectors] = {}, grad_out[kVectors] = {};
   float lse = -INFINITY, grad_lse = 0.f;
   if (place.exists) {
@@ -125,6 +111,16 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Row
   }
 }
 
+// Queries that belong to no chunk, as no tile has them.
+__device__ void write_gaps(const RowArguments& args, int head, int lane) {
+  auto* grad_q = static_cast<uint16_t*>(args.grad_q.data) + head * args.grad_q.head_stride;
+  const auto rows = static_cast<int32_t>(args.rows_q);
+  visit_gaps(
+      args.shape.batch, static_cast<int>(blockIdx.x), mask::smaller<int>(gridDim.x, kGapCtas), lane,
+      [&](int index) { return find_query_gap(args.shape, args.sequences, index, rows); },
+      [&](int row) { clear_row(grad_q + row * args.grad_q.row_stride, 0, 1, args.head_dim, lane); });
+}
+
 // A warp has 32 columns of a chunk. In the workspace, four floats belong to the lane of an accumulator: two columns of
 // row lane / 4 and two of the row 8 further on.
 template <class Element>
@@ -136,6 +132,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const Ro
   // The last heads first, whose sums are still in the L2 cache.
   const int head = static_cast<int>(gridDim.y - 1 - blockIdx.y);
   const int chunk = warp / parts, part = warp - chunk * parts, lane = threadIdx.x % 32;
+  if (args.packed && blockIdx.x < kGapCtas && threadIdx.x < 32) write_gaps(args, head, lane);
   if (chunk >= chunks) return;
   const int64_t head_row = head * args.workspace.rows + int64_t{chunk} * kGranule;
   const auto* sums = reinterpret_cast<const float4*>(args.grad_q_sum + head_row * args.padded_head_dim) + part * 128;
@@ -150,7 +147,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const Ro
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     transpose_quad(columns[i], lane);
-    const QueryPlace place(args, chunk, lane / 4 + 8 * i);
+    const QueryPlace place = locate(args, chunk, lane / 4 + 8 * i);
     if (place.exists && column < args.head_dim) {
       *reinterpret_cast<uint4*>(address<Element>(args.grad_q, place, head) + column) =
           make_uint4(columns[i][0], columns[i][1], columns[i][2], columns[i][3]);
@@ -161,7 +158,17 @@ __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const Ro
 // Calls visit(Element{}) with the dtype of a problem.
 template <class Visitor>
 Status visit_dtype(DType dtype, Visitor&& visit) {
-  return dtype == DType::kBFloat16 ? visit(cutlass::bfloat16_t{}) : visit(cutlass::half_t{});
+  switch (dtype) {
+    case DType::kBFloat16:
+      return visit(cutlass::bfloat16_t{});
+    case DType::kFloat16:
+      return visit(cutlass::half_t{});
+    case DType::kFloat32:
+    case DType::kFloat64:
+      break;
+  }
+  return Status::NotSupported("the dtype is number " + std::to_string(static_cast<int>(dtype)) +
+                              ", for which no kernel over rows is compiled; expected float16 or bfloat16");
 }
 
 RowArguments row_arguments(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim) {
@@ -172,9 +179,9 @@ RowArguments row_arguments(const BackwardParams& params, const BackwardWorkspace
   return {problem.mask.shape,
           problem.mask.sequences,
           workspace,
-          problem.out,
-          params.grad_out,
-          params.grad_q,
+          view_of(problem, problem.out),
+          view_of(problem, params.grad_out),
+          view_of(problem, params.grad_q),
           problem.lse,
           params.grad_lse,
           lse,
@@ -224,29 +231,6 @@ __global__ void __launch_bounds__(kKeyRows * 256 / kVector) finish_keys_kernel(c
 
 }  // namespace
 
-Status check_launchable(const BackwardParams& params) {
-  const ForwardParams& problem = params.problem;
-  const auto of_queries = [&](const TensorView& view) {
-    return rows_of(view, problem, problem.rows_q, problem.heads_q).matrix.rows;
-  };
-  const auto of_keys = [&](const TensorView& view) {
-    return rows_of(view, problem, problem.rows_k, problem.heads_k).matrix.rows;
-  };
-  const int64_t of_grad_k = params.needs_k ? of_keys(params.grad_k) : 0;
-  const int64_t of_grad_v = params.needs_v ? of_keys(params.grad_v) : 0;
-  for (const int64_t rows : {of_queries(problem.q), of_queries(params.grad_out), of_keys(problem.k), of_keys(problem.v),
-                             of_grad_k, of_grad_v}) {
-    if (rows >= 1 << 30) {
-      return Status::NotSupported("q, k, v or a gradient of theirs or of out spans " + std::to_string(rows) +
-                                  " rows over its batch; expected fewer than 2^30");
-    }
-  }
-  constexpr int kMostHeads = 65535;  // of a grid's second dimension
-  if (problem.heads_q <= kMostHeads) return Status::Ok();
-  return Status::NotSupported("heads_q is " + std::to_string(problem.heads_q) + "; expected at most " +
-                              std::to_string(kMostHeads) + " for gradients on CUDA");
-}
-
 Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, Stream stream) {
   RowArguments args = row_arguments(params, workspace, 0);
   if (workspace.zeroed <= kFewBytes) {
@@ -255,7 +239,7 @@ Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& works
     // The memory is faster at writing that many by themselves than among the reads of the kernel.
     HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.cleared, 0, workspace.zeroed, stream), "cudaMemsetAsync"));
   }
-  const dim3 grid(static_cast<unsigned>(workspace.rows / kGranule), static_cast<unsigned>(args.heads_q));
+  const dim3 grid(static_cast<unsigned>(workspace.chunks.count), static_cast<unsigned>(args.heads_q));
   return visit_dtype(params.problem.dtype, [&](auto element) {
     using Element = decltype(element);
     auto* kernel = args.head_dim <= 64    ? prepare_rows_kernel<Element, 1>
@@ -272,8 +256,8 @@ Status finish_keys(const BackwardParams& params, const BackwardWorkspace& worksp
   const auto* sums = reinterpret_cast<const float*>(static_cast<const uint8_t*>(params.workspace) + workspace.sums);
   const TensorView none;
   const KeyArguments args{sums,
-                          params.needs_k ? params.grad_k : none,
-                          params.needs_v ? params.grad_v : none,
+                          params.needs_k ? view_of(problem, params.grad_k) : none,
+                          params.needs_v ? view_of(problem, params.grad_v) : none,
                           problem.softmax_scale,
                           rows,
                           problem.rows_k,
@@ -290,7 +274,7 @@ Status finish_keys(const BackwardParams& params, const BackwardWorkspace& worksp
 Status finish_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
                    Stream stream) {
   const RowArguments args = row_arguments(params, workspace, padded_head_dim);
-  const int64_t chunks = workspace.rows / kGranule;
+  const int64_t chunks = workspace.chunks.count;
   const dim3 grid(static_cast<unsigned>(mask::ceil_div(chunks * (padded_head_dim / 32), kFinishWarps)),
                   static_cast<unsigned>(args.heads_q));
   return visit_dtype(params.problem.dtype, [&](auto element) {

@@ -8,9 +8,6 @@
 
 namespace hbsattn::kernels {
 
-// Whether grids and 32-bit row coordinates hold a problem.
-Status check_launchable(const BackwardParams& params);
-
 // Fills the workspace: what is to be 0, and statistics of all rows, padding included.
 Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, Stream stream);
 

@@ -18,8 +18,20 @@ Encode find_encode() {
   return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
 }
 
-CUtensorMapDataType data_type(DType dtype) {
-  return dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+Status find_data_type(DType dtype, CUtensorMapDataType* type) {
+  switch (dtype) {
+    case DType::kFloat16:
+      *type = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+      return Status::Ok();
+    case DType::kBFloat16:
+      *type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+      return Status::Ok();
+    case DType::kFloat32:
+    case DType::kFloat64:
+      break;
+  }
+  return Status::NotSupported("the dtype is number " + std::to_string(static_cast<int>(dtype)) +
+                              ", for which there are no tensor maps; expected float16 or bfloat16");
 }
 
 constexpr int kElementSize = 2;
@@ -31,10 +43,12 @@ Status encode(const MatrixRows& tensor, const cuuint64_t (&sizes)[kRank], const 
   if (encode_tiled == nullptr) {
     return Status::CudaError("the CUDA driver has no cuTensorMapEncodeTiled; expected a driver for CUDA 12 or newer");
   }
+  CUtensorMapDataType type;
+  HBSATTN_RETURN_IF_ERROR(find_data_type(tensor.dtype, &type));
   cuuint32_t element_strides[kRank];
   for (cuuint32_t& stride : element_strides) stride = 1;
   const CUresult result =
-      encode_tiled(map, data_type(tensor.dtype), kRank, tensor.data, sizes, byte_strides, box, element_strides,
+      encode_tiled(map, type, kRank, tensor.data, sizes, byte_strides, box, element_strides,
                    CU_TENSOR_MAP_INTERLEAVE_NONE, box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {

@@ -2,6 +2,7 @@
 
 #include "hbsattn/params.h"
 #include "kernels/sm90/tensor_map.h"
+#include "plan/rows.h"
 
 namespace hbsattn::kernels {
 
@@ -12,9 +13,7 @@ struct RowsOfTensor {
 };
 
 inline RowsOfTensor rows_of(const TensorView& view, const ForwardParams& params, int64_t rows, int heads) {
-  const bool batched = !params.packed && params.mask.shape.batch > 1;
-  const int64_t batch_rows = batched ? view.batch_stride / view.row_stride : 0;
-  const int64_t all_rows = batched ? (params.mask.shape.batch - 1) * batch_rows + rows : rows;
+  const auto [batch_rows, all_rows] = span_rows(params, view, rows);
   // The stride of a dimension of one is arbitrary in torch; the copy engine wants a sane one.
   const int64_t head_stride = heads > 1 ? view.head_stride : params.head_dim;
   const int64_t row_stride = all_rows > 1 ? view.row_stride : params.head_dim;

@@ -57,7 +57,7 @@ __device__ __forceinline__ void run_key_consumer(const BackwardKeysArguments& ar
   if constexpr (!Traits::kWide) bulk_wait_read(lane);
 }
 
-// A persistent CTA: three producer warps, and one or two consumer warpgroups. kWithQueries: it also adds up the
+// A persistent CTA: four producer warps, and one or two consumer warpgroups. kWithQueries: it also adds up the
 // gradient of the queries.
 template <class Config, bool kWithQueries>
 __global__ void __launch_bounds__(BackwardKeysTraits<Config>::kThreads, Config::kCtasPerSm)
@@ -82,6 +82,8 @@ __global__ void __launch_bounds__(BackwardKeysTraits<Config>::kThreads, Config::
       run_key_warp<Traits>(args, storage, lane);
     } else if (warp == 2) {
       run_tile_warp<Traits>(args, storage, lane);
+    } else {
+      run_gap_warp(args, lane);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();

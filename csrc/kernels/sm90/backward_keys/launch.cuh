@@ -29,15 +29,9 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   const RowsOfTensor grad_out = rows_of(params.grad_out, problem, problem.rows_q, problem.heads_q);
   const RowsOfTensor k = rows_of(problem.k, problem, problem.rows_k, problem.heads_k);
   const RowsOfTensor v = rows_of(problem.v, problem, problem.rows_k, problem.heads_k);
-  HBSATTN_RETURN_IF_ERROR(check_launchable(params));
-  const BackwardMethod method = choose_backward_method(params);
   const DevicePolicy policy = current_policy();
+  const BackwardMethod method = choose_backward_method(params);
   const BackwardWorkspace workspace = lay_out_backward(params, Config::kHeadDim, method, policy);
-  const int64_t chunks = workspace.rows / kGranule;
-  if (problem.heads_q * chunks >= INT_MAX) {
-    return Status::NotSupported("the mask's query blocks hold " + std::to_string(problem.heads_q * workspace.rows) +
-                                " rows over all heads; expected fewer than 2^35");
-  }
 
   sm90::BackwardKeysArguments args{};
   const int segment = shape.q_block_size % kGranule == 0
@@ -69,28 +63,29 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
     }
   }
   args.mask = shape;
+  args.sequences = problem.packed ? problem.mask.sequences : nullptr;
   args.columns = params.columns;
   args.items = params.key_items;
   args.num_items = static_cast<int>(params.num_key_items);
   args.row_words = static_cast<int>(shape.row_words());
   args.grad_k = params.needs_k ? params.grad_k.data : nullptr;
-  args.grad_k_batch_stride = problem.packed ? 0 : params.grad_k.batch_stride;
+  args.grad_k_batch_stride = view_of(problem, params.grad_k).batch_stride;
   args.grad_k_row_stride = params.grad_k.row_stride;
   args.grad_k_head_stride = params.grad_k.head_stride;
   args.grad_v = params.needs_v ? params.grad_v.data : nullptr;
-  args.grad_v_batch_stride = problem.packed ? 0 : params.grad_v.batch_stride;
+  args.grad_v_batch_stride = view_of(problem, params.grad_v).batch_stride;
   args.grad_v_row_stride = params.grad_v.row_stride;
   args.grad_v_head_stride = params.grad_v.head_stride;
   auto* bytes = static_cast<uint8_t*>(params.workspace);
   args.ticket = reinterpret_cast<int*>(bytes + workspace.tickets);
   args.parts_done = args.ticket + BackwardWorkspace::kTickets;
   args.part_sums = reinterpret_cast<float4*>(bytes + workspace.parts);
+  args.slots = static_cast<int>(workspace.slots);
   args.lse = reinterpret_cast<float*>(bytes + workspace.statistics);
   args.delta = args.lse + problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows;
   args.grad_q = reinterpret_cast<float*>(bytes + workspace.sums);
-  args.chunks = static_cast<int>(chunks);
-  args.chunks_per_block = static_cast<int>(workspace.block_rows / kGranule);
-  args.padding_chunk = static_cast<int>(problem.heads_q * chunks);
+  args.chunks = workspace.chunks;
+  args.padding_chunk = static_cast<int>(problem.heads_q * workspace.chunks.count);
   args.rows_q = static_cast<int>(problem.rows_q);
   args.rows_k = static_cast<int>(problem.rows_k);
   args.q_batch_rows = q.batch_rows;
@@ -98,6 +93,8 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.k_batch_rows = k.batch_rows;
   args.v_batch_rows = v.batch_rows;
   args.head_dim = problem.head_dim;
+  args.heads_k = problem.heads_k;
+  args.united = shape_key_tiles(shape, problem.head_dim).united;
   args.tile_heads = count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize,
                                      params.deterministic, policy);
   args.sets_per_key_head = problem.heads_q / problem.heads_k / args.tile_heads;
@@ -106,7 +103,9 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.set_sums = reinterpret_cast<float*>(bytes + workspace.set_sums);
   args.set_counters = reinterpret_cast<uint32_t*>(bytes + workspace.set_counters);
   args.heads_per_mask_head = problem.heads_q / shape.heads;
-  args.segments_per_block = (std::min<int64_t>(shape.q_block_size, workspace.block_rows) + segment - 1) / segment;
+  // Blocks may be longer than all sequences.
+  const int64_t block_queries = std::min<int64_t>(shape.q_block_size, problem.rows_q);
+  args.segments_per_block = static_cast<int>((block_queries + segment - 1) / segment);
   while ((1 << args.segment_log2) < segment) ++args.segment_log2;
   args.scale = problem.softmax_scale;
   args.scale_log2 = static_cast<float>(problem.softmax_scale * M_LOG2E);
@@ -116,7 +115,8 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   auto* kernel = with_queries ? sm90::backward_keys_kernel<Config, true> : sm90::backward_keys_kernel<Config, false>;
   int capability = 0, multiprocessors = 0;
   HBSATTN_RETURN_IF_ERROR(current_device(&capability, &multiprocessors));
-  const auto grid = std::min<int64_t>(multiprocessors * Config::kCtasPerSm, params.num_key_items);
+  // At least one writes the keys that belong to no tile.
+  const auto grid = std::max<int64_t>(std::min<int64_t>(multiprocessors * Config::kCtasPerSm, params.num_key_items), 1);
   HBSATTN_RETURN_IF_ERROR(launch("the launch of the backward kernel", kernel, static_cast<unsigned>(grid),
                                  Traits::kThreads, backward_keys_shared_bytes<Config>(), stream, args));
   return with_queries ? finish_rows(params, workspace, Config::kHeadDim, stream) : Status::Ok();

@@ -4,6 +4,7 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "kernels/common/gaps.cuh"
 #include "kernels/common/launch.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/sm90/backward_keys/traits.cuh"
@@ -18,17 +19,31 @@ namespace hbsattn::sm90 {
 inline constexpr uint64_t kGradKeepInL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
 inline constexpr uint64_t kGradPassThroughL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
 
-// Lengths that lie are cut to the tensors, so that no coordinate leaves them.
+// An item as the other warps get it: whatever it says, and be it another mask's, nothing that is addressed by it lies
+// outside its buffer. Lengths that lie are cut to the tensors, so that no coordinate leaves them.
+template <class Traits>
 __device__ __forceinline__ KeyItem read_item(const BackwardKeysArguments& args, int work) {
   KeyItem item{};
   item.column = -1;
   if (work >= args.num_items) return item;
   item = args.items[work];
-  item.q_begin = min(max(item.q_begin, 0), args.rows_q);
-  item.k_begin = min(max(item.k_begin, 0), args.rows_k);
-  item.q_len = min(item.q_len, args.rows_q - item.q_begin);
-  item.k_len = min(item.k_len, args.rows_k - item.k_begin);
-  item.keys = min(item.keys, max(item.k_len - item.first_key, 0));
+  if (item.column < 0) return item;
+  const auto clamp = [](int value, int low, int high) { return max(min(value, high), low); };
+  const auto cols = static_cast<int>(args.mask.cols);
+  item.column = min(item.column, cols - 1);
+  item.sequence = clamp(item.sequence, 0, args.mask.batch - 1);
+  item.head_set = clamp(item.head_set, 0, args.heads_k * args.sets_per_key_head - 1);
+  item.united = clamp(item.united, 1, min(args.united, cols - item.column));
+  item.row_begin = clamp(item.row_begin, 0, static_cast<int>(args.mask.rows));
+  item.q_begin = clamp(item.q_begin, 0, args.rows_q);
+  item.k_begin = clamp(item.k_begin, 0, args.rows_k);
+  item.q_len = clamp(item.q_len, 0, args.rows_q - item.q_begin);
+  item.k_len = clamp(item.k_len, 0, args.rows_k - item.k_begin);
+  item.first_key = clamp(item.first_key, 0, item.k_len);
+  item.keys = clamp(item.keys, 0, min(item.k_len - item.first_key, int{Traits::kTileN}));
+  item.parts = clamp(item.parts, 1, max(args.slots, 1));
+  item.part = clamp(item.part, 0, item.parts - 1);
+  item.slot = clamp(item.slot, 0, max(args.slots - item.parts, 0));
   return item;
 }
 
@@ -122,7 +137,7 @@ __device__ __forceinline__ void load_keys(const BackwardKeysArguments& args, con
 // What goes into the next stages, one segment a lane.
 struct QueryPlan {
   int query;   // first of this lane's segment, in the sequence; -1: none
-  int end;     // queries of the segment end here
+  int end;     // queries of the segment end here; -1: none
   int chunk;   // of the workspace, where the segment's rows begin
   int with;    // united key blocks that are active with it, one bit each
   bool whole;  // it ends with its last row
@@ -133,16 +148,23 @@ template <class Traits>
 __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& args, const KeyItem& item,
                                                   const ColumnBits& bits, const typename Traits::Blocks& blocks,
                                                   int head, int position, bool exists) {
-  if (!exists) return {-1, 0, -1, 0, true, false};
+  constexpr QueryPlan kNone{-1, -1, -1, 0, true, false};
   int entry, from_end;
   args.segments_per_block(entry, from_end, position);
+  if (!exists || entry >= blocks.made) return kNone;
   const int segment = args.segments_per_block.divisor - 1 - from_end;
   const int row = blocks.column(entry), block = row - item.row_begin;
   const int in_block = segment << args.segment_log2, rows = 1 << args.segment_log2;
   QueryPlan plan;
   plan.query = block * args.mask.q_block_size + in_block;
   plan.end = min((block + 1) * args.mask.q_block_size, item.q_len);
-  plan.chunk = head * args.chunks + row * args.chunks_per_block + in_block / kGranule;
+  if (plan.query >= plan.end) return kNone;
+  plan.chunk = head * static_cast<int>(args.chunks.count);
+  if (args.chunks.per_block > 0) {
+    plan.chunk += row * args.chunks.per_block + in_block / kGranule;
+  } else {
+    plan.chunk += args.chunks.first(item.sequence, item.q_begin) + plan.query / kGranule;
+  }
   plan.with = item.united > 1 ? bits.rows.with(row) : 1;
   plan.whole = args.whole_rows && plan.query + rows <= plan.end;
   const int last_key = item.first_key + item.keys - 1;
@@ -163,14 +185,15 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
 
   {
     const int row = lane % Traits::kGranules * kGranule, source = first_lane + (row >> args.segment_log2);
-    const int query = __shfl_sync(0xffffffffu, plan.query, source);
+    const int query = __shfl_sync(0xffffffffu, plan.query, source) + row_in_segment(row);
+    const int end = __shfl_sync(0xffffffffu, plan.end, source);
     const int chunk = __shfl_sync(0xffffffffu, plan.chunk, source);
     const int with = __shfl_sync(0xffffffffu, plan.with, source);
     StageInfo<Traits::kGranules>& info = storage.infos[stage];
     if (lane < Traits::kGranules) {
-      info.queries[lane] = query + row_in_segment(row);
+      info.queries[lane] = query;
       info.with[lane] = with;
-      info.chunks[lane] = query < 0 ? -1 : chunk + row_in_segment(row) / kGranule;
+      info.chunks[lane] = query < end ? chunk + row_in_segment(row) / kGranule : -1;
     }
     if (lane == 0) info.masked = (clean & lanes) != lanes;
   }
@@ -189,11 +212,18 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
   const bool mine = lanes >> lane & 1;
   const int row = (lane - first_lane) << args.segment_log2;
   if (mine) {
-    // Statistics of rows that do not exist make their weights 0.
-    const int64_t chunk = plan.query < 0 ? args.padding_chunk : plan.chunk;
-    const int bytes = static_cast<int>(sizeof(float)) << args.segment_log2;
-    cute::SM90_BULK_COPY_G2S::copy(args.lse + chunk * kGranule, full, &storage.lse[stage][row], bytes);
-    cute::SM90_BULK_COPY_G2S::copy(args.delta + chunk * kGranule, full, &storage.delta[stage][row], bytes);
+    // Chunks behind the segment's last granule are another sequence's. Statistics of padding make weights 0.
+    const int rows = 1 << args.segment_log2;
+    int first = 0, chunk = plan.chunk, end = min((plan.end - plan.query + kGranule - 1) & -kGranule, rows);
+#pragma unroll 1
+    for (;; first = end, end = rows, chunk = args.padding_chunk) {
+      if (first == end) continue;
+      const int64_t from = int64_t{chunk} * kGranule;
+      const int bytes = (end - first) * static_cast<int>(sizeof(float));
+      cute::SM90_BULK_COPY_G2S::copy(args.lse + from, full, &storage.lse[stage][row + first], bytes);
+      cute::SM90_BULK_COPY_G2S::copy(args.delta + from, full, &storage.delta[stage][row + first], bytes);
+      if (end == rows) break;
+    }
   }
   if ((whole & lanes) == lanes && args.whole_rows) {
     if (mine) {
@@ -250,7 +280,7 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
   RingPosition<1> wanted(0);
   int work = blockIdx.x;
   while (true) {
-    const KeyItem item = read_item(args, work);
+    const KeyItem item = read_item<Traits>(args, work);
     const bool last = item.column < 0;
     int stages = 0;  // over all heads
     const int first_head = item.head_set * args.tile_heads;
@@ -294,10 +324,13 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
     // Stages of this part of the tile, counted from the head at hand on.
     int begin = storage.tiles[slot.index].first_stage, end = begin + storage.tiles[slot.index].stages;
     if (end - begin <= Traits::kTileLead && lane == 0) mbarrier_arrive(&storage.tile_wanted);
-    const int first_head = item.head_set * args.tile_heads;
-    for (int head = first_head; end > 0 && head < first_head + args.tile_heads; ++head) {
+    const int first_head = item.head_set * args.tile_heads, last_head = first_head + args.tile_heads - 1;
+    for (int head = first_head; end > 0; ++head) {
       const ColumnBits bits(args, item, head);
-      const int segments = all_segments.count(bits, lane), stages = all_segments.count_stages(segments);
+      const int segments = all_segments.count(bits, lane);
+      int stages = all_segments.count_stages(segments);
+      // As many as were announced: what is missing, as bits were changed since, comes as padding behind the last head.
+      if (head == last_head) stages = max(stages, end);
       const int end_of_head = min(end, stages);
       if (begin < end_of_head) {
         const int chunk = Traits::Blocks::first_chunk(bits.blocks.end);
@@ -325,6 +358,22 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
     mbarrier_arrive_warp(&storage.tile_empty[slot.index], lane);
     slot.advance();
   }
+}
+
+// Writes the keys that belong to no tile.
+__device__ __forceinline__ void run_gap_warp(const BackwardKeysArguments& args, int lane) {
+  if (args.sequences == nullptr) return;
+  visit_gaps(
+      args.mask.batch, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), lane,
+      [&](int index) { return find_key_gap(args.mask, args.sequences, index, args.rows_k); },
+      [&](int row) {
+        const auto clear = [&](void* grad, int64_t row_stride, int64_t head_stride) {
+          if (grad == nullptr) return;  // not needed
+          clear_row(static_cast<uint16_t*>(grad) + row * row_stride, head_stride, args.heads_k, args.head_dim, lane);
+        };
+        clear(args.grad_k, args.grad_k_row_stride, args.grad_k_head_stride);
+        clear(args.grad_v, args.grad_v_row_stride, args.grad_v_head_stride);
+      });
 }
 
 // Loads the keys and values of every tile that has stages.

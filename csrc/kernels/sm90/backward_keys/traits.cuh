@@ -11,6 +11,7 @@
 #include "kernels/common/bit_row.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/sm90/config.h"
+#include "plan/rows.h"
 
 namespace hbsattn::sm90 {
 
@@ -176,6 +177,7 @@ struct BackwardKeysArguments {
   CUtensorMap map_q_clipped, map_grad_out_clipped, map_k_clipped, map_v_clipped;
 
   MaskShape mask;
+  const Sequence* sequences;  // null: rows are not packed, and tiles write all of them
   const uint32_t* columns;
   const KeyItem* items;
   int num_items;
@@ -183,6 +185,7 @@ struct BackwardKeysArguments {
   int* parts_done;  // (slots, warpgroups): parts of a tile that are done, counted in its first slot
   float4*
       part_sums;  // (slots, warpgroups): gradients of keys and values that parts leave, in the order of accumulators
+  int slots;
   int row_words;  // of a column
 
   void *grad_k, *grad_v;                                               // null: not needed
@@ -192,13 +195,14 @@ struct BackwardKeysArguments {
   float* lse;    // (heads_q, chunks, 16), and rows for padding
   float* delta;  // the same
   float* grad_q;
-  int chunks;  // of a head: granules of its padded rows
-  int chunks_per_block;
+  QueryChunks chunks;
   int padding_chunk;  // in lse and delta
 
   int rows_q, rows_k;  // per batch entry; all, when packed
   int q_batch_rows, grad_out_batch_rows, k_batch_rows, v_batch_rows;
   int head_dim;
+  int heads_k;
+  int united;             // key blocks that a tile may unite
   int tile_heads;         // query heads that a tile streams
   int sets_per_key_head;  // sets of that many query heads; if more than one, their tiles of the same keys pass on:
   float* set_sums;        // (heads_k, all_rows_k, 2 x head dim of the kernel), see SetSum

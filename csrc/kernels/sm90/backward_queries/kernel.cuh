@@ -9,7 +9,8 @@
 
 namespace hbsattn::sm90 {
 
-// Rows of a tile that do not exist arrive as whatever follows; as 0 they add nothing to gradients of keys and values.
+// Rows of a box of several heads that do not exist arrive as whatever follows; as 0, as others do, they add nothing to
+// gradients of keys and values.
 template <class Traits, bool kGeneral>
 __device__ __forceinline__ void clear_absent_rows(const GradQueriesArguments& args, typename Traits::Storage& storage,
                                                   const WorkItem& item, int buffer, int unit, int warp, int lane) {
@@ -57,7 +58,9 @@ __device__ __forceinline__ void run_backward_queries_consumer(const BackwardQuer
     // The products over all queries read the other warpgroup's rows, too.
     mbarrier_wait(&storage.queries_full[buffer.index][0], buffer.parity);
     mbarrier_wait(&storage.queries_full[buffer.index][1], buffer.parity);
-    clear_absent_rows<Traits, kGeneral>(args, storage, item, buffer.index, unit, warp, lane);
+    if (kGeneral && args.box_heads > 1) {
+      clear_absent_rows<Traits, kGeneral>(args, storage, item, buffer.index, unit, warp, lane);
+    }
     mainloop.run(limits, rows, stages, masked_stages);
     mainloop.scale(rows);
     // The output comes to lie over the queries.

@@ -15,7 +15,6 @@ template <class Config>
 Status run_backward_queries(const BackwardParams& params, Stream stream) {
   using Traits = sm90::BackwardQueriesTraits<Config>;
   const ForwardParams& problem = params.problem;
-  HBSATTN_RETURN_IF_ERROR(check_launchable(params));
   const BackwardWorkspace workspace =
       lay_out_backward(params, Config::kHeadDim, BackwardMethod::kByQueries, current_policy());
   sm90::BackwardQueriesArguments args{};

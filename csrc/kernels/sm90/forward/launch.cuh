@@ -16,7 +16,7 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   using Traits = sm90::QueryTileTraits<Config>;
   sm90::QueryTileArguments args{};
   bool general = false;
-  HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(params, "out", false, args, general));
+  HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(params, false, args, general));
   args.cycles = reinterpret_cast<long long*>(params.cycles);
   auto* kernel = sm90::forward_kernel<Config, false>;
   if constexpr (Config::kWithGeneral) {

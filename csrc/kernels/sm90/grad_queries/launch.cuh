@@ -22,17 +22,16 @@ Status set_query_arguments(const BackwardParams& params, const BackwardWorkspace
   problem.out = params.grad_q;
   problem.lse = nullptr;
   problem.workspace = bytes + workspace.tickets;
-  HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(problem, "grad_q", true, args, general));
+  HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(problem, true, args, general));
   const RowsOfTensor grad_out = rows_of(params.grad_out, problem, problem.rows_q, problem.heads_q);
   HBSATTN_RETURN_IF_ERROR(
       encode_rows(grad_out.matrix, Config::kChunkColumns, args.box_rows, args.box_heads, &args.map_grad_out));
+  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(grad_out.matrix, Config::kChunkColumns, &args.map_grad_out_clipped));
   args.grad_out_batch_rows = grad_out.batch_rows;
   args.query_bytes *= 2;
   args.statistics_lse = reinterpret_cast<const float*>(bytes + workspace.statistics);
   args.delta = args.statistics_lse + problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows;
-  args.workspace_rows = workspace.rows;
-  args.workspace_block_rows = static_cast<int>(workspace.block_rows);
-  args.mask_rows = static_cast<int>(problem.mask.shape.rows);
+  args.chunks = workspace.chunks;
   return Status::Ok();
 }
 
@@ -43,7 +42,6 @@ Status run_grad_queries(const BackwardParams& params, Stream stream) {
   const BackwardMethod method = choose_backward_method(params);
   const BackwardWorkspace workspace = lay_out_backward(params, Config::kHeadDim, method, current_policy());
   const bool alone = method == BackwardMethod::kQueriesOnly;
-  if (alone) HBSATTN_RETURN_IF_ERROR(check_launchable(params));
   sm90::GradQueriesArguments args{};
   bool general = false;
   HBSATTN_RETURN_IF_ERROR(set_query_arguments<Config>(params, workspace, args, general));

@@ -29,11 +29,18 @@ struct RowStatistics {
       statistics.lse[row] = INFINITY;
       statistics.delta[row] = 0.f;
       if (place.count <= 0) continue;
-      // United blocks follow one another in the sequence and in the mask.
-      int block, in_block;
-      args.q_block_size(block, in_block, place.row - item.block_row);
-      const int64_t position = place.head * args.workspace_rows +
-                               int64_t{item.bit_row % args.mask_rows + block} * args.workspace_block_rows + in_block;
+      int64_t chunk = place.head * args.chunks.count;
+      int in_chunks = place.row;
+      if (args.chunks.per_block == 0) {
+        chunk += args.chunks.first(item.sequence, item.q_begin);
+      } else {
+        // United blocks follow one another in the sequence and in the mask.
+        int block;
+        args.q_block_size(block, in_chunks, place.row - item.block_row);
+        const int mask_row = item.bit_row % static_cast<int>(args.mask.rows) + block;
+        chunk += int64_t{mask_row} * args.chunks.per_block;
+      }
+      const int64_t position = chunk * kGranule + in_chunks;
       statistics.lse[row] = __ldg(args.statistics_lse + position);
       statistics.delta[row] = __ldg(args.delta + position);
     }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/sm90/query_tiles/traits.cuh"
+#include "plan/rows.h"
 
 namespace hbsattn::sm90 {
 
@@ -36,15 +37,13 @@ struct GradQueriesTraits : QueryTileTraits<Config> {
 
 // `out` is the gradient of the queries, and a query box has one of output gradients with it.
 struct GradQueriesArguments : QueryTileArguments {
-  CUtensorMap map_grad_out;  // as map_q
+  CUtensorMap map_grad_out, map_grad_out_clipped;  // as map_q and map_q_clipped
   int grad_out_batch_rows;
 
-  // Of all rows, in the workspace: (heads_q, workspace_rows).
+  // Of all rows, in the chunks of the workspace: (heads_q, chunks, 16).
   const float* statistics_lse;  // times log2(e); +inf: the row attends to nothing
   const float* delta;           // what each row of P o dP sums to
-  int64_t workspace_rows;
-  int workspace_block_rows;
-  int mask_rows;  // of one mask head
+  QueryChunks chunks;
 };
 
 }  // namespace hbsattn::sm90

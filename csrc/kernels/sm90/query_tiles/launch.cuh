@@ -3,10 +3,8 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <climits>
 #include <cmath>
 #include <numeric>
-#include <string>
 
 #include "kernels/common/launch.cuh"
 #include "kernels/instances.h"
@@ -16,10 +14,9 @@
 namespace hbsattn::kernels {
 
 // Fills what a kernel gets that streams keys and values past tiles of query rows, and tells whether the general one is
-// needed. `out_name`: what the caller knows params.out as; `for_backward`: as in PlanParams.
+// needed. `for_backward`: as in PlanParams.
 template <class Config>
-Status set_arguments(const ForwardParams& params, const char* out_name, bool for_backward,
-                     sm90::QueryTileArguments& args, bool& general) {
+Status set_arguments(const ForwardParams& params, bool for_backward, sm90::QueryTileArguments& args, bool& general) {
   using Traits = sm90::QueryTileTraits<Config>;
   const MaskShape& shape = params.mask.shape;
   const RowsOfTensor q = rows_of(params.q, params, params.rows_q, params.heads_q);
@@ -31,19 +28,12 @@ Status set_arguments(const ForwardParams& params, const char* out_name, bool for
     k = v = {q.matrix, 0};
     k.matrix.heads = v.matrix.heads = 1;
   }
-  for (const RowsOfTensor& tensor : {q, k, v, out}) {
-    if (tensor.matrix.rows >= sm90::kOutOfBounds) {
-      return Status::NotSupported(std::string("q, k, v or ") + out_name + " spans " +
-                                  std::to_string(tensor.matrix.rows) +
-                                  " rows over its batch; expected fewer than 2^30");
-    }
-  }
-
   const int group = params.heads_q / params.heads_k;
   const TileShape tiles =
       shape_tiles(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, for_backward);
-  const auto block_rows = static_cast<int>(std::min<int64_t>(tiles.block_rows, INT_MAX));
+  const auto block_rows = static_cast<int>(tiles.block_rows);
   args.packed_heads = tiles.packed_heads;
+  args.united = tiles.united;
   args.block_rows = block_rows;
   if (args.packed_heads > 1 && shape.q_block_size % kGranule != 0) {
     args.box_rows = shape.q_block_size;
@@ -58,15 +48,11 @@ Status set_arguments(const ForwardParams& params, const char* out_name, bool for
     args.query_bytes = Traits::kUnitBytes;
   }
   args.ragged_blocks = shape.k_block_size % kGranule != 0;
-  if (args.ragged_blocks && params.rows_k >= sm90::kShortGranuleKeys) {
-    return Status::NotSupported("k has " + std::to_string(params.rows_k) + " rows and k_block_size is " +
-                                std::to_string(shape.k_block_size) +
-                                "; expected fewer than 2^27 rows, or a block size that is a multiple of 16");
-  }
   const int segment =
       args.ragged_blocks ? kGranule : std::min(shape.k_block_size & -shape.k_block_size, Config::kTileN);
   HBSATTN_RETURN_IF_ERROR(encode_rows(q.matrix, Config::kChunkColumns, args.box_rows, args.box_heads, &args.map_q));
   HBSATTN_RETURN_IF_ERROR(encode_rows(out.matrix, Config::kChunkColumns, args.box_rows, args.box_heads, &args.map_out));
+  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(q.matrix, Config::kChunkColumns, &args.map_q_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, Config::kChunkColumns, &args.map_k_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, Config::kChunkColumns, &args.map_v_clipped));
   // Whole rows would take columns past head_dim from the next head.
@@ -76,12 +62,14 @@ Status set_arguments(const ForwardParams& params, const char* out_name, bool for
     HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, segment, &args.map_v));
   }
 
+  args.mask = shape;
+  args.sequences = params.packed ? params.mask.sequences : nullptr;
   args.bits = params.mask.bits;
   args.items = params.items;
   args.num_items = static_cast<int>(params.num_items);
   args.ticket = static_cast<int*>(params.workspace);
   args.out = params.out.data;
-  args.out_batch_stride = params.packed ? 0 : params.out.batch_stride;
+  args.out_batch_stride = view_of(params, params.out).batch_stride;
   args.out_row_stride = params.out.row_stride;
   args.out_head_stride = params.out.head_stride;
   args.lse = params.lse;
@@ -115,7 +103,8 @@ Status launch_tiles(void (*kernel)(Arguments), const Arguments& args, int thread
                     const char* what, Stream stream) {
   int device_capability = 0, multiprocessors = 0;
   HBSATTN_RETURN_IF_ERROR(current_device(&device_capability, &multiprocessors));
-  const int grid = std::min(multiprocessors * ctas_per_sm, args.num_items);
+  // At least one writes the queries that belong to no tile.
+  const int grid = std::max(std::min(multiprocessors * ctas_per_sm, args.num_items), 1);
   return launch(what, kernel, grid, threads, shared_bytes, stream, args);
 }
 

@@ -4,6 +4,7 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "kernels/common/gaps.cuh"
 #include "kernels/common/launch.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/sm90/query_tiles/traits.cuh"
@@ -67,12 +68,26 @@ __device__ __forceinline__ void release_tile(Storage& storage, Position& positio
   position.advance();
 }
 
-// Lengths that lie are cut to the tensors, so that no coordinate leaves them.
-__device__ __forceinline__ void clamp_to_tensors(const QueryTileArguments& args, WorkItem& item) {
-  item.q_begin = min(max(item.q_begin, 0), args.rows_q);
-  item.k_begin = min(max(item.k_begin, 0), args.rows_k);
-  item.q_len = min(item.q_len, args.rows_q - item.q_begin);
-  item.k_len = min(item.k_len, args.rows_k - item.k_begin);
+// An item as the other warps get it: whatever it says, and be it another mask's, nothing that is addressed by it lies
+// outside its buffer. Lengths that lie are cut to the tensors, so that no coordinate leaves them.
+template <bool kGeneral>
+__device__ __forceinline__ void clamp_item(const QueryTileArguments& args, WorkItem& item) {
+  if (item.bit_row < 0) return;
+  const auto rows = static_cast<int>(args.mask.rows);  // of a mask head
+  const auto clamp = [](int value, int low, int high) { return max(min(value, high), low); };
+  item.bit_row = min(item.bit_row, args.mask.heads * rows - 1);
+  item.sequence = clamp(item.sequence, 0, args.mask.batch - 1);
+  item.head = clamp(item.head, 0, args.heads_q - args.packed_heads);
+  item.q_begin = clamp(item.q_begin, 0, args.rows_q);
+  item.k_begin = clamp(item.k_begin, 0, args.rows_k);
+  item.q_len = clamp(item.q_len, 0, args.rows_q - item.q_begin);
+  item.k_len = clamp(item.k_len, 0, args.rows_k - item.k_begin);
+  item.block_row = clamp(item.block_row, 0, args.rows_q);
+  item.first_row = clamp(item.first_row, 0, args.block_rows.divisor);
+  item.col_end = clamp(item.col_end, 0, static_cast<int>(args.mask.cols));
+  item.blocks = clamp(item.blocks, 0, static_cast<int>(args.mask.cols));
+  item.masked = clamp(item.masked, 0, item.blocks);
+  if (kGeneral) item.united = clamp(min(item.united, rows - item.bit_row % rows), 1, args.united);
 }
 
 template <bool kGeneral>
@@ -100,17 +115,27 @@ __device__ __forceinline__ void load_queries(const Arguments& args, typename Tra
     if (first < kUnitRows) {
       const RowPlace place = place_row<kGeneral>(args, item, unit * kUnitRows + first);
       const int tensor_row = item.q_begin + item.sequence * args.q_batch_rows + place.row;
-      const int first_row = place.count > 0 ? tensor_row : int{kOutOfBounds};
-      const int offset = (chunk * kUnitRows + first) * Traits::kChunkBytes;
-      cute::SM90_TMA_LOAD_3D::copy(&args.map_q, full, kPassThroughL2,
-                                   reinterpret_cast<uint8_t*>(storage.queries[buffer][unit]) + offset,
-                                   chunk * Traits::kChunkColumns, first_row, place.head);
+      const bool cut = args.box_heads == 1 && place.count > 0 && place.count < args.box_rows;
+      const auto load = [&](const CUtensorMap& map, const CUtensorMap& clipped, int row, typename Traits::Element* to) {
+        uint8_t* destination = reinterpret_cast<uint8_t*>(to) + (chunk * kUnitRows + first) * Traits::kChunkBytes;
+        const int column = chunk * Traits::kChunkColumns;
+        if (!cut) {
+          cute::SM90_TMA_LOAD_3D::copy(&map, full, kPassThroughL2, destination, column,
+                                       place.count > 0 ? row : int{kOutOfBounds}, place.head);
+          return;
+        }
+        // Rows behind the end of the block or the sequence arrive as zeros. As what follows in the tensor they would
+        // have a say in when the others are rescaled, so that results depended on it.
+        for (int begin = 0; begin < args.box_rows; begin += 8) {
+          cute::SM90_TMA_LOAD_5D::copy(&clipped, full, kPassThroughL2, destination + begin * Traits::kChunkBytes,
+                                       column, kRunEnd - max(place.count - begin, 0), int{kRunEnd}, row + place.count,
+                                       place.head);
+        }
+      };
+      load(args.map_q, args.map_q_clipped, tensor_row, storage.queries[buffer][unit]);
       if constexpr (Traits::kForGradients) {
-        const int grad_out_row = item.q_begin + item.sequence * args.grad_out_batch_rows + place.row;
-        cute::SM90_TMA_LOAD_3D::copy(&args.map_grad_out, full, kPassThroughL2,
-                                     reinterpret_cast<uint8_t*>(storage.grad_out[buffer][unit]) + offset,
-                                     chunk * Traits::kChunkColumns, place.count > 0 ? grad_out_row : int{kOutOfBounds},
-                                     place.head);
+        load(args.map_grad_out, args.map_grad_out_clipped,
+             item.q_begin + item.sequence * args.grad_out_batch_rows + place.row, storage.grad_out[buffer][unit]);
       }
     }
   }
@@ -145,19 +170,22 @@ __device__ __forceinline__ void list_segments(const QueryTileArguments& args, ty
     const int position = first + lane;
     int key = -1, end = key_end;
     uint32_t with = 0;
+    // Bits that were changed since they were counted may be fewer: a column that was never made is padding, too.
     if (position >= 0 && position < last) {
       if (!kGeneral && args.segments_per_block.divisor == 1) {
-        key = blocks.column(position) * args.k_block_size;
+        if (position < blocks.made) key = blocks.column(position) * args.k_block_size;
       } else {
         // Blocks come in descending order, and so do the segments in them.
         int entry, from_end;
         args.segments_per_block(entry, from_end, position);
-        const int segment = args.segments_per_block.divisor - 1 - from_end;
-        const int column = blocks.column(entry), block_key = column * args.k_block_size;
-        key = block_key + (segment << args.segment_log2);
-        if (kGeneral) {
-          end = min(block_key + args.k_block_size, end);
-          with = item.united > 1 ? rows.with(column) : 1;
+        if (entry < blocks.made) {
+          const int segment = args.segments_per_block.divisor - 1 - from_end;
+          const int column = blocks.column(entry), block_key = column * args.k_block_size;
+          key = block_key + (segment << args.segment_log2);
+          if (kGeneral) {
+            end = min(block_key + args.k_block_size, end);
+            with = item.united > 1 ? rows.with(column) : 1;
+          }
         }
       }
     }
@@ -170,6 +198,23 @@ __device__ __forceinline__ void list_segments(const QueryTileArguments& args, ty
     mbarrier_arrive(&storage.segments_full[slot.index]);
     slot.advance();
   }
+}
+
+// Writes the rows that belong to no tile.
+template <class Traits>
+__device__ __forceinline__ void write_gaps(const QueryTileArguments& args, int lane) {
+  visit_gaps(
+      args.mask.batch, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), lane,
+      [&](int index) { return find_query_gap(args.mask, args.sequences, index, args.rows_q); },
+      [&](int row) {
+        clear_row(static_cast<uint16_t*>(args.out) + row * args.out_row_stride, args.out_head_stride, args.heads_q,
+                  args.head_dim, lane);
+        if constexpr (!Traits::kForGradients) {
+          for (int head = lane; head < args.heads_q; head += 32) {
+            args.lse[static_cast<int64_t>(head) * args.rows_q + row] = -INFINITY;
+          }
+        }
+      });
 }
 
 // Takes tiles off the work list, announces them, and lists their segments.
@@ -186,7 +231,7 @@ __device__ __forceinline__ void run_tile_warp(const QueryTileArguments& args, ty
     WorkItem item{};
     item.bit_row = -1;
     if (work < args.num_items) item = args.items[work];
-    clamp_to_tensors(args, item);
+    clamp_item<kGeneral>(args, item);
     const bool last = item.bit_row < 0;
     uint32_t first_word = 0;
     if (!last && item.blocks > 0) {
@@ -221,6 +266,8 @@ __device__ __forceinline__ void run_tile_warp(const QueryTileArguments& args, ty
     const int ticket = lane == 0 ? atomicAdd(args.ticket, 1) : 0;
     work = uniform(ticket) + static_cast<int>(gridDim.x);
   }
+  // The consumers still compute the last tile.
+  if (args.sequences != nullptr) write_gaps<Traits>(args, lane);
 }
 
 // What goes into the next stages, one segment a lane, so that a stage costs few instructions: those of these warps take

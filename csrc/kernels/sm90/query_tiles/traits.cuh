@@ -33,11 +33,11 @@ inline constexpr int kUnitRows = 64;  // query rows of one consumer warpgroup
 inline constexpr int kTileLeadKeys = 512;
 
 // Row coordinate that lies outside every tensor: the box is zero-filled and still counts its bytes.
-inline constexpr int kOutOfBounds = 1 << 30;
+inline constexpr int kOutOfBounds = kSm90RowLimit;
 // What the key warp tells of a granule: its first key, or, where a block ends inside it, the complement of
 // 16 * first key + last key - first key. kNoKey: it holds none.
-inline constexpr int kNoKey = 0x3fffffff;          // above every limit
-inline constexpr int kShortGranuleKeys = 1 << 27;  // first keys that the second form has room for
+inline constexpr int kNoKey = 0x3fffffff;  // above every limit
+static_assert(int64_t{kGranule} * kSm90RaggedKeyLimit <= int64_t{1} << 31, "room for the second form");
 
 __device__ __forceinline__ int encode_granule(int first_key, int end) {
   if (end <= first_key) return kNoKey;
@@ -150,7 +150,10 @@ struct QueryTileArguments {
   CUtensorMap map_k, map_v;
   // 8 rows of a chunk that end at any row, see tensor_map.h: (head_dim, rows before the end, wrap, end, heads).
   CUtensorMap map_k_clipped, map_v_clipped;
+  CUtensorMap map_q_clipped;  // the same, for boxes of one head
 
+  MaskShape mask;
+  const Sequence* sequences;  // null: rows are not packed, and tiles write all of them
   const uint32_t* bits;
   const WorkItem* items;
   int num_items;
@@ -169,6 +172,7 @@ struct QueryTileArguments {
   int row_words;  // of a bit row
   cutlass::FastDivmod q_block_size;
   int packed_heads;                // query heads that share a tile's block list
+  int united;                      // query blocks that a tile may unite
   cutlass::FastDivmod block_rows;  // packed_heads * q_block_size
   int query_piece;  // virtual rows that one query or output box moves: box_rows of each of box_heads heads
   int box_rows, box_heads;

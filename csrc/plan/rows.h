@@ -1,0 +1,142 @@
+#pragma once
+
+// Where rows of queries and of keys lie: in the tensors of a call, in the workspace of the backward pass, and which
+// rows of packed tensors belong to no tile. As in layout.h, nothing here trusts what comes from the device.
+
+#include <cstdint>
+
+#include "hbsattn/params.h"
+#include "plan/layout.h"
+#include "plan/tiles.h"
+
+namespace hbsattn {
+
+// A tensor of a call. Packed tensors have no batch entries, whatever the stride says.
+constexpr TensorView view_of(const ForwardParams& problem, TensorView view) {
+  if (problem.packed) view.batch_stride = 0;
+  return view;
+}
+
+// The entries of a batched tensor are runs of rows of one long matrix.
+struct RowSpan {
+  int64_t batch_rows;  // from one entry to the next; 0 when packed, or where there is one
+  int64_t all_rows;    // from the first row of the first entry to the last row of the last
+};
+
+constexpr RowSpan span_rows(const ForwardParams& problem, const TensorView& view, int64_t rows) {
+  const int32_t batch = problem.mask.shape.batch;
+  if (problem.packed || batch <= 1) return {0, rows};
+  const int64_t batch_rows = view.batch_stride / view.row_stride;
+  return {batch_rows, (batch - 1) * batch_rows + rows};
+}
+
+// Rows of a packed tensor that no tile writes.
+struct RowGap {
+  int32_t begin, end;
+};
+
+constexpr RowGap clamp_gap(int64_t begin, int64_t end, int32_t rows) {
+  const int64_t first = mask::clamp<int64_t>(begin, 0, rows);
+  return {static_cast<int32_t>(first), static_cast<int32_t>(mask::clamp<int64_t>(end, first, rows))};
+}
+
+// The rows between the blocks that the mask has of sequence `index` and the next sequence; behind the last sequence, up
+// to the tensor's end; index -1: before the first. Tiles and gaps of all sequences together are all rows.
+constexpr RowGap find_query_gap(const MaskShape& shape, const Sequence* sequences, int32_t index, int32_t rows) {
+  const bool last = index + 1 >= shape.batch;
+  int64_t begin = 0;
+  if (index >= 0) {
+    const Sequence& sequence = sequences[index];
+    int64_t end_row = mask::find_rows(shape, sequence.row_begin, sequence.q_len).end;
+    if (!last) end_row = mask::smaller<int64_t>(end_row, sequences[index + 1].row_begin);  // whose row that is
+    const int64_t in_mask = mask::larger<int64_t>(end_row - sequence.row_begin, 0) * shape.q_block_size;
+    begin = int64_t{sequence.q_begin} + mask::clamp<int64_t>(sequence.q_len, 0, in_mask);
+  }
+  return clamp_gap(begin, last ? rows : sequences[index + 1].q_begin, rows);
+}
+
+// The same for keys.
+constexpr RowGap find_key_gap(const MaskShape& shape, const Sequence* sequences, int32_t index, int32_t rows) {
+  int64_t begin = 0;
+  if (index >= 0) {
+    const Sequence& sequence = sequences[index];
+    begin = int64_t{sequence.k_begin} + mask::clamp<int64_t>(sequence.k_len, 0, shape.cols * shape.k_block_size);
+  }
+  return clamp_gap(begin, index + 1 < shape.batch ? sequences[index + 1].k_begin : rows, rows);
+}
+
+// How the workspace of the backward pass holds query rows: in chunks of 16, none of which has rows of two blocks or
+// sequences. Where blocks are whole granules, a row's chunk follows from its position, so that a head has hardly more
+// chunks than its tensor, whatever the size of blocks. Other blocks are padded to whole chunks, block by block.
+struct QueryChunks {
+  int64_t count;         // of a head
+  int32_t per_block;     // 0: rows lie by position
+  int32_t per_sequence;  // by position, of a batch entry; 0: packed
+
+  // By position: that of a sequence's first row; those of its other rows follow. Packed sequences begin at least one
+  // chunk behind the last of the one before, because they begin behind its last row.
+  constexpr int32_t first(int32_t sequence, int32_t q_begin) const {
+    return per_sequence > 0 ? sequence * per_sequence : q_begin / kGranule + sequence;
+  }
+};
+
+constexpr QueryChunks chunk_queries(const ForwardParams& problem) {
+  const MaskShape& shape = problem.mask.shape;
+  if (shape.q_block_size % kGranule != 0) {
+    // Blocks may be longer than all sequences.
+    const int64_t rows = mask::smaller<int64_t>(shape.q_block_size, problem.rows_q);
+    const int64_t per_block = mask::larger<int64_t>(mask::ceil_div(rows, kGranule), 1);
+    return {shape.rows * per_block, static_cast<int32_t>(per_block), 0};
+  }
+  if (problem.packed) return {problem.rows_q / kGranule + shape.batch, 0, 0};
+  const int64_t per_sequence = mask::larger<int64_t>(mask::ceil_div(problem.rows_q, kGranule), 1);
+  return {shape.batch * per_sequence, 0, static_cast<int32_t>(per_sequence)};
+}
+
+// The query of a chunk's row.
+struct QueryPlace {
+  bool exists;
+  int32_t sequence;
+  int64_t row;  // of the sequence's batch entry
+};
+
+constexpr QueryPlace locate_query(const MaskShape& shape, const Sequence* sequences, const QueryChunks& chunks,
+                                  int64_t rows_q, int32_t chunk, int32_t row_in_chunk) {
+  // Not 64-bit divisions: those are subroutines on a GPU.
+  const auto number = static_cast<uint32_t>(chunk);
+  int32_t index = 0;
+  int64_t query = 0;  // in its sequence
+  bool in_block = true;
+  if (chunks.per_block > 0) {
+    const uint32_t row = number / chunks.per_block;
+    const int32_t in_row = static_cast<int32_t>(number - row * chunks.per_block) * kGranule + row_in_chunk;
+    const mask::RowPlace place = mask::locate_row(shape, sequences, row);
+    index = place.index;
+    query = place.block * shape.q_block_size + in_row;
+    in_block = place.used && in_row < shape.q_block_size;
+  } else if (chunks.per_sequence > 0) {
+    index = static_cast<int32_t>(number / chunks.per_sequence);
+    query = static_cast<int64_t>(number - static_cast<uint32_t>(index) * chunks.per_sequence) * kGranule + row_in_chunk;
+  } else {
+    // The last sequence that begins at or before the chunk.
+    int32_t end = shape.batch;
+    const auto first = [&](int32_t sequence) {
+      const int64_t begin = mask::clamp<int64_t>(sequences[sequence].q_begin, 0, rows_q);
+      return chunks.first(sequence, static_cast<int32_t>(begin));
+    };
+    while (end - index > 1) {
+      const int32_t middle = index + (end - index) / 2;
+      if (first(middle) <= chunk) {
+        index = middle;
+      } else {
+        end = middle;
+      }
+    }
+    query = (int64_t{chunk} - first(index)) * kGranule + row_in_chunk;
+  }
+  const Sequence& sequence = sequences[index];
+  const int64_t row = mask::clamp<int64_t>(sequence.q_begin, 0, rows_q) + query;
+  return {in_block && query >= 0 && query < sequence.q_len && row < rows_q, index, row};
+}
+
+}  // namespace hbsattn

@@ -1,0 +1,215 @@
+// Where rows lie, on random tables of sequences, true ones and ones that lie: every row of a packed tensor is a tile's
+// or a gap's, and once; no two rows share a place in the workspace; whatever a table says, nothing lies outside.
+
+#include "plan/rows.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "plan/workspace.h"
+
+namespace {
+
+using namespace hbsattn;
+
+std::mt19937 random_bits(1);
+
+int32_t draw(int64_t low, int64_t high) {
+  return static_cast<int32_t>(std::uniform_int_distribution<int64_t>(low, high)(random_bits));
+}
+
+void check(bool holds, const char* what) {
+  if (holds) return;
+  std::printf("FAILED: %s\n", what);
+  std::exit(1);
+}
+
+struct Table {
+  ForwardParams problem;
+  std::vector<Sequence> sequences;
+};
+
+// Sequences one after another, some of them empty, with rows behind the last one, and in some masks too few blocks.
+Table make_table() {
+  Table table;
+  ForwardParams& problem = table.problem;
+  MaskShape& shape = problem.mask.shape;
+  const int32_t blocks[] = {1, 5, 16, 24, 32, 48, 64, 128, 1024};
+  shape.batch = draw(1, 12);
+  shape.q_block_size = blocks[draw(0, 8)];
+  shape.k_block_size = blocks[draw(0, 8)];
+  problem.packed = draw(0, 3) > 0;
+  problem.heads_q = problem.heads_k = shape.heads = 1;
+  problem.head_dim = 64;
+  const int32_t longest = draw(1, 200);
+  std::vector<int32_t> cu_q{draw(0, 3) == 0 ? draw(0, 40) : 0}, cu_k{draw(0, 3) == 0 ? draw(0, 40) : 0};
+  int64_t q_blocks = 0, k_blocks = 0, most_q_blocks = 0;
+  for (int32_t b = 0; b < shape.batch; ++b) {
+    const int32_t q_len = problem.packed ? draw(0, 3) == 0 ? 0 : draw(0, longest) : longest;
+    const int32_t k_len = problem.packed ? draw(0, 3) == 0 ? 0 : draw(0, longest) : longest;
+    cu_q.push_back(cu_q.back() + q_len);
+    cu_k.push_back(cu_k.back() + k_len);
+    q_blocks += mask::ceil_div(q_len, shape.q_block_size);
+    most_q_blocks = mask::larger(most_q_blocks, mask::ceil_div(q_len, shape.q_block_size));
+    k_blocks = mask::larger(k_blocks, mask::ceil_div(k_len, shape.k_block_size));
+  }
+  SequencesParams lengths;
+  if (problem.packed) {
+    lengths.cu_seqlens_q = cu_q.data();
+    lengths.cu_seqlens_k = cu_k.data();
+  }
+  lengths.seqlen_q = lengths.seqlen_k = longest;
+  const bool too_few = problem.packed && draw(0, 3) == 0;
+  if (!problem.packed || draw(0, 1) == 0) {
+    lengths.row_stride = too_few ? draw(1, most_q_blocks + 1) : most_q_blocks + (problem.packed ? draw(0, 2) : 0);
+    shape.rows = shape.batch * lengths.row_stride;
+  } else {
+    shape.rows = too_few ? draw(0, q_blocks) : q_blocks + draw(0, 3);
+  }
+  shape.cols = too_few ? draw(0, k_blocks) : k_blocks;
+  lengths.shape = shape;
+  int64_t q_before = 0, k_before = 0;
+  for (int32_t b = 0; b < shape.batch; ++b) {
+    Sequence sequence = mask::read_lengths(lengths, b);
+    mask::place_blocks(lengths, b, q_before, k_before, sequence);
+    q_before += mask::count_q_blocks(sequence, shape);
+    k_before += mask::count_k_blocks(sequence, shape);
+    table.sequences.push_back(sequence);
+  }
+  problem.rows_q = problem.packed ? cu_q.back() + (draw(0, 1) == 0 ? 0 : draw(0, 70)) : longest;
+  problem.rows_k = problem.packed ? cu_k.back() + (draw(0, 1) == 0 ? 0 : draw(0, 70)) : longest;
+  return table;
+}
+
+void count_gaps(const Table& table, std::vector<int>& of_q, std::vector<int>& of_k) {
+  const ForwardParams& problem = table.problem;
+  const MaskShape& shape = problem.mask.shape;
+  const auto count = [](RowGap gap, std::vector<int>& rows) {
+    check(gap.begin >= 0 && gap.begin <= gap.end && gap.end <= static_cast<int64_t>(rows.size()), "gaps lie inside");
+    for (int32_t row = gap.begin; row < gap.end; ++row) ++rows[row];
+  };
+  for (int32_t index = -1; index < shape.batch; ++index) {
+    count(find_query_gap(shape, table.sequences.data(), index, static_cast<int32_t>(problem.rows_q)), of_q);
+    count(find_key_gap(shape, table.sequences.data(), index, static_cast<int32_t>(problem.rows_k)), of_k);
+  }
+}
+
+// Rows of query tiles are those of the mask's rows, rows of key tiles those of its columns.
+void check_gaps(const Table& table) {
+  const ForwardParams& problem = table.problem;
+  const MaskShape& shape = problem.mask.shape;
+  std::vector<int> of_q(problem.rows_q), of_k(problem.rows_k);
+  count_gaps(table, of_q, of_k);
+  for (int64_t bit_row = 0; bit_row < shape.rows; ++bit_row) {
+    const mask::RowPlace place = mask::locate_row(shape, table.sequences.data(), bit_row);
+    if (!place.used) continue;
+    const int64_t begin = place.block * shape.q_block_size;
+    for (int64_t row = begin; row < begin + shape.q_block_size && row < place.sequence.q_len; ++row) {
+      ++of_q[place.sequence.q_begin + row];
+    }
+  }
+  for (const Sequence& sequence : table.sequences) {
+    const int64_t end = mask::smaller<int64_t>(sequence.k_len, shape.cols * shape.k_block_size);
+    for (int64_t key = 0; key < end; ++key) ++of_k[sequence.k_begin + key];
+  }
+  for (int count : of_q) check(count == 1, "each query is a tile's or a gap's");
+  for (int count : of_k) check(count == 1, "each key is a tile's or a gap's");
+}
+
+// Where kernels find a query that they have, the passes over all rows see the same one.
+void check_chunks(const Table& table) {
+  const ForwardParams& problem = table.problem;
+  const MaskShape& shape = problem.mask.shape;
+  const QueryChunks chunks = chunk_queries(problem);
+  if (shape.q_block_size % kGranule == 0) {
+    const int64_t batch = problem.packed ? 1 : shape.batch;
+    check(chunks.count <= batch * (problem.rows_q / kGranule + 1) + shape.batch, "hardly more chunks than rows need");
+  }
+  std::vector<int> seen(chunks.count * kGranule);
+  for (int64_t bit_row = 0; bit_row < shape.rows; ++bit_row) {
+    const mask::RowPlace place = mask::locate_row(shape, table.sequences.data(), bit_row);
+    if (!place.used) continue;
+    const int64_t begin = place.block * shape.q_block_size;
+    for (int64_t query = begin; query < begin + shape.q_block_size && query < place.sequence.q_len; ++query) {
+      const int64_t position = chunks.per_block > 0
+                                   ? bit_row * chunks.per_block * kGranule + query - begin
+                                   : int64_t{chunks.first(place.index, place.sequence.q_begin)} * kGranule + query;
+      check(position >= 0 && position < chunks.count * kGranule, "chunks lie in the workspace");
+      check(++seen[position] == 1, "no two queries share a place");
+      const QueryPlace found =
+          locate_query(shape, table.sequences.data(), chunks, problem.rows_q, static_cast<int32_t>(position / kGranule),
+                       static_cast<int32_t>(position % kGranule));
+      check(found.exists && found.sequence == place.index && found.row == place.sequence.q_begin + query,
+            "a chunk's row is found again");
+      // What a chunk holds behind the end of a sequence does not exist.
+      if (query + 1 == place.sequence.q_len && (position + 1) % kGranule != 0) {
+        check(!locate_query(shape, table.sequences.data(), chunks, problem.rows_q,
+                            static_cast<int32_t>(position / kGranule), static_cast<int32_t>((position + 1) % kGranule))
+                   .exists,
+              "rows behind the end of a sequence do not exist");
+      }
+    }
+  }
+}
+
+int32_t draw_lie() {
+  const int32_t lies[] = {0, 1, -1, -5, 300, 1000000, INT32_MAX, INT32_MIN};
+  return draw(0, 3) == 0 ? lies[draw(0, 7)] : draw(-100, 400);
+}
+
+void check_lies(Table& table) {
+  for (Sequence& sequence : table.sequences) {
+    sequence = {draw_lie(), draw_lie(), draw_lie(), draw_lie(), draw_lie(), draw_lie()};
+  }
+  const ForwardParams& problem = table.problem;
+  const MaskShape& shape = problem.mask.shape;
+  std::vector<int> of_q(problem.rows_q), of_k(problem.rows_k);
+  count_gaps(table, of_q, of_k);
+  const QueryChunks chunks = chunk_queries(problem);
+  for (int32_t chunk = 0; chunk < chunks.count; ++chunk) {
+    for (int32_t row = 0; row < kGranule; ++row) {
+      const QueryPlace found = locate_query(shape, table.sequences.data(), chunks, problem.rows_q, chunk, row);
+      check(!found.exists || (found.row >= 0 && found.row < problem.rows_q), "rows lie in the tensor");
+      check(found.sequence >= 0 && found.sequence < shape.batch, "sequences lie in the batch");
+    }
+  }
+  // As kernels cut what an item says.
+  for (int32_t index = 0; chunks.per_block == 0 && index < shape.batch; ++index) {
+    const int64_t q_begin = mask::clamp<int64_t>(table.sequences[index].q_begin, 0, problem.rows_q);
+    const int64_t q_len = mask::clamp<int64_t>(table.sequences[index].q_len, 0, problem.rows_q - q_begin);
+    const int64_t first = chunks.first(index, static_cast<int32_t>(q_begin));
+    check(q_len == 0 || (first >= 0 && first + (q_len - 1) / kGranule < chunks.count), "chunks lie in the workspace");
+  }
+}
+
+// Short sequences in long blocks take about a chunk each, as the workspace has them.
+void check_size() {
+  ForwardParams problem;
+  MaskShape& shape = problem.mask.shape;
+  shape.batch = 4096;
+  shape.heads = problem.heads_q = problem.heads_k = 1;
+  shape.rows = 4096;
+  shape.cols = 1;
+  shape.q_block_size = shape.k_block_size = 128;
+  problem.packed = true;
+  problem.rows_q = problem.rows_k = 4096 * 8;
+  problem.head_dim = 128;
+  const BackwardWorkspace workspace = lay_out_backward(problem, 128, BackwardMethod::kByKeys);
+  check(workspace.rows == 4096 * 8 + 4096 * 16, "sums of short sequences are not padded to blocks");
+}
+
+}  // namespace
+
+int main() {
+  for (int round = 0; round < 20000; ++round) {
+    Table table = make_table();
+    if (table.problem.packed) check_gaps(table);
+    check_chunks(table);
+    if (table.problem.rows_q > 0) check_lies(table);
+  }
+  check_size();
+  std::printf("rows: passed\n");
+  return 0;
+}

@@ -1,0 +1,217 @@
+"""What the work lists of a device hold: the tiles of the forward and the backward pass, in plain torch.
+
+Judges the plan of csrc/kernels/mask/, so it imports nothing from the product. `bits` is int32 (mask heads, rows,
+words): bit `c % 32` of word `c // 32` tells whether the query block of this row attends to key block `c` of its own
+sequence. `sequences` is int32 (batch, 6) with the columns below.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Columns of the table of sequences.
+Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN = range(6)
+
+ITEM_INTS = 16
+BLOCKS = 5  # the column of a work item that counts its active blocks
+
+# Of a section of the work list.
+SECTION_BYTES = 32 << 20
+SECTION_ITEMS = 8192
+
+RUNNING_KEYS, RUNNING_BYTES, TOGETHER_BYTES = 132 * 128, 36 << 20, 5 << 20  # count_tile_heads
+PART_BYTES = 10 << 20  # of the workspace of the backward pass, for parts of tiles
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The number of blocks of ``b`` in ``a``."""
+    return -(-a // b)
+
+
+def unpack_bits(bits: Tensor, cols: int) -> Tensor:
+    """Unpacks int32 (..., words) into bool (..., cols)."""
+    octets = bits.contiguous().view(torch.uint8).unsqueeze(-1)
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((octets >> shifts) & 1).flatten(-2)[..., :cols].to(torch.bool)
+
+
+def locate_rows(sequences: Tensor, rows: int, q_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tells where each row of the bit matrix lies.
+
+    Returns int64 (rows) the sequence, int64 (rows) the query block in that sequence, and bool (rows) whether the
+    sequence has that block; a row without a block is padding.
+    """
+    row = torch.arange(rows, device=sequences.device)
+    if sequences.shape[0] == 0:
+        return torch.zeros_like(row), row, torch.zeros_like(row, dtype=torch.bool)
+    # Sequences without queries begin where the next one begins, so the last candidate is the one with blocks.
+    begin = sequences[:, ROW_BEGIN].to(torch.int64).contiguous()
+    sequence = (torch.searchsorted(begin, row, right=True) - 1).clamp_(0, sequences.shape[0] - 1)
+    block = row - begin[sequence]
+    lengths = sequences[:, Q_LEN].to(torch.int64)[sequence]
+    used = (block >= 0) & (block * q_block_size < lengths)
+    return sequence, block, used
+
+
+def count_packed_heads(mask_heads: int, q_block_size: int, heads_q: int, heads_k: int, pack_heads: bool) -> int:
+    """Query heads that share tiles: those of a key head, if they have one mask, or as many as fit a small tile."""
+    group = heads_q // heads_k if 0 < heads_k <= heads_q else 1
+    if not pack_heads or (mask_heads == heads_q and group > 1):
+        return 1
+    if q_block_size % 16 == 0:
+        return group
+    return max(
+        heads for heads in range(1, group + 1) if group % heads == 0 and (heads == 1 or heads * q_block_size <= 64)
+    )
+
+
+def choose_tile_rows(rows: int, head_dim: int) -> int:
+    """Rows of a tile of the backward pass, for blocks of ``rows`` keys, or of ``rows`` queries over packed heads."""
+    return 64 if head_dim <= 128 and 5 * 64 * ceil_div(rows, 64) < 4 * 128 * ceil_div(rows, 128) else 128
+
+
+def choose_query_tile_rows(rows: int, head_dim: int, k_block_size: int, for_backward: bool) -> int:
+    """Query rows of a work item of the forward, or of a list ``for_backward``; ``rows`` as in ``choose_tile_rows``."""
+    of_192, of_128 = 192 * ceil_div(rows, 192), 128 * ceil_div(rows, 128)
+    better = of_192 < of_128 or (of_192 == of_128 and head_dim <= 64)
+    if not for_backward and head_dim <= 128 and k_block_size % 16 == 0 and better:
+        return 192
+    return choose_tile_rows(rows, head_dim)
+
+
+def goes_by_queries(
+    mask_heads: int, q_block_size: int, k_block_size: int, heads_q: int, heads_k: int, head_dim: int
+) -> bool:
+    """Whether tiles of queries, not of keys, compute gradients that may vary from run to run, of q, k and v."""
+    rows = q_block_size * count_packed_heads(mask_heads, q_block_size, heads_q, heads_k, True)
+    return head_dim <= 128 and k_block_size < 64 and choose_tile_rows(rows, head_dim) == 128
+
+
+def count_tile_heads(
+    batch: int,
+    rows: int,
+    q_block_size: int,
+    heads_q: int,
+    heads_k: int,
+    head_dim: int,
+    element_size: int,
+    causal: bool,
+    deterministic: bool,
+) -> int:
+    """Query heads that one tile of the backward pass streams."""
+    group = heads_q // heads_k
+    if deterministic or group < 4 or batch == 0:
+        return group
+    of_row = ceil_div(head_dim, 8) * 8 * (2 * element_size + 4)
+    of_head = min(max(rows // batch, 1) * q_block_size, 2**31 - 1) * of_row
+    if of_head <= TOGETHER_BYTES // group:
+        return group
+    fit = RUNNING_BYTES // max(of_head, RUNNING_KEYS * of_row) // (2 if causal else 1)
+    return max(heads for heads in range(1, group + 1) if group % heads == 0 and (heads == 1 or heads <= fit))
+
+
+def count_key_items(batch: int, cols: int, k_block_size: int, head_sets: int, head_dim: int) -> int:
+    """Items of the backward pass's work list, for query heads in as many sets as tiles stream one by one."""
+    tile_keys = choose_tile_rows(k_block_size, head_dim) if head_dim <= 128 else 64
+    united = tile_keys // k_block_size if k_block_size % 16 == 0 and k_block_size < tile_keys else 1
+    tiles = batch * head_sets * ceil_div(cols, united) * ceil_div(k_block_size, tile_keys)
+    return tiles + min(tiles, PART_BYTES // (2 * 4 * tile_keys * ceil_div(head_dim, 64) * 64))
+
+
+def plan_items(
+    bits: Tensor,
+    sequences: Tensor,
+    cols: int,
+    q_block_size: int,
+    k_block_size: int,
+    causal: bool,
+    heads_q: int,
+    heads_k: int,
+    head_dim: int,
+    element_size: int,
+    pack_heads: bool,
+    for_backward: bool = False,
+) -> Tensor:
+    """The work list of tiles of queries, int32 (tiles, 16): the `WorkItem`s of csrc/include/hbsattn/params.h.
+
+    Unlike on a device, no tile unites neighbouring query blocks.
+    """
+    mask_heads, rows, _ = bits.shape
+    packed_heads = count_packed_heads(mask_heads, q_block_size, heads_q, heads_k, pack_heads)
+    groups = heads_q // packed_heads
+    block_rows = q_block_size * packed_heads
+    tile_rows = choose_query_tile_rows(block_rows, head_dim, k_block_size, for_backward)
+    tiles = ceil_div(block_rows, tile_rows)
+    if groups * rows * tiles == 0 or sequences.shape[0] == 0:
+        return torch.zeros(groups * rows * tiles, ITEM_INTS, dtype=torch.int32)
+
+    sequence, block, used = locate_rows(sequences, rows, q_block_size)
+    table = sequences.to(torch.int64)[sequence]
+    q_len, k_len = table[:, Q_LEN], table[:, K_LEN]
+    block_row = torch.where(used, block * q_block_size, torch.maximum(block * q_block_size, q_len))
+
+    # The first and last query row of each tile, (rows, tiles). A tile that reaches into the next head of its group
+    # starts over at row 0 of the block and covers [0, end) and [start, q_block_size).
+    queries = (q_len - block_row).clamp(0, q_block_size).unsqueeze(-1)
+    first_row = torch.arange(tiles) * tile_rows
+    start = first_row % q_block_size
+    end = start + (block_rows - first_row).clamp(max=tile_rows)
+    wraps = end > q_block_size
+    end = torch.where(wraps, end - q_block_size, end)
+    first = torch.where(wraps, 0, start)
+    last = torch.where(wraps & (start < queries), queries, torch.minimum(end, queries)) - 1
+    some = used.unsqueeze(-1) & (first <= last)
+
+    k_last = (k_len - 1).unsqueeze(-1).expand_as(some)
+    low = high = k_last
+    if causal:
+        offset = (block_row + k_len - q_len).unsqueeze(-1)
+        low = torch.minimum(first + offset, k_last)
+        high = torch.minimum(last + offset, k_last)
+    col_end = torch.div(high, k_block_size, rounding_mode="floor").add_(1).clamp_(0, cols)
+    col_end = torch.where(some, col_end, 0)
+    unmasked = torch.minimum(torch.div(low + 1, k_block_size, rounding_mode="floor").clamp_(min=0), col_end)
+
+    active = unpack_bits(bits, cols).cumsum(-1, dtype=torch.int32)
+    active = torch.nn.functional.pad(active, (1, 0))
+    blocks = active.gather(2, col_end.expand(mask_heads, -1, -1))
+    masked = blocks - active.gather(2, unmasked.expand(mask_heads, -1, -1))
+
+    head = torch.arange(groups) * packed_heads
+    mask_head = head * mask_heads // heads_q
+    shape = (groups, rows, tiles)
+    per_row = torch.stack([torch.arange(rows), sequence, block_row], -1).view(1, rows, 1, 3).expand(*shape, 3)
+    items = torch.stack(
+        [
+            mask_head.view(-1, 1, 1) * rows + per_row[..., 0],
+            per_row[..., 1],
+            head.view(-1, 1, 1).expand(shape),
+            per_row[..., 2],
+            first_row.expand(shape),
+            blocks[mask_head],
+            masked[mask_head],
+            col_end.expand(shape),
+            *table[:, : K_LEN + 1].view(1, rows, 1, 4).expand(*shape, 4).unbind(-1),
+            torch.ones(shape, dtype=torch.int64),  # blocks of a tile: here, none are united
+        ],
+        -1,
+    ).to(torch.int32)
+
+    # Heaviest first within each section.
+    items = torch.nn.functional.pad(items.view(-1, items.shape[-1]), (0, ITEM_INTS - items.shape[-1]))
+    row_groups = groups // heads_k
+    pair_bytes = 2 * max(cols * k_block_size, 1) * head_dim * element_size
+    size = _section_items(items.shape[0], sequences.shape[0], rows, tiles, row_groups, pair_bytes)
+    order = items[:, BLOCKS].argsort(descending=True, stable=True)
+    return items[order[(order // size).argsort(stable=True)]]
+
+
+def _section_items(items: int, batch: int, rows: int, tiles: int, row_groups: int, pair_bytes: int) -> int:
+    """Items that are put in order together, as csrc/kernels/mask/plan.cu has it: those of as many pairs of a sequence
+    and a key head as have keys and values that fit a cache.
+    """
+    pairs = max(SECTION_BYTES // pair_bytes, 1)
+    bit_rows = pairs // batch * row_groups * rows if pairs >= batch else pairs * ceil_div(rows, batch)
+    wanted = min(bit_rows * tiles, items)
+    return ceil_div(wanted, ceil_div(wanted, SECTION_ITEMS))
