@@ -109,7 +109,7 @@ Status check_view(const char* name, const TensorView& view, DType dtype) {
   return Status::NotSupported(std::string(name) + " has strides (" + std::to_string(view.batch_stride) + ", " +
                               std::to_string(view.row_stride) + ", " + std::to_string(view.head_stride) +
                               ", 1) or an address that the copy engine cannot use; expected 16-byte aligned data and "
-                              "strides, and a batch stride that is a multiple of the row stride");
+                              "strides, and a batch stride that is a multiple of the row stride or of the head stride");
 }
 
 }  // namespace
@@ -134,7 +134,8 @@ bool addressable(const TensorView& view, DType dtype) {
   const int64_t row_bytes = view.row_stride * size_of(dtype), head_bytes = view.head_stride * size_of(dtype);
   return reinterpret_cast<uintptr_t>(view.data) % kVectorBytes == 0 && row_bytes > 0 && row_bytes < kRowLimit &&
          row_bytes % kVectorBytes == 0 && head_bytes > 0 && head_bytes < kHeadLimit && head_bytes % kVectorBytes == 0 &&
-         view.batch_stride >= 0 && view.batch_stride % view.row_stride == 0;
+         view.batch_stride >= 0 &&
+         (view.batch_stride % view.row_stride == 0 || view.batch_stride % view.head_stride == 0);
 }
 
 Status check_addressable(const ForwardParams& params) {

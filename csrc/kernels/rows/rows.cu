@@ -227,10 +227,10 @@ __global__ void __launch_bounds__(kKeyRows * 256 / kVector) finish_keys_kernel(c
 Status check_launchable(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
   const auto of_queries = [&](const TensorView& view) {
-    return rows_of(view, problem, problem.rows_q, problem.heads_q).matrix.rows;
+    return rows_of(view, problem, problem.rows_q, problem.heads_q).span();
   };
   const auto of_keys = [&](const TensorView& view) {
-    return rows_of(view, problem, problem.rows_k, problem.heads_k).matrix.rows;
+    return rows_of(view, problem, problem.rows_k, problem.heads_k).span();
   };
   const int64_t of_grad_k = params.needs_k ? of_keys(params.grad_k) : 0;
   const int64_t of_grad_v = params.needs_v ? of_keys(params.grad_v) : 0;
@@ -238,7 +238,7 @@ Status check_launchable(const BackwardParams& params) {
                              of_grad_k, of_grad_v}) {
     if (rows >= 1 << 30) {
       return Status::NotSupported("q, k, v or a gradient of theirs or of out spans " + std::to_string(rows) +
-                                  " rows over its batch; expected fewer than 2^30");
+                                  " rows or heads over its batch; expected fewer than 2^30");
     }
   }
   constexpr int kMostHeads = 65535;  // of a grid's second dimension

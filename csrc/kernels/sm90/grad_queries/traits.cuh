@@ -37,7 +37,7 @@ struct GradQueriesTraits : QueryTileTraits<Config> {
 // `out` is the gradient of the queries, and a query box has one of output gradients with it.
 struct GradQueriesArguments : QueryTileArguments {
   CUtensorMap map_grad_out;  // as map_q
-  int grad_out_batch_rows;
+  int grad_out_batch_rows, grad_out_batch_heads;
 
   // Of all rows, in the workspace: (heads_q, workspace_rows).
   const float* statistics_lse;  // times log2(e); +inf: the row attends to nothing
