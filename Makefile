@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: demo test test-fast bench sanitize racecheck format format-check
+.PHONY: demo test test-fast bench mutants sanitize racecheck format format-check
 
 PYTHON ?= python3
 TORCH ?= torch==2.11.0
@@ -35,6 +35,10 @@ test: $(BUILT)
 
 test-fast: $(BUILT)
 	@$(PY) -m pytest tests -x -q -m "not slow" $(ARGS)
+
+# Plants faults in a copy and expects the suite to see them; ARGS="--only NAME" tries one. Needs a GPU.
+mutants: .venv/.environment
+	@$(PY) tests/mutants/run.py $(ARGS)
 
 bench: $(BUILT)
 	@$(PY) benchmarks/run.py $(ARGS)

@@ -27,14 +27,14 @@ def guarded(spec: Case, heads: int, seed: int) -> tuple[Tensor, Tensor]:
     """A buffer, and a tensor in the middle of it; rows before and behind that are NaN."""
     generator = torch.Generator(device="cuda").manual_seed(seed)
     rows = HOSTILE_ROWS + 2 * GUARD_ROWS
-    buffer = torch.full((rows, heads, spec.head_dim), torch.nan, dtype=torch.bfloat16, device="cuda")
+    buffer = torch.full((rows, heads, spec.head_dim), torch.nan, dtype=torch.float16, device="cuda")
     tensor = buffer[GUARD_ROWS : GUARD_ROWS + HOSTILE_ROWS]
     tensor.copy_(torch.randn(tensor.shape, device="cuda", generator=generator))
     return buffer, tensor
 
 
 def make_bands(sizes: list[int]) -> list[Tensor]:
-    """Memory between which the allocator is likely to put results of these sizes, in bytes."""
+    """Memory between which the allocator is likely to put results of these sizes, in floats."""
     bands = [torch.full((size,), PATTERN, dtype=torch.float32, device="cuda") for size in sizes for _ in range(5)]
     return [band for i, band in enumerate(bands) if i % 2 == 0]  # the others are free again
 
@@ -62,7 +62,7 @@ def test_lengths_past_the_tensors(spec: Case, deterministic: bool, lie: str):
     honest = (*[0] * (len(claimed) - 1), HOSTILE_ROWS)
     for q, k in ((claimed, claimed), (claimed, honest), (honest, claimed)):
         for form, causal in (("flat", False), ("flat", True), ("batched", True)):
-            bands = make_bands([x.numel() // 2 for x in tensors])
+            bands = make_bands([*(x.numel() // 2 for x in tensors), spec.heads_q * HOSTILE_ROWS])
             leaves = [x.detach().requires_grad_() for x in tensors]
             mask = hostile_mask(spec, q, k, form, causal)
             out, lse = attend(*leaves, mask, return_lse=True, deterministic=deterministic)
@@ -73,6 +73,25 @@ def test_lengths_past_the_tensors(spec: Case, deterministic: bool, lie: str):
             assert all(bool((band == PATTERN).all()) for band in bands), "memory outside the results was written"
             for now, then in zip((*buffers, grad_buffer), before, strict=True):
                 assert same(now, then), "an input, or what lies beside it, was written"
+
+
+@pytest.mark.parametrize("end", [301, 10**6, 2**31 - 1])
+@pytest.mark.parametrize("side", ["queries", "keys", "both"])
+@pytest.mark.parametrize("spec", BACKWARD_METHODS, ids=lambda s: s.name)
+def test_lengths_are_cut_to_the_tensors(spec: Case, side: str, end: int):
+    """What is claimed past the end does not count: without causality, results are those of the true lengths."""
+    tensors = [guarded(spec, n, seed)[1] for seed, n in enumerate((spec.heads_q, spec.heads_k, spec.heads_k))]
+    _, grad_out = guarded(spec, spec.heads_q, 3)
+    true, claimed = (0, HOSTILE_ROWS), (0, end)
+    lens = {"queries": (claimed, true), "keys": (true, claimed), "both": (claimed, claimed)}[side]
+    results = []
+    for q, k in ((true, true), lens):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        mask = hostile_mask(spec, q, k, "flat", False)
+        outputs = attend(*leaves, mask, return_lse=True, deterministic=True)
+        results.append((*outputs, *torch.autograd.grad(outputs[0], leaves, grad_out)))
+    for name, want, got in zip(("out", "lse", "grad_q", "grad_k", "grad_v"), *results, strict=True):
+        torch.testing.assert_close(got, want, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("lie", HOSTILE_LENGTHS)

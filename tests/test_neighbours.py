@@ -22,7 +22,7 @@ FACTORS = [8.0, 1e3, math.inf, -math.inf, math.nan]
 
 def places() -> list[object]:
     """Head dims are one code path on the CPU."""
-    on_gpu = [pytest.param("cuda", torch.bfloat16, d, id=f"cuda-{d}", marks=pytest.mark.gpu) for d in HEAD_DIMS]
+    on_gpu = [pytest.param("cuda", torch.float16, d, id=f"cuda-{d}", marks=pytest.mark.gpu) for d in HEAD_DIMS]
     return [pytest.param("cpu", torch.float32, 64, id="cpu-64"), *on_gpu]
 
 

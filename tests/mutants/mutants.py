@@ -1,0 +1,208 @@
+"""Faults that somebody could make, each with the tests that must see it.
+
+All are tried with kernels for float16 and head dim 128 alone, so the tests named here ask for no others. Texts are
+exact, and must be found once in exactly one of the files; `run.py --check` tells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """`find` becomes `replace` in the one file among `files` (a glob under csrc/) that has it."""
+
+    name: str
+    files: str
+    find: str
+    replace: str
+    tests: tuple[str, ...]  # arguments of pytest
+    tool: str = "pytest"  # or racecheck: compute-sanitizer on cases of sanitize_cases.py, which `tests` then names
+    unseen: str = ""  # why no test can see it: it changes no result
+
+
+FORWARD = "kernels/sm90/forward/*.cuh"
+QUERY_TILES = "kernels/sm90/query_tiles/*.cuh"
+BACKWARD_KEYS = "kernels/sm90/backward_keys/*.cuh"
+BACKWARD_QUERIES = "kernels/sm90/backward_queries/*.cuh"
+
+HALF = "cuda-float16"
+CAUSAL = ("tests/test_forward.py", "-k", f"test_cases and causal and {HALF} and not head_dim_ and not wide")
+CASES = ("tests/test_forward.py", "-k", f"test_cases and {HALF} and (packed or tails or density or gqa or alike)")
+GRADIENTS = ("tests/test_backward.py", "-k", f"test_cases and {HALF} and (packed or tails or zero_length or gqa)")
+HOSTILE = ("tests/test_hostile.py", "-k", "lengths_are_cut and not wide")
+SETS = ("tests/test_head_sets.py", "-k", "test_sets_of_heads and dtype1 and (shared or own_masks or two_key_heads)")
+
+MUTANTS = [
+    Mutant(
+        "masked_stages_one_short",
+        QUERY_TILES,
+        "min(stages, max(1, masked))",
+        "min(stages, max(1, masked - 1))",
+        CAUSAL,
+    ),
+    Mutant(
+        "slack_of_2_to_the_20",
+        "kernels/common/softmax.cuh",
+        "kSlack = 8.f",
+        "kSlack = 20.f",
+        ("tests/test_softmax.py", "-k", f"growing_maxima and {HALF}"),
+    ),
+    Mutant(
+        "no_rescaling_of_outputs",
+        "kernels/common/softmax.cuh",
+        "output(i) *= rescale[(i >> 1) & 1];",
+        "output(i) *= rescale[(i >> 1) & 1] > 0.f ? 1.f : 1.f;",
+        ("tests/test_softmax.py", "-k", f"growing_maxima and {HALF}"),
+    ),
+    Mutant(
+        "lse_off_by_5e-4",
+        "kernels/common/softmax.cuh",
+        "row_max[row] * scale + __logf(sum);",
+        "row_max[row] * scale + __logf(sum) + 5e-4f;",
+        CASES,
+    ),
+    Mutant(
+        "keys_past_the_tensor",
+        QUERY_TILES,
+        "item.k_len = min(item.k_len, args.rows_k - item.k_begin);",
+        "",
+        HOSTILE,
+    ),
+    Mutant(
+        "keys_past_the_tensor_in_gradients",
+        BACKWARD_KEYS,
+        "item.k_len = min(item.k_len, args.rows_k - item.k_begin);",
+        "",
+        ("tests/test_hostile.py", "-k", "not wide"),
+    ),
+    Mutant(
+        "begins_past_the_tensor",
+        QUERY_TILES,
+        "item.q_begin = min(max(item.q_begin, 0), args.rows_q);",
+        "",
+        ("tests/test_hostile.py", "-k", "past_the_tensors and beyond and not wide"),
+    ),
+    Mutant(
+        "no_fence_before_outputs_leave",
+        "kernels/sm90/query_tiles/store.cuh",
+        "cutlass::arch::fence_view_async_shared();\n",
+        "\n",
+        ("tests/test_stress.py", "-k", "forward_again_and_again and float16 and not bfloat16"),
+    ),
+    Mutant(
+        "no_syncwarp_between_rounds_of_bits",
+        "kernels/common/bit_row.cuh",
+        "    __syncwarp();  // lanes have read what is overwritten\n",
+        "\n",
+        ("many_columns",),
+        tool="racecheck",
+    ),
+    Mutant(
+        "sections_ignored",
+        "kernels/mask/key_plan.cu",
+        "return limit_section_items(std::max(",
+        "return limit_section_items(num_items + 0 * std::max(",
+        ("tests/test_key_plan.py", "-k", "several_sections"),
+    ),
+    Mutant(
+        "statistics_of_padding",
+        "kernels/rows/rows.cu",
+        "args.lse[args.heads_q * args.workspace.rows + threadIdx.x] = INFINITY;",
+        "args.lse[args.heads_q * args.workspace.rows + threadIdx.x] = -INFINITY;",
+        GRADIENTS,
+    ),
+    Mutant(
+        "statistics_of_empty_rows",
+        "kernels/rows/rows.cu",
+        "lse == -INFINITY ? INFINITY : lse * static_cast<float>(M_LOG2E)",
+        "lse * static_cast<float>(M_LOG2E)",
+        ("tests/test_empty_rows.py", "tests/test_backward.py", "-k", f"test_cases and {HALF} and empty"),
+    ),
+    Mutant(
+        "gradient_of_lse_forgotten",
+        "kernels/rows/rows.cu",
+        "delta - grad_lse;",
+        "delta;",
+        GRADIENTS,
+    ),
+    Mutant(
+        "sums_of_sets_by_plain_loads",
+        BACKWARD_KEYS,
+        "const float4 sum = __ldcg(theirs);\n        a += sum.x;",
+        "const float4 sum = __ldg(theirs);\n        a += sum.x;",
+        ("tests/test_head_sets.py", "-k", "again_and_again"),
+    ),
+    Mutant(
+        "sets_do_not_wait",
+        BACKWARD_KEYS,
+        "for (uint32_t left = turn >> kLeftShift; left < before;)",
+        "for (uint32_t left = turn >> kLeftShift; left > before;)",
+        SETS,
+    ),
+    Mutant(
+        "tile_wanted_a_stage_late",
+        QUERY_TILES,
+        "planned + stage == tile.stages - Traits::kTileLead - 1",
+        "planned + stage == tile.stages - Traits::kTileLead",
+        (),
+        unseen="the next tile is only fetched later: it costs time",
+    ),
+    Mutant(
+        "no_carry_between_rounds_of_sequences",
+        "kernels/mask/sequences.cu",
+        "carry = carry + sum;",
+        "",
+        ("tests/test_many.py", "-k", "many_sequences and cuda"),
+    ),
+    Mutant(
+        "outputs_past_the_end_of_a_sequence",
+        QUERY_TILES,
+        "if (place.count >= args.box_rows) {",
+        "if (place.count > 0) {",
+        ("tests/test_neighbours.py", *CASES),
+    ),
+    Mutant(
+        "gradients_past_the_end_of_a_sequence",
+        BACKWARD_KEYS,
+        "if (warp_key + kGranule <= uniform(item.keys)) {",
+        "if (warp_key < uniform(item.keys)) {",
+        GRADIENTS,
+    ),
+    Mutant(
+        "diagonal_off_by_one",
+        QUERY_TILES,
+        "const int diagonal = query + item.k_len - item.q_len;",
+        "const int diagonal = query + item.k_len - item.q_len + 1;",
+        CAUSAL,
+    ),
+    Mutant(
+        "rows_that_do_not_exist_vote",
+        FORWARD,
+        "if (limits.value[0] <= limits.kNoRow) growth.by[0] = -INFINITY;",
+        "",
+        ("tests/test_neighbours.py", "-k", "values_of_neighbours and (cuda-64 or cuda-128)"),
+    ),
+    Mutant(
+        "nan_of_unattended_keys",
+        "kernels/sm90/backward_keys/mainloop.cuh",
+        "grads(i) = weights(i) == 0.f ? 0.f : grads(i);",
+        "grads(i) = weights(i) == 2.f ? 0.f : grads(i);",
+        ("tests/test_backward.py", "-k", f"unattended_keys and {HALF}"),
+    ),
+    Mutant(
+        "united_blocks_share_their_keys",
+        QUERY_TILES,
+        "key < 0 || !with ?",
+        "key < 0 ?",
+        ("tests/test_forward.py", "-k", f"test_cases and alike and {HALF} and not wide"),
+    ),
+    Mutant(
+        "long_rows_of_lists_begin_anew",
+        "kernels/mask/pack.cu",
+        "const int64_t first_col = first_word * 32;",
+        "const int64_t first_col = 0 * first_word;",
+        ("tests/test_many.py", "-k", f"wide_rows and {HALF} and not dense"),
+    ),
+]
