@@ -292,12 +292,15 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
     mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
     if (lane == 0) {
       KeyTileSlot& tile = storage.tiles[slot.index];
-      tile.item = item;
-      tile.first_stage = item.parts > 1 ? static_cast<int>(int64_t{stages} * item.part / item.parts) : 0;
-      const int end = item.parts > 1 ? static_cast<int>(int64_t{stages} * (item.part + 1) / item.parts) : stages;
+      // Read again, as counting leaves no registers for all of it.
+      const KeyItem announced = read_item<Traits>(args, work);
+      tile.item = announced;
+      const int64_t part = announced.part, parts = announced.parts;
+      tile.first_stage = parts > 1 ? static_cast<int>(stages * part / parts) : 0;
+      const int end = parts > 1 ? static_cast<int>(stages * (part + 1) / parts) : stages;
       tile.stages = end - tile.first_stage;
-      tile.q_batch_head = item.sequence * args.q_batch_heads;
-      tile.grad_out_batch_head = item.sequence * args.grad_out_batch_heads;
+      tile.q_batch_head = announced.sequence * args.q_batch_heads;
+      tile.grad_out_batch_head = announced.sequence * args.grad_out_batch_heads;
       mbarrier_arrive(&storage.tile_full[slot.index]);
     }
     slot.advance();
