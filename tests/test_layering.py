@@ -19,6 +19,15 @@ PRINTS = r"\b(printf|fprintf|puts|std::cout|std::cerr|exit|abort|assert)\s*(\(|<
 ALLOCATES = r"\bcuda(Malloc\w*|Free\w*|HostAlloc)\s*\("
 SYNCHRONIZES = r"\bcuda(DeviceSynchronize|StreamSynchronize|EventSynchronize|Memcpy)\s*\("
 READS_ENVIRONMENT = r"\b(std::)?getenv\s*\("
+# How work is cut into tiles for kernels, and what of it a cache holds, is decided in csrc/plan alone. Python may know
+# how long a list can get, and the CPU backend how it cuts its own work; not the rules' names, nor rows of tiles, numbers
+# of multiprocessors and shares of a cache in bytes.
+TILE_RULES = (
+    r"(?i)\b(choose_\w*tile\w*|count_tile_heads|count_(packed|united)\w*|packed_heads|shape_(key_)?tiles|pays_to_unite"
+    r"|\w*section_?(bytes|items)|part_(bytes|slots)|running_(keys|bytes)|together_bytes|\w*own_tiles"
+    r"|(backward|goes)_by_queries|l2_bytes|num_sms|multi_?processor\w*)\b"
+)
+TILE_NUMBERS = r"(?<![\w.])(132|192)(?![\w.])|(?<![\w.])(5|10|32|36|50|60) ?(<< ?20|\* ?2 ?\*\* ?20)\b"
 
 # Room: what its lines may not match, with the reason.
 RULES: dict[str, list[tuple[str, str]]] = {
@@ -66,6 +75,8 @@ RULES: dict[str, list[tuple[str, str]]] = {
         (r"^\s*(import|from)\s+(triton|tests|numpy|benchmarks)\b", "the product imports neither triton nor tests"),
         (r"\bprint\(", "the product is silent"),
         (r"get_device_(capability|properties|name)", "the product's Python knows no architecture"),
+        (TILE_RULES, "the product's Python knows no rule for tiles"),
+        (TILE_NUMBERS, "the product's Python knows no sizes of tiles or caches"),
         (r"\bTODO\b|\bFIXME\b|\bXXX\b", "no open ends"),
     ],
     "tests/oracle": [(r"^\s*(import|from)\s+(hbsattn|problems)\b", "an oracle does not call what it judges")],
@@ -183,3 +194,21 @@ def test_no_binaries_and_no_copies():
 
 def test_the_top_level():
     assert not [d for d in ("docs", "examples", "include", "scripts", "src") if (ROOT / d).exists()]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "SECTION_BYTES = 32 << 20  # of the L2 cache",
+        "RUNNING_KEYS, RUNNING_BYTES, TOGETHER_BYTES = 132 * 128, 36 << 20, 5 << 20",
+        "PART_BYTES = 10 << 20",
+        "def choose_tile_rows(rows: int, head_dim: int) -> int:",
+        "def count_tile_heads(batch: int) -> int:",
+        "    of_192 = 192 * ceil_div(rows, 192)",
+        "by_queries = backward_by_queries(*shape)",
+        "processors = torch.cuda.get_device_properties(0).multi_processor_count",
+    ],
+)
+def test_tile_policy_shows(line: str):
+    """What Python once knew of tiles would be seen if it came back."""
+    assert any(re.search(rule, line) for rule, _ in RULES["hbsattn"])

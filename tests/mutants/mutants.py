@@ -78,11 +78,18 @@ MUTANTS = [
         ("tests/test_hostile.py", "-k", "not wide"),
     ),
     Mutant(
-        "begins_past_the_tensor",
+        "queries_past_the_tensor",
         QUERY_TILES,
-        "item.q_begin = clamp(item.q_begin, 0, args.rows_q);",
+        "item.q_len = clamp(item.q_len, 0, args.rows_q - item.q_begin);",
         "",
-        ("tests/test_hostile.py", "-k", "past_the_tensors and beyond and not wide"),
+        ("tests/test_hostile.py", "-k", "not wide"),
+    ),
+    Mutant(
+        "rows_past_the_last_sequence",
+        "plan/rows.h",
+        "clamp_gap(begin, last ? rows : sequences[index + 1].q_begin, rows)",
+        "clamp_gap(begin, last ? 0 : sequences[index + 1].q_begin, rows)",
+        ("tests/test_empty_rows.py", "-k", "past_the_last_sequence and not wide"),
     ),
     Mutant(
         "no_fence_before_outputs_leave",

@@ -109,7 +109,7 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   args.causal = shape.causal;
   args.scale = params.softmax_scale;
   args.scale_log2 = static_cast<float>(params.softmax_scale * M_LOG2E);
-  general = args.ragged_blocks || args.box_heads > 1 || tiles.united > 1;
+  general = needs_general_kernel(shape, tiles);
   return Status::Ok();
 }
 
