@@ -56,26 +56,28 @@ def normal_tensors() -> contextlib.AbstractContextManager:
 class _Made:
     """A plan, how to make it again, and the version of the contents that it belongs to."""
 
-    __slots__ = ("event", "make", "tensors", "version")
+    __slots__ = ("event", "is_pending", "make", "tensors", "version")
 
     def __init__(self, tensors: Plan, version: int, make: Maker) -> None:
         self.tensors = tensors
         self.version = version
         self.make = make
-        self.event: torch.cuda.Event | None = None  # of the making, until that is known to be done
+        self.event: torch.cuda.Event | None = None  # of the making; one for good, as graphs may wait for it
+        self.is_pending = False  # whether the making may still be under way
 
     def record(self, device: torch.device) -> None:
+        """Notes that the plan is made by what was launched up to now."""
         if device.type == "cuda":
-            # A graph that waits for an external event does so at each replay.
-            event = torch.cuda.Event(external=True)
-            event.record(torch.cuda.current_stream(device))
-            self.event = event
+            if self.event is None:
+                # A graph that waits for an external event does so at each replay.
+                self.event = torch.cuda.Event(external=True)
+            self.event.record(torch.cuda.current_stream(device))
+            self.is_pending = True
 
     def settle(self, device: torch.device) -> None:
-        """Forgets the event once it has happened. A capture may not ask for that."""
-        event = self.event
-        if event is not None and not is_capturing(device) and event.query():
-            self.event = None
+        """Asks whether the plan is there. A capture may not ask."""
+        if not is_capturing(device) and self.event.query():
+            self.is_pending = False
 
 
 class Plans:
@@ -110,7 +112,7 @@ class Plans:
         plans = self._made.get(0 if index is None else _raw_stream(index))
         made = None if plans is None else plans.get(key)
         if made is not None and made.version == self._first._version + self._second._version:
-            if made.event is not None:
+            if made.is_pending:
                 made.settle(self._device)
             return made.tensors
         return self._find_of_other_stream(key) if is_capturing(self._device) else None
@@ -121,9 +123,9 @@ class Plans:
         for plans in list(self._made.values()):
             made = plans.get(key)
             if made is not None and made.version == version:
-                event = made.event
-                if event is not None:
-                    torch.cuda.current_stream(self._device).wait_event(event)
+                if made.is_pending:
+                    with torch.cuda.device(self._device):
+                        torch.cuda.current_stream().wait_event(made.event)
                 return made.tensors
         return None
 

@@ -83,23 +83,20 @@ def _attend(
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     needs = (q.requires_grad, k.requires_grad, v.requires_grad) if torch.is_grad_enabled() else NO_GRADIENTS
     layout, options = mask._layout, (pack_heads, scale)
-    if mask.device.type == "cpu":
-        results = ops.forward.default(q, k, v, mask.bits, mask.sequences, None, None, layout, *options, deterministic)
-        return results if return_lse else results[0]
-
     call = CallShape(heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)
     if mask._lists is not None and needs == NO_GRADIENTS and not mask._makes_bits():
         results = _attend_in_chunks(q, k, v, mask, call, options)
         return results if return_lse else results[0]
     bits, sequences = mask._kept_bits(), mask.sequences
-    if mask._find_plan(("items", call)) is None:
-        # What does not fit is refused before anything is launched, also before the work list is made.
-        ops.check_forward.default(q, k, v, bits, sequences, layout, *options)
-    items = mask._plan(("items", call), lambda mask: _plan_items(mask, call))[0]
-    backward_plan = None
-    if needs != NO_GRADIENTS:
-        shape = (call, k.shape[-3], deterministic, needs)
-        backward_plan = mask._plan(("backward", *shape), lambda mask: _plan_backward(mask, *shape))[0]
+    items = backward_plan = None
+    if bits.device.type != "cpu":  # which needs no plans
+        if mask._find_plan(("items", call)) is None:
+            # What does not fit is refused before anything is launched, also before the work list is made.
+            ops.check_forward.default(q, k, v, bits, sequences, layout, *options)
+        items = mask._plan(("items", call), lambda mask: _plan_items(mask, call))[0]
+        if needs != NO_GRADIENTS:
+            shape = (call, k.shape[-3], deterministic, needs)
+            backward_plan = mask._plan(("backward", *shape), lambda mask: _plan_backward(mask, *shape))[0]
     results = ops.forward.default(q, k, v, bits, sequences, items, backward_plan, layout, *options, deterministic)
     return results if return_lse else results[0]
 
@@ -131,7 +128,7 @@ def _attend_in_chunks(
         ops.check_forward.default(q, k, v, bits, sequences, layout, *options)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        items = ops.plan_items.default(bits, sequences, layout, call)
+        items = None if bits.device.type == "cpu" else ops.plan_items.default(bits, sequences, layout, call)
         return ops.forward.default(q, k, v, bits, sequences, items, None, layout, *options)
 
     return attend_in_chunks(q, k, v, mask, check, attend)

@@ -111,6 +111,18 @@ CASES = [
     case("heads_first_batched", layout="heads_first", lens_q=(90, 90), packed=False),
     case("padded", layout="padded"),
     case("padded_batched", layout="padded", lens_q=(90, 90), lens_k=(70, 70), packed=False, causal=True),
+    case("rows_first", layout="rows_first", lens_q=(150,) * 3, lens_k=(130,) * 3, packed=False, causal=True),
+    case(
+        "rows_first_shared_boxes",
+        layout="rows_first",
+        lens_q=(90, 90),
+        packed=False,
+        heads_q=8,
+        mask_heads=2,
+        q_block=8,
+    ),
+    case("rows_first_small_keys", layout="rows_first", lens_q=(130, 130), packed=False, q_block=128, k_block=16),
+    case("rows_first_one_head", layout="rows_first", lens_q=(90, 90), packed=False, heads_q=1, heads_k=1, mask_heads=1),
     case("odd_strides", layout="odd"),
     case("odd_strides_batched", layout="odd", lens_q=(90, 90), packed=False),
     case("odd_offset", layout="offset"),
@@ -131,6 +143,12 @@ CASES = [
 CASES += [case(f"head_dim_{d}", head_dim=d, causal=d % 16 == 0, q_block=32, k_block=48) for d in HEAD_DIMS]
 
 CASES += [case(f"head_dim_{d}", head_dim=d, causal=True, layout="padded") for d in (1, 20, 100, 250)]
+# Between the kernels' own, with blocks that fill stages, and rows that end with the tensor's memory or with NaN.
+CASES += [
+    case(f"head_dim_{d}_{layout}", head_dim=d, layout=layout, lens_q=(256, 256), packed=False, q_block=128, k_block=128)
+    for d in (24, 40, 72, 80, 112, 160, 224)
+    for layout in ("contiguous", "heads_first", "rows_first", "padded")
+]
 
 
 # Tiles of 192 rows: of one head, of the heads of a group, more than one to a block.
@@ -226,7 +244,7 @@ def random_case(seed: int, *, any_block_size: bool, max_len: int) -> Case:
         packed=packed,
         pattern=rng.choice(["random", "random", "random", "empty_rows", "diagonal", "one_column"]),
         density=rng.choice([0.0, 0.05, 0.3, 0.6, 1.0]),
-        layout=rng.choice(["contiguous", "heads_first", "padded", "odd", "offset"]),
+        layout=rng.choice(["contiguous", "heads_first", "rows_first", "padded", "odd", "offset"]),
         form="batched" if source == "csr" and not packed else rng.choice(forms),
         source=source,
         values=rng.choice(["normal", "normal", "hidden"]),

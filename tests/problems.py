@@ -70,6 +70,8 @@ def arrange(x: Tensor, layout: str) -> Tensor:
     """The same values in another layout; what lies between them is NaN."""
     if layout == "heads_first":
         return x.transpose(-2, -3).contiguous().transpose(-2, -3)
+    if layout == "rows_first":  # batch entries between rows
+        return x.transpose(0, -3).contiguous().transpose(0, -3)
     if layout in ("padded", "odd"):
         grown = [n if i < x.dim() - 3 else n + 1 for i, n in enumerate(x.shape)]
         grown[-1] = x.shape[-1] + (8 if layout == "padded" else 1)

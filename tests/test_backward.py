@@ -245,6 +245,25 @@ def test_neighbours_stay_outside(
     assert_same_gradients([x[keep] for x in got], [x[keep] for x in clean], spec)
 
 
+@pytest.mark.parametrize("device,dtype", cases.DEVICE_DTYPES)
+@pytest.mark.parametrize("k_block", [16, 128])
+@pytest.mark.parametrize("head_dim", [24, 40, 72, 112, 160])
+def test_other_heads_stay_outside(head_dim: int, k_block: int, device: str, dtype: torch.dtype):
+    """A head of NaN between two others, whose rows lie right before and behind theirs."""
+    heads = {"heads_q": 3, "heads_k": 3, "mask_heads": 3}
+    spec = case("heads", head_dim=head_dim, q_block=128, k_block=k_block, density=1.0, **heads)
+    problem = make_problem(spec, device, dtype)
+    clean = differentiate(problem)
+    for x in (problem.q, problem.k, problem.v):
+        x[:, 1] = math.nan
+    q, k, v = leaves(problem)
+    out = attend(q, k, v, problem.mask(), return_lse=True)
+    grads = upstream(problem, out[1].detach(), 7)
+    grads[0][:, 1] = math.nan
+    got = torch.autograd.grad(out, (q, k, v), grads)
+    assert_same_gradients([x[:, ::2] for x in got], [x[:, ::2] for x in clean], spec)
+
+
 # What autograd brings
 
 

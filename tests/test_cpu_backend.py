@@ -240,6 +240,24 @@ def test_lengths_that_claim_too_much_end_with_the_tensors():
     assert all(same(x, y) for x, y in zip(got, want, strict=True))
 
 
+def test_bits_past_the_columns_mean_nothing():
+    """Also where a length claims that there are keys."""
+    spec = case("columns", lens_q=(60, 60), q_block=16, k_block=16, density=1.0, form="batched")
+    problem = make_problem(spec, "cpu", torch.float32)
+    mask = tensors_of(problem.mask())
+    table = mask.sequences.clone()
+    table[0, 3] = 10**6
+    assert mask.cols * spec.k_block < sum(spec.lens_q)
+    tensors = (problem.q, problem.k, problem.v)
+    of_columns = torch.full_like(mask.bits, 2**mask.cols - 1)
+    want, got = (
+        attend(*tensors, mask._replace(sequences=table, bits=bits), 0.125)
+        for bits in (of_columns, torch.full_like(mask.bits, -1))
+    )
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 class Work(TorchDispatchMode):
     """Counts the operations that run, and the numbers that they return."""
 

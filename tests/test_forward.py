@@ -168,6 +168,23 @@ def test_neighbours_stay_outside(packed: bool, k_block: int, device: str, dtype:
     assert same(lse[:, keep] if packed else lse[keep], clean_lse[:, keep] if packed else clean_lse[keep])
 
 
+@pytest.mark.parametrize("device,dtype", DEVICE_DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "heads_first"])
+@pytest.mark.parametrize("head_dim", [24, 40, 72, 80, 112, 160, 224])
+def test_other_heads_stay_outside(head_dim: int, layout: str, device: str, dtype: torch.dtype):
+    """A head of NaN between two others, whose rows lie right before and behind theirs."""
+    heads = dict(heads_q=3, heads_k=3, mask_heads=3)
+    spec = case("heads", head_dim=head_dim, layout=layout, k_block=128, density=1.0, **heads)
+    problem = make_problem(spec, device, dtype)
+    clean, clean_lse = problem.run()
+    judge(problem, clean, clean_lse)
+    for x in (problem.q, problem.k, problem.v):
+        x[:, 1] = math.nan
+    out, lse = problem.run()
+    assert same(out[:, ::2], clean[:, ::2])
+    assert same(lse[::2], clean_lse[::2])
+
+
 # Repeatability, streams, graphs, devices
 
 

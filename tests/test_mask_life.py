@@ -1,4 +1,4 @@
-"""The life of a mask: copies, moves, writes in place and what is cached on it through all that."""
+"""The life of a mask: copies, moves, writes and updates in place."""
 
 from __future__ import annotations
 
@@ -6,62 +6,18 @@ import copy
 import dataclasses
 import io
 import pickle
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import cases
 import hbsattn
-from cases import Case, case
-from hbsattn import BlockMask, _plans
-from problems import (
-    Problem,
-    block_lists,
-    block_masks,
-    build_mask,
-    csr_lists,
-    cu_seqlens,
-    dense_mask,
-    judge,
-    local_rows,
-    make_problem,
-    same,
-)
-
-SPEC = case("life", lens_q=(100, 37), lens_k=(90, 150), q_block=32, k_block=16, causal=True)
-BATCHED = case("batched_life", lens_q=(70, 70), lens_k=(90, 90), q_block=32, k_block=16, packed=False)
-TOKENS = case("tokens", lens_q=(40, 25), q_block=1, k_block=16, source="indices", causal=True)
-SPECS = {
-    "dense": SPEC,
-    "indices": dataclasses.replace(SPEC, source="indices"),
-    "csr": dataclasses.replace(SPEC, source="csr"),
-    "padded": dataclasses.replace(SPEC, form="batched"),
-    "batched": BATCHED,
-}
-
-
-def dtype_of(device: str) -> torch.dtype:
-    return torch.float32 if device == "cpu" else torch.bfloat16
-
-
-def problem_of(spec: Case, device: str, seed: int = 0) -> Problem:
-    return make_problem(spec, device, dtype_of(device), seed)
-
-
-def counted(mask: BlockMask, calls: list[int]) -> Tensor:
-    """A plan of the mask: active blocks of each row. `calls` grows when it is made."""
-
-    def make(mask: BlockMask) -> tuple[Tensor]:
-        calls.append(1)
-        return (mask.to_dense().sum(-1) if mask._bits is None else (mask.bits != 0).sum(-1),)
-
-    return mask._plan(("counted",), make)[0]
+from hbsattn import BlockMask
+from masks import BATCHED, SPEC, SPECS, TOKENS, contents, counted, dtype_of, mapped, problem_of
+from problems import Problem, block_masks, build_mask, cu_seqlens, judge, make_problem, same
 
 
 @pytest.fixture
@@ -77,13 +33,6 @@ def reloaded(mask: BlockMask, weights_only: bool) -> BlockMask:
     torch.save(mask, file)
     file.seek(0)
     return torch.load(file, weights_only=weights_only)
-
-
-def mapped(mask: BlockMask, change: Callable[[Any], Any]) -> BlockMask:
-    """As FullyShardedDataParallel maps the tensors of its inputs."""
-    mask = dataclasses.replace(mask)
-    fields = {field.name: change(getattr(mask, field.name)) for field in dataclasses.fields(mask)}
-    return dataclasses.replace(mask, **fields)
 
 
 COPIES: dict[str, Callable[[BlockMask], BlockMask]] = {
@@ -211,15 +160,6 @@ def test_sequences_written_in_place(device: str):
     mask.sequences.copy_(mask.sequences.clone())
     counted(mask, calls)
     assert len(calls) == 2
-
-
-def contents(spec: Case, masks: list[Tensor], device: str, seed: int = 0) -> tuple[Tensor, ...]:
-    """What the constructor of a case takes."""
-    if spec.source == "dense":
-        return (dense_mask(spec, masks, spec.mask_form, seed).to(device),)
-    if spec.source == "csr":
-        return tuple(x.to(device) for x in csr_lists(local_rows(spec, masks), seed))
-    return tuple(x.to(device) for x in block_lists(local_rows(spec, masks), seed))
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -371,239 +311,3 @@ def test_update_refuses_other_widths_of_lists(keep_lists: None):
     counts, indices = mask._lists.counts, mask._lists.indices
     with pytest.raises(ValueError, match=r"indices has shape .*; expected .*, as mask stays lists"):
         mask.update_(counts, indices[..., :1])
-
-
-# What is cached, and when
-
-
-@pytest.mark.parametrize("device", cases.DEVICES)
-@pytest.mark.parametrize("source", ["dense", "indices", "csr"])
-def test_trains_after_inference_mode(source: str, device: str):
-    """A mask that was built or first used in inference mode, or copied there."""
-    spec = dataclasses.replace(SPEC, source=source)
-    problem = problem_of(spec, device)
-    with torch.inference_mode():
-        built = build_mask(spec, problem.block_masks, device)
-        problem.run(built)
-    used = build_mask(spec, problem.block_masks, device)
-    with torch.inference_mode():
-        problem.run(used)
-        copied = copy.deepcopy(used)
-        moved = used.to("cpu").to(device)
-        changed = mapped(used, lambda x: x.clone() if isinstance(x, Tensor) else x)
-        given = [x.clone() for x in contents(spec, problem.block_masks, device)]
-    updated = build_mask(spec, problem.block_masks, device)
-    with torch.inference_mode():
-        updated.update_(*given)
-    for mask in (built, used, copied, moved, changed, updated):
-        assert not mask.bits.is_inference() and not mask.sequences.is_inference()
-        assert not counted(mask, []).is_inference()
-        inputs = [x.detach().clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-        out = hbsattn.block_sparse_attention(*inputs, mask)
-        assert all(x.any() for x in torch.autograd.grad(out.sum(), inputs))
-
-
-def test_nothing_is_kept_of_a_transform():
-    """Nor from masks that one builds."""
-    mask, calls = problem_of(SPEC, "cpu").mask(), []
-    built = []
-
-    def loss(x: Tensor) -> Tensor:
-        counted(mask, calls)
-        built.append(BlockMask.from_dense(x.view(1, 1, 2, 2) > 0, 16, 16))
-        counted(built[-1], calls)
-        return x.sum()
-
-    x = torch.randn(4)
-    torch.func.grad(loss)(x)
-    torch.vmap(lambda x: counted(mask, calls).sum() * x)(x)
-    assert len(calls) == 3
-    counted(mask, calls)
-    counted(mask, calls)
-    assert len(calls) == 4
-
-
-def test_nothing_is_kept_while_tracing():
-    mask, calls = problem_of(SPEC, "cpu").mask(), []
-
-    def make(mask: BlockMask) -> tuple[Tensor]:
-        calls.append(1)
-        return (mask.bits + 1,)
-
-    make_fx(lambda x: x + mask._plan(("traced",), make)[0])(torch.zeros(1))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        mask._plan(("traced",), make)
-    assert len(calls) == 2
-    assert mask._plan(("traced",), make)[0] is mask._plan(("traced",), make)[0] and len(calls) == 3
-
-
-def test_compiled_after_a_write():
-    """A compiled call does not keep what belongs to bits of before."""
-    torch._dynamo.reset()
-    problem = problem_of(SPEC, "cpu")
-    mask = problem.mask()
-    problem.run(mask)
-    compiled = torch.compile(hbsattn.block_sparse_attention, backend="aot_eager", fullgraph=True)
-    arguments = (problem.q, problem.k, problem.v, mask)
-    judge(problem, *compiled(*arguments, return_lse=True))
-    mask.bits.zero_()
-    assert not compiled(*arguments).any()
-    other = problem_of(SPEC, "cpu", seed=5)
-    mask.update_(*contents(SPEC, other.block_masks, "cpu"))
-    other.q, other.k, other.v = problem.q, problem.k, problem.v
-    judge(other, *compiled(*arguments, return_lse=True))
-
-
-def test_threads():
-    """Plans are looked for while another thread adds some."""
-    mask = problem_of(SPEC, "cpu").mask()
-    wrong: list[str] = []
-    start = threading.Barrier(4)
-
-    def work(first: int) -> None:
-        start.wait()
-        try:
-            for i in range(300):
-                number = (first + i) % 300
-                found = mask._plan(("number", number), lambda mask, n=number: (torch.full((1,), n),))[0]
-                if found.item() != number or mask._plans._find_of_other_stream(("number", number)) is None:
-                    wrong.append(f"{number}: {found}")
-        except Exception as error:
-            wrong.append(repr(error))
-
-    threads = [threading.Thread(target=work, args=(75 * i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong, wrong[:3]
-
-
-def test_two_threads_get_one_plan():
-    """Both make it, one is kept: graphs and later calls read the same memory."""
-    mask = problem_of(SPEC, "cpu").mask()
-    both = threading.Barrier(2)
-    got: list[Tensor] = []
-
-    def make(mask: BlockMask) -> tuple[Tensor]:
-        both.wait()
-        return (mask.bits.sum(),)
-
-    threads = [threading.Thread(target=lambda: got.append(mask._plan(("sum",), make)[0])) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(got) == 2 and got[0] is got[1]
-
-
-def test_capture_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch):
-    """Whether a stream of the mask's device captures, whatever the current device is."""
-    current = [0]
-
-    class Device:
-        def __init__(self, device: torch.device) -> None:
-            self.index = device.index
-
-        def __enter__(self) -> None:
-            self.before, current[0] = current[0], self.index
-
-        def __exit__(self, *_: object) -> None:
-            current[0] = self.before
-
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
-    monkeypatch.setattr(torch.cuda, "device", Device)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
-    assert _plans.is_capturing(torch.device("cuda:1")) and not _plans.is_capturing(torch.device("cuda:0"))
-    assert not _plans.is_capturing(torch.device("cuda")) and current == [0]
-
-
-# CUDA graphs
-
-
-def captured(call: Callable[[], Any], *, raw: bool = False) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """`raw`: without the synchronization and the warm-up that `torch.cuda.graph` brings or asks for."""
-    graph = torch.cuda.CUDAGraph()
-    if raw:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            graph.capture_begin()
-            result = call()
-            graph.capture_end()
-    else:
-        with torch.cuda.graph(graph):
-            result = call()
-    return graph, result
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("planned", [True, False])
-@pytest.mark.parametrize("name", SPECS)
-def test_graph_replays_after_update(name: str, planned: bool):
-    spec = SPECS[name]
-    problems = [problem_of(spec, "cuda", seed) for seed in (0, 5, 7)]
-    mask, first = problems[0].mask(), problems[0]
-    if planned:
-        first.run(mask)
-    graph, (out, lse) = captured(lambda: first.run(mask))
-    for problem in problems * 2:
-        mask.update_(*contents(spec, problem.block_masks, "cuda"))
-        graph.replay()
-        torch.cuda.synchronize()
-        judge(Problem(spec, first.q, first.k, first.v, problem.block_masks), out, lse)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("planned", [True, False])
-def test_captured_update(planned: bool):
-    """The update is in the graph, which reads its contents where they lie."""
-    problems = [problem_of(SPEC, "cuda", seed) for seed in (0, 5, 7)]
-    mask, first = problems[0].mask(), problems[0]
-    first.run(mask if planned else first.mask())
-    static = [x.clone() for x in contents(SPEC, first.block_masks, "cuda")]
-    graph, (out, lse) = captured(lambda: first.run(mask.update_(*static)))
-    for problem in problems * 2:
-        for target, value in zip(static, contents(SPEC, problem.block_masks, "cuda"), strict=True):
-            target.copy_(value)
-        graph.replay()
-        torch.cuda.synchronize()
-        expected = Problem(SPEC, first.q, first.k, first.v, problem.block_masks)
-        judge(expected, out, lse)
-        judge(expected, *first.run(mask))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("settled", [True, False])
-def test_raw_capture_waits_for_a_plan(settled: bool):
-    """The plan is made on one stream, late, and a graph that was captured meanwhile on another one uses it."""
-    problem = problem_of(SPEC, "cuda")
-    problem.run()
-    mask = problem.mask()
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(200_000_000)
-        problem.run(mask)
-        if settled:
-            side.synchronize()
-            problem.run(mask)
-    graph, (out, lse) = captured(lambda: problem.run(mask), raw=True)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        graph.replay()
-    torch.cuda.synchronize()
-    judge(problem, out, lse)
-
-
-@pytest.mark.gpu
-def test_graph_of_bits_written_in_place():
-    """An eager call after the write renews the plan that the graph reads."""
-    problem, other = (problem_of(SPEC, "cuda", seed) for seed in (0, 5))
-    mask = problem.mask()
-    problem.run(mask)
-    torch.cuda.synchronize()
-    graph, (out, lse) = captured(lambda: problem.run(mask))
-    mask.bits.copy_(other.mask().bits)
-    problem.run(mask)
-    graph.replay()
-    torch.cuda.synchronize()
-    judge(Problem(SPEC, problem.q, problem.k, problem.v, other.block_masks), out, lse)

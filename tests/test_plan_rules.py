@@ -12,15 +12,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_plan_rules(tmp_path: Path):
+@pytest.mark.parametrize("name", ["plan_rules", "rows"])
+def test_plan_rules(name: str, tmp_path: Path):
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler was found")
     flags = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all")
     include = (f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}")
-    program = tmp_path / "plan_rules"
+    program = tmp_path / name
     for command in (
-        [compiler, *flags, *include, str(ROOT / "tests/cpp/plan_rules.cpp"), "-o", str(program)],
+        [compiler, *flags, *include, str(ROOT / f"tests/cpp/{name}.cpp"), "-o", str(program)],
         [str(program)],
     ):
         done = subprocess.run(command, capture_output=True, text=True)

@@ -266,7 +266,7 @@ def test_blocks_far_above_the_lengths(spec: Case, device: str):
     known = spec.source != "dense" or not spec.packed
     longest_q, longest_k = max(spec.lens_q), max(spec.keys)
     enough = tuple(32 if n <= 32 else 64 for n in (longest_q, longest_k))
-    assert mask._numbers[1:3] == (enough if known else (4096, 8192))
+    assert (mask._q_block, mask._k_block) == (enough if known else (4096, 8192))
     judge(problem, *problem.run(mask))
     judge_gradients(problem, differentiate(problem, mask=mask))
     short = build_mask(dataclasses.replace(long, q_block=enough[0], k_block=enough[1]), problem.block_masks, device)
@@ -278,7 +278,7 @@ def test_blocks_that_are_not_far_above_the_lengths():
     """Kernels like powers of two and multiples of 128: no block becomes another without need."""
     for block, length, want in ((128, 100, 128), (100, 97, 100), (192, 100, 128), (192, 150, 192), (1000, 600, 640)):
         mask = BlockMask.from_dense(dense(1, 1, 1, 1), block, block, seqlen_q=length, seqlen_k=length)
-        assert mask._numbers[1:3] == (want, want)
+        assert (mask._q_block, mask._k_block) == (want, want)
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)

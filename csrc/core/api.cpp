@@ -31,6 +31,13 @@ Status dispatch(const KernelKey& key, const char* what, Run&& run) {
   return status;
 }
 
+// `tile`: "m" or "n", which of a kernel's extents names it.
+template <class Config>
+std::string name_kernel(const char* direction, const char* tile) {
+  return std::string("sm90_") + direction + (Config::kDType == DType::kBFloat16 ? "_bf16" : "_fp16") + "_hd" +
+         std::to_string(Config::kHeadDim) + "_" + tile + std::to_string(Config::kTileRows);
+}
+
 // Adds the kernels of a table to `kernels`. `tile`: "m" or "n", which of their tiles' extents names them;
 // stages(Config{}): of keys and of values, or of queries twice; bytes(Config{}): of shared memory.
 template <class Table, class Stages, class Bytes>
@@ -38,14 +45,49 @@ void list_kernels(const char* direction, const char* tile, Stages&& stages, Byte
                   [[maybe_unused]] std::vector<KernelInfo>& kernels) {
   Table::any([&](auto config) {
     using Config = decltype(config);
-    const std::string dtype = Config::kDType == DType::kBFloat16 ? "_bf16" : "_fp16";
-    const std::string name = std::string("sm90_") + direction + dtype + "_hd" + std::to_string(Config::kHeadDim) + "_" +
-                             tile + std::to_string(Config::kTileRows);
+    const std::string name = name_kernel<Config>(direction, tile);
     const auto [key_stages, value_stages] = stages(config);
     kernels.push_back({name, "sm_90a", Config::kDType, Config::kHeadDim, Config::kTileM, Config::kTileN, key_stages,
                        value_stages, bytes(config)});
     return false;
   });
+}
+
+const char* name_of(BackwardMethod method) {
+  switch (method) {
+    case BackwardMethod::kByKeys:
+      return "by_keys";
+    case BackwardMethod::kByQueries:
+      return "by_queries";
+    case BackwardMethod::kDeterministic:
+      return "deterministic";
+    case BackwardMethod::kKeysOnly:
+      return "keys_only";
+    case BackwardMethod::kQueriesOnly:
+      return "queries_only";
+  }
+  return "unknown";
+}
+
+// The parts of an explanation about tiles of queries, and about those of keys.
+void explain_queries(const ForwardParams& problem, bool for_backward, Explanation* explanation) {
+  const MaskShape& shape = problem.mask.shape;
+  const TileShape tiles =
+      shape_tiles(shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads, for_backward);
+  explanation->general = needs_general_kernel(shape, tiles);
+  explanation->tile_rows = tiles.tile_rows;
+  explanation->tile_heads = tiles.packed_heads;
+  explanation->num_items =
+      num_items(shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads, for_backward);
+}
+
+void explain_keys(const BackwardParams& params, Explanation* explanation) {
+  const ForwardParams& problem = params.problem;
+  const KeyPlanParams plan = key_plan_of(params);
+  explanation->tile_rows = shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys;
+  explanation->tile_heads = count_tile_heads(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
+                                             plan.element_size, params.deterministic, kernels::current_policy());
+  explanation->num_key_items = num_key_items(plan);
 }
 
 }  // namespace
@@ -191,6 +233,60 @@ Status backward(const BackwardParams& params, Stream stream) {
   if (method == BackwardMethod::kByKeys || method == BackwardMethod::kKeysOnly) return Status::Ok();
   return dispatch<Sm90GradQueriesKernels>(queries_key, "deterministic backward", [&](auto config) {
     return kernels::run_grad_queries<decltype(config)>(params, stream);
+  });
+}
+
+Status explain(const ForwardParams& params, Explanation* explanation) {
+  *explanation = {};
+  HBSATTN_RETURN_IF_ERROR(validate_forward(params));
+  KernelKey key;
+  HBSATTN_RETURN_IF_ERROR(select_forward(params, &key));
+  explanation->method = "forward";
+  explain_queries(params, false, explanation);
+  return dispatch<Sm90ForwardKernels>(key, "forward", [&](auto config) {
+    explanation->kernel = name_kernel<decltype(config)>("forward", "m");
+    explanation->stage_rows = decltype(config)::kTileN;
+    return Status::Ok();
+  });
+}
+
+Status explain(const BackwardParams& params, Explanation* explanation) {
+  *explanation = {};
+  HBSATTN_RETURN_IF_ERROR(supported(params));
+  explanation->method = "none";
+  if (!needs_any(params)) return Status::Ok();
+  const BackwardMethod method = choose_backward_method(params);
+  const BackwardLists lists = backward_lists(params);
+  explanation->method = name_of(method);
+  KernelKey key;
+  if (lists.items) explain_queries(params.problem, true, explanation);
+  if (lists.keys) {
+    explain_keys(params, explanation);
+    HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
+    HBSATTN_RETURN_IF_ERROR(dispatch<Sm90BackwardKeysKernels>(key, "backward", [&](auto config) {
+      explanation->kernel = name_kernel<decltype(config)>("backward_keys", "n");
+      explanation->stage_rows = decltype(config)::kTileM;
+      return Status::Ok();
+    }));
+    if (method != BackwardMethod::kDeterministic) return Status::Ok();
+    HBSATTN_RETURN_IF_ERROR(select_grad_queries(params, &key));
+    return dispatch<Sm90GradQueriesKernels>(key, "deterministic backward", [&](auto config) {
+      explanation->queries_kernel = name_kernel<decltype(config)>("grad_queries", "m");
+      return Status::Ok();
+    });
+  }
+  HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
+  if (method == BackwardMethod::kQueriesOnly) {
+    return dispatch<Sm90GradQueriesKernels>(key, "backward", [&](auto config) {
+      explanation->kernel = name_kernel<decltype(config)>("grad_queries", "m");
+      explanation->stage_rows = decltype(config)::kTileN;
+      return Status::Ok();
+    });
+  }
+  return dispatch<Sm90BackwardQueriesKernels>(key, "backward", [&](auto config) {
+    explanation->kernel = name_kernel<decltype(config)>("backward_queries", "m");
+    explanation->stage_rows = decltype(config)::kTileN;
+    return Status::Ok();
   });
 }
 

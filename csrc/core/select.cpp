@@ -1,5 +1,6 @@
 #include "core/select.h"
 
+#include <algorithm>
 #include <string>
 
 #include "core/kernel_table.h"
@@ -130,19 +131,21 @@ Status check_head_dim(int head_dim) {
                               std::to_string(kHeadDimMultiple) + "; copies with zeros behind each row do");
 }
 
-// `rows`: of a batch entry.
-Status check_view(const char* name, const ForwardParams& problem, const TensorView& tensor, int64_t rows) {
+// `rows` and `heads`: of a batch entry.
+Status check_view(const char* name, const ForwardParams& problem, const TensorView& tensor, int64_t rows,
+                  int64_t heads) {
   const TensorView view = view_of(problem, tensor);
   if (addressable(view, problem.dtype)) {
-    const int64_t all_rows = span_rows(problem, view, rows).all_rows;
-    if (all_rows < kSm90RowLimit) return Status::Ok();
-    return Status::NotSupported(std::string(name) + " spans " + std::to_string(all_rows) +
-                                " rows over its batch; expected fewer than 2^30");
+    const TensorSpan span = span_tensor(problem, view, rows, heads);
+    const int64_t longest = std::max(span.rows, span.heads);
+    if (longest < kSm90RowLimit) return Status::Ok();
+    return Status::NotSupported(std::string(name) + " spans " + std::to_string(longest) +
+                                " rows or heads over its batch; expected fewer than 2^30");
   }
   return Status::NotSupported(std::string(name) + " has strides (" + std::to_string(view.batch_stride) + ", " +
                               std::to_string(view.row_stride) + ", " + std::to_string(view.head_stride) +
                               ", 1) or an address that the copy engine cannot use; expected 16-byte aligned data and "
-                              "strides, and a batch stride that is a multiple of the row stride");
+                              "strides, and a batch stride that is a multiple of the row stride or of the head stride");
 }
 
 }  // namespace
@@ -167,24 +170,27 @@ bool addressable(const TensorView& view, DType dtype) {
   const int64_t row_bytes = view.row_stride * size_of(dtype), head_bytes = view.head_stride * size_of(dtype);
   return reinterpret_cast<uintptr_t>(view.data) % kVectorBytes == 0 && row_bytes > 0 && row_bytes < kRowLimit &&
          row_bytes % kVectorBytes == 0 && head_bytes > 0 && head_bytes < kHeadLimit && head_bytes % kVectorBytes == 0 &&
-         view.batch_stride >= 0 && view.batch_stride % view.row_stride == 0;
+         view.batch_stride >= 0 &&
+         (view.batch_stride % view.row_stride == 0 || view.batch_stride % view.head_stride == 0);
 }
 
 Status check_addressable(const ForwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_head_dim(params.head_dim));
-  HBSATTN_RETURN_IF_ERROR(check_view("q", params, params.q, params.rows_q));
-  HBSATTN_RETURN_IF_ERROR(check_view("k", params, params.k, params.rows_k));
-  HBSATTN_RETURN_IF_ERROR(check_view("v", params, params.v, params.rows_k));
-  return check_view("out", params, params.out, params.rows_q);
+  HBSATTN_RETURN_IF_ERROR(check_view("q", params, params.q, params.rows_q, params.heads_q));
+  HBSATTN_RETURN_IF_ERROR(check_view("k", params, params.k, params.rows_k, params.heads_k));
+  HBSATTN_RETURN_IF_ERROR(check_view("v", params, params.v, params.rows_k, params.heads_k));
+  return check_view("out", params, params.out, params.rows_q, params.heads_q);
 }
 
 Status check_addressable(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
   HBSATTN_RETURN_IF_ERROR(check_addressable(problem));
-  HBSATTN_RETURN_IF_ERROR(check_view("grad_out", problem, params.grad_out, problem.rows_q));
-  if (params.needs_q) HBSATTN_RETURN_IF_ERROR(check_view("grad_q", problem, params.grad_q, problem.rows_q));
-  if (params.needs_k) HBSATTN_RETURN_IF_ERROR(check_view("grad_k", problem, params.grad_k, problem.rows_k));
-  return params.needs_v ? check_view("grad_v", problem, params.grad_v, problem.rows_k) : Status::Ok();
+  HBSATTN_RETURN_IF_ERROR(check_view("grad_out", problem, params.grad_out, problem.rows_q, problem.heads_q));
+  if (params.needs_q)
+    HBSATTN_RETURN_IF_ERROR(check_view("grad_q", problem, params.grad_q, problem.rows_q, problem.heads_q));
+  if (params.needs_k)
+    HBSATTN_RETURN_IF_ERROR(check_view("grad_k", problem, params.grad_k, problem.rows_k, problem.heads_k));
+  return params.needs_v ? check_view("grad_v", problem, params.grad_v, problem.rows_k, problem.heads_k) : Status::Ok();
 }
 
 Status check_device() {
@@ -211,8 +217,7 @@ Status select_backward(const BackwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_dtype(params.problem.dtype));
   HBSATTN_RETURN_IF_ERROR(check_backward_sizes(params.problem));
   // Tiles of keys take them as they are; those of queries tell consumers where blocks end.
-  const bool by_keys = choose_backward_method(params) == BackwardMethod::kByKeys;
-  if (!by_keys) HBSATTN_RETURN_IF_ERROR(check_keys(params.problem));
+  if (backward_lists(params).items) HBSATTN_RETURN_IF_ERROR(check_keys(params.problem));
   return select(params.problem, find_backward_head_dims(params), backward_tile_rows(params),
                 " for the backward pass on CUDA", key);
 }

@@ -78,20 +78,6 @@ int64_t count_items(const PlanParams& plan) {
   return num_items(plan.mask.shape, plan.heads_q, plan.heads_k, plan.head_dim, plan.pack_heads, plan.for_backward);
 }
 
-// What decides the work list of a backward.
-KeyPlanParams key_plan_of(const BackwardParams& params) {
-  const ForwardParams& problem = params.problem;
-  KeyPlanParams plan;
-  plan.mask = problem.mask;
-  plan.heads_q = problem.heads_q;
-  plan.heads_k = problem.heads_k;
-  plan.head_dim = problem.head_dim;
-  plan.deterministic = params.deterministic;
-  plan.packed = problem.packed;
-  plan.rows_k = problem.rows_k;
-  return plan;
-}
-
 // Of the work list of the backward pass; heads are valid.
 Status check_num_key_items(const KeyPlanParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_range("the number of key tiles", num_key_items(params), 0, kItemsLimit));
@@ -174,6 +160,19 @@ Status validate_mask(const MaskShape& shape) {
   HBSATTN_RETURN_IF_ERROR(
       check_range("the keys that the mask's columns span", shape.cols * shape.k_block_size, 0, 2 * kInt32Limit));
   return check_range("the mask's number of rows over all heads", shape.heads * shape.rows, 0, kInt32Limit);
+}
+
+KeyPlanParams key_plan_of(const BackwardParams& params) {
+  const ForwardParams& problem = params.problem;
+  KeyPlanParams plan;
+  plan.mask = problem.mask;
+  plan.heads_q = problem.heads_q;
+  plan.heads_k = problem.heads_k;
+  plan.head_dim = problem.head_dim;
+  plan.deterministic = params.deterministic;
+  plan.packed = problem.packed;
+  plan.rows_k = problem.rows_k;
+  return plan;
 }
 
 Status validate_sequences(const SequencesParams& params) {

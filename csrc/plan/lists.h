@@ -40,17 +40,17 @@ constexpr int64_t max_items(const MaskShape& shape, int32_t heads_q, int32_t hea
 // makes two sequences meet. Places are as many as keys, not as sequences times the longest of them.
 struct KeyListShape {
   bool packed;
-  int64_t columns;             // key blocks of all sequences, at most
+  int64_t columns;             // where packed, key blocks of all sequences, at most
   int64_t groups_of_sequence;  // where batched
   int64_t groups;              // of all sequences
 };
 
 constexpr KeyListShape shape_key_list(const MaskShape& shape, const KeyTileShape& tiles, int64_t rows_k, bool packed) {
-  KeyListShape list{packed, multiply_items(shape.batch, shape.cols), 0, 0};
+  KeyListShape list{packed, 0, 0, 0};
   if (packed) {
-    // Each sequence may end with a part of a block.
-    const int64_t held = (rows_k + shape.k_block_size - 1) / shape.k_block_size + shape.batch;
-    if (held < list.columns) list.columns = held;
+    // Each sequence may end with a part of a block. Sequence::col_begin also counts blocks that the mask has no column
+    // for.
+    list.columns = (rows_k + shape.k_block_size - 1) / shape.k_block_size + shape.batch;
     list.groups = list.columns / tiles.united + shape.batch;
   } else {
     list.groups_of_sequence = (shape.cols + tiles.united - 1) / tiles.united;

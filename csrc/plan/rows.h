@@ -17,17 +17,20 @@ constexpr TensorView view_of(const ForwardParams& problem, TensorView view) {
   return view;
 }
 
-// The entries of a batched tensor are runs of rows of one long matrix.
-struct RowSpan {
-  int64_t batch_rows;  // from one entry to the next; 0 when packed, or where there is one
-  int64_t all_rows;    // from the first row of the first entry to the last row of the last
+// The entries of a batched tensor are runs of rows of one long matrix, `batch_rows` apart, or, where batch entries lie
+// between rows, heads of it, `batch_heads` apart. The other is 0.
+struct TensorSpan {
+  int64_t batch_rows, batch_heads;
+  int64_t rows, heads;  // from the first of the first entry to the last of the last
 };
 
-constexpr RowSpan span_rows(const ForwardParams& problem, const TensorView& view, int64_t rows) {
-  const int32_t batch = problem.mask.shape.batch;
-  if (problem.packed || batch <= 1) return {0, rows};
-  const int64_t batch_rows = view.batch_stride / view.row_stride;
-  return {batch_rows, (batch - 1) * batch_rows + rows};
+constexpr TensorSpan span_tensor(const ForwardParams& problem, const TensorView& view, int64_t rows, int64_t heads) {
+  const int64_t others = problem.packed ? 0 : mask::larger(problem.mask.shape.batch - 1, 0);
+  if (others == 0) return {0, 0, rows, heads};
+  const bool by_rows = view.batch_stride % view.row_stride == 0;
+  const int64_t batch_rows = by_rows ? view.batch_stride / view.row_stride : 0;
+  const int64_t batch_heads = by_rows ? 0 : view.batch_stride / view.head_stride;
+  return {batch_rows, batch_heads, others * batch_rows + rows, others * batch_heads + heads};
 }
 
 // Rows of a packed tensor that no tile writes.

@@ -38,7 +38,7 @@ class MaskTensors(NamedTuple):
 
 
 class _Tiles(NamedTuple):
-    """Tiles with something to attend to: int64 (tiles) each."""
+    """Tiles with something to attend to; int64 each, in one tensor (fields, tiles)."""
 
     bit_row: Tensor  # in bits.flatten(0, 1)
     first_query: Tensor  # number of the row, of the first head
@@ -85,8 +85,8 @@ class _Call:
         parts = ceil_div(mask.q_block_size * self.tile_heads, TILE_ROWS)
         self.tile_queries = ceil_div(mask.q_block_size, parts)
 
-    def _find_tiles(self) -> _Tiles:
-        """Finds the tiles, those with the most keys first. Lengths that lie past a tensor end with it."""
+    def _find_tiles(self) -> Tensor:
+        """Finds the fields of all tiles, those with the most keys first. Lengths past the end of a tensor end there."""
         mask = self.mask
         mask_heads, rows, _ = mask.bits.shape
         sequence, block, used = locate_rows(mask.sequences, rows, mask.q_block_size)
@@ -122,15 +122,14 @@ class _Call:
             first_key=(member * self.heads_k + key_head) * self.rows_k + k_begin[row],
             keys=torch.minimum(blocks[mask_head, row] * mask.k_block_size, last_limit + 1),
         )
-        some = tiles.keys > 0
-        tiles = _Tiles(*(x[some] for x in tiles))
-        order = (tiles.keys * (self.tile_queries + 1) + tiles.queries).argsort(descending=True, stable=True)
-        return _Tiles(*(x[order] for x in tiles))
+        weight = (tiles.keys * (self.tile_queries + 1) + tiles.queries).flatten()
+        order = weight.argsort(descending=True, stable=True)[: int((tiles.keys > 0).sum())]
+        return torch.stack(tiles).flatten(1)[:, order]
 
-    def _expand(self, tiles: _Tiles) -> _Batch:
+    def _expand(self, fields: Tensor) -> _Batch:
         """Lists the queries and keys of some tiles."""
         mask = self.mask
-        tile = _Tiles(*(x.unsqueeze(-1) for x in tiles))
+        tile = _Tiles(*fields.unsqueeze(-1))
         count = tile.keys.shape[0]
         row = torch.arange(int(tile.queries.max()))
         head = torch.arange(self.tile_heads).view(-1, 1) * self.rows_q
@@ -140,7 +139,7 @@ class _Call:
         # The keys of one block after another, in their order, so that those that a query may attend to come first.
         # Shorter lists end in keys that no sequence has.
         width = int(tile.keys.max())
-        owner, block = unpack_bits(mask.bits.flatten(0, 1)[tiles.bit_row], mask.cols).nonzero(as_tuple=True)
+        owner, block = unpack_bits(mask.bits.flatten(0, 1)[tile.bit_row.squeeze(-1)], mask.cols).nonzero(as_tuple=True)
         active = torch.bincount(owner, minlength=count)
         place = torch.arange(owner.shape[0]) - (active.cumsum(0) - active)[owner]
         blocks = ceil_div(width, mask.k_block_size)
@@ -163,13 +162,13 @@ class _Call:
         if self.no_key == 0 or self.no_query == 0 or self.mask.sequences.shape[0] == 0:
             return
         tiles = self._find_tiles()
-        keys = tiles.keys.tolist()
+        keys = _Tiles(*tiles).keys.tolist()
         done = 0
         while done < len(keys):
             end = done + max(PRODUCT_NUMBERS // (keys[done] * numbers_of_key), 1)
             # Those that are padded to more than twice their keys wait for a batch of their own.
             end = min(end, bisect_right(keys, -keys[done] / 2, key=neg))
-            yield self._expand(_Tiles(*(x[done:end] for x in tiles)))
+            yield self._expand(tiles[:, done:end])
             done = end
 
 
@@ -212,11 +211,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskTensors, softmax_scale: fl
     for batch in call.batches(2 * call.head_dim + call.tile_heads * call.tile_queries):
         scores = _gather(queries, batch.queries) @ _gather(keys, batch.keys).mT
         batch.hide(scores)
-        largest = scores.amax(-1, keepdim=True)
-        largest.masked_fill_(largest == -torch.inf, 0.0)
+        # Finite, so that rows without keys get weights of 0. In others the largest weight is 1.
+        largest = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(compute).min)
         weights = scores.sub_(largest).exp_()
         total = weights.sum(-1, keepdim=True)
-        result = (weights @ _gather(values, batch.keys)).div_(torch.where(total == 0, 1, total))
+        result = (weights @ _gather(values, batch.keys)).div_(total.clamp(min=1))
         out[batch.queries] = result
         lse[batch.queries] = (largest + total.log()).squeeze(-1)
     out, lse = _restore(out, q), lse[:-1].view(call.batch, call.heads_q, call.rows_q).clone()

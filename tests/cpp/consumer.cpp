@@ -105,8 +105,9 @@ hbsattn::Status plan_items(const Buffers& buffers, bool for_backward) {
   return hbsattn::plan_items(params, nullptr);
 }
 
-hbsattn::TensorView queries(void* data) { return {data, 0, kHeadsQ * kHeadDim, kHeadDim}; }
-hbsattn::TensorView keys(void* data) { return {data, 0, kHeadsK * kHeadDim, kHeadDim}; }
+// Packed tensors have no batch entries: their stride over the batch says nothing.
+hbsattn::TensorView queries(void* data) { return {data, 12345, kHeadsQ * kHeadDim, kHeadDim}; }
+hbsattn::TensorView keys(void* data) { return {data, 12345, kHeadsK * kHeadDim, kHeadDim}; }
 
 hbsattn::ForwardParams forward_params(const Buffers& buffers) {
   hbsattn::ForwardParams params;
@@ -265,8 +266,8 @@ int run_without_gpu() {
         std::pair{"forward", hbsattn::forward(forward_params(buffers), nullptr)},
         std::pair{"transpose_mask", transpose_mask(buffers)},
         std::pair{"plan_keys", hbsattn::plan_keys(key_plan_params(buffers, true), nullptr)},
-        std::pair{"backward", hbsattn::backward(backward_params(buffers, false), nullptr)},
-        std::pair{"backward", hbsattn::backward(backward_params(buffers, true), nullptr)}}) {
+        std::pair{"backward", hbsattn::backward(backward_params(buffers, Gradients{}), nullptr)},
+        std::pair{"backward", hbsattn::backward(backward_params(buffers, Gradients{true}), nullptr)}}) {
     if (status.ok()) return fail(std::string(name) + " succeeded without a GPU");
     if (status.message.empty()) return fail(std::string(name) + " failed without a message");
     std::printf("%s: no GPU: %s\n", name, status.message.c_str());
@@ -497,18 +498,44 @@ int run_backward(Buffers& buffers, const Problem& problem, const Results& expect
   return gradients.v ? compare("grad_v", buffers.grad_v, expected.grad_v) : 0;
 }
 
+// What a call would do is told in the words of build_info, with the lengths of its lists.
+int check_explanations() {
+  const Buffers buffers = make_unread_buffers();
+  const auto is_compiled = [](const std::string& name) {
+    const auto kernels = hbsattn::build_info().kernels;
+    return std::any_of(kernels.begin(), kernels.end(), [&](const auto& kernel) { return kernel.name == name; });
+  };
+  hbsattn::Explanation told;
+  hbsattn::Status status = hbsattn::explain(forward_params(buffers), &told);
+  if (!status.ok()) return fail("explain: " + status.message);
+  if (!is_compiled(told.kernel) || told.tile_rows != 192 || told.num_items != count_items(false)) {
+    return fail("a forward is explained by " + told.kernel);
+  }
+  status = hbsattn::explain(backward_params(buffers, Gradients{true}), &told);
+  if (!status.ok()) return fail("explain: " + status.message);
+  if (told.method != "deterministic" || !is_compiled(told.kernel) || !is_compiled(told.queries_kernel) ||
+      told.num_items != count_items(true) ||
+      told.num_key_items != hbsattn::num_key_items(key_plan_params(buffers, true))) {
+    return fail("a deterministic backward is explained as " + told.method + " by " + told.kernel);
+  }
+  return 0;
+}
+
 int run_with_gpu() {
+  if (int failed = check_explanations()) return failed;
   const Problem problem;
   const Results expected = reference(problem);
   Buffers buffers{};
   if (int failed = run_forward(buffers, problem, expected)) return failed;
-  for (const Gradients& gradients : {Gradients{},                           // by tiles of queries
-                                     Gradients{true},                       // by tiles of keys, then of queries
-                                     Gradients{false, true, false, true},   // one of keys and values
-                                     Gradients{true, true, true, false},    //
-                                     Gradients{false, true, false, false},  // those of queries alone
-                                     Gradients{false, false, true, true},   // those of keys and values alone
-                                     Gradients{true, false, true, false}, Gradients{false, false, false, false}}) {
+  const Gradients all[] = {{},                           // by tiles of queries
+                           {true},                       // by tiles of keys, then of queries
+                           {false, true, false, true},   // without those of keys
+                           {true, true, true, false},    // without those of values
+                           {false, true, false, false},  // of queries alone
+                           {false, false, true, true},   // of keys and values alone
+                           {true, false, true, false},   // of keys alone
+                           {false, false, false, false}};
+  for (const Gradients& gradients : all) {
     if (int failed = run_backward(buffers, problem, expected, gradients)) return failed;
   }
   std::printf("GPU: forward and backward passed\n");

@@ -80,6 +80,8 @@ Table make_table() {
   }
   problem.rows_q = problem.packed ? cu_q.back() + (draw(0, 1) == 0 ? 0 : draw(0, 70)) : longest;
   problem.rows_k = problem.packed ? cu_k.back() + (draw(0, 1) == 0 ? 0 : draw(0, 70)) : longest;
+  // As many columns as the call asks for: those of all sequences together hold the keys.
+  shape.cols = mask::larger(shape.cols, mask::ceil_div(problem.rows_k, int64_t{shape.batch} * shape.k_block_size));
   return table;
 }
 
@@ -96,7 +98,7 @@ void count_gaps(const Table& table, std::vector<int>& of_q, std::vector<int>& of
   }
 }
 
-// Rows of query tiles are those of the mask's rows, rows of key tiles those of its columns.
+// Rows of query tiles are those of the mask's rows; tiles of keys are those of their list.
 void check_gaps(const Table& table) {
   const ForwardParams& problem = table.problem;
   const MaskShape& shape = problem.mask.shape;
@@ -110,9 +112,19 @@ void check_gaps(const Table& table) {
       ++of_q[place.sequence.q_begin + row];
     }
   }
-  for (const Sequence& sequence : table.sequences) {
-    const int64_t end = mask::smaller<int64_t>(sequence.k_len, shape.cols * shape.k_block_size);
-    for (int64_t key = 0; key < end; ++key) ++of_k[sequence.k_begin + key];
+  KeyPlanParams plan;
+  plan.mask = problem.mask;
+  plan.mask.sequences = table.sequences.data();
+  plan.heads_q = plan.heads_k = 1;
+  plan.head_dim = problem.head_dim;
+  plan.packed = problem.packed;
+  plan.rows_k = problem.rows_k;
+  const KeyListSize size = size_key_list(shape, 1, 1, plan.head_dim, plan.element_size, plan.deterministic, plan.rows_k,
+                                         plan.packed, DevicePolicy{});
+  const mask::KeyGrid grid = mask::make_key_grid(plan, size.tile_heads, DevicePolicy{});
+  for (int64_t index = 0; shape.cols > 0 && index < size.tiles; ++index) {
+    const KeyItem item = mask::make_key_item(grid, index);
+    for (int32_t key = 0; item.column >= 0 && key < item.keys; ++key) ++of_k[item.k_begin + item.first_key + key];
   }
   for (int count : of_q) check(count == 1, "each query is a tile's or a gap's");
   for (int count : of_k) check(count == 1, "each key is a tile's or a gap's");
@@ -186,7 +198,8 @@ void check_lies(Table& table) {
 
 // Short sequences in long blocks take about a chunk each, as the workspace has them.
 void check_size() {
-  ForwardParams problem;
+  BackwardParams params;
+  ForwardParams& problem = params.problem;
   MaskShape& shape = problem.mask.shape;
   shape.batch = 4096;
   shape.heads = problem.heads_q = problem.heads_k = 1;
@@ -196,7 +209,7 @@ void check_size() {
   problem.packed = true;
   problem.rows_q = problem.rows_k = 4096 * 8;
   problem.head_dim = 128;
-  const BackwardWorkspace workspace = lay_out_backward(problem, 128, BackwardMethod::kByKeys);
+  const BackwardWorkspace workspace = lay_out_backward(params, 128, BackwardMethod::kByKeys, DevicePolicy{});
   check(workspace.rows == 4096 * 8 + 4096 * 16, "sums of short sequences are not padded to blocks");
 }
 

@@ -72,9 +72,8 @@ HBSATTN_API Status plan_keys(const KeyPlanParams& params, Stream stream);
 
 // What a backward reads of the mask, which depends on its sizes, on what it needs and on `deterministic`.
 struct BackwardLists {
-  bool items;  // problem.mask.bits and problem.items, which plan_items made `for_backward`; unless gradients of keys
-               // are added up by tiles of queries (only `items`, all needed), the forward's list serves as well where
-               // it has as many items
+  bool items;  // problem.mask.bits and problem.items, which plan_items made `for_backward`; where `keys` are read,
+               // too, or grad_q alone is needed, the forward's list serves as well if it has as many items
   bool keys;   // columns and key_items
 };
 
@@ -102,7 +101,8 @@ HBSATTN_API Status supported(const ForwardParams& params);
 HBSATTN_API Status supported(const BackwardParams& params);
 
 // Whether the tensor memory accelerator can address this view: 16-byte aligned data, strides above 0 that are multiples
-// of 16 bytes, and batch strides that are whole multiples of the row stride. `forward` and `backward` refuse other
+// of 16 bytes, and batch strides that are whole multiples of the row stride or of the head stride: batch entries lie
+// one after another, or, as in (rows, batch, heads, head_dim), between rows. `forward` and `backward` refuse other
 // views; a copy of the tensor qualifies.
 HBSATTN_API bool addressable(const TensorView& view, DType dtype);
 
@@ -127,5 +127,23 @@ struct BuildInfo {
 };
 
 HBSATTN_API BuildInfo build_info();
+
+// How a call would be computed.
+struct Explanation {
+  std::string kernel;          // as in KernelInfo::name
+  std::string queries_kernel;  // of a backward that computes grad_q by a second kernel; otherwise empty
+  std::string method;          // "forward"; of gradients: "by_keys", "by_queries", "deterministic", "keys_only",
+                               // "queries_only", or "none" where none is needed
+  bool general = false;        // the kernels that keep queries take the path for ragged, united or small blocks
+  int32_t tile_rows = 0;       // query rows that a CTA keeps; by keys, keys
+  int32_t stage_rows = 0;      // keys of a stage that it streams; by keys, queries
+  int32_t tile_heads = 0;      // query heads that share a tile; by keys, that a tile streams one after another
+  int64_t num_items = 0;       // lengths of the work lists that the call reads
+  int64_t num_key_items = 0;
+};
+
+// Fills `explanation` for a problem of which no pointer is read; the Status is that of `supported`.
+HBSATTN_API Status explain(const ForwardParams& params, Explanation* explanation);
+HBSATTN_API Status explain(const BackwardParams& params, Explanation* explanation);
 
 }  // namespace hbsattn

@@ -6,19 +6,20 @@
 
 namespace hbsattn::kernels {
 
-// A batched tensor's entries are runs of rows of one long matrix: `batch_rows` apart.
+// A tensor as the copy engine sees it, and how far apart its batch entries are.
 struct RowsOfTensor {
   MatrixRows matrix;
-  int batch_rows;
+  int batch_rows, batch_heads;
 };
 
 inline RowsOfTensor rows_of(const TensorView& view, const ForwardParams& params, int64_t rows, int heads) {
-  const auto [batch_rows, all_rows] = span_rows(params, view, rows);
+  const TensorSpan span = span_tensor(params, view, rows, heads);
   // The stride of a dimension of one is arbitrary in torch; the copy engine wants a sane one.
-  const int64_t head_stride = heads > 1 ? view.head_stride : params.head_dim;
-  const int64_t row_stride = all_rows > 1 ? view.row_stride : params.head_dim;
-  return {{view.data, all_rows, row_stride, heads, head_stride, params.head_dim, params.dtype},
-          static_cast<int>(batch_rows)};
+  const int64_t head_stride = span.heads > 1 ? view.head_stride : params.head_dim;
+  const int64_t row_stride = span.rows > 1 ? view.row_stride : params.head_dim;
+  return {{view.data, span.rows, row_stride, span.heads, head_stride, params.head_dim, params.dtype},
+          static_cast<int>(span.batch_rows),
+          static_cast<int>(span.batch_heads)};
 }
 
 }  // namespace hbsattn::kernels

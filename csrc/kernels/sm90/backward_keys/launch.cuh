@@ -42,12 +42,15 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, Config::kChunkColumns, &args.map_k_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, Config::kChunkColumns, &args.map_v_clipped));
   // Whole rows would take columns past head_dim from the next head.
-  args.whole_rows = problem.head_dim == Config::kHeadDim;
+  args.whole_rows = whole_rows_end(problem.head_dim, Config::kChunkColumns);
   if (args.whole_rows) {
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(q.matrix, Config::kChunkColumns, segment, &args.map_q));
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(grad_out.matrix, Config::kChunkColumns, segment, &args.map_grad_out));
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, Config::kChunkColumns, Config::kTileN, &args.map_k));
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, Config::kTileN, &args.map_v));
+    const auto encode = [](const RowsOfTensor& tensor, int rows, CUtensorMap* map) {
+      return encode_whole_rows(tensor.matrix, Config::kChunkColumns, rows, Traits::kChunks, map);
+    };
+    HBSATTN_RETURN_IF_ERROR(encode(q, segment, &args.map_q));
+    HBSATTN_RETURN_IF_ERROR(encode(grad_out, segment, &args.map_grad_out));
+    HBSATTN_RETURN_IF_ERROR(encode(k, Config::kTileN, &args.map_k));
+    HBSATTN_RETURN_IF_ERROR(encode(v, Config::kTileN, &args.map_v));
   }
 
   if constexpr (Traits::kSendsKeys) {
@@ -55,11 +58,13 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
       const RowsOfTensor grad_k = rows_of(params.grad_k, problem, problem.rows_k, problem.heads_k);
       HBSATTN_RETURN_IF_ERROR(encode_rows(grad_k.matrix, Config::kChunkColumns, kGranule, 1, &args.map_grad_k));
       args.grad_k_batch_rows = grad_k.batch_rows;
+      args.grad_k_batch_heads = grad_k.batch_heads;
     }
     if (params.needs_v) {
       const RowsOfTensor grad_v = rows_of(params.grad_v, problem, problem.rows_k, problem.heads_k);
       HBSATTN_RETURN_IF_ERROR(encode_rows(grad_v.matrix, Config::kChunkColumns, kGranule, 1, &args.map_grad_v));
       args.grad_v_batch_rows = grad_v.batch_rows;
+      args.grad_v_batch_heads = grad_v.batch_heads;
     }
   }
   args.mask = shape;
@@ -92,6 +97,10 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.grad_out_batch_rows = grad_out.batch_rows;
   args.k_batch_rows = k.batch_rows;
   args.v_batch_rows = v.batch_rows;
+  args.q_batch_heads = q.batch_heads;
+  args.grad_out_batch_heads = grad_out.batch_heads;
+  args.k_batch_heads = k.batch_heads;
+  args.v_batch_heads = v.batch_heads;
   args.head_dim = problem.head_dim;
   args.heads_k = problem.heads_k;
   args.united = shape_key_tiles(shape, problem.head_dim).united;

@@ -111,10 +111,10 @@ __device__ __forceinline__ int count_seen_keys(const BackwardKeysArguments& args
 template <class Traits>
 __device__ __forceinline__ void load_keys(const BackwardKeysArguments& args, const KeyItem& item, int seen, bool whole,
                                           const CUtensorMap& map, const CUtensorMap& map_clipped, int batch_rows,
-                                          typename Traits::Element* keys, uint64_t* full, int lane) {
+                                          int batch_heads, typename Traits::Element* keys, uint64_t* full, int lane) {
   if (lane == 0) mbarrier_arrive_expect(full, Traits::kKeyBytes);
   __syncwarp();
-  const int head = item.head_set / args.sets_per_key_head;
+  const int head = item.head_set / args.sets_per_key_head + item.sequence * batch_heads;
   const int begin = item.k_begin + item.first_key + item.sequence * batch_rows;
   if (whole) {
     if (lane == 0) cute::SM90_TMA_LOAD_5D::copy(&map, full, kGradPassThroughL2, keys, 0, begin, 0, 0, head);
@@ -175,8 +175,9 @@ __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& a
 
 template <class Traits>
 __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, typename Traits::Storage& storage,
-                                           const KeyItem& item, const QueryPlan& plan, int head, int stage_of_plan,
+                                           const KeyTileSlot& tile, const QueryPlan& plan, int head, int stage_of_plan,
                                            int stage, int lane) {
+  const KeyItem& item = tile.item;
   const int segments_log2 = Traits::kTileMLog2 - args.segment_log2;
   const int first_lane = stage_of_plan << segments_log2;
   const uint32_t lanes = ((1u << (1 << segments_log2)) - 1) << first_lane;
@@ -230,9 +231,10 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
       const int offset = row * (Traits::kChunks * Traits::kChunkBytes);
       const int q_row = plan.query < 0 ? 1 << 30 : q_begin + plan.query;
       const int grad_out_row = plan.query < 0 ? 1 << 30 : grad_out_begin + plan.query;
-      cute::SM90_TMA_LOAD_5D::copy(&args.map_q, full, kGradKeepInL2, queries + offset, 0, q_row, 0, 0, head);
+      cute::SM90_TMA_LOAD_5D::copy(&args.map_q, full, kGradKeepInL2, queries + offset, 0, q_row, 0, 0,
+                                   head + tile.q_batch_head);
       cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out, full, kGradKeepInL2, grad_out + offset, 0, grad_out_row, 0, 0,
-                                   head);
+                                   head + tile.grad_out_batch_head);
     }
   } else {
     constexpr int kBoxes = Traits::kTileM / 8 * Traits::kChunks;  // of 8 rows and one chunk
@@ -245,10 +247,10 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
       const int column = box % Traits::kChunks * Traits::kChunkColumns;
       if (box < kBoxes) {
         cute::SM90_TMA_LOAD_5D::copy(&args.map_q_clipped, full, kGradKeepInL2, queries + box * Traits::kAtomBytes,
-                                     column, kRunEnd - from_end, int{kRunEnd}, q_begin + end, head);
+                                     column, kRunEnd - from_end, int{kRunEnd}, q_begin + end, head + tile.q_batch_head);
         cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out_clipped, full, kGradKeepInL2,
                                      grad_out + box * Traits::kAtomBytes, column, kRunEnd - from_end, int{kRunEnd},
-                                     grad_out_begin + end, head);
+                                     grad_out_begin + end, head + tile.grad_out_batch_head);
       }
     }
   }
@@ -294,6 +296,8 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
       tile.first_stage = item.parts > 1 ? static_cast<int>(int64_t{stages} * item.part / item.parts) : 0;
       const int end = item.parts > 1 ? static_cast<int>(int64_t{stages} * (item.part + 1) / item.parts) : stages;
       tile.stages = end - tile.first_stage;
+      tile.q_batch_head = item.sequence * args.q_batch_heads;
+      tile.grad_out_batch_head = item.sequence * args.grad_out_batch_heads;
       mbarrier_arrive(&storage.tile_full[slot.index]);
     }
     slot.advance();
@@ -319,10 +323,11 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
   RingPosition<Traits::kStages> ring(1);
   while (true) {
     mbarrier_wait(&storage.tile_full[slot.index], slot.parity);
-    const KeyItem& item = storage.tiles[slot.index].item;  // out of registers, of which there are few
+    const KeyTileSlot& tile = storage.tiles[slot.index];  // out of registers, of which there are few
+    const KeyItem& item = tile.item;
     if (item.column < 0) break;
     // Stages of this part of the tile, counted from the head at hand on.
-    int begin = storage.tiles[slot.index].first_stage, end = begin + storage.tiles[slot.index].stages;
+    int begin = tile.first_stage, end = begin + tile.stages;
     if (end - begin <= Traits::kTileLead && lane == 0) mbarrier_arrive(&storage.tile_wanted);
     const int first_head = item.head_set * args.tile_heads, last_head = first_head + args.tile_heads - 1;
     for (int head = first_head; end > 0; ++head) {
@@ -346,7 +351,7 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
 #pragma unroll 1
           for (int stage = 0; stage < min(plan_stages, end_of_head - planned); ++stage) {
             mbarrier_wait(&storage.empty[ring.index], ring.parity);
-            load_stage<Traits>(args, storage, item, plan, head, stage, ring.index, lane);
+            load_stage<Traits>(args, storage, tile, plan, head, stage, ring.index, lane);
             if (planned + stage == end - Traits::kTileLead - 1 && lane == 0) mbarrier_arrive(&storage.tile_wanted);
             ring.advance();
           }
@@ -399,11 +404,11 @@ __device__ __forceinline__ void run_key_warp(const BackwardKeysArguments& args, 
     }
     // Values are free a stage before keys.
     mbarrier_wait(&storage.values_empty, keys.parity);
-    load_keys<Traits>(args, item, seen, whole, args.map_v, args.map_v_clipped, args.v_batch_rows, storage.values,
-                      &storage.values_full, lane);
+    load_keys<Traits>(args, item, seen, whole, args.map_v, args.map_v_clipped, args.v_batch_rows, args.v_batch_heads,
+                      storage.values, &storage.values_full, lane);
     mbarrier_wait(&storage.keys_empty, keys.parity);
-    load_keys<Traits>(args, item, seen, whole, args.map_k, args.map_k_clipped, args.k_batch_rows, storage.keys,
-                      &storage.keys_full, lane);
+    load_keys<Traits>(args, item, seen, whole, args.map_k, args.map_k_clipped, args.k_batch_rows, args.k_batch_heads,
+                      storage.keys, &storage.keys_full, lane);
     keys.advance();
   }
 }

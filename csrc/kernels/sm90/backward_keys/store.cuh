@@ -148,13 +148,13 @@ __device__ __forceinline__ void leave_keys(const BackwardKeysArguments& args, ty
       float* buffer = storage.grad_queries[unit * 4 + warp];
       if (args.grad_v != nullptr) {
         bulk_wait_read(lane);
-        send_keys<Traits>(args, grad_values, 1.f, args.map_grad_v, row + item.sequence * args.grad_v_batch_rows, head,
-                          buffer, lane);
+        send_keys<Traits>(args, grad_values, 1.f, args.map_grad_v, row + item.sequence * args.grad_v_batch_rows,
+                          head + item.sequence * args.grad_v_batch_heads, buffer, lane);
       }
       if (args.grad_k != nullptr) {
         bulk_wait_read(lane);
         send_keys<Traits>(args, grad_keys, args.scale, args.map_grad_k, row + item.sequence * args.grad_k_batch_rows,
-                          head, buffer, lane);
+                          head + item.sequence * args.grad_k_batch_heads, buffer, lane);
       }
       return;
     }

@@ -37,6 +37,7 @@ struct KeyTileSlot {
   KeyItem item;     // column < 0: no more tiles
   int first_stage;  // of those of the whole tile
   int stages;
+  int q_batch_head, grad_out_batch_head;  // of the tensors, the first of the tile's batch entry
 };
 
 // A CTA takes its next tile off the work list when this many queries of the current one are still to be loaded: enough
@@ -166,13 +167,14 @@ struct BackwardKeysTraits {
   static_assert(kTileM == 64, "a row of gradients of scores is one swizzle pattern");
 };
 
-// What the kernel gets, by value. Row coordinates of batched tensors are batch * *_batch_rows + row.
+// What the kernel gets, by value. Coordinates of batched tensors are batch * *_batch_rows + row and
+// batch * *_batch_heads + head.
 struct BackwardKeysArguments {
   // Whole rows: (columns of a chunk, rows, chunks, groups of 8 rows, heads), box of one segment.
   CUtensorMap map_q, map_grad_out;
   CUtensorMap map_k, map_v;            // the same, box of a tile
   CUtensorMap map_grad_k, map_grad_v;  // (head_dim, rows, heads), box of a chunk of 16 rows
-  int grad_k_batch_rows, grad_v_batch_rows;
+  int grad_k_batch_rows, grad_v_batch_rows, grad_k_batch_heads, grad_v_batch_heads;
   // 8 rows of a chunk that end at any row, see tensor_map.h: (head_dim, rows before the end, wrap, end, heads).
   CUtensorMap map_q_clipped, map_grad_out_clipped, map_k_clipped, map_v_clipped;
 
@@ -200,6 +202,7 @@ struct BackwardKeysArguments {
 
   int rows_q, rows_k;  // per batch entry; all, when packed
   int q_batch_rows, grad_out_batch_rows, k_batch_rows, v_batch_rows;
+  int q_batch_heads, grad_out_batch_heads, k_batch_heads, v_batch_heads;
   int head_dim;
   int heads_k;
   int united;             // key blocks that a tile may unite

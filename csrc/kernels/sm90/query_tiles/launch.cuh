@@ -10,6 +10,7 @@
 #include "kernels/instances.h"
 #include "kernels/sm90/query_tiles/traits.cuh"
 #include "kernels/sm90/tensor_rows.h"
+#include "plan/layout.h"
 
 namespace hbsattn::kernels {
 
@@ -25,7 +26,7 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   RowsOfTensor v = rows_of(params.v, params, params.rows_k, params.heads_k);
   if (params.rows_k == 0) {
     // Nothing will be loaded, but a tensor map needs an address and a row.
-    k = v = {q.matrix, 0};
+    k = v = {q.matrix, 0, 0};
     k.matrix.heads = v.matrix.heads = 1;
   }
   const int group = params.heads_q / params.heads_k;
@@ -55,11 +56,22 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(q.matrix, Config::kChunkColumns, &args.map_q_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, Config::kChunkColumns, &args.map_k_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, Config::kChunkColumns, &args.map_v_clipped));
-  // Whole rows would take columns past head_dim from the next head.
-  args.whole_rows = params.head_dim == Config::kHeadDim && !args.ragged_blocks;
-  if (args.whole_rows) {
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, Config::kChunkColumns, segment, &args.map_k));
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, segment, &args.map_v));
+  // Columns that whole rows take from the next head must not meet any of the queries, or of output gradients. Those of
+  // values make columns of the forward's output that are not stored.
+  const bool rows_end = whole_rows_end(params.head_dim, Config::kChunkColumns);
+  args.whole_keys = rows_end && !args.ragged_blocks;
+  args.whole_values = (rows_end || !for_backward) && !args.ragged_blocks;
+  args.whole_value_rows = INT_MAX;
+  if (!rows_end) {
+    // Nothing is known of what lies behind the tensor's last row.
+    const int64_t behind = Config::kChunkColumns - params.head_dim % Config::kChunkColumns;
+    args.whole_value_rows = static_cast<int>(v.matrix.rows - mask::ceil_div(behind, v.matrix.row_stride));
+  }
+  if (args.whole_keys) {
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, Config::kChunkColumns, segment, Traits::kChunks, &args.map_k));
+  }
+  if (args.whole_values) {
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, segment, Traits::kChunks, &args.map_v));
   }
 
   args.mask = shape;
@@ -79,6 +91,10 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   args.k_batch_rows = k.batch_rows;
   args.v_batch_rows = v.batch_rows;
   args.out_batch_rows = out.batch_rows;
+  args.q_batch_heads = q.batch_heads;
+  args.k_batch_heads = k.batch_heads;
+  args.v_batch_heads = v.batch_heads;
+  args.out_batch_heads = out.batch_heads;
   args.lse_batch_stride_rows = params.packed ? 0 : args.rows_q;
   args.heads_q = params.heads_q;
   args.head_dim = params.head_dim;
@@ -93,7 +109,7 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   args.causal = shape.causal;
   args.scale = params.softmax_scale;
   args.scale_log2 = static_cast<float>(params.softmax_scale * M_LOG2E);
-  general = args.ragged_blocks || args.box_heads > 1 || tiles.united > 1;
+  general = needs_general_kernel(shape, tiles);
   return Status::Ok();
 }
 

@@ -116,12 +116,13 @@ __device__ __forceinline__ void load_queries(const Arguments& args, typename Tra
       const RowPlace place = place_row<kGeneral>(args, item, unit * kUnitRows + first);
       const int tensor_row = item.q_begin + item.sequence * args.q_batch_rows + place.row;
       const bool cut = args.box_heads == 1 && place.count > 0 && place.count < args.box_rows;
-      const auto load = [&](const CUtensorMap& map, const CUtensorMap& clipped, int row, typename Traits::Element* to) {
+      const auto load = [&](const CUtensorMap& map, const CUtensorMap& clipped, int row, int head,
+                            typename Traits::Element* to) {
         uint8_t* destination = reinterpret_cast<uint8_t*>(to) + (chunk * kUnitRows + first) * Traits::kChunkBytes;
         const int column = chunk * Traits::kChunkColumns;
         if (!cut) {
           cute::SM90_TMA_LOAD_3D::copy(&map, full, kPassThroughL2, destination, column,
-                                       place.count > 0 ? row : int{kOutOfBounds}, place.head);
+                                       place.count > 0 ? row : int{kOutOfBounds}, head);
           return;
         }
         // Rows behind the end of the block or the sequence arrive as zeros. As what follows in the tensor they would
@@ -129,13 +130,15 @@ __device__ __forceinline__ void load_queries(const Arguments& args, typename Tra
         for (int begin = 0; begin < args.box_rows; begin += 8) {
           cute::SM90_TMA_LOAD_5D::copy(&clipped, full, kPassThroughL2, destination + begin * Traits::kChunkBytes,
                                        column, kRunEnd - max(place.count - begin, 0), int{kRunEnd}, row + place.count,
-                                       place.head);
+                                       head);
         }
       };
-      load(args.map_q, args.map_q_clipped, tensor_row, storage.queries[buffer][unit]);
+      load(args.map_q, args.map_q_clipped, tensor_row, place.head + item.sequence * args.q_batch_heads,
+           storage.queries[buffer][unit]);
       if constexpr (Traits::kForGradients) {
         load(args.map_grad_out, args.map_grad_out_clipped,
-             item.q_begin + item.sequence * args.grad_out_batch_rows + place.row, storage.grad_out[buffer][unit]);
+             item.q_begin + item.sequence * args.grad_out_batch_rows + place.row,
+             place.head + item.sequence * args.grad_out_batch_heads, storage.grad_out[buffer][unit]);
       }
     }
   }
@@ -144,8 +147,8 @@ __device__ __forceinline__ void load_queries(const Arguments& args, typename Tra
 // Of the tensor maps that a launch uses, those that are read first.
 __device__ __forceinline__ void prefetch_tensor_maps(const QueryTileArguments& args) {
   cute::prefetch_tma_descriptor(&args.map_q);
-  cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_k : &args.map_k_clipped);
-  cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_v : &args.map_v_clipped);
+  cute::prefetch_tma_descriptor(args.whole_keys ? &args.map_k : &args.map_k_clipped);
+  cute::prefetch_tma_descriptor(args.whole_values ? &args.map_v : &args.map_v_clipped);
 }
 
 // Stages that a slot of segments holds. With many segments a stage, a lane's worth of them each; with few, no more than
@@ -278,16 +281,18 @@ struct StagePlan {
   int key;                          // first key of this lane's segment; -1: none
   int end;           // keys of the segment end here: at the last visible key or, where blocks are ragged, their own end
   uint32_t with;     // united blocks that are active with it, one bit each
-  uint32_t clipped;  // lanes whose segment ends before its rows do
+  uint32_t clipped;  // lanes whose segment cannot come in whole rows, as it ends before them, or they before their box
 
+  // `whole`: whether there are boxes of whole rows, for keys before `whole_end`.
   __device__ __forceinline__ StagePlan(const QueryTileArguments& args, const typename Traits::Storage& storage,
-                                       const TileSlot& tile, int slot, int lane)
+                                       const TileSlot& tile, int slot, bool whole, int whole_end, int lane)
       : segment_log2(args.segment_log2),
         segments_log2(Traits::kTileNLog2 - args.segment_log2),
         key(storage.segment_keys[slot][lane]),
         end(kGeneral ? storage.segment_ends[slot][lane] : tile.key_end),
         with(kGeneral ? storage.segment_with[slot][lane] : 1) {
-    clipped = args.whole_rows ? __ballot_sync(0xffffffffu, key >= 0 && key + (1 << segment_log2) > end) : 0xffffffffu;
+    const int last = min(end, whole_end);
+    clipped = whole ? __ballot_sync(0xffffffffu, key >= 0 && key + (1 << segment_log2) > last) : 0xffffffffu;
   }
 
   // Key in row `row` of stage `stage` of the plan, and the end of its segment; a negative key: none.
@@ -339,6 +344,7 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
   const CUtensorMap* whole = kKeys ? &args.map_k : &args.map_v;
   const CUtensorMap* clipped = kKeys ? &args.map_k_clipped : &args.map_v_clipped;
   const int batch_rows = kKeys ? args.k_batch_rows : args.v_batch_rows;
+  const int batch_heads = kKeys ? args.k_batch_heads : args.v_batch_heads;
   uint8_t* stages = reinterpret_cast<uint8_t*>(kKeys ? storage.keys : storage.values);
   uint64_t* full = kKeys ? storage.keys_full : storage.values_full;
   uint64_t* empty = kKeys ? storage.keys_empty : storage.values_empty;
@@ -355,11 +361,13 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
     if (tile.item.bit_row < 0) break;
     if (kKeys && tile.stages <= Traits::kTileLead && lane == 0) mbarrier_arrive(&storage.tile_wanted);
 
-    const int key_head = args.heads_per_key_head.div(tile.item.head);
+    const int key_head = args.heads_per_key_head.div(tile.item.head) + tile.item.sequence * batch_heads;
     const int run_begin = tile.item.k_begin + tile.item.sequence * batch_rows;
+    const int whole_end = kKeys ? INT_MAX : args.whole_value_rows - run_begin;
     for (int planned = 0; planned < tile.stages; planned += slot_stages<Traits>(args)) {
       mbarrier_wait(&storage.segments_full[segment_slot.index], segment_slot.parity);
-      const StagePlan<Traits, kGeneral> plan(args, storage, tile, segment_slot.index, lane);
+      const StagePlan<Traits, kGeneral> plan(args, storage, tile, segment_slot.index,
+                                             kKeys ? args.whole_keys : args.whole_values, whole_end, lane);
       // Every lane has read, so every lane arrives.
       mbarrier_arrive(&storage.segments_empty[segment_slot.index]);
       segment_slot.advance();
@@ -438,7 +446,8 @@ __device__ __forceinline__ void store_output(const QueryTileArguments& args, typ
         const int row = item.q_begin + item.sequence * args.out_batch_rows + place.row;
         if (lane < Traits::kChunks && lane * Traits::kChunkColumns < args.head_dim) {
           cute::SM90_TMA_STORE_3D::copy(&args.map_out, source + (lane * kUnitRows + first) * Traits::kChunkBytes,
-                                        lane * Traits::kChunkColumns, row, place.head);
+                                        lane * Traits::kChunkColumns, row,
+                                        place.head + item.sequence * args.out_batch_heads);
         }
       } else {
         // The sequence or the block cuts this piece: the copy engine would overwrite the rows that follow.

@@ -142,7 +142,8 @@ struct QueryTileTraits {
   static_assert(sizeof(Storage) <= sm90_shared_limit(Config::kCtasPerSm), "a CTA's shared memory");
 };
 
-// What the kernel gets, by value. Row coordinates of batched tensors are batch * *_batch_rows + row.
+// What the kernel gets, by value. Coordinates of batched tensors are batch * *_batch_rows + row and
+// batch * *_batch_heads + head.
 struct QueryTileArguments {
   CUtensorMap map_q;    // (head_dim, rows, heads), box kChunkColumns x box_rows x box_heads
   CUtensorMap map_out;  // the same
@@ -166,6 +167,7 @@ struct QueryTileArguments {
 
   int rows_q, rows_k;  // per batch entry; all, when packed
   int q_batch_rows, k_batch_rows, v_batch_rows, out_batch_rows;
+  int q_batch_heads, k_batch_heads, v_batch_heads, out_batch_heads;
   int lse_batch_stride_rows;  // 0 when packed
   int heads_q, head_dim;
   cutlass::FastDivmod heads_per_key_head;
@@ -180,8 +182,9 @@ struct QueryTileArguments {
   int k_block_size;
   int segment_log2;  // a segment is the largest power of two rows, up to kTileN, that divides k_block_size
   cutlass::FastDivmod segments_per_block;
-  bool ragged_blocks;  // k_block_size is no multiple of a granule: the last segment of a block is short
-  bool whole_rows;     // map_k and map_v can be used; otherwise every stage goes through the clipped maps
+  bool ragged_blocks;             // k_block_size is no multiple of a granule: the last segment of a block is short
+  bool whole_keys, whole_values;  // map_k, map_v can be used; otherwise every stage goes through the clipped map
+  int whole_value_rows;           // of the tensor, that map_v may be used for
   bool causal;
   float scale, scale_log2;
   float zero;  // 0, unknown to the compiler
