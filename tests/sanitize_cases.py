@@ -1,9 +1,9 @@
-"""Small problems for compute-sanitizer (`make sanitize`), with gradients, each checked against the formula; then lengths
-that lie.
+"""Small problems for compute-sanitizer (`make sanitize`), each with gradients and checked against the formula.
 
-The formula is evaluated on the CPU, so that the product's kernels are nearly all that the sanitizer sees. Arguments are
-names of problems to run. "lies" names the lengths that lie within the tensors. "hostile" adds those that lead past them,
-by every method of the backward pass, for memcheck alone: sequences that share keys may read sums that nobody wrote.
+The formula is evaluated on the CPU, so that the product's kernels are nearly all that the sanitizer sees. Arguments
+are names of problems to run. "lies" names lengths that lie within the tensors. "hostile" adds those that lead past
+them, by every method of the backward pass, for memcheck alone: sequences that share keys may read sums that nobody
+wrote.
 """
 
 from __future__ import annotations
