@@ -50,6 +50,8 @@ sanitize: $(BUILT) racecheck
 	  echo "== compute-sanitizer --tool $$tool"; \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) tests/sanitize_cases.py $(ARGS); \
 	done
+	@echo "== compute-sanitizer --tool memcheck, hostile lengths"
+	@compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) tests/sanitize_cases.py hostile
 
 # racecheck wants a build of its own: see mbarrier_arrive_warp in csrc/kernels/common/ptx.cuh.
 racecheck: $(BUILT)

@@ -1,8 +1,9 @@
-"""Small problems for compute-sanitizer (`make sanitize`), each checked against the formula, with gradients, and lengths
-that lie, by every method that computes gradients.
+"""Small problems for compute-sanitizer (`make sanitize`), each with gradients and checked against the formula.
 
-The formula is evaluated on the CPU, so that the product's kernels are nearly all that the sanitizer sees. Arguments are
-the names of problems to run; "lies" runs the lengths.
+The formula is evaluated on the CPU, so that the product's kernels are nearly all that the sanitizer sees. Arguments
+are names of problems to run. "lies" names lengths that lie within the tensors. "hostile" adds those that lead past
+them, by every method of the backward pass, for memcheck alone: sequences that share keys may read sums that nobody
+wrote.
 """
 
 from __future__ import annotations
@@ -69,22 +70,26 @@ def main() -> None:
         print(f"{spec.name}: ok", flush=True)
     if not names or "lies" in names:
         for spec in BACKWARD_METHODS:
+            if spec.name in ("by_keys_of_64", "by_queries", "united"):
+                run_lies(spec, False, LIES)
+        print("lies: ok", flush=True)
+    if "hostile" in names:
+        for spec in BACKWARD_METHODS:
             for deterministic in (False, True):
-                run_lies(spec, deterministic)
-            print(f"lies to {spec.name}: ok", flush=True)
+                run_lies(spec, deterministic, [*LIES, *HOSTILE_LENGTHS.values()])
+            print(f"hostile to {spec.name}: ok", flush=True)
 
 
-# Within the tensors, and past them.
-LIES = [(0, 300, 0, 300), (300, 200, 100, 0), (0, 0, 0, 300), *HOSTILE_LENGTHS.values()]
+LIES = [(0, 300, 0, 300), (300, 200, 100, 0), (0, 0, 0, 300)]  # within the tensors
 
 
-def run_lies(spec: Case, deterministic: bool) -> None:
+def run_lies(spec: Case, deterministic: bool, lies: list[tuple[int, ...]]) -> None:
     """Forward and backward of tensors of HOSTILE_ROWS rows, about which the lengths of queries, keys or both lie."""
     generator = torch.Generator().manual_seed(0)
     heads = (spec.heads_q, spec.heads_k, spec.heads_k)
     tensors = [torch.randn((HOSTILE_ROWS, n, spec.head_dim), generator=generator).bfloat16().cuda() for n in heads]
     rows, cols = (-(-HOSTILE_ROWS // size) for size in (spec.q_block, spec.k_block))
-    for number, lie in enumerate(LIES):
+    for number, lie in enumerate(lies):
         batch = len(lie) - 1
         honest = (*[0] * batch, HOSTILE_ROWS)
         lens_q, lens_k = ((lie, lie), (lie, honest), (honest, lie))[number % 3]

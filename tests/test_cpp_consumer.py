@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each builds with CMake
+
 ROOT = Path(__file__).resolve().parents[1]
 PASSED = "GPU: forward and backward passed"
 FLAGS = ("-std=c++17", "-pedantic", "-Wall", "-Wextra", "-Werror")
@@ -76,7 +78,6 @@ def test_consumer_on_the_gpu(core: Path, tmp_path: Path):
     assert PASSED in run_consumer(core, tmp_path)
 
 
-@pytest.mark.slow
 def test_shared_library(tmp_path: Path):
     if os.environ.get("HBSATTN_CORE_PREFIX"):
         pytest.skip("HBSATTN_CORE_PREFIX names the core to test")

@@ -61,8 +61,11 @@ def test_sets_of_heads_again_and_again():
     spec = case("again", lens_q=lens, k_block=64, head_dim=128, causal=True, density=0.5, **{**GROUP, "q_block": 8192})
     problem = make_problem(dataclasses.replace(spec, heads_q=64, heads_k=8, mask_heads=8), "cuda", torch.bfloat16)
     mask = problem.mask()
-    for _ in range(100):
-        judge_gradients(problem, differentiate(problem, mask=mask))
+    first = differentiate(problem, mask=mask)
+    judge_gradients(problem, first)
+    for _ in range(100):  # a set that is left out, or comes twice, is a large part of the whole
+        for got, want in zip(differentiate(problem, mask=mask), first, strict=True):
+            torch.testing.assert_close(got, want)
 
 
 @pytest.mark.gpu

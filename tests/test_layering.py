@@ -20,8 +20,8 @@ ALLOCATES = r"\bcuda(Malloc\w*|Free\w*|HostAlloc)\s*\("
 SYNCHRONIZES = r"\bcuda(DeviceSynchronize|StreamSynchronize|EventSynchronize|Memcpy)\s*\("
 READS_ENVIRONMENT = r"\b(std::)?getenv\s*\("
 # How work is cut into tiles for kernels, and what of it a cache holds, is decided in csrc/plan alone. Python may know
-# how long a list can get, and the CPU backend how it cuts its own work; not the rules' names, nor rows of tiles, numbers
-# of multiprocessors and shares of a cache in bytes.
+# how long a list can get, and the CPU backend how it cuts its own work; not the rules' names, nor rows of tiles,
+# numbers of multiprocessors or shares of a cache.
 TILE_RULES = (
     r"(?i)\b(choose_\w*tile\w*|count_tile_heads|count_(packed|united)\w*|packed_heads|shape_(key_)?tiles|pays_to_unite"
     r"|\w*section_?(bytes|items)|part_(bytes|slots)|running_(keys|bytes)|together_bytes|\w*own_tiles"

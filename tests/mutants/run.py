@@ -98,16 +98,25 @@ def run_tests(mutant: Mutant, log: Path) -> str:
     return {0: "passed", 1: "failed"}.get(code, "broken")
 
 
+def files_below(folder: Path) -> set[Path]:
+    """The sources of a tree, relative to it."""
+    roots = [folder / name for name in COPIED]
+    files = {path for root in roots for path in (root.rglob("*") if root.is_dir() else [root]) if path.is_file()}
+    relative = {path.relative_to(folder) for path in files}
+    return {path for path in relative if path.suffix != ".so" and "__pycache__" not in path.parts}
+
+
 def prepare() -> None:
-    COPY.mkdir(parents=True, exist_ok=True)
-    for name in COPIED:
-        source, target = ROOT / name, COPY / name
-        if source.is_dir():
-            ignored = shutil.ignore_patterns("*.so", "__pycache__", "build")
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(source, target, ignore=ignored)
-        else:
-            shutil.copy2(source, target)
+    """Makes the copy what the tree is. What is the same already keeps its time, so that it is not compiled again; what
+    a fault left behind gets a new one."""
+    wanted = files_below(ROOT)
+    for path in files_below(COPY) - wanted:
+        (COPY / path).unlink()
+    for path in wanted:
+        target, content = COPY / path, (ROOT / path).read_bytes()
+        if not target.is_file() or target.read_bytes() != content:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
 
 
 def first_failure(log: Path) -> str:
