@@ -67,8 +67,7 @@ def count_key_items(batch: int, layout: MaskLayout, call: CallShape, rows_k: int
     united = RECORD_ROWS // size if size % 16 == 0 and size < RECORD_ROWS else 1
     tiles = ceil_div(size, RECORD_ROWS)
     if packed:
-        cols = torch.sym_min(batch * layout.cols, ceil_div(rows_k, size) + batch)
-        tiles = (cols // united + batch) * tiles
+        tiles = ((ceil_div(rows_k, size) + batch) // united + batch) * tiles
     else:
         tiles = batch * ceil_div(layout.cols, united) * tiles
     return call.heads_q * tiles + PART_RECORDS

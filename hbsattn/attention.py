@@ -89,7 +89,7 @@ def _attend(
         return results if return_lse else results[0]
     bits, sequences = mask._kept_bits(), mask.sequences
     items = backward_plan = None
-    if bits.device.type != "cpu":  # which needs no plans
+    if q.device.type != "cpu":  # which needs no plans
         if mask._find_plan(("items", call)) is None:
             # What does not fit is refused before anything is launched, also before the work list is made.
             ops.check_forward.default(q, k, v, bits, sequences, layout, *options)

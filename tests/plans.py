@@ -22,7 +22,7 @@ class Lists(NamedTuple):
 
 
 def layout_of(mask: hbsattn.BlockMask) -> tuple[int, int, int, int]:
-    return mask.cols, mask.q_block_size, mask.k_block_size, int(mask.causal)
+    return mask._layout
 
 
 def plan_items(mask: hbsattn.BlockMask, *call: int) -> Tensor:

@@ -16,6 +16,7 @@ from cases import Case, case
 from gradients import upstream
 from hbsattn._cpu.attend import MaskTensors, attend, differentiate
 from oracle import plan
+from plans import layout_of, plan_items
 from problems import judge, make_problem, same
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -338,9 +339,9 @@ def test_agrees_with_cuda(name: str):
     here, there = (make_problem(spec, device, torch.bfloat16) for device in ("cpu", "cuda"))
     masks = [p.mask() for p in (here, there)]
     assert same(masks[0].bits, masks[1].bits.cpu()) and same(masks[0].sequences, masks[1].sequences.cpu())
-    sizes = (masks[0].cols, spec.q_block, spec.k_block, spec.causal, spec.heads_q, spec.heads_k, spec.head_dim, 2, True)
-    want = plan.plan_items(masks[0].bits, masks[0].sequences, *sizes)
-    got = torch.ops.hbsattn.plan_items(masks[1].bits, masks[1].sequences, *sizes).cpu()
+    call = (spec.heads_q, spec.heads_k, spec.head_dim, 2, True)
+    want = plan.plan_items(masks[0].bits, masks[0].sequences, *layout_of(masks[0]), *call)
+    got = plan_items(masks[1], *call).cpu()
     assert same(*(items[items[:, plan.BLOCKS] > 0] for items in (want, got)))
     judge(here, *here.run(masks[0]))
     judge(there, *there.run(masks[1]))

@@ -137,6 +137,25 @@ def check_order(got: list[KeyItem], sections: list[list[KeyItem]]) -> None:
     assert got[len(heavy) :] == [item for section in rest for item in sorted(section, key=lambda item: -item.blocks)]
 
 
+def in_sections(
+    spec: Case, mask: hbsattn.BlockMask, head_dim: int, items: list[KeyItem], deterministic: bool = False
+) -> list[list[KeyItem]]:
+    """Items of all sequences and sets of heads as the list has them in sections, before they are put in order."""
+    heads = tile_heads(spec, mask, head_dim, deterministic)
+    set_bytes = oracle.count_query_bytes(max(mask.batch, 1), mask.rows, mask._q_block, head_dim, 2) * heads
+    rows_k = sum(spec.keys) if spec.packed else max(spec.keys, default=0)
+    shape = (mask.batch, mask.cols, mask._k_block, spec.heads_q // heads, head_dim, set_bytes, rows_k, spec.packed)
+    places = oracle.place_keys(*shape)
+    col_begin = mask.sequences[:, 5].tolist()
+    tile_keys = key_tiles(mask._k_block, head_dim)[0]
+    sections: dict[int, list[KeyItem]] = {}
+    for item in items:
+        tile = (item.first_key - item.column * mask._k_block) // tile_keys
+        place = places.find(item.head_set, item.sequence, col_begin[item.sequence], item.column, tile)
+        sections.setdefault(place // places.section, []).append(item)
+    return [sections[key] for key in sorted(sections)]
+
+
 def expected_items(spec: Case, mask: hbsattn.BlockMask, head_dim: int, deterministic: bool = False) -> list[KeyItem]:
     """All tiles that hold keys, in the order of sets of heads, sequences and keys."""
     tile_keys, tiles, united = key_tiles(spec.k_block, head_dim)
@@ -183,24 +202,23 @@ def test_transpose(spec: Case):
 def test_plan_keys(spec: Case, head_dim: int):
     mask = build_mask(spec, block_masks(spec, seed=7), "cuda", seed=7)
     want = expected_items(spec, mask, head_dim)
-    check_order(plan(spec, mask, head_dim), [want])  # so small a problem is one section
+    check_order(plan(spec, mask, head_dim), in_sections(spec, mask, head_dim, want))
 
 
 @pytest.mark.parametrize("k_block", [32, 128, 192])
 def test_plan_of_several_sections(k_block: int):
-    """Queries and gradients that outgrow the L2 cache: heavy tiles come first for three sequences and heads at a time.
+    """Queries and gradients that outgrow the L2 cache: heavy tiles come first for two or three sequences at a time.
 
-    80 blocks of 128 queries, of the average sequence, with 8 bytes for each of 128 columns are 10 MB of 32.
+    80 blocks of 128 queries, of the average sequence, with 8 bytes for each of 128 columns are 10 MB; a section has 32
+    MB on an H200, 27 on an H100.
     """
     spec = case(
         "sections", lens_q=(20000, 300), heads_q=4, heads_k=4, mask_heads=4, q_block=128, k_block=k_block, density=0.1
     )
     mask = build_mask(spec, block_masks(spec, seed=8), "cuda", seed=8)
-    sections: dict[int, list[KeyItem]] = {}
-    for item in expected_items(spec, mask, 128):
-        sections.setdefault((item.head_set * mask.batch + item.sequence) // 3, []).append(item)
-    assert len(sections) == 3
-    check_order(plan(spec, mask, 128), list(sections.values()))
+    sections = in_sections(spec, mask, 128, expected_items(spec, mask, 128))
+    assert len(sections) >= 3
+    check_order(plan(spec, mask, 128), sections)
 
 
 def test_parts_of_heavy_tiles():
@@ -218,16 +236,15 @@ def test_parts_of_heavy_tiles():
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("mask_heads", "k_block"), [(1, 128), (2, 64), (16, 192)])
 def test_sets_of_heads(mask_heads: int, k_block: int, deterministic: bool):
-    """Heads of a group whose queries outgrow the L2 cache: a tile streams two of the eight, one section for each."""
+    """Heads of a group whose queries outgrow the L2 cache: a tile streams one or two of the eight."""
     spec = case(
         "sets", lens_q=(9000,), heads_q=16, heads_k=2, mask_heads=mask_heads, q_block=128, k_block=k_block, density=0.2
     )
     mask = build_mask(spec, block_masks(spec, seed=12), "cuda", seed=12)
-    assert tile_heads(spec, mask, 128, deterministic) == (8 if deterministic else 2)
-    sections: dict[int, list[KeyItem]] = {}
-    for item in expected_items(spec, mask, 128, deterministic):
-        sections.setdefault(item.head_set, []).append(item)
-    check_order(plan(spec, mask, 128, deterministic=deterministic), list(sections.values()))
+    assert tile_heads(spec, mask, 128, deterministic) in ((8,) if deterministic else (1, 2))
+    items = expected_items(spec, mask, 128, deterministic)
+    sections = in_sections(spec, mask, 128, items, deterministic)
+    check_order(plan(spec, mask, 128, deterministic=deterministic), sections)
 
 
 def test_too_many_parts():

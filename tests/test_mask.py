@@ -389,7 +389,7 @@ def unite(items: list[Item], rows: Tensor, k_block: int) -> list[Item]:
     first = dataclasses.replace(
         items[0], blocks=together, masked=together, col_end=items[-1].col_end, united=len(items)
     )
-    return [first, *(dataclasses.replace(item, bit_row=-1, blocks=0, masked=0, united=0) for item in items[1:])]
+    return [first]
 
 
 def expected_items(
@@ -459,16 +459,16 @@ def test_plan(spec: Case, pack_heads: bool, for_backward: bool, device: str):
 
 
 def check_order(items: list[Item], rows: int, tiles: int, packed: int, tile: int) -> None:
-    """Items with blocks are sorted by weight, stably, within sections of the natural order (group, row, tile)."""
-    live = list(itertools.takewhile(lambda item: item.bit_row >= 0, items))
-    assert all((item.bit_row, item.united) == (-1, 0) for item in items[len(live) :])
-    natural = [((item.head // packed) * rows + item.bit_row % rows) * tiles + item.first_row // tile for item in live]
-    if len(live) < len(items):
+    """Items are sorted by weight, stably, within sections of the natural order (group, row, tile)."""
+    places = [((item.head // packed) * rows + item.bit_row % rows) * tiles + item.first_row // tile for item in items]
+    assert len(set(places)) == len(items)
+    if any(item.united > 1 for item in items):
         # Neighbours are united: few items, in one section.
-        section = [(-item.blocks, position) for item, position in zip(live, natural, strict=True)]
-        assert section == sorted(section) and len(set(natural)) == len(live)
+        section = [(-item.blocks, place) for item, place in zip(items, places, strict=True)]
+        assert section == sorted(section)
         return
-    assert sorted(natural) == list(range(len(items)))
+    rank = {place: rank for rank, place in enumerate(sorted(places))}
+    natural = [rank[place] for place in places]
     begin = 0
     for end, highest in enumerate(itertools.accumulate(natural, max), start=1):
         if highest == end - 1:
@@ -491,9 +491,7 @@ def test_plan_of_several_sections(device: str):
 
 def covered_blocks(items: list[Item]) -> list[tuple[int, int]]:
     """Heads and bit rows of the tiles of a list, whose tiles are whole query blocks or several."""
-    live = list(itertools.takewhile(lambda item: item.bit_row >= 0, items))
-    assert all((item.bit_row, item.united) == (-1, 0) for item in items[len(live) :])
-    return sorted((item.head, item.bit_row + i) for item in live for i in range(item.united))
+    return sorted((item.head, item.bit_row + i) for item in items for i in range(item.united))
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -505,7 +503,7 @@ def test_united_plan_of_several_sections(device: str):
     items = read_items(work_list(mask, 16, 16, 64, True))
     assert covered_blocks(items) == [(head, head * mask.rows + row) for head in range(16) for row in range(mask.rows)]
     if device == "cuda":
-        assert {item.united for item in items} >= {0, 4}
+        assert {item.united for item in items} >= {1, 4}
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -531,7 +529,8 @@ def test_blocks_longer_than_sequences(lens: tuple[int, ...], for_backward: bool)
     masks = block_masks(spec, seed=13)
     mask = build_mask(spec, masks, "cuda", seed=13)
     live = read_items(work_list(mask, spec.heads_q, spec.heads_k, 64, True, for_backward))
-    want = expected_items(spec, mask, expected_rows(spec, trimmed(spec, masks)), True, for_backward=for_backward)
+    rows = expected_rows(spec, trimmed(spec, masks), spec.mask_form)
+    want = expected_items(spec, mask, rows, True, for_backward=for_backward)
     assert set(live) == want and len(live) == len(want)
 
 

@@ -56,19 +56,25 @@ Tensor pad_head_dim(const Tensor& tensor) {
 }
 
 Tensor cut_head_dim(const Tensor& tensor, int64_t head_dim) {
-  return tensor.numel() == 0 ? tensor : tensor.narrow(-1, 0, head_dim).contiguous();
+  // A gradient that nobody needs has one dimension.
+  return tensor.dim() == 1 ? tensor : tensor.narrow(-1, 0, head_dim).contiguous();
 }
 
 Tensor allocate_workspace(size_t bytes, at::Device device) {
   return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions(at::kByte).device(device));
 }
 
+const Tensor& check_given(const char* name, const OptionalTensor& tensor, const char* maker) {
+  TORCH_CHECK_VALUE(tensor.has_value(), describe(name, " is None; expected what ", maker, " makes, on CUDA"));
+  return *tensor;
+}
+
 TwoTensors run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
-                       const Tensor& items, const MaskLayout& layout, bool pack_heads, double softmax_scale,
+                       const OptionalTensor& items, const MaskLayout& layout, bool pack_heads, double softmax_scale,
                        int64_t* cycles) {
   const at::Device device = q.device();
   ForwardParams params = read_problem(q, k, v, bits, sequences, layout, pack_heads, softmax_scale);
-  read_items(items, device, params);
+  read_items(check_given("items", items, "plan_items"), device, params);
   const int64_t head_dim = params.head_dim;
   if (head_dim % kHeadDimMultiple != 0) {
     raise_if_error(supported(params));
@@ -94,18 +100,12 @@ TwoTensors run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
   return {out, lse};
 }
 
-const Tensor& check_given(const char* name, const OptionalTensor& tensor, const char* maker) {
-  TORCH_CHECK_VALUE(tensor.has_value(), describe(name, " is None; expected what ", maker, " makes, on CUDA"));
-  return *tensor;
-}
-
 // `backward_plan` and `deterministic` are for the autograd rule alone.
 TwoTensors forward_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
                       const OptionalTensor& items, const OptionalTensor& backward_plan, at::IntArrayRef layout,
                       bool pack_heads, double softmax_scale, bool deterministic) {
   const c10::DeviceGuard guard(q.device());
-  return run_forward(q, k, v, bits, sequences, check_given("items", items, "plan_items"), read_layout(layout),
-                     pack_heads, softmax_scale, nullptr);
+  return run_forward(q, k, v, bits, sequences, items, read_layout(layout), pack_heads, softmax_scale, nullptr);
 }
 
 // The forward, and the clock of its multiprocessor where each CTA begins and ends: (CTAs, 2).

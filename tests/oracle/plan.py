@@ -7,6 +7,8 @@ sequence. `sequences` is int32 (batch, 6) with the columns below.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,12 +18,38 @@ Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN = range(6)
 ITEM_INTS = 16
 BLOCKS = 5  # the column of a work item that counts its active blocks
 
-# Of a section of the work list.
-SECTION_BYTES = 32 << 20
-SECTION_ITEMS = 8192
-
-RUNNING_KEYS, RUNNING_BYTES, TOGETHER_BYTES = 132 * 128, 36 << 20, 5 << 20  # count_tile_heads
+SECTION_ITEMS = 8192  # of a section of the work list, at most
 PART_BYTES = 10 << 20  # of the workspace of the backward pass, for parts of tiles
+
+
+class Card(NamedTuple):
+    """What the rules know of a device; by default an H200."""
+
+    multiprocessors: int = 132
+    l2_bytes: int = 60 << 20
+
+    @property
+    def section_bytes(self) -> int:
+        return self.l2_bytes * 8 // 15
+
+    @property
+    def running_bytes(self) -> int:
+        return self.l2_bytes * 3 // 5
+
+    @property
+    def together_bytes(self) -> int:
+        return self.l2_bytes // 12
+
+    @property
+    def running_keys(self) -> int:
+        return self.multiprocessors * 128
+
+
+def this_card() -> Card:
+    if not torch.cuda.is_available():
+        return Card()
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Card(properties.multi_processor_count, properties.L2_cache_size)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -88,6 +116,17 @@ def goes_by_queries(
     return head_dim <= 128 and k_block_size < 64 and choose_tile_rows(rows, head_dim) == 128
 
 
+def count_row_bytes(head_dim: int, element_size: int) -> int:
+    """Of a query, its output gradient and the sum of its gradient."""
+    return ceil_div(head_dim, 8) * 8 * (2 * element_size + 4)
+
+
+def count_query_bytes(batch: int, rows: int, q_block_size: int, head_dim: int, element_size: int) -> int:
+    """Of one query head, for a sequence of average length."""
+    of_sequence = min(max(rows // batch, 1) * q_block_size, 2**31 - 1)
+    return of_sequence * count_row_bytes(head_dim, element_size)
+
+
 def count_tile_heads(
     batch: int,
     rows: int,
@@ -103,20 +142,43 @@ def count_tile_heads(
     group = heads_q // heads_k
     if deterministic or group < 4 or batch == 0:
         return group
-    of_row = ceil_div(head_dim, 8) * 8 * (2 * element_size + 4)
-    of_head = min(max(rows // batch, 1) * q_block_size, 2**31 - 1) * of_row
-    if of_head <= TOGETHER_BYTES // group:
+    card = this_card()
+    of_head = count_query_bytes(batch, rows, q_block_size, head_dim, element_size)
+    if of_head <= card.together_bytes // group:
         return group
-    fit = RUNNING_BYTES // max(of_head, RUNNING_KEYS * of_row) // (2 if causal else 1)
+    running = card.running_keys * count_row_bytes(head_dim, element_size)
+    fit = card.running_bytes // max(of_head, running) // (2 if causal else 1)
     return max(heads for heads in range(1, group + 1) if group % heads == 0 and (heads == 1 or heads <= fit))
 
 
-def count_key_items(batch: int, cols: int, k_block_size: int, head_sets: int, head_dim: int) -> int:
-    """Items of the backward pass's work list, for query heads in as many sets as tiles stream one by one."""
+class KeyPlaces(NamedTuple):
+    """The places of tiles of keys before they are put in order: sets of heads, sequences, groups of blocks, tiles."""
+
+    groups: int  # of united key blocks, of all sequences
+    of_sequence: int  # groups of each one; 0 where tensors are packed
+    united: int
+    tiles: int  # of a group
+    section: int  # places that are put in order together
+
+    def find(self, head_set: int, sequence: int, col_begin: int, column: int, tile: int) -> int:
+        first = sequence * self.of_sequence if self.of_sequence else col_begin // self.united + sequence
+        return (head_set * self.groups + first + column // self.united) * self.tiles + tile
+
+
+def place_keys(
+    batch: int, cols: int, k_block_size: int, head_sets: int, head_dim: int, set_bytes: int, rows_k: int, packed: bool
+) -> KeyPlaces:
+    """`set_bytes`: what the queries of a sequence and a set of heads take of the cache."""
     tile_keys = choose_tile_rows(k_block_size, head_dim) if head_dim <= 128 else 64
     united = tile_keys // k_block_size if k_block_size % 16 == 0 and k_block_size < tile_keys else 1
-    tiles = batch * head_sets * ceil_div(cols, united) * ceil_div(k_block_size, tile_keys)
-    return tiles + min(tiles, PART_BYTES // (2 * 4 * tile_keys * ceil_div(head_dim, 64) * 64))
+    tiles = ceil_div(k_block_size, tile_keys)
+    of_sequence = 0 if packed else ceil_div(cols, united)
+    groups = (ceil_div(rows_k, k_block_size) + batch) // united + batch if packed else batch * of_sequence
+    places = head_sets * groups * tiles
+    pairs = max(this_card().section_bytes // set_bytes, 1)
+    wanted = min(max(pairs * ceil_div(groups, max(batch, 1)) * tiles, ceil_div(places, SECTION_ITEMS)), places)
+    section = ceil_div(wanted, ceil_div(wanted, SECTION_ITEMS)) if wanted else 1
+    return KeyPlaces(groups, of_sequence, united, tiles, section)
 
 
 def plan_items(
@@ -211,7 +273,7 @@ def _section_items(items: int, batch: int, rows: int, tiles: int, row_groups: in
     """Items that are put in order together, as csrc/kernels/mask/plan.cu has it: those of as many pairs of a sequence
     and a key head as have keys and values that fit a cache.
     """
-    pairs = max(SECTION_BYTES // pair_bytes, 1)
+    pairs = max(this_card().section_bytes // pair_bytes, 1)
     bit_rows = pairs // batch * row_groups * rows if pairs >= batch else pairs * ceil_div(rows, batch)
     wanted = min(bit_rows * tiles, items)
     return ceil_div(wanted, ceil_div(wanted, SECTION_ITEMS))

@@ -81,12 +81,14 @@ __device__ __forceinline__ void clamp_item(const QueryTileArguments& args, WorkI
   item.q_begin = clamp(item.q_begin, 0, args.rows_q);
   item.k_begin = clamp(item.k_begin, 0, args.rows_k);
   item.q_len = clamp(item.q_len, 0, args.rows_q - item.q_begin);
+  const bool cut = item.k_len > args.rows_k - item.k_begin;
   item.k_len = clamp(item.k_len, 0, args.rows_k - item.k_begin);
   item.block_row = clamp(item.block_row, 0, args.rows_q);
   item.first_row = clamp(item.first_row, 0, args.block_rows.divisor);
   item.col_end = clamp(item.col_end, 0, static_cast<int>(args.mask.cols));
   item.blocks = clamp(item.blocks, 0, static_cast<int>(args.mask.cols));
-  item.masked = clamp(item.masked, 0, item.blocks);
+  // Which blocks need masks was planned for the length that the item claims.
+  item.masked = cut ? item.blocks : clamp(item.masked, 0, item.blocks);
   if (kGeneral) item.united = clamp(min(item.united, rows - item.bit_row % rows), 1, args.united);
 }
 
