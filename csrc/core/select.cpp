@@ -132,10 +132,10 @@ Status check_head_dim(int head_dim) {
 }
 
 // `rows` and `heads`: of a batch entry.
-Status check_view(const char* name, const ForwardParams& problem, const TensorView& tensor, int64_t rows,
-                  int64_t heads) {
+Status check_view(const char* name, const ForwardParams& problem, const TensorView& tensor, int64_t rows, int64_t heads,
+                  bool by_rows = false) {
   const TensorView view = view_of(problem, tensor);
-  if (addressable(view, problem.dtype)) {
+  if (addressable(view, problem.dtype, by_rows)) {
     const TensorSpan span = span_tensor(problem, view, rows, heads);
     const int64_t longest = std::max(span.rows, span.heads);
     if (longest < kSm90RowLimit) return Status::Ok();
@@ -145,7 +145,8 @@ Status check_view(const char* name, const ForwardParams& problem, const TensorVi
   return Status::NotSupported(std::string(name) + " has strides (" + std::to_string(view.batch_stride) + ", " +
                               std::to_string(view.row_stride) + ", " + std::to_string(view.head_stride) +
                               ", 1) or an address that the copy engine cannot use; expected 16-byte aligned data and "
-                              "strides, and a batch stride that is a multiple of the row stride or of the head stride");
+                              "strides, and a batch stride that is a multiple of the row stride" +
+                              (by_rows ? "" : " or of the head stride"));
 }
 
 }  // namespace
@@ -164,14 +165,14 @@ const char* name_of(DType dtype) {
   return "unknown";
 }
 
-bool addressable(const TensorView& view, DType dtype) {
+bool addressable(const TensorView& view, DType dtype, bool by_rows) {
   // A tensor map's strides fit 40 bits; those of rows must also leave room for the wrap of kernels/common/tensor_map.h.
   constexpr int64_t kRowLimit = int64_t{1} << 31, kHeadLimit = int64_t{1} << 40;
   const int64_t row_bytes = view.row_stride * size_of(dtype), head_bytes = view.head_stride * size_of(dtype);
   return reinterpret_cast<uintptr_t>(view.data) % kVectorBytes == 0 && row_bytes > 0 && row_bytes < kRowLimit &&
          row_bytes % kVectorBytes == 0 && head_bytes > 0 && head_bytes < kHeadLimit && head_bytes % kVectorBytes == 0 &&
          view.batch_stride >= 0 &&
-         (view.batch_stride % view.row_stride == 0 || view.batch_stride % view.head_stride == 0);
+         (view.batch_stride % view.row_stride == 0 || (!by_rows && view.batch_stride % view.head_stride == 0));
 }
 
 Status check_addressable(const ForwardParams& params) {
@@ -185,7 +186,8 @@ Status check_addressable(const ForwardParams& params) {
 Status check_addressable(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
   HBSATTN_RETURN_IF_ERROR(check_addressable(problem));
-  HBSATTN_RETURN_IF_ERROR(check_view("grad_out", problem, params.grad_out, problem.rows_q, problem.heads_q));
+  HBSATTN_RETURN_IF_ERROR(check_view("q", problem, problem.q, problem.rows_q, problem.heads_q, true));
+  HBSATTN_RETURN_IF_ERROR(check_view("grad_out", problem, params.grad_out, problem.rows_q, problem.heads_q, true));
   if (params.needs_q)
     HBSATTN_RETURN_IF_ERROR(check_view("grad_q", problem, params.grad_q, problem.rows_q, problem.heads_q));
   if (params.needs_k)

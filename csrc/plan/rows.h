@@ -68,18 +68,30 @@ constexpr RowGap find_key_gap(const MaskShape& shape, const Sequence* sequences,
   return clamp_gap(begin, index + 1 < shape.batch ? sequences[index + 1].k_begin : rows, rows);
 }
 
+// Rows of queries that tiles of keys stream at once, at most: a segment, the largest power of two of them that divides
+// a block of whole granules.
+inline constexpr int32_t kMostSegmentRows = 64;
+
+constexpr int32_t segment_rows(int32_t q_block_size) {
+  const int32_t power = q_block_size & -q_block_size;
+  return power < kMostSegmentRows ? power : kMostSegmentRows;
+}
+
 // How the workspace of the backward pass holds query rows: in chunks of 16, none of which has rows of two blocks or
 // sequences. Where blocks are whole granules, a row's chunk follows from its position, so that a head has hardly more
-// chunks than its tensor, whatever the size of blocks. Other blocks are padded to whole chunks, block by block.
+// chunks than its tensor, whatever the size of blocks; the chunks of a segment are one sequence's. Other blocks are
+// padded to whole chunks, block by block.
 struct QueryChunks {
   int64_t count;         // of a head
   int32_t per_block;     // 0: rows lie by position
   int32_t per_sequence;  // by position, of a batch entry; 0: packed
+  int32_t per_segment;   // by position
 
   // By position: that of a sequence's first row; those of its other rows follow. Packed sequences begin at least one
-  // chunk behind the last of the one before, because they begin behind its last row.
+  // segment behind the last of the one before, because they begin behind its last row.
   constexpr int32_t first(int32_t sequence, int32_t q_begin) const {
-    return per_sequence > 0 ? sequence * per_sequence : q_begin / kGranule + sequence;
+    if (per_sequence > 0) return sequence * per_sequence;
+    return (q_begin / (kGranule * per_segment) + sequence) * per_segment;
   }
 };
 
@@ -89,11 +101,12 @@ constexpr QueryChunks chunk_queries(const ForwardParams& problem) {
     // Blocks may be longer than all sequences.
     const int64_t rows = mask::smaller<int64_t>(shape.q_block_size, problem.rows_q);
     const int64_t per_block = mask::larger<int64_t>(mask::ceil_div(rows, kGranule), 1);
-    return {shape.rows * per_block, static_cast<int32_t>(per_block), 0};
+    return {shape.rows * per_block, static_cast<int32_t>(per_block), 0, 1};
   }
-  if (problem.packed) return {problem.rows_q / kGranule + shape.batch, 0, 0};
-  const int64_t per_sequence = mask::larger<int64_t>(mask::ceil_div(problem.rows_q, kGranule), 1);
-  return {shape.batch * per_sequence, 0, static_cast<int32_t>(per_sequence)};
+  const int32_t rows = segment_rows(shape.q_block_size), per_segment = rows / kGranule;
+  if (problem.packed) return {(problem.rows_q / rows + shape.batch) * per_segment, 0, 0, per_segment};
+  const int64_t per_sequence = mask::larger<int64_t>(mask::ceil_div(problem.rows_q, rows), 1) * per_segment;
+  return {shape.batch * per_sequence, 0, static_cast<int32_t>(per_sequence), per_segment};
 }
 
 // The query of a chunk's row.

@@ -42,8 +42,8 @@ void check_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, cons
 #if HBSATTN_WITH_CUDA
 
 // The tensor, or a copy where the kernels cannot address it: a copy costs less than a second kind of kernel.
-Tensor make_addressable(const char* name, const Tensor& tensor, DType dtype, TensorView& view) {
-  if (addressable(view, dtype)) return tensor;
+Tensor make_addressable(const char* name, const Tensor& tensor, DType dtype, TensorView& view, bool by_rows = false) {
+  if (addressable(view, dtype, by_rows)) return tensor;
   Tensor copy = tensor.clone(at::MemoryFormat::Contiguous);
   view = to_view(name, copy);
   return copy;
@@ -170,11 +170,11 @@ ThreeTensors run_backward(const Tensor& grad_out, const OptionalTensor& grad_lse
   const Tensor grad_out_rows = grad_out.stride(-1) == 1 ? grad_out : grad_out.contiguous();
   problem.out = to_view("out", out);
   params.grad_out = to_view("grad_out", grad_out_rows);
-  const Tensor q_read = make_addressable("q", q, problem.dtype, problem.q);
+  const Tensor q_read = make_addressable("q", q, problem.dtype, problem.q, true);
   const Tensor k_read = make_addressable("k", k, problem.dtype, problem.k);
   const Tensor v_read = make_addressable("v", v, problem.dtype, problem.v);
   const Tensor out_read = make_addressable("out", out, problem.dtype, problem.out);
-  const Tensor grad_out_read = make_addressable("grad_out", grad_out_rows, problem.dtype, params.grad_out);
+  const Tensor grad_out_read = make_addressable("grad_out", grad_out_rows, problem.dtype, params.grad_out, true);
   const Tensor lse_read = lse.contiguous(), grad_lse_read = grad_lse ? grad_lse->contiguous() : Tensor();
   problem.lse = lse_read.data_ptr<float>();
   if (grad_lse) params.grad_lse = grad_lse_read.const_data_ptr<float>();

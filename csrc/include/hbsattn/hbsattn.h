@@ -103,8 +103,9 @@ HBSATTN_API Status supported(const BackwardParams& params);
 // Whether the tensor memory accelerator can address this view: 16-byte aligned data, strides above 0 that are multiples
 // of 16 bytes, and batch strides that are whole multiples of the row stride or of the head stride: batch entries lie
 // one after another, or, as in (rows, batch, heads, head_dim), between rows. `forward` and `backward` refuse other
-// views; a copy of the tensor qualifies.
-HBSATTN_API bool addressable(const TensorView& view, DType dtype);
+// views; a copy of the tensor qualifies. `by_rows`: batch entries may not lie between rows; so `backward` wants q and
+// grad_out, whose addresses its innermost loop computes.
+HBSATTN_API bool addressable(const TensorView& view, DType dtype, bool by_rows = false);
 
 // One compiled kernel, as `forward` or `backward` would choose it.
 struct KernelInfo {

@@ -34,9 +34,8 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   const BackwardWorkspace workspace = lay_out_backward(params, Config::kHeadDim, method, policy);
 
   sm90::BackwardKeysArguments args{};
-  const int segment = shape.q_block_size % kGranule == 0
-                          ? std::min(shape.q_block_size & -shape.q_block_size, Config::kTileM)
-                          : kGranule;
+  static_assert(Config::kTileM == kMostSegmentRows);
+  const int segment = shape.q_block_size % kGranule == 0 ? segment_rows(shape.q_block_size) : kGranule;
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(q.matrix, Config::kChunkColumns, &args.map_q_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(grad_out.matrix, Config::kChunkColumns, &args.map_grad_out_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, Config::kChunkColumns, &args.map_k_clipped));
@@ -97,8 +96,6 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.grad_out_batch_rows = grad_out.batch_rows;
   args.k_batch_rows = k.batch_rows;
   args.v_batch_rows = v.batch_rows;
-  args.q_batch_heads = q.batch_heads;
-  args.grad_out_batch_heads = grad_out.batch_heads;
   args.k_batch_heads = k.batch_heads;
   args.v_batch_heads = v.batch_heads;
   args.head_dim = problem.head_dim;

@@ -137,7 +137,7 @@ __device__ __forceinline__ void load_keys(const BackwardKeysArguments& args, con
 // What goes into the next stages, one segment a lane.
 struct QueryPlan {
   int query;   // first of this lane's segment, in the sequence; -1: none
-  int end;     // queries of the segment end here; -1: none
+  int end;     // queries of the segment end here
   int chunk;   // of the workspace, where the segment's rows begin
   int with;    // united key blocks that are active with it, one bit each
   bool whole;  // it ends with its last row
@@ -148,7 +148,7 @@ template <class Traits>
 __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& args, const KeyItem& item,
                                                   const ColumnBits& bits, const typename Traits::Blocks& blocks,
                                                   int head, int position, bool exists) {
-  constexpr QueryPlan kNone{-1, -1, -1, 0, true, false};
+  constexpr QueryPlan kNone{-1, 0, -1, 0, true, false};
   int entry, from_end;
   args.segments_per_block(entry, from_end, position);
   if (!exists || entry >= blocks.made) return kNone;
@@ -175,9 +175,8 @@ __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& a
 
 template <class Traits>
 __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, typename Traits::Storage& storage,
-                                           const KeyTileSlot& tile, const QueryPlan& plan, int head, int stage_of_plan,
+                                           const KeyItem& item, const QueryPlan& plan, int head, int stage_of_plan,
                                            int stage, int lane) {
-  const KeyItem& item = tile.item;
   const int segments_log2 = Traits::kTileMLog2 - args.segment_log2;
   const int first_lane = stage_of_plan << segments_log2;
   const uint32_t lanes = ((1u << (1 << segments_log2)) - 1) << first_lane;
@@ -186,15 +185,14 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
 
   {
     const int row = lane % Traits::kGranules * kGranule, source = first_lane + (row >> args.segment_log2);
-    const int query = __shfl_sync(0xffffffffu, plan.query, source) + row_in_segment(row);
-    const int end = __shfl_sync(0xffffffffu, plan.end, source);
+    const int query = __shfl_sync(0xffffffffu, plan.query, source);
     const int chunk = __shfl_sync(0xffffffffu, plan.chunk, source);
     const int with = __shfl_sync(0xffffffffu, plan.with, source);
     StageInfo<Traits::kGranules>& info = storage.infos[stage];
     if (lane < Traits::kGranules) {
-      info.queries[lane] = query;
+      info.queries[lane] = query + row_in_segment(row);
       info.with[lane] = with;
-      info.chunks[lane] = query < end ? chunk + row_in_segment(row) / kGranule : -1;
+      info.chunks[lane] = query < 0 ? -1 : chunk + row_in_segment(row) / kGranule;
     }
     if (lane == 0) info.masked = (clean & lanes) != lanes;
   }
@@ -213,28 +211,20 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
   const bool mine = lanes >> lane & 1;
   const int row = (lane - first_lane) << args.segment_log2;
   if (mine) {
-    // Chunks behind the segment's last granule are another sequence's. Statistics of padding make weights 0.
-    const int rows = 1 << args.segment_log2;
-    int first = 0, chunk = plan.chunk, end = min((plan.end - plan.query + kGranule - 1) & -kGranule, rows);
-#pragma unroll 1
-    for (;; first = end, end = rows, chunk = args.padding_chunk) {
-      if (first == end) continue;
-      const int64_t from = int64_t{chunk} * kGranule;
-      const int bytes = (end - first) * static_cast<int>(sizeof(float));
-      cute::SM90_BULK_COPY_G2S::copy(args.lse + from, full, &storage.lse[stage][row + first], bytes);
-      cute::SM90_BULK_COPY_G2S::copy(args.delta + from, full, &storage.delta[stage][row + first], bytes);
-      if (end == rows) break;
-    }
+    // Statistics of rows that do not exist make their weights 0.
+    const int64_t chunk = plan.query < 0 ? args.padding_chunk : plan.chunk;
+    const int bytes = static_cast<int>(sizeof(float)) << args.segment_log2;
+    cute::SM90_BULK_COPY_G2S::copy(args.lse + chunk * kGranule, full, &storage.lse[stage][row], bytes);
+    cute::SM90_BULK_COPY_G2S::copy(args.delta + chunk * kGranule, full, &storage.delta[stage][row], bytes);
   }
   if ((whole & lanes) == lanes && args.whole_rows) {
     if (mine) {
       const int offset = row * (Traits::kChunks * Traits::kChunkBytes);
       const int q_row = plan.query < 0 ? 1 << 30 : q_begin + plan.query;
       const int grad_out_row = plan.query < 0 ? 1 << 30 : grad_out_begin + plan.query;
-      cute::SM90_TMA_LOAD_5D::copy(&args.map_q, full, kGradKeepInL2, queries + offset, 0, q_row, 0, 0,
-                                   head + tile.q_batch_head);
+      cute::SM90_TMA_LOAD_5D::copy(&args.map_q, full, kGradKeepInL2, queries + offset, 0, q_row, 0, 0, head);
       cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out, full, kGradKeepInL2, grad_out + offset, 0, grad_out_row, 0, 0,
-                                   head + tile.grad_out_batch_head);
+                                   head);
     }
   } else {
     constexpr int kBoxes = Traits::kTileM / 8 * Traits::kChunks;  // of 8 rows and one chunk
@@ -247,10 +237,10 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
       const int column = box % Traits::kChunks * Traits::kChunkColumns;
       if (box < kBoxes) {
         cute::SM90_TMA_LOAD_5D::copy(&args.map_q_clipped, full, kGradKeepInL2, queries + box * Traits::kAtomBytes,
-                                     column, kRunEnd - from_end, int{kRunEnd}, q_begin + end, head + tile.q_batch_head);
+                                     column, kRunEnd - from_end, int{kRunEnd}, q_begin + end, head);
         cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out_clipped, full, kGradKeepInL2,
                                      grad_out + box * Traits::kAtomBytes, column, kRunEnd - from_end, int{kRunEnd},
-                                     grad_out_begin + end, head + tile.grad_out_batch_head);
+                                     grad_out_begin + end, head);
       }
     }
   }
@@ -299,8 +289,6 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
       tile.first_stage = parts > 1 ? static_cast<int>(stages * part / parts) : 0;
       const int end = parts > 1 ? static_cast<int>(stages * (part + 1) / parts) : stages;
       tile.stages = end - tile.first_stage;
-      tile.q_batch_head = announced.sequence * args.q_batch_heads;
-      tile.grad_out_batch_head = announced.sequence * args.grad_out_batch_heads;
       mbarrier_arrive(&storage.tile_full[slot.index]);
     }
     slot.advance();
@@ -354,7 +342,7 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
 #pragma unroll 1
           for (int stage = 0; stage < min(plan_stages, end_of_head - planned); ++stage) {
             mbarrier_wait(&storage.empty[ring.index], ring.parity);
-            load_stage<Traits>(args, storage, tile, plan, head, stage, ring.index, lane);
+            load_stage<Traits>(args, storage, item, plan, head, stage, ring.index, lane);
             if (planned + stage == end - Traits::kTileLead - 1 && lane == 0) mbarrier_arrive(&storage.tile_wanted);
             ring.advance();
           }

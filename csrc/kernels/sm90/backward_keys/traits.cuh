@@ -37,7 +37,6 @@ struct KeyTileSlot {
   KeyItem item;     // column < 0: no more tiles
   int first_stage;  // of those of the whole tile
   int stages;
-  int q_batch_head, grad_out_batch_head;  // of the tensors, the first of the tile's batch entry
 };
 
 // A CTA takes its next tile off the work list when this many queries of the current one are still to be loaded: enough
@@ -202,7 +201,7 @@ struct BackwardKeysArguments {
 
   int rows_q, rows_k;  // per batch entry; all, when packed
   int q_batch_rows, grad_out_batch_rows, k_batch_rows, v_batch_rows;
-  int q_batch_heads, grad_out_batch_heads, k_batch_heads, v_batch_heads;
+  int k_batch_heads, v_batch_heads;
   int head_dim;
   int heads_k;
   int united;             // key blocks that a tile may unite
