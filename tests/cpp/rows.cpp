@@ -136,8 +136,13 @@ void check_chunks(const Table& table) {
   const MaskShape& shape = problem.mask.shape;
   const QueryChunks chunks = chunk_queries(problem);
   if (shape.q_block_size % kGranule == 0) {
-    const int64_t batch = problem.packed ? 1 : shape.batch;
-    check(chunks.count <= batch * (problem.rows_q / kGranule + 1) + shape.batch, "hardly more chunks than rows need");
+    const int64_t runs = problem.packed ? 1 : shape.batch, segment = segment_rows(shape.q_block_size);
+    check(chunks.count <= (runs * (problem.rows_q / segment + 1) + shape.batch) * (segment / kGranule),
+          "hardly more chunks than segments need");
+    for (int32_t b = 0; b < shape.batch; ++b) {
+      check(chunks.first(b, problem.packed ? table.sequences[b].q_begin : 0) % chunks.per_segment == 0,
+            "no segment has chunks of two sequences");
+    }
   }
   std::vector<int> seen(chunks.count * kGranule);
   for (int64_t bit_row = 0; bit_row < shape.rows; ++bit_row) {
@@ -196,7 +201,7 @@ void check_lies(Table& table) {
   }
 }
 
-// Short sequences in long blocks take about a chunk each, as the workspace has them.
+// Short sequences in long blocks take about a segment each, as the workspace has them.
 void check_size() {
   BackwardParams params;
   ForwardParams& problem = params.problem;
@@ -210,7 +215,7 @@ void check_size() {
   problem.rows_q = problem.rows_k = 4096 * 8;
   problem.head_dim = 128;
   const BackwardWorkspace workspace = lay_out_backward(params, 128, BackwardMethod::kByKeys, DevicePolicy{});
-  check(workspace.rows == 4096 * 8 + 4096 * 16, "sums of short sequences are not padded to blocks");
+  check(workspace.rows == 4096 * 8 + 4096 * 64, "sums of short sequences are padded to segments, not to blocks");
 }
 
 }  // namespace
