@@ -56,14 +56,15 @@ def normal_tensors() -> contextlib.AbstractContextManager:
 class _Made:
     """A plan, how to make it again, and the version of the contents that it belongs to."""
 
-    __slots__ = ("event", "is_pending", "make", "tensors", "version")
+    __slots__ = ("event", "is_pending", "is_recorded", "make", "tensors", "version")
 
-    def __init__(self, tensors: Plan, version: int, make: Maker) -> None:
+    def __init__(self, tensors: Plan, version: int, make: Maker, on_device: bool) -> None:
         self.tensors = tensors
         self.version = version
         self.make = make
         self.event: torch.cuda.Event | None = None  # of the making; one for good, as graphs may wait for it
-        self.is_pending = False  # whether the making may still be under way
+        self.is_pending = on_device  # whether the making may still be under way
+        self.is_recorded = False  # whether the event happens behind it
 
     def record(self, device: torch.device) -> None:
         """Notes that the plan is made by what was launched up to now."""
@@ -72,11 +73,18 @@ class _Made:
                 # A graph that waits for an external event does so at each replay.
                 self.event = torch.cuda.Event(external=True)
             self.event.record(torch.cuda.current_stream(device))
-            self.is_pending = True
+            self.is_pending = self.is_recorded = True
 
     def settle(self, device: torch.device) -> None:
-        """Asks whether the plan is there. A capture may not ask."""
-        if not is_capturing(device) and self.event.query():
+        """Asks whether the plan is there, on the stream that made it. A capture may not ask.
+
+        The event is recorded at the first use after the making: one-shot masks, which have none, save it.
+        """
+        if is_capturing(device):
+            return
+        if not self.is_recorded:
+            self.record(device)
+        elif self.event.query():
             self.is_pending = False
 
 
@@ -118,11 +126,11 @@ class Plans:
         return self._find_of_other_stream(key) if is_capturing(self._device) else None
 
     def _find_of_other_stream(self, key: Hashable) -> Plan | None:
-        """For a capture: what another stream has made. If that is not known to be done, the graph waits for it."""
+        """For a capture: what another stream has made and used. If it is not known to be done, the graph waits for it."""
         version = self._version()
         for plans in list(self._made.values()):
             made = plans.get(key)
-            if made is not None and made.version == version:
+            if made is not None and made.version == version and (made.is_recorded or not made.is_pending):
                 if made.is_pending:
                     with torch.cuda.device(self._device):
                         torch.cuda.current_stream().wait_event(made.event)
@@ -155,10 +163,10 @@ class Plans:
             if made is not None and made.version == version:
                 return made.tensors  # another thread was faster
             if made is None:
-                made = _Made(plan, version, make)
+                made = _Made(plan, version, make, self._device.type == "cuda")
             else:
                 _rewrite(made, plan, version)
-            made.record(self._device)
+                made.is_pending, made.is_recorded = self._device.type == "cuda", False
             plans[key] = made
             return made.tensors
 

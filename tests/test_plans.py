@@ -259,6 +259,8 @@ def test_captures_wait_for_plans_of_other_streams(done: bool, streams: type[Fake
     """Unless a plan is known to be there; and what a capture makes is not kept."""
     mask, calls = on_streams(problem_of(SPEC, "cpu").mask()), []
     plan = counted(mask, calls)
+    assert not FakeEvent.made, "a plan of one call needs no event"
+    assert counted(mask, calls) is plan
     (event,) = FakeEvent.made
     event.done = done
     assert counted(mask, calls) is plan  # asks, as no capture is under way
@@ -272,14 +274,22 @@ def test_captures_wait_for_plans_of_other_streams(done: bool, streams: type[Fake
     streams.number, streams.capturing = 0, False
     mask.bits.zero_()
     assert counted(mask, calls) is plan and len(calls) == 2
+    assert counted(mask, calls) is plan and len(calls) == 2
     assert FakeEvent.made == [event] and event.records == 2
+
+    # What was used once is not known to be there.
+    mask.bits.zero_()
+    assert counted(mask, calls) is plan and len(calls) == 3
+    streams.number, streams.capturing = 1, True
+    assert counted(mask, calls) is not plan and len(calls) == 4
+    streams.number, streams.capturing = 0, False
 
     mask.bits.zero_()
     streams.number, streams.capturing = 1, True
-    assert counted(mask, calls) is not plan and counted(mask, calls) is not plan and len(calls) == 4
+    assert counted(mask, calls) is not plan and counted(mask, calls) is not plan and len(calls) == 6
     streams.capturing = False
     counted(mask, calls)
-    assert len(calls) == 5, "what a capture made has no values outside"
+    assert len(calls) == 7, "what a capture made has no values outside"
 
 
 def test_update_renews_the_plans_of_all_streams(streams: type[FakeStreams]):
