@@ -126,7 +126,7 @@ class Plans:
         return self._find_of_other_stream(key) if is_capturing(self._device) else None
 
     def _find_of_other_stream(self, key: Hashable) -> Plan | None:
-        """For a capture: what another stream has made and used. If it is not known to be done, the graph waits for it."""
+        """For a capture: what another stream has made and used. If it may not be done yet, the graph waits for it."""
         version = self._version()
         for plans in list(self._made.values()):
             made = plans.get(key)

@@ -37,12 +37,16 @@ def block_sparse_attention(
             they always are on a CPU. `torch.use_deterministic_algorithms(True)` asks for it too. On CUDA, backward then
             takes longer, but hardly any workspace.
 
-    Gradients flow from out and lse to q, k and v, in their dtype; what attends to nothing gets 0. On CUDA, backward
-    allocates float32 sums, of about the size of q padded to whole blocks, besides up to 10 MB; for key blocks below
-    64, in most shapes, of the size of k and v instead; and of both where four or more query heads read a key head of
-    long sequences. The first backward with a mask plans the work, and later ones with that mask share the plan. A NaN
-    or infinity in q or in a gradient of out may reach gradients of all keys in active blocks. Rows of packed tensors
-    that no sequence covers get no values, here as in the result.
+    Gradients flow from out and lse to q, k and v, in their dtype; what attends to nothing gets 0, whatever its own
+    gradients are. Those of tensors that require none are not computed: with k and v frozen, or with q frozen, backward
+    takes less time. On CUDA, backward allocates float32 sums, of about the size of q, besides up to 10 MB; for key
+    blocks below 64, in most shapes, of the size of k and v instead; and of both where four or more query heads read a
+    key head of long sequences. The first call with gradients plans the work of backward, and later ones with that mask
+    share the plan. Weights come from the log-sum-exp in float32: at scores beyond 2^16 gradients lose digits. A NaN or
+    infinity in q or in a gradient of out may reach gradients of all keys in active blocks.
+
+    Rows of packed tensors that no sequence covers get 0, here as in the result, and -inf in lse. Results of a sequence
+    do not depend on what lies beside it. Under autocast, q, k and v are cast as PyTorch's own attention casts them.
 
     A NaN or infinity in v may reach queries that do not attend to its key, if they share a tile with one that does:
     queries of the same block, or of neighbouring blocks. In k it reaches only those that attend to it.
@@ -53,7 +57,8 @@ def block_sparse_attention(
 
     Raises:
         ValueError, TypeError: for an argument that does not fit; the message says which, its value, and what does.
-        NotImplementedError: from a second derivative.
+        NotImplementedError: from a second derivative, from forward-mode derivatives, and from derivatives inside the
+            transforms of torch.func.
     """
     return _attend(q, k, v, mask, softmax_scale, return_lse, deterministic, True)
 

@@ -3,10 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <set>
 #include <string>
+#include <utility>
 
 #include "hbsattn/hbsattn.h"
+#include "torch/checks.h"
 
 namespace py = pybind11;
 
@@ -70,10 +73,65 @@ py::dict build_info() {
   return result;
 }
 
+hbsattn::DType dtype_of(const std::string& name) {
+  for (const hbsattn::DType dtype : kCpuDTypes) {
+    if (name == name_of(dtype)) return dtype;
+  }
+  TORCH_CHECK_TYPE(false, "q has dtype " + name + "; expected float16, bfloat16, float32 or float64");
+}
+
+py::dict to_dict(const hbsattn::Explanation& explanation) {
+  py::dict entry;
+  entry["method"] = explanation.method;
+  entry["kernel"] = explanation.kernel;
+  entry["queries_kernel"] = explanation.queries_kernel;
+  entry["general"] = explanation.general;
+  entry["tile_rows"] = explanation.tile_rows;
+  entry["stage_rows"] = explanation.stage_rows;
+  entry["tile_heads"] = explanation.tile_heads;
+  entry["num_items"] = explanation.num_items;
+  entry["num_key_items"] = explanation.num_key_items;
+  return entry;
+}
+
+// `queries` and `keys`: rows and heads; `mask`: batch, heads, rows and cols; `blocks`: queries and keys of a block.
+std::pair<py::dict, py::dict> explain(const std::string& dtype, bool packed, std::array<int64_t, 2> queries,
+                                      std::array<int64_t, 2> keys, int32_t head_dim, std::array<int64_t, 4> mask,
+                                      std::array<int32_t, 2> blocks, bool causal, bool deterministic,
+                                      std::array<bool, 3> needs) {
+  hbsattn::BackwardParams params;
+  hbsattn::ForwardParams& problem = params.problem;
+  problem.dtype = dtype_of(dtype);
+  problem.packed = packed;
+  problem.rows_q = queries[0];
+  problem.heads_q = static_cast<int32_t>(queries[1]);
+  problem.rows_k = keys[0];
+  problem.heads_k = static_cast<int32_t>(keys[1]);
+  problem.head_dim = head_dim;
+  problem.softmax_scale = 1.f;
+  hbsattn::MaskShape& shape = problem.mask.shape;
+  shape.batch = static_cast<int32_t>(mask[0]);
+  shape.heads = static_cast<int32_t>(mask[1]);
+  shape.rows = mask[2];
+  shape.cols = mask[3];
+  shape.q_block_size = blocks[0];
+  shape.k_block_size = blocks[1];
+  shape.causal = causal;
+  params.deterministic = deterministic;
+  params.needs_q = needs[0];
+  params.needs_k = needs[1];
+  params.needs_v = needs[2];
+  hbsattn::Explanation forward, backward;
+  hbsattn::raise_if_error(hbsattn::explain(problem, &forward));
+  hbsattn::raise_if_error(hbsattn::explain(params, &backward));
+  return {to_dict(forward), to_dict(backward)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "What this build contains. archs, head_dims, dtypes and kernels are what was compiled for CUDA: in a host-only "
         "build, where cuda is False, they are empty. cpu_dtypes are those of CPU tensors, the same in every build.");
+  m.def("explain", &explain, "How a call on the current device would be computed: (forward, backward).");
 }

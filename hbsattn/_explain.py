@@ -1,0 +1,55 @@
+"""What a call would do: kernels, tiles, the method of gradients, lengths of work lists."""
+
+import torch
+from torch import Tensor
+
+import hbsattn._C as _C
+from hbsattn._checks import check_bool, check_is_tensor
+from hbsattn.mask import BlockMask, check_is_mask
+
+
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, deterministic: bool = False
+) -> dict[str, dict[str, object]]:
+    """Tells how `block_sparse_attention(q, k, v, mask)` would be computed, without computing it or reading the device.
+
+    Args:
+        q, k, v, mask, deterministic: as for `block_sparse_attention`. Gradients are those of the tensors that require
+            one; of all three if none does.
+
+    Returns:
+        {"forward": ..., "backward": ...}. On a CPU each is {"kernel": "cpu"}. On CUDA each has
+
+        * kernel: as in `build_info()["kernels"]`; queries_kernel: a second one, for the gradient of q, or "".
+        * method: "forward"; of gradients "by_keys", "by_queries", "deterministic", "keys_only", "queries_only".
+        * general: whether the kernel takes its path for ragged, united or small blocks, which is slower.
+        * tile_rows: queries that a thread block keeps, or keys, where gradients go by keys; stage_rows: what it streams
+          past them at a time.
+        * tile_heads: query heads that share a tile; by keys, that a tile streams one after another.
+        * num_items, num_key_items: lengths of the work lists that the call reads, tiles without work included.
+
+    Raises:
+        ValueError, TypeError: as `block_sparse_attention`, for what does not fit.
+    """
+    check_is_mask(mask)
+    mask._check_use(q, k)
+    check_is_tensor("v", v)
+    check_bool("deterministic", deterministic)
+    if q.device.type == "cpu":
+        return {"forward": {"kernel": "cpu"}, "backward": {"kernel": "cpu"}}
+    cols, q_block, k_block, causal = mask._layout
+    needs = tuple(x.requires_grad for x in (q, k, v))
+    with torch.cuda.device(q.device):
+        forward, backward = _C.explain(
+            str(q.dtype).removeprefix("torch."),
+            mask.packed,
+            (q.shape[-3], q.shape[-2]),
+            (k.shape[-3], k.shape[-2]),
+            q.shape[-1],
+            (mask.batch, mask.heads, mask.rows, cols),
+            (q_block, k_block),
+            bool(causal),
+            deterministic or torch.are_deterministic_algorithms_enabled(),
+            needs if any(needs) else (True, True, True),
+        )
+    return {"forward": forward, "backward": backward}

@@ -1,0 +1,48 @@
+"""`explain` tells what a call does, as kernels and work lists have it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hbsattn
+from cases import case
+from gradients import leaves
+from plans import plan_items
+from problems import make_problem
+
+
+def test_on_a_cpu():
+    problem = make_problem(case("explained"), "cpu", torch.float32)
+    told = hbsattn.explain(problem.q, problem.k, problem.v, problem.mask())
+    assert told == {"forward": {"kernel": "cpu"}, "backward": {"kernel": "cpu"}}
+    with pytest.raises(TypeError, match="mask is a NoneType"):
+        hbsattn.explain(problem.q, problem.k, problem.v, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "q_block,k_block,deterministic,method,rows",
+    [
+        (128, 128, False, "by_keys", 128),
+        (128, 16, False, "by_queries", 128),
+        (128, 128, True, "deterministic", 128),
+        (64, 64, False, "by_keys", 64),
+    ],
+)
+def test_on_a_gpu(q_block: int, k_block: int, deterministic: bool, method: str, rows: int):
+    spec = case("explained", q_block=q_block, k_block=k_block, head_dim=128, lens_q=(500, 300))
+    problem = make_problem(spec, "cuda", torch.bfloat16)
+    mask = problem.mask()
+    with torch.random.fork_rng():
+        torch.use_deterministic_algorithms(False)
+        told = hbsattn.explain(*leaves(problem), mask, deterministic=deterministic)
+    forward, backward = told["forward"], told["backward"]
+    names = {kernel["name"] for kernel in hbsattn.build_info()["kernels"]}
+    assert forward["kernel"] in names and backward["kernel"] in names
+    assert backward["method"] == method and backward["tile_rows"] == rows
+    assert bool(backward["queries_kernel"]) == deterministic
+    live = int((plan_items(mask, spec.heads_q, spec.heads_k, 128, 2, True)[:, 0] >= 0).sum())
+    assert live <= forward["num_items"]
+    frozen = hbsattn.explain(problem.q.requires_grad_(), problem.k, problem.v, mask)["backward"]
+    assert frozen["method"] == "queries_only"
