@@ -143,12 +143,6 @@ CASES = [
 CASES += [case(f"head_dim_{d}", head_dim=d, causal=d % 16 == 0, q_block=32, k_block=48) for d in HEAD_DIMS]
 
 CASES += [case(f"head_dim_{d}", head_dim=d, causal=True, layout="padded") for d in (1, 20, 100, 250)]
-# Between the kernels' own, with blocks that fill stages, and rows that end with the tensor's memory or with NaN.
-CASES += [
-    case(f"head_dim_{d}_{layout}", head_dim=d, layout=layout, lens_q=(256, 256), packed=False, q_block=128, k_block=128)
-    for d in (24, 40, 72, 80, 112, 160, 224)
-    for layout in ("contiguous", "heads_first", "rows_first", "padded")
-]
 
 
 # Tiles of 192 rows: of one head, of the heads of a group, more than one to a block.

@@ -192,7 +192,7 @@ inline constexpr int32_t kHeadDimMultiple = 8;
 struct ForwardParams {
   TensorView q;          // (batch, seqlen_q, heads_q, head_dim) or (total_q, heads_q, head_dim)
   TensorView k;          // (batch, seqlen_k, heads_k, head_dim) or (total_k, heads_k, head_dim)
-  TensorView v;          // as k; what lies between its rows and heads may be read, to no effect
+  TensorView v;          // as k
   TensorView out;        // as q
   float* lse = nullptr;  // natural log; (batch, heads_q, seqlen_q) or (heads_q, total_q), contiguous
 

@@ -2,7 +2,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
 #include <string>
 
 namespace hbsattn {
@@ -70,15 +69,13 @@ Status encode_rows(const MatrixRows& tensor, int chunk, int box_rows, int box_he
       {static_cast<cuuint32_t>(chunk), static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_heads)}, map);
 }
 
-Status encode_whole_rows(const MatrixRows& tensor, int chunk, int box_rows, int box_chunks, CUtensorMap* map) {
+Status encode_whole_rows(const MatrixRows& tensor, int chunk, int box_rows, CUtensorMap* map) {
   const cuuint64_t row = tensor.row_stride * kElementSize, head = tensor.head_stride * kElementSize;
-  const cuuint64_t columns = std::min(chunk, tensor.head_dim), chunks = (tensor.head_dim + chunk - 1) / chunk;
-  const cuuint64_t groups = box_rows / 8;
+  const cuuint64_t columns = chunk, chunks = tensor.head_dim / chunk, groups = box_rows / 8;
   return encode<5>(
       tensor, {columns, static_cast<cuuint64_t>(tensor.rows), chunks, groups, static_cast<cuuint64_t>(tensor.heads)},
-      {row, static_cast<cuuint64_t>(chunk) * kElementSize, 8 * row, head},
-      {static_cast<cuuint32_t>(chunk), 8, static_cast<cuuint32_t>(box_chunks), static_cast<cuuint32_t>(groups), 1},
-      map);
+      {row, columns * kElementSize, 8 * row, head},
+      {static_cast<cuuint32_t>(chunk), 8, static_cast<cuuint32_t>(chunks), static_cast<cuuint32_t>(groups), 1}, map);
 }
 
 Status encode_clipped_rows(const MatrixRows& tensor, int chunk, CUtensorMap* map) {

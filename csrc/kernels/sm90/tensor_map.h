@@ -27,13 +27,8 @@ struct MatrixRows {
 Status encode_rows(const MatrixRows& tensor, int chunk, int box_rows, int box_heads, CUtensorMap* map);
 
 // (columns of a chunk, rows, chunks, groups of 8 rows, heads) with a box of `box_rows` whole rows, which arrive as
-// [group of 8][chunk][8][columns], of `box_chunks` chunks: zeros in those behind the last of the tensor. The last one
-// has whatever follows a row in memory, unless whole_rows_end says that it does not. Needs box_rows % 8 == 0.
-Status encode_whole_rows(const MatrixRows& tensor, int chunk, int box_rows, int box_chunks, CUtensorMap* map);
-
-// Whether columns from head_dim on read as zeros in whole rows: where none share a chunk with others, or there is just
-// the one chunk.
-constexpr bool whole_rows_end(int head_dim, int chunk) { return head_dim % chunk == 0 || head_dim < chunk; }
+// [group of 8][chunk][8][columns]. Needs head_dim % chunk == 0 and box_rows % 8 == 0.
+Status encode_whole_rows(const MatrixRows& tensor, int chunk, int box_rows, CUtensorMap* map);
 
 // 8 rows of a chunk of a run of rows that may end anywhere; rows past the end read as zeros although the tensor goes
 // on. A box that starts `r` rows into a run of `n` rows that begins at row `b` has the coordinates

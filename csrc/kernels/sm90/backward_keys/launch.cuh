@@ -41,15 +41,12 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, Config::kChunkColumns, &args.map_k_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, Config::kChunkColumns, &args.map_v_clipped));
   // Whole rows would take columns past head_dim from the next head.
-  args.whole_rows = whole_rows_end(problem.head_dim, Config::kChunkColumns);
+  args.whole_rows = problem.head_dim == Config::kHeadDim;
   if (args.whole_rows) {
-    const auto encode = [](const RowsOfTensor& tensor, int rows, CUtensorMap* map) {
-      return encode_whole_rows(tensor.matrix, Config::kChunkColumns, rows, Traits::kChunks, map);
-    };
-    HBSATTN_RETURN_IF_ERROR(encode(q, segment, &args.map_q));
-    HBSATTN_RETURN_IF_ERROR(encode(grad_out, segment, &args.map_grad_out));
-    HBSATTN_RETURN_IF_ERROR(encode(k, Config::kTileN, &args.map_k));
-    HBSATTN_RETURN_IF_ERROR(encode(v, Config::kTileN, &args.map_v));
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(q.matrix, Config::kChunkColumns, segment, &args.map_q));
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(grad_out.matrix, Config::kChunkColumns, segment, &args.map_grad_out));
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, Config::kChunkColumns, Config::kTileN, &args.map_k));
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, Config::kTileN, &args.map_v));
   }
 
   if constexpr (Traits::kSendsKeys) {

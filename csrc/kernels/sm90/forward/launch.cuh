@@ -1,7 +1,6 @@
 #pragma once
 
 #include "kernels/sm90/forward/kernel.cuh"
-#include "kernels/sm90/query_tiles/clear_ticket.h"
 #include "kernels/sm90/query_tiles/launch.cuh"
 
 namespace hbsattn::kernels {
@@ -25,7 +24,8 @@ Status run_forward(const ForwardParams& params, Stream stream) {
     return Status::NotSupported("tiles of " + std::to_string(Config::kTileM) +
                                 " rows were planned for blocks that their kernel cannot take");
   }
-  HBSATTN_RETURN_IF_ERROR(clear_ticket(args.ticket, stream));
+  // By a memset: it costs less than a kernel of its own, and no other kernel of the call comes before this one.
+  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.ticket, 0, sizeof(int), stream), "cudaMemsetAsync"));
   return launch_tiles(kernel, args, Traits::kThreads, Config::kCtasPerSm, forward_shared_bytes<Config>(),
                       "the launch of the forward kernel", stream);
 }

@@ -10,7 +10,6 @@
 #include "kernels/instances.h"
 #include "kernels/sm90/query_tiles/traits.cuh"
 #include "kernels/sm90/tensor_rows.h"
-#include "plan/layout.h"
 
 namespace hbsattn::kernels {
 
@@ -56,22 +55,11 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(q.matrix, Config::kChunkColumns, &args.map_q_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, Config::kChunkColumns, &args.map_k_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, Config::kChunkColumns, &args.map_v_clipped));
-  // Columns that whole rows take from the next head must not meet any of the queries, or of output gradients. Those of
-  // values make columns of the forward's output that are not stored.
-  const bool rows_end = whole_rows_end(params.head_dim, Config::kChunkColumns);
-  args.whole_keys = rows_end && !args.ragged_blocks;
-  args.whole_values = (rows_end || !for_backward) && !args.ragged_blocks;
-  args.whole_value_rows = INT_MAX;
-  if (!rows_end) {
-    // Nothing is known of what lies behind the tensor's last row.
-    const int64_t behind = Config::kChunkColumns - params.head_dim % Config::kChunkColumns;
-    args.whole_value_rows = static_cast<int>(v.matrix.rows - mask::ceil_div(behind, v.matrix.row_stride));
-  }
-  if (args.whole_keys) {
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, Config::kChunkColumns, segment, Traits::kChunks, &args.map_k));
-  }
-  if (args.whole_values) {
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, segment, Traits::kChunks, &args.map_v));
+  // Whole rows would take columns past head_dim from the next head.
+  args.whole_rows = params.head_dim == Config::kHeadDim && !args.ragged_blocks;
+  if (args.whole_rows) {
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, Config::kChunkColumns, segment, &args.map_k));
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, segment, &args.map_v));
   }
 
   args.mask = shape;

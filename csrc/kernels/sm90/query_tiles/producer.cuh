@@ -149,8 +149,8 @@ __device__ __forceinline__ void load_queries(const Arguments& args, typename Tra
 // Of the tensor maps that a launch uses, those that are read first.
 __device__ __forceinline__ void prefetch_tensor_maps(const QueryTileArguments& args) {
   cute::prefetch_tma_descriptor(&args.map_q);
-  cute::prefetch_tma_descriptor(args.whole_keys ? &args.map_k : &args.map_k_clipped);
-  cute::prefetch_tma_descriptor(args.whole_values ? &args.map_v : &args.map_v_clipped);
+  cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_k : &args.map_k_clipped);
+  cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_v : &args.map_v_clipped);
 }
 
 // Stages that a slot of segments holds. With many segments a stage, a lane's worth of them each; with few, no more than
@@ -283,18 +283,16 @@ struct StagePlan {
   int key;                          // first key of this lane's segment; -1: none
   int end;           // keys of the segment end here: at the last visible key or, where blocks are ragged, their own end
   uint32_t with;     // united blocks that are active with it, one bit each
-  uint32_t clipped;  // lanes whose segment cannot come in whole rows, as it ends before them, or they before their box
+  uint32_t clipped;  // lanes whose segment ends before its rows do
 
-  // `whole`: whether there are boxes of whole rows, for keys before `whole_end`.
   __device__ __forceinline__ StagePlan(const QueryTileArguments& args, const typename Traits::Storage& storage,
-                                       const TileSlot& tile, int slot, bool whole, int whole_end, int lane)
+                                       const TileSlot& tile, int slot, int lane)
       : segment_log2(args.segment_log2),
         segments_log2(Traits::kTileNLog2 - args.segment_log2),
         key(storage.segment_keys[slot][lane]),
         end(kGeneral ? storage.segment_ends[slot][lane] : tile.key_end),
         with(kGeneral ? storage.segment_with[slot][lane] : 1) {
-    const int last = min(end, whole_end);
-    clipped = whole ? __ballot_sync(0xffffffffu, key >= 0 && key + (1 << segment_log2) > last) : 0xffffffffu;
+    clipped = args.whole_rows ? __ballot_sync(0xffffffffu, key >= 0 && key + (1 << segment_log2) > end) : 0xffffffffu;
   }
 
   // Key in row `row` of stage `stage` of the plan, and the end of its segment; a negative key: none.
@@ -365,11 +363,9 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
 
     const int key_head = args.heads_per_key_head.div(tile.item.head) + tile.item.sequence * batch_heads;
     const int run_begin = tile.item.k_begin + tile.item.sequence * batch_rows;
-    const int whole_end = kKeys ? INT_MAX : args.whole_value_rows - run_begin;
     for (int planned = 0; planned < tile.stages; planned += slot_stages<Traits>(args)) {
       mbarrier_wait(&storage.segments_full[segment_slot.index], segment_slot.parity);
-      const StagePlan<Traits, kGeneral> plan(args, storage, tile, segment_slot.index,
-                                             kKeys ? args.whole_keys : args.whole_values, whole_end, lane);
+      const StagePlan<Traits, kGeneral> plan(args, storage, tile, segment_slot.index, lane);
       // Every lane has read, so every lane arrives.
       mbarrier_arrive(&storage.segments_empty[segment_slot.index]);
       segment_slot.advance();

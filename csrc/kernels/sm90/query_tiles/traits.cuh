@@ -182,9 +182,8 @@ struct QueryTileArguments {
   int k_block_size;
   int segment_log2;  // a segment is the largest power of two rows, up to kTileN, that divides k_block_size
   cutlass::FastDivmod segments_per_block;
-  bool ragged_blocks;             // k_block_size is no multiple of a granule: the last segment of a block is short
-  bool whole_keys, whole_values;  // map_k, map_v can be used; otherwise every stage goes through the clipped map
-  int whole_value_rows;           // of the tensor, that map_v may be used for
+  bool ragged_blocks;  // k_block_size is no multiple of a granule: the last segment of a block is short
+  bool whole_rows;     // map_k and map_v can be used; otherwise every stage goes through the clipped maps
   bool causal;
   float scale, scale_log2;
   float zero;  // 0, unknown to the compiler
