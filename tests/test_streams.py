@@ -93,11 +93,11 @@ def test_streams_that_overlap(spec: Case):
     """The first stream's call, with the mask's first plan, still waits when the second stream's is done."""
     problem = make_problem(spec, "cuda", torch.bfloat16)
     want, want_grads = problem.run(), differentiate(problem)
-    inputs = leaves(problem)
     grads = upstream(problem, want[1], 7)
     streams = two_streams()
     for stream in streams:  # each gets memory of its own: to allocate it may wait for the device
         with torch.cuda.stream(stream):
+            inputs = leaves(problem)
             torch.autograd.grad(attend(*inputs, problem.mask(), return_lse=True), inputs, grads)
     mask = problem.mask()
     torch.cuda.synchronize()
@@ -106,6 +106,7 @@ def test_streams_that_overlap(spec: Case):
         with torch.cuda.stream(stream):
             if i == 0:
                 torch.cuda._sleep(10 * SLEEP)
+            inputs = leaves(problem)  # autograd has the streams of all who use a leaf wait for each other
             out = attend(*inputs, mask, return_lse=True)
             results.append((out, torch.autograd.grad(out, inputs, grads)))
     streams[1].synchronize()
