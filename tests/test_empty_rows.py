@@ -16,7 +16,7 @@ from problems import Problem, cu_seqlens, dense_mask, judge, make_problem, same
 
 
 def dtype_of(device: str) -> torch.dtype:
-    return torch.float32 if device == "cpu" else torch.bfloat16
+    return torch.float32 if device == "cpu" else torch.float16
 
 
 # On the CPU, where contents are checked, a flat mask has no more rows than its sequences have blocks.

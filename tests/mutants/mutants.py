@@ -29,7 +29,11 @@ BACKWARD_QUERIES = "kernels/sm90/backward_queries/*.cuh"
 
 HALF = "cuda-float16"
 CAUSAL = ("tests/test_forward.py", "-k", f"test_cases and causal and {HALF} and not head_dim_ and not wide")
-CASES = ("tests/test_forward.py", "-k", f"test_cases and {HALF} and (packed or tails or density or gqa or alike)")
+CASES = (
+    "tests/test_forward.py",
+    "-k",
+    f"test_cases and {HALF} and (packed or tails or density or gqa or alike) and not wide",
+)
 GRADIENTS = ("tests/test_backward.py", "-k", f"test_cases and {HALF} and (packed or tails or zero_length or gqa)")
 HOSTILE = ("tests/test_hostile.py", "-k", "lengths_are_cut and not wide")
 SETS = ("tests/test_head_sets.py", "-k", "test_sets_of_heads and dtype1 and (shared or own_masks or two_key_heads)")
