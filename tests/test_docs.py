@@ -29,6 +29,17 @@ def python_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", read("README.md"), flags=re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    "command", ["-m hbsattn", "benchmarks/train.py --device cpu --steps 3", "benchmarks/run.py --list"]
+)
+def test_programs_run(command: str):
+    """What `make demo` runs, on a GPU where there is one, and the benchmarks that need none."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(hbsattn.__file__).parents[1])}
+    arguments = [sys.executable, *command.split()]
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_readme_code_runs():
     """All Python of the README, in order, as one program; on a machine without a GPU its CUDA tensors are CPU ones."""
     blocks = python_blocks()
