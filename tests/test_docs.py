@@ -37,7 +37,7 @@ def test_programs_run(command: str):
     environment = {**os.environ, "PYTHONPATH": str(Path(hbsattn.__file__).parents[1])}
     arguments = [sys.executable, *command.split()]
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
 def test_readme_code_runs():

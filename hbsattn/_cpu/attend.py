@@ -25,6 +25,11 @@ PRODUCT_NUMBERS = 1 << 22
 
 KEY_BEYOND = 2**31 - 1  # a key that no sequence has
 
+# MKL chooses the code of a function at its first call. Where several threads make that call at once, one of them may
+# run code of low accuracy (PyTorch issue 188792): it put log-sum-exps off by 5e-5. Here one thread makes it.
+for _dtype in (torch.float32, torch.float64):
+    torch.ones(1, dtype=_dtype, device="cpu").exp_().log_()
+
 
 class MaskTensors(NamedTuple):
     """A packed mask, as `hbsattn._layout` describes it."""
