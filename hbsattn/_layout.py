@@ -125,6 +125,19 @@ def locate_rows(sequences: Tensor, rows: int, q_block_size: int) -> tuple[Tensor
     return sequence, block, used
 
 
+def diagonals(table: Tensor) -> Tensor:
+    """What each sequence's diagonal is: causal query i sees key i + diagonal and the keys before it. int64 table."""
+    return table[:, K_LEN] - table[:, Q_LEN]
+
+
+def last_keys(query: Tensor, diagonal: Tensor, end: Tensor, causal: bool) -> Tensor:
+    """The last of the first `end` keys that each query may attend to, int64; negative: none.
+
+    This and `diagonals` are the element rule of the CPU backend and of counts: csrc/plan/rule.h is the same.
+    """
+    return torch.minimum(query + diagonal, end - 1) if causal else (end - 1).expand(query.shape)
+
+
 def visible_columns(
     sequences: Tensor, rows: int, cols: int, q_block_size: int, k_block_size: int, causal: bool
 ) -> Tensor:
@@ -133,10 +146,8 @@ def visible_columns(
     if sequences.shape[0] == 0:
         return torch.zeros_like(block)
     table = sequences.to(torch.int64)[sequence]
-    limit = table[:, K_LEN] - 1
-    if causal:
-        last_row = torch.minimum((block + 1) * q_block_size, table[:, Q_LEN]) - 1
-        limit = torch.minimum(limit, last_row + table[:, K_LEN] - table[:, Q_LEN])
+    last_query = torch.minimum((block + 1) * q_block_size, table[:, Q_LEN]) - 1
+    limit = last_keys(last_query, diagonals(table), table[:, K_LEN], causal)
     columns = (torch.div(limit, k_block_size, rounding_mode="floor") + 1).clamp_(0, cols)
     return torch.where(used, columns, 0)
 
@@ -165,9 +176,10 @@ def count_pairs(bits: Tensor, sequences: Tensor, layout: MaskLayout) -> int:
     key = torch.arange(layout.cols, device=bits.device) * layout.k_block_size
     width = (k_len - key).clamp(0, layout.k_block_size)
     if layout.causal:
-        # Query i sees i + reach of the block's keys, cut to [0, width]; summed over the queries of a block.
-        reach = k_len - q_len + 1 - key
-        pairs = _sum_clamped(last - 1 + reach, width) - _sum_clamped(first - 1 + reach, width)
+        # How many of the block's keys a query sees, before they are cut to [0, width], is one more for the next query.
+        diagonal = diagonals(table).unsqueeze(-1)
+        seen_before, seen_by_last = (query + diagonal - key for query in (first, last))
+        pairs = _sum_clamped(seen_by_last, width) - _sum_clamped(seen_before, width)
     else:
         pairs = (last - first) * width
     pairs = torch.where(used.unsqueeze(-1), pairs, 0)

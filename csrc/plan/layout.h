@@ -10,6 +10,7 @@
 
 #include "hbsattn/params.h"
 #include "plan/lists.h"
+#include "plan/rule.h"
 #include "plan/tiles.h"
 
 namespace hbsattn::mask {
@@ -81,28 +82,22 @@ constexpr RowPlace locate_row(const MaskShape& shape, const Sequence* sequences,
   return {first, sequence, block, block >= 0 && block * shape.q_block_size < sequence.q_len};
 }
 
-// The last key that a query of a sequence may attend to; negative: none.
-constexpr int64_t last_key(const MaskShape& shape, const Sequence& sequence, int64_t query) {
-  const int64_t end = int64_t{sequence.k_len} - 1;
-  return shape.causal ? smaller(end, query + sequence.k_len - sequence.q_len) : end;
-}
-
 // Whole key blocks in `keys` keys. Not a 64-bit division: that is a subroutine on a GPU.
 constexpr int32_t whole_blocks(const MaskShape& shape, int64_t keys) {
   if (keys <= 0) return 0;
   return static_cast<int32_t>(smaller<int64_t>(static_cast<uint32_t>(keys) / shape.k_block_size, shape.cols));
 }
 
-// Key blocks that hold keys up to this one.
-constexpr int32_t columns_up_to(const MaskShape& shape, int64_t key) {
-  return key < 0 ? 0 : whole_blocks(shape, key + shape.k_block_size);
+// Key blocks that hold keys before this one.
+constexpr int32_t columns_before(const MaskShape& shape, int64_t key) {
+  return key <= 0 ? 0 : whole_blocks(shape, key - 1 + shape.k_block_size);
 }
 
 // Key blocks, from the first on, that some query of the row can see.
 constexpr int32_t visible_columns(const MaskShape& shape, const RowPlace& place) {
   if (!place.used) return 0;
   const int64_t last_query = smaller<int64_t>((place.block + 1) * shape.q_block_size, place.sequence.q_len) - 1;
-  return columns_up_to(shape, last_key(shape, place.sequence, last_query));
+  return columns_before(shape, rule_of(shape, place.sequence).visible_end(last_query, place.sequence.k_len));
 }
 
 // The work list before it is put in order: groups of packed heads, their bit rows, the tiles of a row.
@@ -165,8 +160,9 @@ constexpr Item make_item(const ItemGrid& grid, int64_t index) {
   if (first > last) return item;
 
   item.has_queries = true;
-  record.col_end = columns_up_to(shape, last_key(shape, sequence, block_row + last));
-  item.clean_end = whole_blocks(shape, last_key(shape, sequence, block_row + first) + 1);
+  const ElementRule<int64_t> rule = rule_of(shape, sequence);
+  record.col_end = columns_before(shape, rule.visible_end(block_row + last, sequence.k_len));
+  item.clean_end = whole_blocks(shape, rule.clean_end(block_row + first, sequence.k_len));
   return item;
 }
 

@@ -15,7 +15,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hbsattn._layout import K_BEGIN, K_LEN, Q_BEGIN, Q_LEN, ceil_div, locate_rows, unpack_bits
+from hbsattn._layout import (
+    K_BEGIN,
+    K_LEN,
+    Q_BEGIN,
+    Q_LEN,
+    ceil_div,
+    diagonals,
+    last_keys,
+    locate_rows,
+    unpack_bits,
+)
 
 TILE_ROWS = 256
 
@@ -107,11 +117,9 @@ class _Call:
         skipped = (torch.arange(row.shape[0]) - (tiles.cumsum(0) - tiles)[row]) * self.tile_queries
         start = start[row] + skipped
         queries = (queries[row] - skipped).clamp(max=self.tile_queries)
-        last_key = torch.minimum(k_len, self.rows_k - k_begin)[row] - 1
-        first_limit = last_limit = last_key
-        if mask.causal:
-            first_limit = torch.minimum(start + (k_len - q_len)[row], last_key)
-            last_limit = torch.minimum(start + queries - 1 + (k_len - q_len)[row], last_key)
+        diagonal, end = diagonals(table)[row], torch.minimum(k_len, self.rows_k - k_begin)[row]
+        first_limit = last_keys(start, diagonal, end, mask.causal)
+        last_limit = last_keys(start + queries - 1, diagonal, end, mask.causal)
 
         head = torch.arange(0, self.heads_q, self.tile_heads).unsqueeze(-1)
         mask_head = head * mask_heads // self.heads_q

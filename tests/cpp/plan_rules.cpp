@@ -266,9 +266,55 @@ int check_empty_tiles(int rounds) {
   return 0;
 }
 
+// The rule's answers about ranges, from what each query sees.
+template <class Int>
+bool check_rule(const ElementRule<Int>& rule, Int end, Int first_query, Int last_query, Int key) {
+  const auto sees = [&](Int query, Int key) { return !rule.causal || key <= query + rule.diagonal; };
+  Int visible = 0, clean = 0, last_seen = -1;
+  for (Int k = 0; k < end; ++k) {
+    bool any = false, all = true;
+    for (Int query = first_query; query <= last_query; ++query) {
+      any = any || sees(query, k);
+      all = all && sees(query, k);
+    }
+    if (any) visible = k + 1;
+    if (all && clean == k) clean = k + 1;
+    if (sees(first_query, k)) last_seen = k;
+  }
+  bool all_up_to_key = true, first = true;
+  for (Int query = first_query; query <= last_query; ++query) {
+    for (Int k = 0; k <= key; ++k) all_up_to_key = all_up_to_key && sees(query, k);
+    first = first && sees(query, key) == (query >= rule.first_query(key));
+  }
+  return std::max<Int>(rule.visible_end(last_query, end), 0) == visible &&
+         std::max<Int>(rule.clean_end(first_query, end), 0) == clean &&
+         std::max<Int>(rule.last_key(first_query, end), -1) == last_seen &&
+         rule.is_clean(first_query, key) == all_up_to_key && first;
+}
+
+int check_rules(int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    const bool causal = draw(0, 1) == 0;
+    const int64_t diagonal = draw(-20, 20), end = draw(0, 20), first = draw(0, 20), last = draw(first, 25);
+    const int64_t key = draw(0, 20);
+    const ElementRule<int64_t> wide{causal, diagonal};
+    const ElementRule<int32_t> narrow{causal, static_cast<int32_t>(diagonal)};
+    if (!check_rule(wide, end, first, last, key) ||
+        !check_rule(narrow, static_cast<int32_t>(end), static_cast<int32_t>(first), static_cast<int32_t>(last),
+                    static_cast<int32_t>(key))) {
+      std::printf("FAILED: the element rule: causal %d diagonal %" PRId64 " end %" PRId64 " queries %" PRId64
+                  " to %" PRId64 " key %" PRId64 "\n",
+                  causal, diagonal, end, first, last, key);
+      return 1;
+    }
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main() {
+  if (check_rules(100000)) return 1;
   if (check_lengths(1000000) || check_key_places(20000, true) || check_key_places(20000, false)) return 1;
   return check_empty_tiles(1000);
 }

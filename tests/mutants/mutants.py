@@ -184,8 +184,8 @@ MUTANTS = [
     Mutant(
         "diagonal_off_by_one",
         QUERY_TILES,
-        "const int diagonal = query + item.k_len - item.q_len;",
-        "const int diagonal = query + item.k_len - item.q_len + 1;",
+        "rule_of(args.mask, item).last_key(query, item.k_len);",
+        "rule_of(args.mask, item).last_key(query + 1, item.k_len);",
         CAUSAL,
     ),
     Mutant(

@@ -10,6 +10,7 @@
 #include "kernels/sm90/backward_keys/traits.cuh"
 #include "kernels/sm90/tensor_map.h"
 #include "plan/layout.h"
+#include "plan/rule.h"
 
 // The warps that move data: one takes tiles off the work list and announces them, one loads their keys and values, and
 // one the queries that attend to them, with output gradients and statistics.
@@ -104,7 +105,8 @@ __device__ __forceinline__ int count_seen_keys(const BackwardKeysArguments& args
   }
   if (last_row < 0) return 0;
   const int last_query = min((last_row - item.row_begin + 1) * args.mask.q_block_size, item.q_len) - 1;
-  return min(max(last_query + item.k_len - item.q_len + 1 - item.first_key, 0), item.keys);
+  // Both counted from the tile's first key on.
+  return max(rule_of(args.mask, item).visible_end(last_query - item.first_key, item.keys), 0);
 }
 
 // Keys or values of a tile. Lane i knows how many are seen up to the end of united block i; `whole`: all are.
@@ -169,7 +171,7 @@ __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& a
   plan.whole = args.whole_rows && plan.query + rows <= plan.end;
   const int last_key = item.first_key + item.keys - 1;
   plan.clean = item.keys == Traits::kTileN && plan.with == (1 << item.united) - 1 &&
-               (!args.mask.causal || plan.query + item.k_len - item.q_len >= last_key);
+               rule_of(args.mask, item).is_clean(plan.query, last_key);
   return plan;
 }
 

@@ -9,6 +9,7 @@
 #include "kernels/common/ptx.cuh"
 #include "kernels/sm90/query_tiles/traits.cuh"
 #include "kernels/sm90/tensor_map.h"
+#include "plan/rule.h"
 
 // The warps that move data. One announces tiles, one loads keys, one values, one queries; it also stores outputs.
 
@@ -94,7 +95,7 @@ __device__ __forceinline__ void clamp_item(const QueryTileArguments& args, WorkI
 
 template <bool kGeneral>
 __device__ __forceinline__ int key_end_of_tile(const QueryTileArguments& args, const WorkItem& item, int tile_rows) {
-  if (!args.causal) return item.k_len;
+  if (!args.mask.causal) return item.k_len;
   // The last row of a tile that spans several heads is the block's last row.
   const int last_virtual = item.first_row + tile_rows - 1;
   int last_head, last_in_block;
@@ -102,7 +103,7 @@ __device__ __forceinline__ int key_end_of_tile(const QueryTileArguments& args, c
   if (last_head != args.q_block_size.div(item.first_row)) last_in_block = args.q_block_size.divisor - 1;
   if (kGeneral && item.united > 1) last_in_block = item.united * args.q_block_size.divisor - 1;
   const int last_row = min(item.block_row + last_in_block, item.q_len - 1);
-  return min(item.k_len, last_row + item.k_len - item.q_len + 1);
+  return rule_of(args.mask, item).visible_end(last_row, item.k_len);
 }
 
 template <class Traits, bool kGeneral, class Arguments>

@@ -184,7 +184,6 @@ struct QueryTileArguments {
   cutlass::FastDivmod segments_per_block;
   bool ragged_blocks;  // k_block_size is no multiple of a granule: the last segment of a block is short
   bool whole_rows;     // map_k and map_v can be used; otherwise every stage goes through the clipped maps
-  bool causal;
   float scale, scale_log2;
   float zero;  // 0, unknown to the compiler
 };
