@@ -1,7 +1,7 @@
 """The layout of a packed mask, in torch ops for any device, and the numbers that ops are given.
 
 ``bits`` is int32 (heads, rows, words): bit ``c % 32`` of word ``c // 32`` tells whether the query block of this row
-attends to key block ``c`` of its own sequence. ``sequences`` is int32 (batch, 6) with the columns below.
+attends to key block ``c`` of its own sequence. ``sequences`` is int32 (batch, 7) with the columns below.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 # Columns of the table of sequences.
-Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN = range(6)
+Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN, DIAGONAL = range(7)
+SEQUENCE_INTS = 7
 ITEM_INTS = 16  # of a work item: the WorkItem, or KeyItem, of csrc/include/hbsattn/params.h
 RECORD_ROWS = 64  # queries, or keys, that a record of a work list stands for at least, where a block has as many
 PART_RECORDS = 512  # records of a work list of keys beside those of its tiles, at most
@@ -125,15 +126,10 @@ def locate_rows(sequences: Tensor, rows: int, q_block_size: int) -> tuple[Tensor
     return sequence, block, used
 
 
-def diagonals(table: Tensor) -> Tensor:
-    """What each sequence's diagonal is: causal query i sees key i + diagonal and the keys before it. int64 table."""
-    return table[:, K_LEN] - table[:, Q_LEN]
-
-
 def last_keys(query: Tensor, diagonal: Tensor, end: Tensor, causal: bool) -> Tensor:
     """The last of the first `end` keys that each query may attend to, int64; negative: none.
 
-    This and `diagonals` are the element rule of the CPU backend and of counts: csrc/plan/rule.h is the same.
+    The element rule of the CPU backend and of counts: csrc/plan/rule.h is the same.
     """
     return torch.minimum(query + diagonal, end - 1) if causal else (end - 1).expand(query.shape)
 
@@ -147,7 +143,7 @@ def visible_columns(
         return torch.zeros_like(block)
     table = sequences.to(torch.int64)[sequence]
     last_query = torch.minimum((block + 1) * q_block_size, table[:, Q_LEN]) - 1
-    limit = last_keys(last_query, diagonals(table), table[:, K_LEN], causal)
+    limit = last_keys(last_query, table[:, DIAGONAL], table[:, K_LEN], causal)
     columns = (torch.div(limit, k_block_size, rounding_mode="floor") + 1).clamp_(0, cols)
     return torch.where(used, columns, 0)
 
@@ -177,7 +173,7 @@ def count_pairs(bits: Tensor, sequences: Tensor, layout: MaskLayout) -> int:
     width = (k_len - key).clamp(0, layout.k_block_size)
     if layout.causal:
         # How many of the block's keys a query sees, before they are cut to [0, width], is one more for the next query.
-        diagonal = diagonals(table).unsqueeze(-1)
+        diagonal = table[:, DIAGONAL].unsqueeze(-1)
         seen_before, seen_by_last = (query + diagonal - key for query in (first, last))
         pairs = _sum_clamped(seen_by_last, width) - _sum_clamped(seen_before, width)
     else:

@@ -34,12 +34,15 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int32_t saturate(int64_t x) { return static_cast<int32_t>(clamp<int64_t>(x, 0, INT32_MAX)); }
 
-// Begin and length of sequence b. row_begin and col_begin are still 0.
+// Begins, lengths and diagonal of sequence b. row_begin and col_begin are still 0.
 constexpr Sequence read_lengths(const SequencesParams& params, int64_t b) {
-  if (params.cu_seqlens_q == nullptr) return {0, saturate(params.seqlen_q), 0, saturate(params.seqlen_k), 0, 0};
-  const int64_t q_begin = params.cu_seqlens_q[b], q_end = params.cu_seqlens_q[b + 1];
-  const int64_t k_begin = params.cu_seqlens_k[b], k_end = params.cu_seqlens_k[b + 1];
-  return {saturate(q_begin), saturate(q_end - q_begin), saturate(k_begin), saturate(k_end - k_begin), 0, 0};
+  int64_t q_begin = 0, q_end = params.seqlen_q, k_begin = 0, k_end = params.seqlen_k;
+  if (params.cu_seqlens_q != nullptr) {
+    q_begin = params.cu_seqlens_q[b], q_end = params.cu_seqlens_q[b + 1];
+    k_begin = params.cu_seqlens_k[b], k_end = params.cu_seqlens_k[b + 1];
+  }
+  const int32_t q_len = saturate(q_end - q_begin), k_len = saturate(k_end - k_begin);
+  return {saturate(q_begin), q_len, saturate(k_begin), k_len, 0, 0, k_len - q_len};
 }
 
 constexpr int64_t count_q_blocks(const Sequence& sequence, const MaskShape& shape) {
@@ -143,6 +146,7 @@ constexpr Item make_item(const ItemGrid& grid, int64_t index) {
   record.q_len = sequence.q_len;
   record.k_begin = sequence.k_begin;
   record.k_len = sequence.k_len;
+  record.diagonal = sequence.diagonal;
   record.united = 1;
   if (!place.used) return item;
 
@@ -280,7 +284,7 @@ constexpr KeyItem make_key_item(const KeyGrid& grid, int64_t index) {
   item.q_begin = sequence.q_begin;
   item.q_len = sequence.q_len;
   item.k_begin = sequence.k_begin;
-  item.k_len = sequence.k_len;
+  item.diagonal = sequence.diagonal;
   const int64_t column = (group - groups_before(grid, item.sequence)) * grid.tiles.united;
   if (column < 0 || column >= shape.cols) return item;
   const int64_t block_begin = column * shape.k_block_size;

@@ -47,17 +47,22 @@ struct ElementRule {
   }
 };
 
-constexpr ElementRule<int64_t> rule_of(const MaskShape& shape, const Sequence& sequence) {
-  return {shape.causal, int64_t{sequence.k_len} - sequence.q_len};
+// Any diagonal, as one for which sums do not overflow; the same to all queries and keys that the tensors have.
+constexpr int32_t clamp_diagonal(int32_t diagonal, int32_t rows_q, int32_t rows_k) {
+  return diagonal < -rows_q ? -rows_q : diagonal > rows_k ? rows_k : diagonal;
 }
 
-// Of an item whose lengths were cut to the tensors.
+constexpr ElementRule<int64_t> rule_of(const MaskShape& shape, const Sequence& sequence) {
+  return {shape.causal, sequence.diagonal};
+}
+
+// Of items whose diagonals are clamped.
 constexpr ElementRule<int32_t> rule_of(const MaskShape& shape, const WorkItem& item) {
-  return {shape.causal, item.k_len - item.q_len};
+  return {shape.causal, item.diagonal};
 }
 
 constexpr ElementRule<int32_t> rule_of(const MaskShape& shape, const KeyItem& item) {
-  return {shape.causal, item.k_len - item.q_len};
+  return {shape.causal, item.diagonal};
 }
 
 }  // namespace hbsattn

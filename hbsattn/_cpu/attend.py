@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from hbsattn._layout import (
+    DIAGONAL,
     K_BEGIN,
     K_LEN,
     Q_BEGIN,
     Q_LEN,
     ceil_div,
-    diagonals,
     last_keys,
     locate_rows,
     unpack_bits,
@@ -101,7 +101,10 @@ class _Call:
         self.tile_queries = ceil_div(mask.q_block_size, parts)
 
     def _find_tiles(self) -> Tensor:
-        """Finds the fields of all tiles, those with the most keys first. Lengths past the end of a tensor end there."""
+        """Finds the fields of all tiles, those with the most keys first.
+
+        Lengths past the end of a tensor end there; the diagonal stays.
+        """
         mask = self.mask
         mask_heads, rows, _ = mask.bits.shape
         sequence, block, used = locate_rows(mask.sequences, rows, mask.q_block_size)
@@ -117,7 +120,7 @@ class _Call:
         skipped = (torch.arange(row.shape[0]) - (tiles.cumsum(0) - tiles)[row]) * self.tile_queries
         start = start[row] + skipped
         queries = (queries[row] - skipped).clamp(max=self.tile_queries)
-        diagonal, end = diagonals(table)[row], torch.minimum(k_len, self.rows_k - k_begin)[row]
+        diagonal, end = table[row, DIAGONAL], torch.minimum(k_len, self.rows_k - k_begin)[row]
         first_limit = last_keys(start, diagonal, end, mask.causal)
         last_limit = last_keys(start + queries - 1, diagonal, end, mask.causal)
 

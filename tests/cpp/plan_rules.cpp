@@ -149,8 +149,9 @@ Table draw_table(bool honest) {
   for (int b = 0; b < shape.batch; ++b) {
     const int64_t q_len = problem.packed ? draw(0, longest) : even_q;
     const int64_t k_len = problem.packed ? draw(0, longest) : even_k;
-    Sequence sequence{static_cast<int32_t>(q_begin), static_cast<int32_t>(q_len), static_cast<int32_t>(k_begin),
-                      static_cast<int32_t>(k_len),   static_cast<int32_t>(rows),  static_cast<int32_t>(columns)};
+    Sequence sequence{static_cast<int32_t>(q_begin),      static_cast<int32_t>(q_len), static_cast<int32_t>(k_begin),
+                      static_cast<int32_t>(k_len),        static_cast<int32_t>(rows),  static_cast<int32_t>(columns),
+                      static_cast<int32_t>(k_len - q_len)};
     if (problem.packed) {
       q_begin += q_len;
       k_begin += k_len;
@@ -167,7 +168,7 @@ Table draw_table(bool honest) {
   for (Sequence& sequence : table.sequences) {
     if (honest) break;
     for (int32_t* number : {&sequence.q_begin, &sequence.q_len, &sequence.k_begin, &sequence.k_len, &sequence.row_begin,
-                            &sequence.col_begin}) {
+                            &sequence.col_begin, &sequence.diagonal}) {
       if (draw(0, 1) == 0) *number = static_cast<int32_t>(choose({draw(INT32_MIN, INT32_MAX), draw(-30, 300)}));
     }
   }
@@ -222,7 +223,7 @@ int check_key_places(int rounds, bool honest) {
       }
       if (item.column < 0) continue;
       if (item.united < 1 || item.column + item.united > shape.cols || item.keys < 1 ||
-          item.keys > grid.tiles.tile_keys || item.first_key + item.keys > item.k_len ||
+          item.keys > grid.tiles.tile_keys || item.first_key + item.keys > table.sequences[item.sequence].k_len ||
           item.column != item.first_key / shape.k_block_size) {
         return fail("a tile outside its sequence", table.problem, item.column, item.keys);
       }
@@ -292,6 +293,17 @@ bool check_rule(const ElementRule<Int>& rule, Int end, Int first_query, Int last
          rule.is_clean(first_query, key) == all_up_to_key && first;
 }
 
+// What the tensors have sees the same by a diagonal and by the clamped one.
+bool check_clamped(int32_t diagonal, int32_t rows_q, int32_t rows_k) {
+  const ElementRule<int64_t> all{true, diagonal};
+  const ElementRule<int32_t> clamped{true, clamp_diagonal(diagonal, rows_q, rows_k)};
+  for (int32_t query = 0; query < rows_q; ++query) {
+    const int64_t want = std::max<int64_t>(all.last_key(query, rows_k), -1);
+    if (std::max<int64_t>(clamped.last_key(query, rows_k), -1) != want) return false;
+  }
+  return true;
+}
+
 int check_rules(int rounds) {
   for (int round = 0; round < rounds; ++round) {
     const bool causal = draw(0, 1) == 0;
@@ -305,6 +317,12 @@ int check_rules(int rounds) {
       std::printf("FAILED: the element rule: causal %d diagonal %" PRId64 " end %" PRId64 " queries %" PRId64
                   " to %" PRId64 " key %" PRId64 "\n",
                   causal, diagonal, end, first, last, key);
+      return 1;
+    }
+    const auto any =
+        static_cast<int32_t>(choose<int64_t>({draw(INT32_MIN, INT32_MAX), draw(-30, 30), INT32_MIN, INT32_MAX}));
+    if (!check_clamped(any, static_cast<int32_t>(end), static_cast<int32_t>(key))) {
+      std::printf("FAILED: the clamped diagonal %d\n", any);
       return 1;
     }
   }

@@ -21,7 +21,7 @@ inline constexpr uint64_t kGradKeepInL2 = static_cast<uint64_t>(cute::TMA::Cache
 inline constexpr uint64_t kGradPassThroughL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
 
 // An item as the other warps get it: whatever it says, and be it another mask's, nothing that is addressed by it lies
-// outside its buffer. Lengths that lie are cut to the tensors, so that no coordinate leaves them.
+// outside its buffer. Lengths that lie are cut to the tensors, so that no coordinate leaves them; the diagonal stays.
 template <class Traits>
 __device__ __forceinline__ KeyItem read_item(const BackwardKeysArguments& args, int work) {
   KeyItem item{};
@@ -39,9 +39,9 @@ __device__ __forceinline__ KeyItem read_item(const BackwardKeysArguments& args, 
   item.q_begin = clamp(item.q_begin, 0, args.rows_q);
   item.k_begin = clamp(item.k_begin, 0, args.rows_k);
   item.q_len = clamp(item.q_len, 0, args.rows_q - item.q_begin);
-  item.k_len = clamp(item.k_len, 0, args.rows_k - item.k_begin);
-  item.first_key = clamp(item.first_key, 0, item.k_len);
-  item.keys = clamp(item.keys, 0, min(item.k_len - item.first_key, int{Traits::kTileN}));
+  item.diagonal = clamp_diagonal(item.diagonal, args.rows_q, args.rows_k);
+  item.first_key = clamp(item.first_key, 0, args.rows_k - item.k_begin);
+  item.keys = clamp(item.keys, 0, min(args.rows_k - item.k_begin - item.first_key, int{Traits::kTileN}));
   item.parts = clamp(item.parts, 1, max(args.slots, 1));
   item.part = clamp(item.part, 0, item.parts - 1);
   item.slot = clamp(item.slot, 0, max(args.slots - item.parts, 0));

@@ -70,7 +70,7 @@ __device__ __forceinline__ void release_tile(Storage& storage, Position& positio
 }
 
 // An item as the other warps get it: whatever it says, and be it another mask's, nothing that is addressed by it lies
-// outside its buffer. Lengths that lie are cut to the tensors, so that no coordinate leaves them.
+// outside its buffer. Lengths that lie are cut to the tensors, so that no coordinate leaves them; the diagonal stays.
 template <bool kGeneral>
 __device__ __forceinline__ void clamp_item(const QueryTileArguments& args, WorkItem& item) {
   if (item.bit_row < 0) return;
@@ -84,6 +84,7 @@ __device__ __forceinline__ void clamp_item(const QueryTileArguments& args, WorkI
   item.q_len = clamp(item.q_len, 0, args.rows_q - item.q_begin);
   const bool cut = item.k_len > args.rows_k - item.k_begin;
   item.k_len = clamp(item.k_len, 0, args.rows_k - item.k_begin);
+  item.diagonal = clamp_diagonal(item.diagonal, args.rows_q, args.rows_k);
   item.block_row = clamp(item.block_row, 0, args.rows_q);
   item.first_row = clamp(item.first_row, 0, args.block_rows.divisor);
   item.col_end = clamp(item.col_end, 0, static_cast<int>(args.mask.cols));
