@@ -84,6 +84,11 @@ def count_backward_plan(
     return columns + ITEM_INTS * records
 
 
+def mask_of_head(head: Tensor, mask_heads: int, heads_q: int) -> Tensor:
+    """The mask head of each query head, as csrc/plan/mask_heads.h has it."""
+    return head // (heads_q // mask_heads)
+
+
 def count_blocks(sequences: Tensor, column: int, block_size: int) -> Tensor:
     """Blocks of each sequence, int64 (batch)."""
     return -(-sequences[:, column].to(torch.int64) // block_size)

@@ -10,6 +10,7 @@
 
 #include "hbsattn/params.h"
 #include "plan/lists.h"
+#include "plan/mask_heads.h"
 #include "plan/rule.h"
 #include "plan/tiles.h"
 
@@ -107,7 +108,7 @@ constexpr int32_t visible_columns(const MaskShape& shape, const RowPlace& place)
 struct ItemGrid {
   MaskShape shape;
   const Sequence* sequences;
-  int32_t heads_q;
+  int32_t heads_of_mask;  // query heads that share a mask
   int32_t packed_heads;
   int32_t tile_rows;
   int32_t tiles;   // of one row
@@ -127,7 +128,7 @@ constexpr Item make_item(const ItemGrid& grid, int64_t index) {
   const int32_t rows = static_cast<int32_t>(shape.rows);
   const int32_t row = item_row % rows;
   const int32_t head = item_row / rows * grid.packed_heads;
-  const int32_t mask_head = static_cast<int32_t>(int64_t{head} * shape.heads / grid.heads_q);
+  const int32_t mask_head = mask_of_head(head, grid.heads_of_mask);
   const RowPlace place = locate_row(shape, grid.sequences, row);
   const Sequence& sequence = place.sequence;
 
@@ -221,9 +222,9 @@ struct KeyGrid {
   const Sequence* sequences;
   KeyTileShape tiles;
   KeyListShape list;
-  int32_t tile_heads;           // query heads of a set
-  int32_t heads_per_mask_head;  // query heads
-  int32_t units;                // DevicePolicy::units
+  int32_t tile_heads;     // query heads of a set
+  int32_t heads_of_mask;  // query heads that share a mask
+  int32_t units;          // DevicePolicy::units
 };
 
 constexpr KeyGrid make_key_grid(const KeyPlanParams& params, int32_t tile_heads, const DevicePolicy& policy) {
@@ -231,16 +232,16 @@ constexpr KeyGrid make_key_grid(const KeyPlanParams& params, int32_t tile_heads,
   const KeyTileShape tiles = shape_key_tiles(shape, params.head_dim);
   return {shape,         params.mask.sequences,
           tiles,         shape_key_list(shape, tiles, params.rows_k, params.packed),
-          tile_heads,    params.heads_q / shape.heads,
+          tile_heads,    count_heads_of_mask(shape, params.heads_q),
           policy.units()};
 }
 
-// Masks that a set of query heads has: all share one, or each has its own. The first is that of the first head.
+// Masks that a set of query heads has. The first is that of the first head.
 constexpr int32_t count_mask_heads(const KeyGrid& grid) {
-  return larger(grid.tile_heads / grid.heads_per_mask_head, 1);
+  return count_masks_of_heads(grid.tile_heads, grid.heads_of_mask);
 }
 constexpr int32_t first_mask_head(const KeyGrid& grid, int32_t head_set) {
-  return head_set * grid.tile_heads / grid.heads_per_mask_head;
+  return mask_of_head(head_set * grid.tile_heads, grid.heads_of_mask);
 }
 
 // Groups of united columns before those of sequence b. Ascends with b where the table is honest.

@@ -24,6 +24,7 @@ from hbsattn._layout import (
     ceil_div,
     last_keys,
     locate_rows,
+    mask_of_head,
     unpack_bits,
 )
 
@@ -125,7 +126,7 @@ class _Call:
         last_limit = last_keys(start + queries - 1, diagonal, end, mask.causal)
 
         head = torch.arange(0, self.heads_q, self.tile_heads).unsqueeze(-1)
-        mask_head = head * mask_heads // self.heads_q
+        mask_head = mask_of_head(head, mask_heads, self.heads_q)
         key_head = head // (self.heads_q // self.heads_k)
         member = sequence[row] if self.batch > 1 else torch.zeros_like(row)
         blocks = torch.stack([_count_bits(of_head) for of_head in mask.bits])

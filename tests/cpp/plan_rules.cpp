@@ -250,8 +250,13 @@ int check_empty_tiles(int rounds) {
     if (shape.rows == 0) continue;
     const TileShape tiles =
         shape_tiles(shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads, draw(0, 1) == 0);
-    const mask::ItemGrid grid{
-        shape, table.sequences.data(), problem.heads_q, tiles.packed_heads, tiles.tile_rows, tiles.tiles, tiles.united};
+    const mask::ItemGrid grid{shape,
+                              table.sequences.data(),
+                              count_heads_of_mask(shape, problem.heads_q),
+                              tiles.packed_heads,
+                              tiles.tile_rows,
+                              tiles.tiles,
+                              tiles.united};
     const int64_t items = problem.heads_q / tiles.packed_heads * shape.rows * tiles.tiles;
     for (int64_t index = 0; index < std::min<int64_t>(items, 3000); ++index) {
       const mask::Item item = mask::make_item(grid, index);
@@ -260,6 +265,9 @@ int check_empty_tiles(int rounds) {
       for (int64_t row = record.first_row;
            row < std::min<int64_t>(record.first_row + tiles.tile_rows, tiles.block_rows); ++row) {
         queries += record.block_row + row % shape.q_block_size < record.q_len;
+      }
+      if (record.bit_row / shape.rows != int64_t{record.head} * shape.heads / problem.heads_q) {
+        return fail("the mask of a head", problem, record.bit_row, record.head);
       }
       if (item.has_queries != (queries > 0)) return fail("queries of a tile", problem, item.has_queries, queries);
     }

@@ -6,6 +6,7 @@
 #include "kernels/mask/order.cuh"
 #include "plan/head_sets.h"
 #include "plan/layout.h"
+#include "plan/mask_heads.h"
 
 namespace hbsattn::kernels {
 namespace {
@@ -165,8 +166,13 @@ Status plan_items(const PlanParams& params, Stream stream) {
   const int64_t num_items =
       count_query_items(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, params.for_backward);
   if (num_items == 0) return write_dead_list(params.items, params.num_items, stream);
-  const ItemGrid grid{shape,           params.mask.sequences, params.heads_q, tiles.packed_heads,
-                      tiles.tile_rows, tiles.tiles,           tiles.united};
+  const ItemGrid grid{shape,
+                      params.mask.sequences,
+                      count_heads_of_mask(shape, params.heads_q),
+                      tiles.packed_heads,
+                      tiles.tile_rows,
+                      tiles.tiles,
+                      tiles.united};
   int32_t* blocks = static_cast<int32_t*>(params.scratch);
   int32_t* masked = blocks + num_items;
   const bool some_dead = tiles.united > 1 || tiles.tiles > 1;

@@ -10,6 +10,7 @@
 #include "kernels/sm90/backward_keys/traits.cuh"
 #include "kernels/sm90/tensor_map.h"
 #include "plan/layout.h"
+#include "plan/mask_heads.h"
 #include "plan/rule.h"
 
 // The warps that move data: one takes tiles off the work list and announces them, one loads their keys and values, and
@@ -62,8 +63,9 @@ struct ColumnBits {
   mask::RowRange blocks;  // the sequence's query blocks
 
   __device__ __forceinline__ ColumnBits(const BackwardKeysArguments& args, const KeyItem& item, int head)
-      : rows{args.columns + (static_cast<int64_t>(head / args.heads_per_mask_head) * args.mask.cols + item.column) *
-                                args.row_words,
+      : rows{args.columns +
+                 (static_cast<int64_t>(mask_of_head(head, args.heads_of_mask)) * args.mask.cols + item.column) *
+                     args.row_words,
              item.united, args.row_words},
         blocks(mask::find_rows(args.mask, item.row_begin, item.q_len)) {}
 
@@ -91,7 +93,7 @@ __device__ __forceinline__ int count_seen_keys(const BackwardKeysArguments& args
   if (!args.mask.causal) return item.active >> block & 1 ? item.keys : 0;
   int last_row = -1;
   const int first_head = item.head_set * args.tile_heads;
-  for (int head = first_head; head < first_head + args.tile_heads; head += args.heads_per_mask_head) {
+  for (int head = first_head; head < first_head + args.tile_heads; head += args.heads_of_mask) {
     const ColumnBits bits(args, item, head);
     const uint32_t* column = bits.rows.first + static_cast<int64_t>(block) * bits.rows.words;
     const auto [begin, end] = bits.blocks;
