@@ -370,8 +370,8 @@ class Item:
     q_len: int
     k_begin: int
     k_len: int
-    united: int
     diagonal: int
+    united: int
 
 
 def read_items(items: Tensor) -> list[Item]:
@@ -426,11 +426,9 @@ def expected_items(
                     active = [c for c in range(col_end) if rows[mask_head, row_begin + i, c]]
                     masked = [c for c in active if (c + 1) * spec.k_block - 1 > low]
                     bit_row = mask_head * mask.rows + row_begin + i
-                    where = (q_begin, q_len, k_begin, k_len)
+                    where = (q_begin, q_len, k_begin, k_len, k_len - q_len)
                     counts = (len(active), len(masked), col_end)
-                    of_sequence.append(
-                        Item(bit_row, b, head, i * spec.q_block, first, *counts, *where, 1, k_len - q_len)
-                    )
+                    of_sequence.append(Item(bit_row, b, head, i * spec.q_block, first, *counts, *where, 1))
             for first in range(0, len(of_sequence), united):
                 items.update(unite(of_sequence[first : first + united], rows, spec.k_block))
     return items

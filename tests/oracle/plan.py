@@ -255,8 +255,8 @@ def plan_items(
             masked[mask_head],
             col_end.expand(shape),
             *table[:, : K_LEN + 1].view(1, rows, 1, 4).expand(*shape, 4).unbind(-1),
-            torch.ones(shape, dtype=torch.int64),  # blocks of a tile: here, none are united
             table[:, DIAGONAL].view(1, rows, 1).expand(shape),
+            torch.ones(shape, dtype=torch.int64),  # blocks of a tile: here, none are united
         ],
         -1,
     ).to(torch.int32)

@@ -121,9 +121,9 @@ struct alignas(64) WorkItem {
   int32_t q_len;
   int32_t k_begin;
   int32_t k_len;
+  int32_t diagonal;
   int32_t united;     // query blocks of the tile. 0: a dead item, as the tile of another has this block, or the tile no
                       // query; such items end the list, and their bit_row is -1
-  int32_t diagonal;   // copied from Sequence
   int32_t unused[2];  // 0; declared, or compilers copy what fills the record up byte by byte
 };
 

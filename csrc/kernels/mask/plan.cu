@@ -151,11 +151,11 @@ struct ItemList {
     return {make_int4(record.bit_row, record.sequence, record.head, record.block_row),
             make_int4(record.first_row, record.blocks, record.masked, record.col_end),
             make_int4(record.q_begin, record.q_len, record.k_begin, record.k_len),
-            make_int4(record.united, record.diagonal, 0, 0)};
+            make_int4(record.diagonal, record.united, 0, 0)};
   }
 };
 static_assert(sizeof(WorkItem) == sizeof(PackedRecord) && offsetof(WorkItem, first_row) == 16 &&
-              offsetof(WorkItem, q_begin) == 32 && offsetof(WorkItem, united) == 48);
+              offsetof(WorkItem, q_begin) == 32 && offsetof(WorkItem, diagonal) == 48);
 
 }  // namespace
 
