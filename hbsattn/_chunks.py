@@ -109,7 +109,7 @@ def make_chunks(
 def cut_sequences(sequences: Tensor, begin: int, end: int, packed: bool) -> Tensor:
     """The table of sequences of rows `begin` to `end`, for blocks of one query.
 
-    A sequence keeps its keys. What is its first query in the chunk sees those that it did.
+    A sequence keeps its keys, and its diagonal moves by as many queries as lie before the chunk.
     """
     cut = sequences.clone()
     q_begin = sequences[:, Q_BEGIN] if packed else torch.zeros_like(sequences[:, Q_BEGIN])
