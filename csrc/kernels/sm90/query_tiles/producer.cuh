@@ -372,21 +372,14 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
   // nobody stores.
   constexpr bool kClears = kKeys || Traits::kForGradients;
   const int tail_vectors = kClears ? args.tail_vectors : 0;
-  uint64_t* landed = tail_vectors == 0 ? full : kKeys ? storage.keys_landed : storage.values_landed;
-  constexpr int kStages = kKeys ? Traits::kKeyStages : Traits::kValueStages;
+  RingPosition<1> landed(0);
   // Where in a plan this lane's segment lies.
   const int stage_of_lane = lane >> segments_log2, segment_of_lane = lane & ((1 << segments_log2) - 1);
   const int offset_of_lane = (segment_of_lane << args.segment_log2) * (Traits::kChunks * Traits::kChunkBytes);
 
   RingPosition<Traits::kTileSlots> slot(0);
   RingPosition<Traits::kSegmentSlots> segment_slot(0);
-  RingPosition<kStages> ring(1), to_clear(0);
-  const auto clear_stage = [&] {
-    mbarrier_wait(&landed[to_clear.index], to_clear.parity);
-    clear_tail<Traits>(stages + to_clear.index * Traits::kStageBytes, tail_vectors, lane);
-    if (lane == 0) mbarrier_arrive(&full[to_clear.index]);
-    to_clear.advance();
-  };
+  RingPosition<kKeys ? Traits::kKeyStages : Traits::kValueStages> ring(1);
   while (true) {
     const TileSlot tile = wait_tile(storage, slot);
     release_tile(storage, slot, lane);
@@ -412,15 +405,17 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
         if (kKeys && (Traits::kAddsKeys || planned + stage < tile.masked_stages)) {
           write_granules(args, plan, stage, storage.granules[ring.index], lane);
         }
+        uint64_t* arrived = &full[ring.index];
+        if (tail_vectors > 0) arrived = kKeys ? &storage.keys_landed : &storage.values_landed;
         if (lane == 0) {
-          mbarrier_arrive_expect(&landed[ring.index], Traits::kStageBytes);
+          mbarrier_arrive_expect(arrived, Traits::kStageBytes);
         } else if (kKeys && kGeneral) {
           mbarrier_arrive(&full[ring.index]);
         }
         if (!plan.clips(stage)) {
           if (stage_of_lane == stage) {
-            cute::SM90_TMA_LOAD_5D::copy(whole, &landed[ring.index], kKeepInL2, destination + offset_of_lane, 0,
-                                         first_row, 0, 0, key_head);
+            cute::SM90_TMA_LOAD_5D::copy(whole, arrived, kKeepInL2, destination + offset_of_lane, 0, first_row, 0, 0,
+                                         key_head);
           }
         } else {
           constexpr int kBoxes = Traits::kTileN / 8 * Traits::kChunks;  // of 8 rows and one chunk
@@ -430,8 +425,7 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
             const int key = plan.key_of_row(stage, row), end = plan.end_of_row(stage, row);
             const int from_end = key < 0 || key > end ? 0 : end - key;
             if (box < kBoxes) {
-              cute::SM90_TMA_LOAD_5D::copy(clipped, &landed[ring.index], kKeepInL2,
-                                           destination + box * Traits::kAtomBytes,
+              cute::SM90_TMA_LOAD_5D::copy(clipped, arrived, kKeepInL2, destination + box * Traits::kAtomBytes,
                                            box % Traits::kChunks * Traits::kChunkColumns, kRunEnd - from_end,
                                            int{kRunEnd}, run_begin + end, key_head);
             }
@@ -440,12 +434,16 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
         if (kKeys && planned + stage == tile.stages - Traits::kTileLead - 1 && lane == 0) {
           mbarrier_arrive(&storage.tile_wanted);
         }
-        // A stage late, so that the next one is under way meanwhile.
-        if (tail_vectors > 0 && (kStages == 1 || planned + stage > 0)) clear_stage();
+        if (tail_vectors > 0) {
+          // The next stage waits meanwhile, but not for long: loading one takes less time than consuming one.
+          mbarrier_wait(arrived, landed.parity);
+          landed.advance();
+          clear_tail<Traits>(destination, tail_vectors, lane);
+          if (lane == 0) mbarrier_arrive(&full[ring.index]);
+        }
         ring.advance();
       }
     }
-    if (tail_vectors > 0 && kStages > 1 && tile.stages > 0) clear_stage();
   }
 }
 
