@@ -372,14 +372,24 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
   // nobody stores.
   constexpr bool kClears = kKeys || Traits::kForGradients;
   const int tail_vectors = kClears ? args.tail_vectors : 0;
-  RingPosition<1> landed(0);
+  uint64_t* landed = tail_vectors == 0 ? full : kKeys ? storage.keys_landed : storage.values_landed;
+  constexpr int kStages = kKeys ? Traits::kKeyStages : Traits::kValueStages;
+  // A stage of few columns is consumed sooner than the next one comes: that one is under way before this one is
+  // cleared. With two stages, or long ones, consumers would wait for what is done only when the next one may come.
+  constexpr bool kClearsLate = Traits::kHeadDim <= 96 && kStages > 2;
   // Where in a plan this lane's segment lies.
   const int stage_of_lane = lane >> segments_log2, segment_of_lane = lane & ((1 << segments_log2) - 1);
   const int offset_of_lane = (segment_of_lane << args.segment_log2) * (Traits::kChunks * Traits::kChunkBytes);
 
   RingPosition<Traits::kTileSlots> slot(0);
   RingPosition<Traits::kSegmentSlots> segment_slot(0);
-  RingPosition<kKeys ? Traits::kKeyStages : Traits::kValueStages> ring(1);
+  RingPosition<kStages> ring(1), to_clear(0);
+  const auto clear_stage = [&] {
+    mbarrier_wait(&landed[to_clear.index], to_clear.parity);
+    clear_tail<Traits>(stages + to_clear.index * Traits::kStageBytes, tail_vectors, lane);
+    if (lane == 0) mbarrier_arrive(&full[to_clear.index]);
+    to_clear.advance();
+  };
   while (true) {
     const TileSlot tile = wait_tile(storage, slot);
     release_tile(storage, slot, lane);
@@ -405,8 +415,7 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
         if (kKeys && (Traits::kAddsKeys || planned + stage < tile.masked_stages)) {
           write_granules(args, plan, stage, storage.granules[ring.index], lane);
         }
-        uint64_t* arrived = &full[ring.index];
-        if (tail_vectors > 0) arrived = kKeys ? &storage.keys_landed : &storage.values_landed;
+        uint64_t* arrived = &landed[ring.index];
         if (lane == 0) {
           mbarrier_arrive_expect(arrived, Traits::kStageBytes);
         } else if (kKeys && kGeneral) {
@@ -434,16 +443,11 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
         if (kKeys && planned + stage == tile.stages - Traits::kTileLead - 1 && lane == 0) {
           mbarrier_arrive(&storage.tile_wanted);
         }
-        if (tail_vectors > 0) {
-          // The next stage waits meanwhile, but not for long: loading one takes less time than consuming one.
-          mbarrier_wait(arrived, landed.parity);
-          landed.advance();
-          clear_tail<Traits>(destination, tail_vectors, lane);
-          if (lane == 0) mbarrier_arrive(&full[ring.index]);
-        }
+        if (tail_vectors > 0 && (!kClearsLate || planned + stage > 0)) clear_stage();
         ring.advance();
       }
     }
+    if (kClearsLate && tail_vectors > 0 && tile.stages > 0) clear_stage();
   }
 }
 

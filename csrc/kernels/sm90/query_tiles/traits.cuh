@@ -134,8 +134,8 @@ struct QueryTileTraits {
     uint64_t unread;                     // where hold_back_waits stores; with it begin the barriers
     uint64_t keys_full[kKeyStages], keys_empty[kKeyStages];
     uint64_t values_full[kValueStages], values_empty[kValueStages];
-    // Where boxes bring columns past the head dim: the latest stage is there, and those columns are yet to be cleared.
-    uint64_t keys_landed, values_landed;
+    // Where boxes bring columns past the head dim: a stage is there, and those columns are yet to be cleared.
+    uint64_t keys_landed[kKeyStages], values_landed[kValueStages];
     uint64_t queries_full[kQueryBuffers][kUnits], output_full[kQueryBuffers][kUnits];
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     uint64_t segments_full[kSegmentSlots], segments_empty[kSegmentSlots];
