@@ -125,8 +125,8 @@ __device__ int add_lanes(int value) {
 // Ranks kOrderItems items of one section, by the number of its items that are heavier, or as heavy and earlier, and
 // writes their records where they belong: list.make_record(index, weight). Weights are 0 or more; -1 is an item without
 // a tile. Those go to the end of the list, section by section. `live` counts the others of each section; null: all have
-// a tile. `heavy` counts the items of each section, its heaviest, that go before all sections, where `list` says, and
-// in parts; null: none do.
+// a tile, or there is one section. `heavy` counts the items of each section, its heaviest, that go before all sections,
+// where `list` says, and in parts; null: none do.
 template <class List>
 __global__ void __launch_bounds__(kOrderThreads) order_items_kernel(const List list, const OrderArguments args) {
   __shared__ int4 weights[kChunk / 4];
