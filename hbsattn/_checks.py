@@ -63,28 +63,35 @@ def check_number(name: str, value: object) -> float:
 
 
 def check_block_sizes(q_block_size: object, k_block_size: object) -> tuple[int, int]:
-    sizes = (("q_block_size", q_block_size), ("k_block_size", k_block_size))
-    q_block_size, k_block_size = (check_index(name, size, 1, BLOCK_LIMIT) for name, size in sizes)
-    return q_block_size, k_block_size
+    q_block_size = check_index("q_block_size", q_block_size, 1, BLOCK_LIMIT)
+    return q_block_size, check_index("k_block_size", k_block_size, 1, BLOCK_LIMIT)
 
 
 def check_is_tensor(name: str, value: object, accepted: str = "a Tensor") -> None:
     """Refuses what is no tensor, or has no strides."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type_name(value)}; expected {accepted}")
-    if value.layout is not torch.strided or value.is_nested:
+    if not _is_dense(value):
         kind = "nested" if value.is_nested else f"of layout {value.layout}"
         raise TypeError(f"{name} is {kind}; expected {accepted} that is dense, of layout torch.strided")
 
 
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+
+
+def _join(accepted: tuple[object, ...]) -> str:
+    return " or ".join(map(str, accepted))
+
+
 def check_tensor(name: str, tensor: object, dims: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    accepted = " or ".join(map(str, dtypes))
-    check_is_tensor(name, tensor, f"a Tensor of {accepted}")
+    if not _is_dense(tensor):
+        check_is_tensor(name, tensor, f"a Tensor of {_join(dtypes)}")
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {accepted}")
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {_join(dtypes)}")
     if tensor.dim() not in dims:
         raise ValueError(
-            f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {' or '.join(map(str, dims))}"
+            f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {_join(dims)}"
         )
 
 

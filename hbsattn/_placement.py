@@ -26,8 +26,16 @@ class Lengths(NamedTuple):
 
     def check(self) -> "Lengths":
         """The same with ints for whatever stands for one."""
-        named = zip(self._fields[2:], self[2:], strict=True)
-        return Lengths(*self[:2], *[None if value is None else check_index(name, value) for name, value in named])
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_q, seqlen_k, batch_size = self
+        return Lengths(
+            cu_seqlens_q,
+            cu_seqlens_k,
+            None if max_seqlen_q is None else check_index("max_seqlen_q", max_seqlen_q),
+            None if max_seqlen_k is None else check_index("max_seqlen_k", max_seqlen_k),
+            None if seqlen_q is None else check_index("seqlen_q", seqlen_q),
+            None if seqlen_k is None else check_index("seqlen_k", seqlen_k),
+            None if batch_size is None else check_index("batch_size", batch_size),
+        )
 
     @property
     def packed(self) -> bool:
@@ -37,7 +45,6 @@ class Lengths(NamedTuple):
 class Place(NamedTuple):
     """Where the blocks of a mask lie, as its constructor worked it out."""
 
-    sequences: Tensor
     batch: int
     rows: int
     cols: int
@@ -46,6 +53,7 @@ class Place(NamedTuple):
     seqlen_k: int | None
     q_block: int  # what the ops are told: `cut_block` of the size that was given
     k_block: int
+    row_stride: int  # rows of the bit matrix between two sequences; -1: they lie without gaps
 
     @property
     def blocks(self) -> tuple[int, int, int]:
@@ -62,7 +70,7 @@ def place_blocks(
     q_block_size: int,
     k_block_size: int,
 ) -> Place:
-    """Fits a mask to its lengths. `lead` is (heads, rows) for a flat mask or (batch or 1, heads, query blocks), `cols`
+    """Fits a mask on a device to its lengths, and launches nothing. `lead` is (heads, rows) for a flat mask or (batch or 1, heads, query blocks), `cols`
     the columns of a dense one.
     """
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_q, seqlen_k, batch_size = lengths
@@ -119,20 +127,25 @@ def place_blocks(
         cols = ceil_div(seqlen_k, k_block_size)
     if not flat and lead[0] not in (1, batch):
         raise ValueError(f"{name} has a batch of {lead[0]}; expected 1 or {batch}")
-    blocks = cut_block(q_block_size, seqlen_q), cut_block(k_block_size, seqlen_k)
-    seqlens = (0, 0) if packed else (seqlen_q, seqlen_k)
-    sequences = ops.make_sequences.default(
-        cu_seqlens_q, cu_seqlens_k, device, batch, *seqlens, *blocks, -1 if flat else row_blocks
-    )
+    blocks = (q_block_size, k_block_size)
+    if not torch.compiler.is_compiling():
+        blocks = cut_block(q_block_size, seqlen_q), cut_block(k_block_size, seqlen_k)
     rows = row_blocks if flat else batch * row_blocks
-    return Place(sequences, batch, rows, cols, packed, seqlen_q, seqlen_k, *blocks)
+    return Place(batch, rows, cols, packed, seqlen_q, seqlen_k, *blocks, -1 if flat else row_blocks)
+
+
+def make_sequences(lengths: Lengths, place: Place, device: torch.device) -> Tensor:
+    """The table of sequences, int32 (batch, 6)."""
+    seqlens = (0, 0) if lengths.packed else (place.seqlen_q, place.seqlen_k)
+    blocks = (place.q_block, place.k_block)
+    return ops.make_sequences.default(*lengths[:2], device, place.batch, *seqlens, *blocks, place.row_stride)
 
 
 def cut_block(block_size: int, longest: int | None) -> int:
     """The size of blocks for the ops, where no sequence is longer than `longest`: that given, or one that is not far
     above `longest` and still covers every sequence with one block. Kernels like powers of two, and multiples of 128.
     """
-    if longest is None or isinstance(longest, torch.SymInt) or torch.compiler.is_compiling():
+    if longest is None or isinstance(longest, torch.SymInt):
         return block_size
     enough = 1 << max((longest - 1).bit_length(), 4) if longest <= 128 else 128 * ceil_div(longest, 128)
     return min(block_size, enough)
