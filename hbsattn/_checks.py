@@ -69,11 +69,12 @@ def check_block_sizes(q_block_size: object, k_block_size: object) -> tuple[int, 
 
 def check_is_tensor(name: str, value: object, accepted: str = "a Tensor") -> None:
     """Refuses what is no tensor, or has no strides."""
+    if _is_dense(value):
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type_name(value)}; expected {accepted}")
-    if not _is_dense(value):
-        kind = "nested" if value.is_nested else f"of layout {value.layout}"
-        raise TypeError(f"{name} is {kind}; expected {accepted} that is dense, of layout torch.strided")
+    kind = "nested" if value.is_nested else f"of layout {value.layout}"
+    raise TypeError(f"{name} is {kind}; expected {accepted} that is dense, of layout torch.strided")
 
 
 def _is_dense(value: object) -> bool:
@@ -90,9 +91,7 @@ def check_tensor(name: str, tensor: object, dims: tuple[int, ...], dtypes: tuple
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {tensor.dtype}; expected {_join(dtypes)}")
     if tensor.dim() not in dims:
-        raise ValueError(
-            f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {_join(dims)}"
-        )
+        raise ValueError(f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {_join(dims)}")
 
 
 def check_same_device(name: str, tensor: Tensor, device: torch.device, whose: str) -> None:

@@ -70,8 +70,8 @@ def place_blocks(
     q_block_size: int,
     k_block_size: int,
 ) -> Place:
-    """Fits a mask on a device to its lengths, and launches nothing. `lead` is (heads, rows) for a flat mask or (batch or 1, heads, query blocks), `cols`
-    the columns of a dense one.
+    """Fits a mask to its lengths, and launches nothing. `lead` is (heads, rows) for a flat mask or (batch or 1, heads,
+    query blocks), `cols` the columns of a dense one.
     """
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_q, seqlen_k, batch_size = lengths
     flat, row_blocks = len(lead) == 2, lead[-1]
@@ -117,14 +117,16 @@ def place_blocks(
         batch = lead[0] if batch_size is None else batch_size
         if seqlen_q is None:
             seqlen_q = row_blocks * q_block_size
-        if seqlen_k is None:
-            if cols is None:
-                raise ValueError("seqlen_k is None; expected an int for index lists and CSR without cu_seqlens_k")
+        else:
+            _check_blocks("seqlen_q", seqlen_q, q_block_size, row_blocks, "query", name)
+        if seqlen_k is not None:
+            if cols is not None:
+                _check_blocks("seqlen_k", seqlen_k, k_block_size, cols, "key", name)
+            cols = ceil_div(seqlen_k, k_block_size)
+        elif cols is not None:
             seqlen_k = cols * k_block_size
-        _check_blocks("seqlen_q", seqlen_q, q_block_size, row_blocks, f"query blocks of {name}")
-        if cols is not None:
-            _check_blocks("seqlen_k", seqlen_k, k_block_size, cols, f"key blocks of {name}")
-        cols = ceil_div(seqlen_k, k_block_size)
+        else:
+            raise ValueError("seqlen_k is None; expected an int for index lists and CSR without cu_seqlens_k")
     if not flat and lead[0] not in (1, batch):
         raise ValueError(f"{name} has a batch of {lead[0]}; expected 1 or {batch}")
     blocks = (q_block_size, k_block_size)
@@ -145,7 +147,7 @@ def cut_block(block_size: int, longest: int | None) -> int:
     """The size of blocks for the ops, where no sequence is longer than `longest`: that given, or one that is not far
     above `longest` and still covers every sequence with one block. Kernels like powers of two, and multiples of 128.
     """
-    if longest is None or isinstance(longest, torch.SymInt):
+    if longest is None or isinstance(longest, torch.SymInt) or block_size <= longest:
         return block_size
     enough = 1 << max((longest - 1).bit_length(), 4) if longest <= 128 else 128 * ceil_div(longest, 128)
     return min(block_size, enough)
@@ -164,7 +166,7 @@ def count_sequences(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, de
     return cu_seqlens_q.shape[0] - 1
 
 
-def _check_blocks(name: str, seqlen: int, block_size: int, blocks: int, what: str) -> None:
+def _check_blocks(name: str, seqlen: int, block_size: int, blocks: int, word: str, whose: str) -> None:
     if ceil_div(seqlen, block_size) != blocks:
         low, high = max((blocks - 1) * block_size + 1, 0), blocks * block_size
-        raise ValueError(f"{name} is {seqlen}; expected {low} to {high}, the {blocks} {what}")
+        raise ValueError(f"{name} is {seqlen}; expected {low} to {high}, the {blocks} {word} blocks of {whose}")

@@ -18,6 +18,9 @@ Plan = tuple[Tensor, ...]
 Maker = Callable[["BlockMask"], Plan]
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent where PyTorch has no CUDA
+_tracing_state = torch._C._get_tracing_state
+_count_modes = torch._C._len_torch_dispatch_stack
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _NOTHING = contextlib.nullcontext()
 _lock = threading.Lock()  # of whoever adds or rewrites plans; readers need none
 
@@ -34,16 +37,13 @@ def is_capturing(device: torch.device) -> bool:
 
 def is_traced(*tensors: Tensor) -> bool:
     """Whether these tensors have no values that a program could read or keep: they are a tracer's, or a transform's."""
-    if is_compiling() or torch._C._get_tracing_state() is not None:
+    if is_compiling() or _tracing_state() is not None:
         return True
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if _count_modes() > 0:
         modes = torch._C._TorchDispatchModeKey
         if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)):
             return True
-    for tensor in tensors:
-        if type(tensor) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            return True
-    return False
+    return any([type(tensor) is not Tensor or _is_wrapped(tensor) for tensor in tensors])  # faster than a generator
 
 
 def is_transforming() -> bool:

@@ -76,7 +76,8 @@ def _attend(
     check_is_mask(mask)
     mask._check_use(q, k)
     check_is_tensor("v", v)
-    if torch.is_autocast_enabled(q.device.type):
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
         q, k, v = _autocast(q, k, v)
     heads_q, head_dim = q.shape[-2:]
     if softmax_scale is None:
@@ -94,7 +95,7 @@ def _attend(
         return results if return_lse else results[0]
     bits, sequences = mask._kept_bits(), mask.sequences
     items = backward_plan = None
-    if q.device.type != "cpu":  # which needs no plans
+    if device != "cpu":  # which needs no plans
         key = ("items", call)
         plan = mask._plans.find(key)
         if plan is not None:

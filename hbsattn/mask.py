@@ -40,7 +40,7 @@ from hbsattn._sources import FORMS, Dense, Lists, Rows, Source
 CONSTRUCTORS = "BlockMask.from_dense, BlockMask.from_indices or BlockMask.from_csr"
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class BlockMask:
     """A block mask, ready for any number of `block_sparse_attention` calls; built by `from_dense`, `from_indices` or
     `from_csr`.
@@ -82,7 +82,7 @@ class BlockMask:
     """
 
     # All tensors are fields of their own, so that whoever maps the fields of dataclasses finds them. The defaults serve
-    # the sentence of `__post_init__` alone.
+    # the sentence of `__init__` alone.
     _bits: Tensor | None = None
     sequences: Tensor = None
     q_block_size: int = 0
@@ -103,18 +103,27 @@ class BlockMask:
     _indices: Tensor | None = None
     _replayed: bool = False  # whether a CUDA graph writes the contents: they may change with each replay
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.sequences, Tensor):
+    # Takes the fields in their order, or by name. A frozen dataclass's own would set them one by one, which takes as
+    # long as all else that a new mask needs in Python.
+    def __init__(self, *values: Any, **named: Any) -> None:
+        fields = dict(zip(_FIELDS, values, strict=False), **named)
+        if not isinstance(fields.get("sequences"), Tensor):
             raise TypeError(f"BlockMask was called itself; expected {CONSTRUCTORS}")
-        if not torch.compiler.is_compiling():
-            for name in ("_bits", "sequences", "_counts", "_indices"):
-                tensor = getattr(self, name)
-                if isinstance(tensor, Tensor) and tensor.is_inference():
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling:
+            for name in _TENSORS:
+                tensor = fields.get(name)
+                if tensor is not None and isinstance(tensor, Tensor) and tensor.is_inference():
                     with torch.inference_mode(False):
-                        object.__setattr__(self, name, tensor.clone())
+                        fields[name] = tensor.clone()
         # No field: a copy, or a mask with other fields, plans anew.
-        contents = self._counts if self._bits is None else self._bits
-        object.__setattr__(self, "_plans", Plans((contents, self.sequences)))
+        bits = fields.get("_bits")
+        fields["_plans"] = Plans((fields.get("_counts") if bits is None else bits, fields["sequences"]))
+        if is_compiling:  # the tracer follows no writes to __dict__
+            for name, value in fields.items():
+                object.__setattr__(self, name, value)
+        else:
+            self.__dict__.update(fields)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return BlockMask, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
@@ -327,9 +336,7 @@ class BlockMask:
         flat = (self.heads, self.rows)
         return flat if self.packed else (self.batch, self.heads, self.rows // max(self.batch, 1))
 
-    def _place_again(
-        self, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
-    ) -> tuple[Place, Lengths, Tensor]:
+    def _place_again(self, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> tuple[Place, Lengths, Tensor]:
         """The place of the same blocks over new lengths, or over those that are there, and the table of sequences."""
         longest = (self.seqlen_q, self.seqlen_k) if self.packed else (None, None)
         lengths = Lengths(cu_seqlens_q, cu_seqlens_k, *longest, None, None, None)
@@ -514,10 +521,10 @@ def _check_dims(name: str, tensor: Tensor, dims: int, form: str) -> None:
 
 
 def _check_batched(name: str, tensor: Tensor, seqlen: int, block_size: int) -> None:
+    if tensor.dim() == 4 and tensor.size(1) == seqlen:
+        return
     _check_dims(name, tensor, 4, "batched")
     length = tensor.size(1)
-    if length == seqlen:
-        return
     hint = ""
     if tensor.shape[2] == seqlen:
         hint = ": heads come after the length, (batch, length, heads, head_dim)"
@@ -532,5 +539,8 @@ def _keep_lists(source: Source, place: Place) -> bool:
         return False
     return stays_lists(place.q_block, source.heads, place.rows, place.cols, source.indices.numel())
 
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(BlockMask))
+_TENSORS = ("_bits", "sequences", "_counts", "_indices")
 
 torch.serialization.add_safe_globals([BlockMask])  # for torch.load(weights_only=True)

@@ -29,6 +29,7 @@ from problems import (
 ops = torch.ops.hbsattn
 OPS = (
     "make_sequences",
+    "make_dense",
     "pack_dense",
     "pack_indices",
     "pack_csr",
@@ -36,7 +37,7 @@ OPS = (
     "check_forward",
     "check_mask",
 )
-CUDA_OPS = ("plan_items", "plan_backward")
+CUDA_OPS = ("plan_items", "plan_backward", "plan_and_forward")
 BACKWARD_OPS = ("check_backward", "backward")
 
 SPECS = [
@@ -61,6 +62,12 @@ def op_arguments(name: str, spec: Case, device: str) -> tuple[Any, ...]:
             return (None, None, torch.device(device), 2, spec.lens_q[0], spec.keys[0], *sizes, spec.blocks(0)[0])
         lens = (cu_seqlens(spec.lens_q, device), cu_seqlens(spec.keys, device))
         return (*lens, torch.device(device), len(spec.lens_q), 0, 0, *sizes, -1)
+    if name == "make_dense":
+        lens = (cu_seqlens(spec.lens_q, device), cu_seqlens(spec.keys, device)) if spec.packed else (None, None)
+        seqlens = (0, 0) if spec.packed else (spec.lens_q[0], spec.keys[0])
+        stride = -1 if spec.mask_form == "flat" else spec.blocks(0)[0]
+        dense = dense_mask(spec, problem.block_masks, spec.mask_form).to(device)
+        return (dense, *lens, len(spec.lens_q), *seqlens, mask.rows, mask.cols, *sizes, stride, spec.causal)
     flat = spec.mask_form == "flat"
     table = (mask.rows, mask.cols, *sizes, spec.causal)
     if name == "pack_dense":
@@ -81,12 +88,12 @@ def op_arguments(name: str, spec: Case, device: str) -> tuple[Any, ...]:
     if name == "plan_backward":
         return (*tables, call, problem.k.shape[-3], spec.packed, spec.causal, (True, True, True))
     tensors = (problem.q, problem.k, problem.v, mask.bits, mask.sequences)
+    if name in ("check_forward", "plan_and_forward"):
+        return (*tensors, layout_of(mask), True, 0.125)
     plans = (None, None)
     if device == "cuda":
         plan = plan_backward(mask, *call, rows_k=problem.k.shape[-3])
         plans = (plan_items(mask, *call), plan)
-    if name == "check_forward":
-        return (*tensors, layout_of(mask), True, 0.125)
     return (*tensors, *plans, layout_of(mask), True, 0.125)
 
 
@@ -173,6 +180,37 @@ def test_backward_refuses(name: str, device: str):
 @pytest.mark.parametrize("name", CUDA_OPS)
 def test_opcheck_plan(name: str, spec: Case):
     torch.library.opcheck(getattr(ops, name).default, op_arguments(name, spec, "cuda"))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_make_dense(spec: Case, device: str):
+    """What the two ops give that it stands for."""
+    bits, sequences = ops.make_dense(*op_arguments("make_dense", spec, device))
+    assert same(sequences, ops.make_sequences(*op_arguments("make_sequences", spec, device)))
+    dense, _, *rest = op_arguments("pack_dense", spec, device)
+    assert same(bits, ops.pack_dense(dense, sequences, *rest))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_plan_and_forward(spec: Case, inference: bool):
+    """What the two ops give that it stands for. The list is a normal tensor: later calls rewrite it in any mode."""
+    tensors = op_arguments("plan_and_forward", spec, "cuda")
+    plain = op_arguments("forward", spec, "cuda")
+    with torch.inference_mode(inference):
+        out, lse, items = ops.plan_and_forward(*tensors)
+        want = ops.forward(*plain)
+    assert same(out, want[0]) and same(lse, want[1]) and not items.is_inference()
+    assert items.shape == plain[5].shape
+
+
+@pytest.mark.gpu
+def test_plan_and_forward_has_no_derivative():
+    q, *rest = op_arguments("plan_and_forward", SPECS[0], "cuda")
+    with pytest.raises(NotImplementedError, match=r"plan_and_forward has no derivative; expected hbsattn::forward"):
+        ops.plan_and_forward(q.requires_grad_(), *rest)
 
 
 @pytest.mark.parametrize("name", [*OPS, *CUDA_OPS, *BACKWARD_OPS])
