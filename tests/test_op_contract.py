@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import cases
 import hbsattn
@@ -292,6 +294,31 @@ def test_compile_the_mask_too(device: str):
 
     out, lse = attend(problem.q, problem.k, problem.v, block_mask, lens)
     judge(problem, out, lse)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_ops_of_a_traced_new_mask(trains: bool):
+    """For CUDA, also where there is none: fake tensors can be on any device. Lengths are symbols of one graph."""
+    traced = []
+
+    def attend(q: torch.Tensor, block_mask: torch.Tensor) -> torch.Tensor:
+        mask = hbsattn.BlockMask.from_dense(block_mask, 64, 64, causal=True)
+        return hbsattn.block_sparse_attention(q, q[:, :, :2], q[:, :, :2], mask)
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        traced.append([node.target for node in graph.graph.nodes if getattr(node.target, "namespace", "") == "hbsattn"])
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        for n in (256, 512, 1024):
+            q = torch.empty(1, n, 8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=trains)
+            block_mask = torch.empty(1, 2, n // 64, n // 64, device="cuda", dtype=torch.bool)
+            out = compiled(q, block_mask)
+            assert out.shape == q.shape and out.device == q.device and out.dtype == q.dtype
+    call = [ops.check_forward, ops.plan_items, ops.plan_backward, ops.forward] if trains else [ops.plan_and_forward]
+    assert traced == [[op.default for op in (ops.make_dense, *call)]]
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
