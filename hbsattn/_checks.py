@@ -26,11 +26,11 @@ def check_index(name: str, value: object, least: int = 0, limit: int = LENGTH_LI
     """Returns an int for whatever has `__index__`, but for a bool: also numpy's integers, and integer tensors without
     dimensions on a CPU. It is at least `least` and less than `limit`.
     """
-    if isinstance(value, torch.SymInt):
-        return value  # has no value yet: the op checks it
-    if isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}; expected an int")
-    if not isinstance(value, int):
+    if type(value) is not int:
+        if isinstance(value, torch.SymInt):
+            return value  # has no value yet: the op checks it
+        if isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; expected an int")
         if isinstance(value, Tensor) and not _is_host_scalar(value):
             raise TypeError(f"{name} is {_describe(value)}; expected an int, or an integer Tensor () on the CPU")
         try:

@@ -106,10 +106,11 @@ class BlockMask:
     # Takes the fields in their order, or by name. A frozen dataclass's own would set them one by one, which takes as
     # long as all else that a new mask needs in Python.
     def __init__(self, *values: Any, **named: Any) -> None:
-        fields = dict(zip(_FIELDS, values, strict=False), **named)
+        is_compiling = torch.compiler.is_compiling()
+        fields = {} if is_compiling else self.__dict__  # the tracer follows no writes to __dict__
+        fields.update(zip(_FIELDS, values, strict=False), **named)
         if not isinstance(fields.get("sequences"), Tensor):
             raise TypeError(f"BlockMask was called itself; expected {CONSTRUCTORS}")
-        is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
             for name in _TENSORS:
                 tensor = fields.get(name)
@@ -119,11 +120,9 @@ class BlockMask:
         # No field: a copy, or a mask with other fields, plans anew.
         bits = fields.get("_bits")
         fields["_plans"] = Plans((fields.get("_counts") if bits is None else bits, fields["sequences"]))
-        if is_compiling:  # the tracer follows no writes to __dict__
+        if is_compiling:
             for name, value in fields.items():
                 object.__setattr__(self, name, value)
-        else:
-            self.__dict__.update(fields)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return BlockMask, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
