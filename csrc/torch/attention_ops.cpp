@@ -66,9 +66,10 @@ const Tensor& check_given(const char* name, const OptionalTensor& tensor, const 
   return *tensor;
 }
 
+// `cleared`: a workspace that plan_items has cleared for this call; null: there is none.
 TwoTensors run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
                        const OptionalTensor& items, const MaskLayout& layout, bool pack_heads, double softmax_scale,
-                       int64_t* cycles) {
+                       int64_t* cycles, void* cleared = nullptr) {
   const at::Device device = q.device();
   ForwardParams params = read_problem(q, k, v, bits, sequences, layout, pack_heads, softmax_scale);
   read_items(check_given("items", items, "plan_items"), device, params);
@@ -76,7 +77,7 @@ TwoTensors run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
   if (head_dim % kHeadDimMultiple != 0) {
     raise_if_error(supported(params));
     const auto [out, lse] = run_forward(pad_head_dim(q), pad_head_dim(k), pad_head_dim(v), bits, sequences, items,
-                                        layout, pack_heads, softmax_scale, cycles);
+                                        layout, pack_heads, softmax_scale, cycles, cleared);
     return {cut_head_dim(out, head_dim), lse};
   }
   const bool copies = !addressable(params.q, params.dtype) || !addressable(params.k, params.dtype) ||
@@ -91,8 +92,10 @@ TwoTensors run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
   params.out = to_view("out", out);
   params.lse = lse.mutable_data_ptr<float>();
   params.cycles = cycles;
-  const c10::DataPtr workspace = allocate_scratch(forward_workspace_size());
-  params.workspace = workspace.get();
+  c10::DataPtr workspace;
+  if (cleared == nullptr) workspace = allocate_scratch(forward_workspace_size());
+  params.workspace = cleared == nullptr ? workspace.get() : cleared;
+  params.workspace_is_clear = cleared != nullptr;
   raise_if_error(forward(params, current_stream(device)));
   return {out, lse};
 }
@@ -119,11 +122,14 @@ ThreeTensors plan_and_forward(const Tensor& q, const Tensor& k, const Tensor& v,
   plan.head_dim = params.head_dim;
   plan.element_size = static_cast<int32_t>(q.element_size());
   plan.pack_heads = pack_heads;
+  const c10::DataPtr workspace = allocate_scratch(forward_workspace_size());
+  plan.workspace = workspace.get();
   const Tensor items = [&] {
     const c10::InferenceMode normal(false);  // later calls, of any mode, rewrite the list
     return make_items(plan, q.device());
   }();
-  const auto [out, lse] = run_forward(q, k, v, bits, sequences, items, mask_layout, pack_heads, softmax_scale, nullptr);
+  const auto [out, lse] =
+      run_forward(q, k, v, bits, sequences, items, mask_layout, pack_heads, softmax_scale, nullptr, workspace.get());
   return {out, lse, items};
 }
 

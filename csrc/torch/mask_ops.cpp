@@ -20,14 +20,10 @@ void check_mask(int64_t batch, int64_t heads, int64_t rows, int64_t cols, int64_
   raise_if_error(validate_mask(make_shape(batch, heads, rows, {cols, q_block_size, k_block_size, false})));
 }
 
-// On a CPU, too: without cu_seqlens there is no tensor to dispatch on.
-Tensor make_sequences_op(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, at::Device device,
-                         int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t q_block_size, int64_t k_block_size,
-                         int64_t row_stride) {
-  TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), describe("device is ", device, "; expected cpu or cuda"));
-  const Stream stream = device.is_cuda() ? current_stream(device) : nullptr;
-  if (device.is_cuda() && !device.has_index()) device = c10::impl::VirtualGuardImpl(device.type()).getDevice();
-  const c10::DeviceGuard guard(device);
+// Checks what a table of sequences is made from, and allocates it. The guard of the device is the caller's.
+SequencesParams allocate_sequences(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                   at::Device device, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+                                   int64_t q_block_size, int64_t k_block_size, int64_t row_stride, Tensor& sequences) {
   TORCH_CHECK_VALUE(batch >= 0, describe("batch is ", batch, "; expected at least 0"));
   SequencesParams params;
   params.shape = make_shape(batch, 1, 0, {0, q_block_size, k_block_size, false});
@@ -42,8 +38,22 @@ Tensor make_sequences_op(const OptionalTensor& cu_seqlens_q, const OptionalTenso
   };
   params.cu_seqlens_q = read("cu_seqlens_q", cu_seqlens_q);
   params.cu_seqlens_k = read("cu_seqlens_k", cu_seqlens_k);
-  Tensor sequences = empty_ints({batch, kSequenceInts}, device);
+  sequences = empty_ints({batch, kSequenceInts}, device);
   params.sequences = static_cast<Sequence*>(sequences.mutable_data_ptr());
+  return params;
+}
+
+// On a CPU, too: without cu_seqlens there is no tensor to dispatch on.
+Tensor make_sequences_op(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, at::Device device,
+                         int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t q_block_size, int64_t k_block_size,
+                         int64_t row_stride) {
+  TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), describe("device is ", device, "; expected cpu or cuda"));
+  const Stream stream = device.is_cuda() ? current_stream(device) : nullptr;
+  if (device.is_cuda() && !device.has_index()) device = c10::impl::VirtualGuardImpl(device.type()).getDevice();
+  const c10::DeviceGuard guard(device);
+  Tensor sequences;
+  const SequencesParams params = allocate_sequences(cu_seqlens_q, cu_seqlens_k, device, batch, seqlen_q, seqlen_k,
+                                                    q_block_size, k_block_size, row_stride, sequences);
   raise_if_error(device.is_cuda() ? make_sequences(params, stream) : make_sequences_on_host(params));
   return sequences;
 }
@@ -82,8 +92,8 @@ bool check_batch(const char* name, const Tensor& source, const Tensor& sequences
   return source.size(0) == 1;
 }
 
-Tensor pack_dense(const Tensor& block_mask, const Tensor& sequences, bool flat, int64_t rows, int64_t cols,
-                  int64_t q_block_size, int64_t k_block_size, bool causal) {
+PackParams read_dense(const Tensor& block_mask, const Tensor& sequences, bool flat, int64_t rows, int64_t cols,
+                      int64_t q_block_size, int64_t k_block_size, bool causal) {
   check_dtype("block_mask", block_mask, at::kBool);
   check_dims("block_mask", block_mask, flat ? 3 : 4);
   PackParams params;
@@ -98,7 +108,30 @@ Tensor pack_dense(const Tensor& block_mask, const Tensor& sequences, bool flat, 
   source.head_stride = block_mask.stride(-3);
   source.row_stride = block_mask.stride(-2);
   source.col_stride = block_mask.stride(-1);
+  return params;
+}
+
+Tensor pack_dense(const Tensor& block_mask, const Tensor& sequences, bool flat, int64_t rows, int64_t cols,
+                  int64_t q_block_size, int64_t k_block_size, bool causal) {
+  PackParams params = read_dense(block_mask, sequences, flat, rows, cols, q_block_size, k_block_size, causal);
   return pack(params, sequences, block_mask.device());
+}
+
+// make_dense where one kernel can make both.
+TwoTensors make_dense_cuda(const Tensor& block_mask, const OptionalTensor& cu_seqlens_q,
+                           const OptionalTensor& cu_seqlens_k, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+                           int64_t rows, int64_t cols, int64_t q_block_size, int64_t k_block_size, int64_t row_stride,
+                           bool causal) {
+  const at::Device device = block_mask.device();
+  const c10::DeviceGuard guard(device);
+  Tensor sequences;
+  const SequencesParams table = allocate_sequences(cu_seqlens_q, cu_seqlens_k, device, batch, seqlen_q, seqlen_k,
+                                                   q_block_size, k_block_size, row_stride, sequences);
+  const bool flat = block_mask.dim() == 3;
+  PackParams params = read_dense(block_mask, sequences, flat, rows, cols, q_block_size, k_block_size, causal);
+  params.table = table;
+  const Tensor bits = pack(params, sequences, device);
+  return {bits, sequences};
 }
 
 Tensor pack_indices(const Tensor& counts, const Tensor& indices, const Tensor& sequences, bool flat, int64_t rows,
@@ -252,6 +285,7 @@ TORCH_LIBRARY_IMPL(hbsattn, CompositeExplicitAutograd, m) {
 
 TORCH_LIBRARY_IMPL(hbsattn, CUDA, m) {
 #if HBSATTN_WITH_CUDA
+  m.impl("make_dense", make_dense_cuda);
   m.impl("pack_dense", pack_dense);
   m.impl("pack_indices", pack_indices);
   m.impl("pack_csr", pack_csr);
