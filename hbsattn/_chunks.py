@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hbsattn._layout import K_LEN, Q_BEGIN, Q_LEN, ROW_BEGIN, ceil_div
+from hbsattn._layout import DIAGONAL, Q_BEGIN, Q_LEN, ROW_BEGIN, ceil_div
 from hbsattn._sources import Lists
 
 if TYPE_CHECKING:
@@ -100,21 +100,20 @@ def make_chunks(
         bit_rows = batch * (end - begin)
 
         def pack(begin: int = begin, end: int = end, bit_rows: int = bit_rows) -> tuple[Tensor, Tensor]:
-            table = cut_sequences(sequences, begin, end, causal, packed)
+            table = cut_sequences(sequences, begin, end, packed)
             return lists.cut(begin, end).pack(table, bit_rows, (cols, 1, k_block_size), causal), table
 
         yield Chunk(begin, end, (lists.heads, bit_rows, ceil_div(cols, 32)), pack)
 
 
-def cut_sequences(sequences: Tensor, begin: int, end: int, causal: bool, packed: bool) -> Tensor:
+def cut_sequences(sequences: Tensor, begin: int, end: int, packed: bool) -> Tensor:
     """The table of sequences of rows `begin` to `end`, for blocks of one query.
 
-    A causal sequence keeps the keys that its last query in the chunk sees, so that they end where they did.
+    A sequence keeps its keys. What is its first query in the chunk sees those that it did.
     """
     cut = sequences.clone()
     q_begin = sequences[:, Q_BEGIN] if packed else torch.zeros_like(sequences[:, Q_BEGIN])
     q_len = sequences[:, Q_LEN]
-    zero = torch.zeros_like(q_len)
     first = torch.minimum((begin - q_begin).clamp(min=0), q_len.clamp(min=0))
     last = torch.maximum(torch.minimum((end - q_begin).clamp(min=0), q_len.clamp(min=0)), first)
     cut[:, Q_LEN] = last - first
@@ -123,6 +122,5 @@ def cut_sequences(sequences: Tensor, begin: int, end: int, causal: bool, packed:
         cut[:, ROW_BEGIN] = cut[:, Q_BEGIN]
     else:
         cut[:, ROW_BEGIN] = torch.arange(len(cut), dtype=cut.dtype, device=cut.device) * (end - begin)
-    if causal:
-        cut[:, K_LEN] = torch.maximum(sequences[:, K_LEN] - (q_len - last), zero)
+    cut[:, DIAGONAL] += first
     return cut

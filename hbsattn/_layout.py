@@ -1,7 +1,7 @@
 """The layout of a packed mask, in torch ops for any device, and the numbers that ops are given.
 
 ``bits`` is int32 (heads, rows, words): bit ``c % 32`` of word ``c // 32`` tells whether the query block of this row
-attends to key block ``c`` of its own sequence. ``sequences`` is int32 (batch, 6) with the columns below.
+attends to key block ``c`` of its own sequence. ``sequences`` is int32 (batch, 7) with the columns below.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 # Columns of the table of sequences.
-Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN = range(6)
+Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN, DIAGONAL = range(7)
+SEQUENCE_INTS = 7
 ITEM_INTS = 16  # of a work item: the WorkItem, or KeyItem, of csrc/include/hbsattn/params.h
 RECORD_ROWS = 64  # queries, or keys, that a record of a work list stands for at least, where a block has as many
 PART_RECORDS = 512  # records of a work list of keys beside those of its tiles, at most
@@ -83,6 +84,11 @@ def count_backward_plan(
     return columns + ITEM_INTS * records
 
 
+def mask_of_head(head: Tensor, mask_heads: int, heads_q: int) -> Tensor:
+    """The mask head of each query head, as csrc/plan/mask_heads.h has it."""
+    return head // (heads_q // mask_heads)
+
+
 def count_blocks(sequences: Tensor, column: int, block_size: int) -> Tensor:
     """Blocks of each sequence, int64 (batch)."""
     return -(-sequences[:, column].to(torch.int64) // block_size)
@@ -125,6 +131,14 @@ def locate_rows(sequences: Tensor, rows: int, q_block_size: int) -> tuple[Tensor
     return sequence, block, used
 
 
+def last_keys(query: Tensor, diagonal: Tensor, end: Tensor, causal: bool) -> Tensor:
+    """The last of the first `end` keys that each query may attend to, int64; negative: none.
+
+    The element rule of the CPU backend and of counts: csrc/plan/rule.h is the same.
+    """
+    return torch.minimum(query + diagonal, end - 1) if causal else (end - 1).expand(query.shape)
+
+
 def visible_columns(
     sequences: Tensor, rows: int, cols: int, q_block_size: int, k_block_size: int, causal: bool
 ) -> Tensor:
@@ -133,10 +147,8 @@ def visible_columns(
     if sequences.shape[0] == 0:
         return torch.zeros_like(block)
     table = sequences.to(torch.int64)[sequence]
-    limit = table[:, K_LEN] - 1
-    if causal:
-        last_row = torch.minimum((block + 1) * q_block_size, table[:, Q_LEN]) - 1
-        limit = torch.minimum(limit, last_row + table[:, K_LEN] - table[:, Q_LEN])
+    last_query = torch.minimum((block + 1) * q_block_size, table[:, Q_LEN]) - 1
+    limit = last_keys(last_query, table[:, DIAGONAL], table[:, K_LEN], causal)
     columns = (torch.div(limit, k_block_size, rounding_mode="floor") + 1).clamp_(0, cols)
     return torch.where(used, columns, 0)
 
@@ -165,9 +177,10 @@ def count_pairs(bits: Tensor, sequences: Tensor, layout: MaskLayout) -> int:
     key = torch.arange(layout.cols, device=bits.device) * layout.k_block_size
     width = (k_len - key).clamp(0, layout.k_block_size)
     if layout.causal:
-        # Query i sees i + reach of the block's keys, cut to [0, width]; summed over the queries of a block.
-        reach = k_len - q_len + 1 - key
-        pairs = _sum_clamped(last - 1 + reach, width) - _sum_clamped(first - 1 + reach, width)
+        # How many of the block's keys a query sees, before they are cut to [0, width], is one more for the next query.
+        diagonal = table[:, DIAGONAL].unsqueeze(-1)
+        seen_before, seen_by_last = (query + diagonal - key for query in (first, last))
+        pairs = _sum_clamped(seen_by_last, width) - _sum_clamped(seen_before, width)
     else:
         pairs = (last - first) * width
     pairs = torch.where(used.unsqueeze(-1), pairs, 0)

@@ -22,6 +22,7 @@ except ImportError as error:
 from hbsattn import _cpu  # noqa: F401  (registers the CPU kernels)
 from hbsattn._layout import (
     ITEM_INTS,
+    SEQUENCE_INTS,
     CallShape,
     MaskLayout,
     ceil_div,
@@ -57,7 +58,7 @@ def _(
     k_block_size: int,
     row_stride: int,
 ) -> Tensor:
-    sequences = torch.empty((batch, 6), dtype=torch.int32, device=device)
+    sequences = torch.empty((batch, SEQUENCE_INTS), dtype=torch.int32, device=device)
     _check_devices(sequences=sequences, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     return sequences
 

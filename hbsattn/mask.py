@@ -71,7 +71,7 @@ class BlockMask:
     Attributes:
         bits: int32 (heads, rows, ceil(cols / 32)), trimmed to the blocks that lengths and causality leave visible. Made
             anew each time by a mask that stays lists (`from_indices`).
-        sequences: int32 (batch, 6), where each sequence lies.
+        sequences: int32 (batch, 7), where each sequence lies, and its `k_len - q_len`.
         q_block_size, k_block_size, causal: as given. Calls cut blocks far above all lengths to about the length.
         batch: sequences.
         heads: mask heads.

@@ -241,6 +241,39 @@ def test_lengths_that_claim_too_much_end_with_the_tensors():
     assert all(same(x, y) for x, y in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("claimed_q", [90, 120, 10**6])
+@pytest.mark.parametrize("claimed_k", [90, 100, 10**6])
+def test_the_diagonal_is_that_of_the_claimed_lengths(claimed_q: int, claimed_k: int):
+    spec = case("claims", lens_q=(90,), q_block=32, k_block=32, density=1.0, heads_k=4)
+    problem = make_problem(spec, "cpu", torch.float32)
+    lens_q, lens_k = (torch.tensor([0, n], dtype=torch.int32) for n in (claimed_q, claimed_k))
+    table = torch.ops.hbsattn.make_sequences(lens_q, lens_k, torch.device("cpu"), 1, 0, 0, 32, 32, -1)
+    assert table.tolist() == [[0, claimed_q, 0, claimed_k, 0, 0, claimed_k - claimed_q]]
+    mask = tensors_of(problem.mask())._replace(sequences=table, causal=True)
+    out, lse = attend(problem.q, problem.k, problem.v, mask, 0.125)
+    scores = 0.125 * problem.q.double().transpose(0, 1) @ problem.k.double().permute(1, 2, 0)
+    hidden = torch.arange(90) > torch.arange(90).unsqueeze(-1) + claimed_k - claimed_q
+    scores.masked_fill_(hidden, -math.inf)
+    want = (scores.softmax(-1).nan_to_num(0) @ problem.v.double().transpose(0, 1)).transpose(0, 1)
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_queries_of_a_part():
+    """A table of the last queries alone, whose diagonal is moved by as many as are missing."""
+    spec = case("part", lens_q=(90,), lens_k=(120,), q_block=32, k_block=32, causal=True)
+    problem = make_problem(spec, "cpu", torch.float32)
+    mask = tensors_of(problem.mask())
+    want = attend(problem.q, problem.k, problem.v, mask, 0.125)
+    table = mask.sequences.clone()
+    table[0, 1] -= 32
+    table[0, 6] += 32
+    part = mask._replace(sequences=table, bits=mask.bits[:, 1:])
+    out, lse = attend(problem.q[32:], problem.k, problem.v, part, 0.125)
+    torch.testing.assert_close(out, want[0][32:])
+    torch.testing.assert_close(lse, want[1][:, 32:])
+
+
 def test_bits_past_the_columns_mean_nothing():
     """Also where a length claims that there are keys."""
     spec = case("columns", lens_q=(60, 60), q_block=16, k_block=16, density=1.0, form="batched")

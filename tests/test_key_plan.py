@@ -62,7 +62,7 @@ class KeyItem:
     q_begin: int
     q_len: int
     k_begin: int
-    k_len: int
+    diagonal: int
 
 
 def key_tiles(k_block: int, head_dim: int) -> tuple[int, int, int]:
@@ -164,7 +164,7 @@ def expected_items(spec: Case, mask: hbsattn.BlockMask, head_dim: int, determini
     items = []
     for head_set in range(spec.heads_q // heads):
         masks = rows[[h * spec.mask_heads // spec.heads_q for h in range(head_set * heads, (head_set + 1) * heads)]]
-        for b, (q_begin, q_len, k_begin, k_len, row_begin, _) in enumerate(mask.sequences.tolist()):
+        for b, (q_begin, q_len, k_begin, k_len, row_begin, *_) in enumerate(mask.sequences.tolist()):
             of_sequence = masks[:, row_begin : row_begin - (-q_len // spec.q_block)]
             for first_key in (
                 column * spec.k_block + tile * tile_keys
@@ -179,9 +179,8 @@ def expected_items(spec: Case, mask: hbsattn.BlockMask, head_dim: int, determini
                 bits = of_sequence[:, :, column : column + blocks]
                 active = sum(1 << i for i in range(blocks) if bits[:, :, i].any())
                 counts = (end - first_key, blocks, active, int(bits.any(-1).sum()))
-                items.append(
-                    KeyItem(column, b, head_set, first_key, *counts, row_begin, q_begin, q_len, k_begin, k_len)
-                )
+                where = (row_begin, q_begin, q_len, k_begin, k_len - q_len)
+                items.append(KeyItem(column, b, head_set, first_key, *counts, *where))
     return items
 
 
@@ -277,5 +276,5 @@ def test_any_sequences_are_safe(k_block: int, seed: int):
     assert len({(item.head_set, item.sequence, item.first_key) for item in live}) == len(live)
     for item in live:
         assert item.column >= 0 and item.united >= 1 and item.column + item.united <= mask.cols
-        assert 1 <= item.keys <= tile_keys and item.first_key + item.keys <= item.k_len
+        assert 1 <= item.keys <= tile_keys and item.first_key + item.keys <= int(table[item.sequence, 3])
         assert 0 <= item.blocks <= 4 * mask.rows

@@ -126,14 +126,14 @@ def test_sequences(spec: Case, device: str):
     for b, (len_q, len_k) in enumerate(zip(spec.lens_q, spec.keys, strict=True)):
         rows, cols = spec.blocks(b)
         row = row if spec.mask_form == "flat" else b * spec.max_blocks[0]
-        table.append([q_begin, len_q, k_begin, len_k, row, col])
+        table.append([q_begin, len_q, k_begin, len_k, row, len_k - len_q, col])
         row += rows
         if spec.packed:
             q_begin, k_begin, col = q_begin + len_q, k_begin + len_k, col + cols
-    got = mask.sequences.cpu()
-    assert got.shape == (len(table), 6) and got.dtype == torch.int32
+    assert mask.sequences.shape == (len(table), 7) and mask.sequences.dtype == torch.int32
+    got = mask.sequences.cpu()[:, [0, 1, 2, 3, 4, 6, 5]]
     if table:
-        columns = 6 if spec.mask_form == "flat" else 5  # the first column matters to flat masks alone
+        columns = 7 if spec.mask_form == "flat" else 6  # the first column matters to flat masks alone
         assert got[:, :columns].tolist() == [line[:columns] for line in table]
 
 
@@ -371,11 +371,12 @@ class Item:
     k_begin: int
     k_len: int
     united: int
+    diagonal: int
 
 
 def read_items(items: Tensor) -> list[Item]:
-    assert items.shape[1] == 16 and not items[:, 13:].any()
-    return [Item(*line[:13]) for line in items.tolist()]
+    assert items.shape[1] == 16 and not items[:, 14:].any()
+    return [Item(*line[:14]) for line in items.tolist()]
 
 
 def unite(items: list[Item], rows: Tensor, k_block: int) -> list[Item]:
@@ -410,7 +411,7 @@ def expected_items(
     for head in range(0, spec.heads_q, packed):
         mask_head = head * spec.mask_heads // spec.heads_q
         for b, line in enumerate(mask.sequences.tolist()):
-            q_begin, q_len, k_begin, k_len, row_begin, _ = line
+            q_begin, q_len, k_begin, k_len, row_begin, *_ = line
             of_sequence = []
             for i in range(-(-q_len // spec.q_block)):
                 for first in range(0, packed * spec.q_block, tile):
@@ -427,7 +428,9 @@ def expected_items(
                     bit_row = mask_head * mask.rows + row_begin + i
                     where = (q_begin, q_len, k_begin, k_len)
                     counts = (len(active), len(masked), col_end)
-                    of_sequence.append(Item(bit_row, b, head, i * spec.q_block, first, *counts, *where, 1))
+                    of_sequence.append(
+                        Item(bit_row, b, head, i * spec.q_block, first, *counts, *where, 1, k_len - q_len)
+                    )
             for first in range(0, len(of_sequence), united):
                 items.update(unite(of_sequence[first : first + united], rows, spec.k_block))
     return items

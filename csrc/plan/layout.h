@@ -10,6 +10,8 @@
 
 #include "hbsattn/params.h"
 #include "plan/lists.h"
+#include "plan/mask_heads.h"
+#include "plan/rule.h"
 #include "plan/tiles.h"
 
 namespace hbsattn::mask {
@@ -33,12 +35,15 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int32_t saturate(int64_t x) { return static_cast<int32_t>(clamp<int64_t>(x, 0, INT32_MAX)); }
 
-// Begin and length of sequence b. row_begin and col_begin are still 0.
+// Begins, lengths and diagonal of sequence b. row_begin and col_begin are still 0.
 constexpr Sequence read_lengths(const SequencesParams& params, int64_t b) {
-  if (params.cu_seqlens_q == nullptr) return {0, saturate(params.seqlen_q), 0, saturate(params.seqlen_k), 0, 0};
-  const int64_t q_begin = params.cu_seqlens_q[b], q_end = params.cu_seqlens_q[b + 1];
-  const int64_t k_begin = params.cu_seqlens_k[b], k_end = params.cu_seqlens_k[b + 1];
-  return {saturate(q_begin), saturate(q_end - q_begin), saturate(k_begin), saturate(k_end - k_begin), 0, 0};
+  int64_t q_begin = 0, q_end = params.seqlen_q, k_begin = 0, k_end = params.seqlen_k;
+  if (params.cu_seqlens_q != nullptr) {
+    q_begin = params.cu_seqlens_q[b], q_end = params.cu_seqlens_q[b + 1];
+    k_begin = params.cu_seqlens_k[b], k_end = params.cu_seqlens_k[b + 1];
+  }
+  const int32_t q_len = saturate(q_end - q_begin), k_len = saturate(k_end - k_begin);
+  return {saturate(q_begin), q_len, saturate(k_begin), k_len, 0, 0, k_len - q_len};
 }
 
 constexpr int64_t count_q_blocks(const Sequence& sequence, const MaskShape& shape) {
@@ -94,7 +99,7 @@ struct EvenSequences {
   int64_t rows, columns;  // between the beginnings of two sequences
 
   constexpr Sequence operator[](int64_t b) const {
-    return {0, q_len, 0, k_len, saturate(b * rows), saturate(b * columns)};
+    return {0, q_len, 0, k_len, saturate(b * rows), saturate(b * columns), k_len - q_len};
   }
 };
 
@@ -117,35 +122,29 @@ constexpr RowPlace locate_row(const MaskShape& shape, const EvenSequences& seque
   return locate_in_sequence(shape, index, sequences[index], row);
 }
 
-// The last key that a query of a sequence may attend to; negative: none.
-constexpr int64_t last_key(const MaskShape& shape, const Sequence& sequence, int64_t query) {
-  const int64_t end = int64_t{sequence.k_len} - 1;
-  return shape.causal ? smaller(end, query + sequence.k_len - sequence.q_len) : end;
-}
-
 // Whole key blocks in `keys` keys. Not a 64-bit division: that is a subroutine on a GPU.
 constexpr int32_t whole_blocks(const MaskShape& shape, int64_t keys) {
   if (keys <= 0) return 0;
   return static_cast<int32_t>(smaller<int64_t>(static_cast<uint32_t>(keys) / shape.k_block_size, shape.cols));
 }
 
-// Key blocks that hold keys up to this one.
-constexpr int32_t columns_up_to(const MaskShape& shape, int64_t key) {
-  return key < 0 ? 0 : whole_blocks(shape, key + shape.k_block_size);
+// Key blocks that hold keys before this one.
+constexpr int32_t columns_before(const MaskShape& shape, int64_t key) {
+  return key <= 0 ? 0 : whole_blocks(shape, key - 1 + shape.k_block_size);
 }
 
 // Key blocks, from the first on, that some query of the row can see.
 constexpr int32_t visible_columns(const MaskShape& shape, const RowPlace& place) {
   if (!place.used) return 0;
   const int64_t last_query = smaller<int64_t>((place.block + 1) * shape.q_block_size, place.sequence.q_len) - 1;
-  return columns_up_to(shape, last_key(shape, place.sequence, last_query));
+  return columns_before(shape, rule_of(shape, place.sequence).visible_end(last_query, place.sequence.k_len));
 }
 
 // The work list before it is put in order: groups of packed heads, their bit rows, the tiles of a row.
 struct ItemGrid {
   MaskShape shape;
   const Sequence* sequences;
-  int32_t heads_q;
+  int32_t heads_of_mask;  // query heads that share a mask
   int32_t packed_heads;
   int32_t tile_rows;
   int32_t tiles;   // of one row
@@ -165,7 +164,7 @@ constexpr Item make_item(const ItemGrid& grid, int64_t index) {
   const int32_t rows = static_cast<int32_t>(shape.rows);
   const int32_t row = item_row % rows;
   const int32_t head = item_row / rows * grid.packed_heads;
-  const int32_t mask_head = head / (grid.heads_q / shape.heads);
+  const int32_t mask_head = mask_of_head(head, grid.heads_of_mask);
   const RowPlace place = locate_row(shape, grid.sequences, row);
   const Sequence& sequence = place.sequence;
 
@@ -184,6 +183,7 @@ constexpr Item make_item(const ItemGrid& grid, int64_t index) {
   record.q_len = sequence.q_len;
   record.k_begin = sequence.k_begin;
   record.k_len = sequence.k_len;
+  record.diagonal = sequence.diagonal;
   record.united = 1;
   if (!place.used) return item;
 
@@ -201,8 +201,9 @@ constexpr Item make_item(const ItemGrid& grid, int64_t index) {
   if (first > last) return item;
 
   item.has_queries = true;
-  record.col_end = columns_up_to(shape, last_key(shape, sequence, block_row + last));
-  item.clean_end = whole_blocks(shape, last_key(shape, sequence, block_row + first) + 1);
+  const ElementRule<int64_t> rule = rule_of(shape, sequence);
+  record.col_end = columns_before(shape, rule.visible_end(block_row + last, sequence.k_len));
+  item.clean_end = whole_blocks(shape, rule.clean_end(block_row + first, sequence.k_len));
   return item;
 }
 
@@ -257,9 +258,9 @@ struct KeyGrid {
   const Sequence* sequences;
   KeyTileShape tiles;
   KeyListShape list;
-  int32_t tile_heads;           // query heads of a set
-  int32_t heads_per_mask_head;  // query heads
-  int32_t units;                // DevicePolicy::units
+  int32_t tile_heads;     // query heads of a set
+  int32_t heads_of_mask;  // query heads that share a mask
+  int32_t units;          // DevicePolicy::units
 };
 
 constexpr KeyGrid make_key_grid(const KeyPlanParams& params, int32_t tile_heads, const DevicePolicy& policy) {
@@ -267,16 +268,16 @@ constexpr KeyGrid make_key_grid(const KeyPlanParams& params, int32_t tile_heads,
   const KeyTileShape tiles = shape_key_tiles(shape, params.head_dim);
   return {shape,         params.mask.sequences,
           tiles,         shape_key_list(shape, tiles, params.rows_k, params.packed),
-          tile_heads,    params.heads_q / shape.heads,
+          tile_heads,    count_heads_of_mask(shape, params.heads_q),
           policy.units()};
 }
 
-// Masks that a set of query heads has: all share one, or each has its own. The first is that of the first head.
+// Masks that a set of query heads has. The first is that of the first head.
 constexpr int32_t count_mask_heads(const KeyGrid& grid) {
-  return larger(grid.tile_heads / grid.heads_per_mask_head, 1);
+  return count_masks_of_heads(grid.tile_heads, grid.heads_of_mask);
 }
 constexpr int32_t first_mask_head(const KeyGrid& grid, int32_t head_set) {
-  return head_set * grid.tile_heads / grid.heads_per_mask_head;
+  return mask_of_head(head_set * grid.tile_heads, grid.heads_of_mask);
 }
 
 // Groups of united columns before those of sequence b. Ascends with b where the table is honest.
@@ -320,7 +321,7 @@ constexpr KeyItem make_key_item(const KeyGrid& grid, int64_t index) {
   item.q_begin = sequence.q_begin;
   item.q_len = sequence.q_len;
   item.k_begin = sequence.k_begin;
-  item.k_len = sequence.k_len;
+  item.diagonal = sequence.diagonal;
   const int64_t column = (group - groups_before(grid, item.sequence)) * grid.tiles.united;
   if (column < 0 || column >= shape.cols) return item;
   const int64_t block_begin = column * shape.k_block_size;

@@ -15,7 +15,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hbsattn._layout import K_BEGIN, K_LEN, Q_BEGIN, Q_LEN, ceil_div, locate_rows, unpack_bits
+from hbsattn._layout import (
+    DIAGONAL,
+    K_BEGIN,
+    K_LEN,
+    Q_BEGIN,
+    Q_LEN,
+    ceil_div,
+    last_keys,
+    locate_rows,
+    mask_of_head,
+    unpack_bits,
+)
 
 TILE_ROWS = 256
 
@@ -91,7 +102,10 @@ class _Call:
         self.tile_queries = ceil_div(mask.q_block_size, parts)
 
     def _find_tiles(self) -> Tensor:
-        """Finds the fields of all tiles, those with the most keys first. Lengths past the end of a tensor end there."""
+        """Finds the fields of all tiles, those with the most keys first.
+
+        Lengths past the end of a tensor end there; the diagonal stays.
+        """
         mask = self.mask
         mask_heads, rows, _ = mask.bits.shape
         sequence, block, used = locate_rows(mask.sequences, rows, mask.q_block_size)
@@ -107,14 +121,12 @@ class _Call:
         skipped = (torch.arange(row.shape[0]) - (tiles.cumsum(0) - tiles)[row]) * self.tile_queries
         start = start[row] + skipped
         queries = (queries[row] - skipped).clamp(max=self.tile_queries)
-        last_key = torch.minimum(k_len, self.rows_k - k_begin)[row] - 1
-        first_limit = last_limit = last_key
-        if mask.causal:
-            first_limit = torch.minimum(start + (k_len - q_len)[row], last_key)
-            last_limit = torch.minimum(start + queries - 1 + (k_len - q_len)[row], last_key)
+        diagonal, end = table[row, DIAGONAL], torch.minimum(k_len, self.rows_k - k_begin)[row]
+        first_limit = last_keys(start, diagonal, end, mask.causal)
+        last_limit = last_keys(start + queries - 1, diagonal, end, mask.causal)
 
         head = torch.arange(0, self.heads_q, self.tile_heads).unsqueeze(-1)
-        mask_head = head * mask_heads // self.heads_q
+        mask_head = mask_of_head(head, mask_heads, self.heads_q)
         key_head = head // (self.heads_q // self.heads_k)
         member = sequence[row] if self.batch > 1 else torch.zeros_like(row)
         blocks = torch.stack([_count_bits(of_head) for of_head in mask.bits])

@@ -149,8 +149,9 @@ Table draw_table(bool honest) {
   for (int b = 0; b < shape.batch; ++b) {
     const int64_t q_len = problem.packed ? draw(0, longest) : even_q;
     const int64_t k_len = problem.packed ? draw(0, longest) : even_k;
-    Sequence sequence{static_cast<int32_t>(q_begin), static_cast<int32_t>(q_len), static_cast<int32_t>(k_begin),
-                      static_cast<int32_t>(k_len),   static_cast<int32_t>(rows),  static_cast<int32_t>(columns)};
+    Sequence sequence{static_cast<int32_t>(q_begin),      static_cast<int32_t>(q_len), static_cast<int32_t>(k_begin),
+                      static_cast<int32_t>(k_len),        static_cast<int32_t>(rows),  static_cast<int32_t>(columns),
+                      static_cast<int32_t>(k_len - q_len)};
     if (problem.packed) {
       q_begin += q_len;
       k_begin += k_len;
@@ -167,7 +168,7 @@ Table draw_table(bool honest) {
   for (Sequence& sequence : table.sequences) {
     if (honest) break;
     for (int32_t* number : {&sequence.q_begin, &sequence.q_len, &sequence.k_begin, &sequence.k_len, &sequence.row_begin,
-                            &sequence.col_begin}) {
+                            &sequence.col_begin, &sequence.diagonal}) {
       if (draw(0, 1) == 0) *number = static_cast<int32_t>(choose({draw(INT32_MIN, INT32_MAX), draw(-30, 300)}));
     }
   }
@@ -222,7 +223,7 @@ int check_key_places(int rounds, bool honest) {
       }
       if (item.column < 0) continue;
       if (item.united < 1 || item.column + item.united > shape.cols || item.keys < 1 ||
-          item.keys > grid.tiles.tile_keys || item.first_key + item.keys > item.k_len ||
+          item.keys > grid.tiles.tile_keys || item.first_key + item.keys > table.sequences[item.sequence].k_len ||
           item.column != item.first_key / shape.k_block_size) {
         return fail("a tile outside its sequence", table.problem, item.column, item.keys);
       }
@@ -299,8 +300,13 @@ int check_empty_tiles(int rounds) {
     if (shape.rows == 0) continue;
     const TileShape tiles =
         shape_tiles(shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads, draw(0, 1) == 0);
-    const mask::ItemGrid grid{
-        shape, table.sequences.data(), problem.heads_q, tiles.packed_heads, tiles.tile_rows, tiles.tiles, tiles.united};
+    const mask::ItemGrid grid{shape,
+                              table.sequences.data(),
+                              count_heads_of_mask(shape, problem.heads_q),
+                              tiles.packed_heads,
+                              tiles.tile_rows,
+                              tiles.tiles,
+                              tiles.united};
     const int64_t items = problem.heads_q / tiles.packed_heads * shape.rows * tiles.tiles;
     for (int64_t index = 0; index < std::min<int64_t>(items, 3000); ++index) {
       const mask::Item item = mask::make_item(grid, index);
@@ -310,7 +316,72 @@ int check_empty_tiles(int rounds) {
            row < std::min<int64_t>(record.first_row + tiles.tile_rows, tiles.block_rows); ++row) {
         queries += record.block_row + row % shape.q_block_size < record.q_len;
       }
+      if (record.bit_row / shape.rows != int64_t{record.head} * shape.heads / problem.heads_q) {
+        return fail("the mask of a head", problem, record.bit_row, record.head);
+      }
       if (item.has_queries != (queries > 0)) return fail("queries of a tile", problem, item.has_queries, queries);
+    }
+  }
+  return 0;
+}
+
+// The rule's answers about ranges, from what each query sees.
+template <class Int>
+bool check_rule(const ElementRule<Int>& rule, Int end, Int first_query, Int last_query, Int key) {
+  const auto sees = [&](Int query, Int key) { return !rule.causal || key <= query + rule.diagonal; };
+  Int visible = 0, clean = 0, last_seen = -1;
+  for (Int k = 0; k < end; ++k) {
+    bool any = false, all = true;
+    for (Int query = first_query; query <= last_query; ++query) {
+      any = any || sees(query, k);
+      all = all && sees(query, k);
+    }
+    if (any) visible = k + 1;
+    if (all && clean == k) clean = k + 1;
+    if (sees(first_query, k)) last_seen = k;
+  }
+  bool all_up_to_key = true, first = true;
+  for (Int query = first_query; query <= last_query; ++query) {
+    for (Int k = 0; k <= key; ++k) all_up_to_key = all_up_to_key && sees(query, k);
+    first = first && sees(query, key) == (query >= rule.first_query(key));
+  }
+  return std::max<Int>(rule.visible_end(last_query, end), 0) == visible &&
+         std::max<Int>(rule.clean_end(first_query, end), 0) == clean &&
+         std::max<Int>(rule.last_key(first_query, end), -1) == last_seen &&
+         rule.is_clean(first_query, key) == all_up_to_key && first;
+}
+
+// What the tensors have sees the same by a diagonal and by the clamped one.
+bool check_clamped(int32_t diagonal, int32_t rows_q, int32_t rows_k) {
+  const ElementRule<int64_t> all{true, diagonal};
+  const ElementRule<int32_t> clamped{true, clamp_diagonal(diagonal, rows_q, rows_k)};
+  for (int32_t query = 0; query < rows_q; ++query) {
+    const int64_t want = std::max<int64_t>(all.last_key(query, rows_k), -1);
+    if (std::max<int64_t>(clamped.last_key(query, rows_k), -1) != want) return false;
+  }
+  return true;
+}
+
+int check_rules(int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    const bool causal = draw(0, 1) == 0;
+    const int64_t diagonal = draw(-20, 20), end = draw(0, 20), first = draw(0, 20), last = draw(first, 25);
+    const int64_t key = draw(0, 20);
+    const ElementRule<int64_t> wide{causal, diagonal};
+    const ElementRule<int32_t> narrow{causal, static_cast<int32_t>(diagonal)};
+    if (!check_rule(wide, end, first, last, key) ||
+        !check_rule(narrow, static_cast<int32_t>(end), static_cast<int32_t>(first), static_cast<int32_t>(last),
+                    static_cast<int32_t>(key))) {
+      std::printf("FAILED: the element rule: causal %d diagonal %" PRId64 " end %" PRId64 " queries %" PRId64
+                  " to %" PRId64 " key %" PRId64 "\n",
+                  causal, diagonal, end, first, last, key);
+      return 1;
+    }
+    const auto any =
+        static_cast<int32_t>(choose<int64_t>({draw(INT32_MIN, INT32_MAX), draw(-30, 30), INT32_MIN, INT32_MAX}));
+    if (!check_clamped(any, static_cast<int32_t>(end), static_cast<int32_t>(key))) {
+      std::printf("FAILED: the clamped diagonal %d\n", any);
+      return 1;
     }
   }
   return 0;
@@ -319,6 +390,7 @@ int check_empty_tiles(int rounds) {
 }  // namespace
 
 int main() {
+  if (check_rules(100000)) return 1;
   if (check_lengths(1000000) || check_key_places(20000, true) || check_key_places(20000, false)) return 1;
   if (check_places_of_rows(20000)) return 1;
   return check_empty_tiles(1000);

@@ -178,7 +178,7 @@ int32_t draw_lie() {
 
 void check_lies(Table& table) {
   for (Sequence& sequence : table.sequences) {
-    sequence = {draw_lie(), draw_lie(), draw_lie(), draw_lie(), draw_lie(), draw_lie()};
+    sequence = {draw_lie(), draw_lie(), draw_lie(), draw_lie(), draw_lie(), draw_lie(), draw_lie()};
   }
   const ForwardParams& problem = table.problem;
   const MaskShape& shape = problem.mask.shape;

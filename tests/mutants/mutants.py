@@ -77,8 +77,8 @@ MUTANTS = [
     Mutant(
         "keys_past_the_tensor_in_gradients",
         BACKWARD_KEYS,
-        "item.k_len = clamp(item.k_len, 0, args.rows_k - item.k_begin);",
-        "",
+        "min(args.rows_k - item.k_begin - item.first_key, int{Traits::kTileN})",
+        "int{Traits::kTileN}",
         ("tests/test_hostile.py", "-k", "not wide"),
     ),
     Mutant(
@@ -184,9 +184,16 @@ MUTANTS = [
     Mutant(
         "diagonal_off_by_one",
         QUERY_TILES,
-        "const int diagonal = query + item.k_len - item.q_len;",
-        "const int diagonal = query + item.k_len - item.q_len + 1;",
+        "rule_of(args.mask, item).last_key(query, item.k_len);",
+        "rule_of(args.mask, item).last_key(query + 1, item.k_len);",
         CAUSAL,
+    ),
+    Mutant(
+        "diagonal_of_cut_lengths",
+        QUERY_TILES,
+        "item.diagonal = clamp_diagonal(item.diagonal, args.rows_q, args.rows_k);",
+        "item.diagonal = item.k_len - item.q_len;",
+        ("tests/test_hostile.py", "-k", "claimed_lengths and by_queries"),
     ),
     Mutant(
         "rows_that_do_not_exist_vote",

@@ -2,7 +2,7 @@
 
 Judges the plan of csrc/kernels/mask/, so it imports nothing from the product. `bits` is int32 (mask heads, rows,
 words): bit `c % 32` of word `c // 32` tells whether the query block of this row attends to key block `c` of its own
-sequence. `sequences` is int32 (batch, 6) with the columns below.
+sequence. `sequences` is int32 (batch, 7) with the columns below.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Columns of the table of sequences.
-Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN = range(6)
+Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN, DIAGONAL = range(7)
 
 ITEM_INTS = 16
 BLOCKS = 5  # the column of a work item that counts its active blocks
@@ -256,6 +256,7 @@ def plan_items(
             col_end.expand(shape),
             *table[:, : K_LEN + 1].view(1, rows, 1, 4).expand(*shape, 4).unbind(-1),
             torch.ones(shape, dtype=torch.int64),  # blocks of a tile: here, none are united
+            table[:, DIAGONAL].view(1, rows, 1).expand(shape),
         ],
         -1,
     ).to(torch.int32)

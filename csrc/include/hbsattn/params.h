@@ -12,7 +12,7 @@ using Stream = CUstream_st*;
 
 enum class DType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
 
-// Where one sequence of the batch lies. Row of an int32 (batch, 6) device table.
+// Where one sequence of the batch lies. Row of an int32 (batch, 7) device table.
 //
 // Packed (varlen) tensors: q_begin and k_begin are rows of the packed tensors. Batched tensors: both are 0, and
 // the position in the table is the batch index.
@@ -23,6 +23,10 @@ struct Sequence {
   int32_t k_len;
   int32_t row_begin;  // first row of the bit matrix: that of query block 0
   int32_t col_begin;  // first column of a flat dense mask: key blocks of all sequences before this one
+  // Of a causal mask: query i attends to keys up to i + diagonal. make_sequences() has k_len - q_len here, so that the
+  // last query attends to the last key; of lengths past the tensors those that are claimed, as what is cut off them
+  // must not move the others. A table of a part of the queries may have another.
+  int32_t diagonal;
 };
 
 // Sizes that the host knows without waiting for the device.
@@ -33,7 +37,7 @@ struct MaskShape {
   int64_t cols = 0;          // key blocks of the longest sequence (an upper bound)
   int32_t q_block_size = 0;  // queries in a block
   int32_t k_block_size = 0;  // keys in a block
-  bool causal = false;       // key j counts for query i if j <= i + k_len - q_len
+  bool causal = false;       // key j counts for query i if j <= i + Sequence::diagonal
 
   constexpr int64_t words() const { return (cols + 31) / 32; }      // of a bit row
   constexpr int64_t row_words() const { return (rows + 31) / 32; }  // of a column
@@ -97,6 +101,12 @@ struct PackParams {
   uint32_t* bits = nullptr;  // out, (heads, rows, words)
 };
 
+// Records of work lists have 64 bytes, which four lanes write and a tile warp reads at once, and hold what belongs to
+// one tile. What belongs to a query head, such as a rule of its own (window, sink), is to be no field but a row of a
+// table by head, in device memory: a tile may have rows of several heads, and counts of a record are all that planning
+// by such a table changes. A query tile that is split over its keys needs to know its part, of how many, and where
+// sums lie: KeyItem has these, and WorkItem room for them, part and parts in one int.
+
 // One stationary tile of the forward kernel: up to 64 or 128 "virtual rows" of one query block. When `packed_heads`
 // query heads share the mask, virtual row v of a query block stands for row v % q_block_size of head v / q_block_size.
 // Small neighbouring blocks of a sequence that attend alike may be united: one tile has the rows of all, one after
@@ -114,8 +124,10 @@ struct alignas(64) WorkItem {
   int32_t q_len;
   int32_t k_begin;
   int32_t k_len;
-  int32_t united;  // query blocks of the tile. 0: a dead item, as the tile of another has this block, or the tile no
-                   // query; such items end the list, and their bit_row is -1
+  int32_t united;     // query blocks of the tile. 0: a dead item, as the tile of another has this block, or the tile no
+                      // query; such items end the list, and their bit_row is -1
+  int32_t diagonal;   // copied from Sequence
+  int32_t unused[2];  // 0; declared, or compilers copy what fills the record up byte by byte
 };
 
 // The work list of one mask for one (heads_q, heads_k, head_dim, element size): a record per tile, heaviest first
@@ -158,7 +170,7 @@ struct alignas(64) KeyItem {
   int32_t q_begin;
   int32_t q_len;
   int32_t k_begin;
-  int32_t k_len;
+  int32_t diagonal;
   int32_t part;   // a far heavier tile than others is cut: this item streams one of `parts` equal parts of its queries,
   int32_t parts;  // and adds what it has to what the others left in the workspace, if it is the last to end
   int32_t slot;   // of the workspace, that of part 0

@@ -153,11 +153,11 @@ struct KeyItemList {
     return {make_int4(record.column, record.sequence, record.head_set, record.first_key),
             make_int4(record.keys, record.united, record.active, record.blocks),
             make_int4(record.row_begin, record.q_begin, record.q_len, record.k_begin),
-            make_int4(record.k_len, record.part, record.parts, record.slot)};
+            make_int4(record.diagonal, record.part, record.parts, record.slot)};
   }
 };
 static_assert(sizeof(KeyItem) == sizeof(PackedRecord) && offsetof(KeyItem, keys) == 16 &&
-              offsetof(KeyItem, row_begin) == 32 && offsetof(KeyItem, k_len) == 48);
+              offsetof(KeyItem, row_begin) == 32 && offsetof(KeyItem, diagonal) == 48);
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 #include "kernels/mask/order.cuh"
 #include "plan/head_sets.h"
 #include "plan/layout.h"
+#include "plan/mask_heads.h"
 
 namespace hbsattn::kernels {
 namespace {
@@ -144,7 +145,8 @@ __device__ PackedRecord make_item_record(const ItemGrid& grid, int64_t index, It
   }
   return {make_int4(record.bit_row, record.sequence, record.head, record.block_row),
           make_int4(record.first_row, record.blocks, record.masked, record.col_end),
-          make_int4(record.q_begin, record.q_len, record.k_begin, record.k_len), make_int4(record.united, 0, 0, 0)};
+          make_int4(record.q_begin, record.q_len, record.k_begin, record.k_len),
+          make_int4(record.united, record.diagonal, 0, 0)};
 }
 static_assert(sizeof(WorkItem) == sizeof(PackedRecord) && offsetof(WorkItem, first_row) == 16 &&
               offsetof(WorkItem, q_begin) == 32 && offsetof(WorkItem, united) == 48);
@@ -218,8 +220,13 @@ Status plan_items(const PlanParams& params, Stream stream) {
     }
     return write_dead_list(params.items, params.num_items, stream);
   }
-  const ItemGrid grid{shape,           params.mask.sequences, params.heads_q, tiles.packed_heads,
-                      tiles.tile_rows, tiles.tiles,           tiles.united};
+  const ItemGrid grid{shape,
+                      params.mask.sequences,
+                      count_heads_of_mask(shape, params.heads_q),
+                      tiles.packed_heads,
+                      tiles.tile_rows,
+                      tiles.tiles,
+                      tiles.united};
   int32_t* blocks = static_cast<int32_t*>(params.scratch);
   int32_t* masked = blocks + num_items;
   const bool some_dead = tiles.united > 1 || tiles.tiles > 1;

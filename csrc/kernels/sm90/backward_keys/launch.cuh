@@ -11,6 +11,7 @@
 #include "kernels/rows/rows.h"
 #include "kernels/sm90/backward_keys/kernel.cuh"
 #include "kernels/sm90/tensor_rows.h"
+#include "plan/mask_heads.h"
 
 namespace hbsattn::kernels {
 
@@ -108,7 +109,7 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.sum_batch_rows = problem.packed ? 0 : static_cast<int>(problem.rows_k);
   args.set_sums = reinterpret_cast<float*>(bytes + workspace.set_sums);
   args.set_counters = reinterpret_cast<uint32_t*>(bytes + workspace.set_counters);
-  args.heads_per_mask_head = problem.heads_q / shape.heads;
+  args.heads_of_mask = count_heads_of_mask(shape, problem.heads_q);
   // Blocks may be longer than all sequences.
   const int64_t block_queries = std::min<int64_t>(shape.q_block_size, problem.rows_q);
   args.segments_per_block = static_cast<int>((block_queries + segment - 1) / segment);

@@ -11,6 +11,7 @@
 #include "kernels/sm90/backward_keys/traits.cuh"
 #include "kernels/sm90/operand.cuh"
 #include "kernels/sm90/turn.cuh"
+#include "plan/rule.h"
 
 // What one consumer warpgroup does with the stages of a tile. With S the scaled scores of its 64 keys and the 64
 // queries of a stage, and rows of keys (everything is transposed):
@@ -34,8 +35,8 @@ struct QueryLimits {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int in_tile = warp_key + lane / 4 + 8 * row;
-      const int diagonal = item.first_key + in_tile - (item.k_len - item.q_len) - 2 * (lane & 3);
-      value[row] = in_tile >= item.keys ? INT_MAX : args.mask.causal ? diagonal : INT_MIN;
+      const int first_query = rule_of(args.mask, item).first_query(item.first_key + in_tile - 2 * (lane & 3));
+      value[row] = in_tile >= item.keys ? INT_MAX : first_query;
     }
   }
 };

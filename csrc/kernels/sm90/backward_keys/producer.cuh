@@ -10,6 +10,8 @@
 #include "kernels/sm90/backward_keys/traits.cuh"
 #include "kernels/sm90/tensor_map.h"
 #include "plan/layout.h"
+#include "plan/mask_heads.h"
+#include "plan/rule.h"
 
 // The warps that move data: one takes tiles off the work list and announces them, one loads their keys and values, and
 // one the queries that attend to them, with output gradients and statistics.
@@ -20,7 +22,7 @@ inline constexpr uint64_t kGradKeepInL2 = static_cast<uint64_t>(cute::TMA::Cache
 inline constexpr uint64_t kGradPassThroughL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
 
 // An item as the other warps get it: whatever it says, and be it another mask's, nothing that is addressed by it lies
-// outside its buffer. Lengths that lie are cut to the tensors, so that no coordinate leaves them.
+// outside its buffer. Lengths that lie are cut to the tensors, so that no coordinate leaves them; the diagonal stays.
 template <class Traits>
 __device__ __forceinline__ KeyItem read_item(const BackwardKeysArguments& args, int work) {
   KeyItem item{};
@@ -38,9 +40,9 @@ __device__ __forceinline__ KeyItem read_item(const BackwardKeysArguments& args, 
   item.q_begin = clamp(item.q_begin, 0, args.rows_q);
   item.k_begin = clamp(item.k_begin, 0, args.rows_k);
   item.q_len = clamp(item.q_len, 0, args.rows_q - item.q_begin);
-  item.k_len = clamp(item.k_len, 0, args.rows_k - item.k_begin);
-  item.first_key = clamp(item.first_key, 0, item.k_len);
-  item.keys = clamp(item.keys, 0, min(item.k_len - item.first_key, int{Traits::kTileN}));
+  item.diagonal = clamp_diagonal(item.diagonal, args.rows_q, args.rows_k);
+  item.first_key = clamp(item.first_key, 0, args.rows_k - item.k_begin);
+  item.keys = clamp(item.keys, 0, min(args.rows_k - item.k_begin - item.first_key, int{Traits::kTileN}));
   item.parts = clamp(item.parts, 1, max(args.slots, 1));
   item.part = clamp(item.part, 0, item.parts - 1);
   item.slot = clamp(item.slot, 0, max(args.slots - item.parts, 0));
@@ -61,8 +63,9 @@ struct ColumnBits {
   mask::RowRange blocks;  // the sequence's query blocks
 
   __device__ __forceinline__ ColumnBits(const BackwardKeysArguments& args, const KeyItem& item, int head)
-      : rows{args.columns + (static_cast<int64_t>(head / args.heads_per_mask_head) * args.mask.cols + item.column) *
-                                args.row_words,
+      : rows{args.columns +
+                 (static_cast<int64_t>(mask_of_head(head, args.heads_of_mask)) * args.mask.cols + item.column) *
+                     args.row_words,
              item.united, args.row_words},
         blocks(mask::find_rows(args.mask, item.row_begin, item.q_len)) {}
 
@@ -90,7 +93,7 @@ __device__ __forceinline__ int count_seen_keys(const BackwardKeysArguments& args
   if (!args.mask.causal) return item.active >> block & 1 ? item.keys : 0;
   int last_row = -1;
   const int first_head = item.head_set * args.tile_heads;
-  for (int head = first_head; head < first_head + args.tile_heads; head += args.heads_per_mask_head) {
+  for (int head = first_head; head < first_head + args.tile_heads; head += args.heads_of_mask) {
     const ColumnBits bits(args, item, head);
     const uint32_t* column = bits.rows.first + static_cast<int64_t>(block) * bits.rows.words;
     const auto [begin, end] = bits.blocks;
@@ -104,7 +107,8 @@ __device__ __forceinline__ int count_seen_keys(const BackwardKeysArguments& args
   }
   if (last_row < 0) return 0;
   const int last_query = min((last_row - item.row_begin + 1) * args.mask.q_block_size, item.q_len) - 1;
-  return min(max(last_query + item.k_len - item.q_len + 1 - item.first_key, 0), item.keys);
+  // Both counted from the tile's first key on.
+  return max(rule_of(args.mask, item).visible_end(last_query - item.first_key, item.keys), 0);
 }
 
 // Keys or values of a tile. Lane i knows how many are seen up to the end of united block i; `whole`: all are.
@@ -169,7 +173,7 @@ __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& a
   plan.whole = args.whole_rows && plan.query + rows <= plan.end;
   const int last_key = item.first_key + item.keys - 1;
   plan.clean = item.keys == Traits::kTileN && plan.with == (1 << item.united) - 1 &&
-               (!args.mask.causal || plan.query + item.k_len - item.q_len >= last_key);
+               rule_of(args.mask, item).is_clean(plan.query, last_key);
   return plan;
 }
 

@@ -210,10 +210,10 @@ struct BackwardKeysArguments {
   float* set_sums;        // (heads_k, all_rows_k, 2 x head dim of the kernel), see SetSum
   // (heads_k, all_rows_k, warps that share a row), of which those of each warp's first row count.
   uint32_t* set_counters;
-  int64_t all_rows_k;       // over the batch
-  int sum_batch_rows;       // between batch entries; 0 when packed
-  int heads_per_mask_head;  // query heads
-  int segment_log2;         // a segment is the largest power of two rows, up to kTileM, that divides q_block_size
+  int64_t all_rows_k;  // over the batch
+  int sum_batch_rows;  // between batch entries; 0 when packed
+  int heads_of_mask;   // query heads that share a mask
+  int segment_log2;    // a segment is the largest power of two rows, up to kTileM, that divides q_block_size
   cutlass::FastDivmod segments_per_block;
   bool whole_rows;  // these maps can be used; otherwise all rows come through the clipped maps
   float scale, scale_log2;

@@ -5,6 +5,7 @@
 
 #include "kernels/sm90/query_tiles/producer.cuh"
 #include "kernels/sm90/query_tiles/traits.cuh"
+#include "plan/rule.h"
 
 // Which keys each query of a tile may attend to, and the scores of the others.
 
@@ -36,8 +37,7 @@ struct KeyLimits {
         query = place.row;
         exists[row] = place.count > 0;
       }
-      const int diagonal = query + item.k_len - item.q_len;
-      value[row] = args.causal ? min(diagonal, item.k_len - 1) : item.k_len - 1;
+      value[row] = rule_of(args.mask, item).last_key(query, item.k_len);
     }
     if constexpr (kGeneral) {
       least = __reduce_min_sync(0xffffffffu, min(exists[0] ? value[0] : INT_MAX, exists[1] ? value[1] : INT_MAX));

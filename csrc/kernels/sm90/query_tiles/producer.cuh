@@ -9,6 +9,7 @@
 #include "kernels/common/ptx.cuh"
 #include "kernels/sm90/query_tiles/traits.cuh"
 #include "kernels/sm90/tensor_map.h"
+#include "plan/rule.h"
 
 // The warps that move data. One announces tiles, one loads keys, one values, one queries; it also stores outputs.
 
@@ -69,7 +70,7 @@ __device__ __forceinline__ void release_tile(Storage& storage, Position& positio
 }
 
 // An item as the other warps get it: whatever it says, and be it another mask's, nothing that is addressed by it lies
-// outside its buffer. Lengths that lie are cut to the tensors, so that no coordinate leaves them.
+// outside its buffer. Lengths that lie are cut to the tensors, so that no coordinate leaves them; the diagonal stays.
 template <bool kGeneral>
 __device__ __forceinline__ void clamp_item(const QueryTileArguments& args, WorkItem& item) {
   if (item.bit_row < 0) return;
@@ -83,6 +84,7 @@ __device__ __forceinline__ void clamp_item(const QueryTileArguments& args, WorkI
   item.q_len = clamp(item.q_len, 0, args.rows_q - item.q_begin);
   const bool cut = item.k_len > args.rows_k - item.k_begin;
   item.k_len = clamp(item.k_len, 0, args.rows_k - item.k_begin);
+  item.diagonal = clamp_diagonal(item.diagonal, args.rows_q, args.rows_k);
   item.block_row = clamp(item.block_row, 0, args.rows_q);
   item.first_row = clamp(item.first_row, 0, args.block_rows.divisor);
   item.col_end = clamp(item.col_end, 0, static_cast<int>(args.mask.cols));
@@ -94,7 +96,7 @@ __device__ __forceinline__ void clamp_item(const QueryTileArguments& args, WorkI
 
 template <bool kGeneral>
 __device__ __forceinline__ int key_end_of_tile(const QueryTileArguments& args, const WorkItem& item, int tile_rows) {
-  if (!args.causal) return item.k_len;
+  if (!args.mask.causal) return item.k_len;
   // The last row of a tile that spans several heads is the block's last row.
   const int last_virtual = item.first_row + tile_rows - 1;
   int last_head, last_in_block;
@@ -102,7 +104,7 @@ __device__ __forceinline__ int key_end_of_tile(const QueryTileArguments& args, c
   if (last_head != args.q_block_size.div(item.first_row)) last_in_block = args.q_block_size.divisor - 1;
   if (kGeneral && item.united > 1) last_in_block = item.united * args.q_block_size.divisor - 1;
   const int last_row = min(item.block_row + last_in_block, item.q_len - 1);
-  return min(item.k_len, last_row + item.k_len - item.q_len + 1);
+  return rule_of(args.mask, item).visible_end(last_row, item.k_len);
 }
 
 template <class Traits, bool kGeneral, class Arguments>

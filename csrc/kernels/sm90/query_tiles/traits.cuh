@@ -191,7 +191,6 @@ struct QueryTileArguments {
   // nobody's.
   int tail_vectors;
   int whole_k_rows, whole_v_rows;
-  bool causal;
   float scale, scale_log2;
   float zero;  // 0, unknown to the compiler
 };
