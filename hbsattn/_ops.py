@@ -98,7 +98,7 @@ def _(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     _check_devices(block_mask=block_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    sequences = block_mask.new_empty((batch, 6), dtype=torch.int32)
+    sequences = block_mask.new_empty((batch, SEQUENCE_INTS), dtype=torch.int32)
     return _fake_bits(block_mask, block_mask.shape[-3], rows, cols), sequences
 
 

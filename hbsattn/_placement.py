@@ -137,7 +137,7 @@ def place_blocks(
 
 
 def make_sequences(lengths: Lengths, place: Place, device: torch.device) -> Tensor:
-    """The table of sequences, int32 (batch, 6)."""
+    """The table of sequences, int32 (batch, 7)."""
     seqlens = (0, 0) if lengths.packed else (place.seqlen_q, place.seqlen_k)
     blocks = (place.q_block, place.k_block)
     return ops.make_sequences.default(*lengths[:2], device, place.batch, *seqlens, *blocks, place.row_stride)
