@@ -178,6 +178,13 @@ def _head_dim(dim: int, target: float) -> Bar:
     return Bar(f"128x128, head dim {dim}", ours, dense, target, "of cuDNN dense")
 
 
+def _head_dim_between(dim: int, kernel_dim: int) -> Bar:
+    """Products with columns of zeros are what such a head dim costs."""
+    ours, reference = (_ours(f"128x128-s16384-dim{d}-density0.1".replace("-dim128", "")) for d in (dim, kernel_dim))
+    what = f"128x128, head dim {dim}"
+    return Bar(what, ours, reference, 0.93 * dim / kernel_dim, f"of head dim {kernel_dim}: 0.93 of {dim}/{kernel_dim}")
+
+
 def _long(pattern: str, target: float) -> Bar:
     workload, reference = (f"128x128-s{seqlen}-heads8-{pattern}64-causal" for seqlen in (1048576, 65536))
     return Bar(f"1,048,576 tokens, 64 blocks a row, {pattern}", _ours(workload), _ours(reference), target, "of s 65536")
@@ -207,12 +214,19 @@ SHAPES = (
     _of_c("16x128", "16x128-s16384-density0.1", 0.16, "55; 147 is the limit of L2"),
     _of_c("16x16, 4 neighbours draw from one list", "16x16-s16384-density0.1-alike4", 0.50, "52"),
     _of_c("16x16, 8 neighbours draw from one list", "16x16-s16384-density0.1-alike8", 0.50, "52"),
+    _of_c("64x64, s 32768, 2 neighbours draw from one list", "64x64-s32768-density0.1-alike2", 0.90),
+    _of_c("64x64, s 32768, 4 neighbours draw from one list", "64x64-s32768-density0.1-alike4", 0.90),
     _of_c("1x128, groups of 16 heads, top 16, causal, s 65536", f"{TOKENS}-causal", 0.15),
     _of_c("the same, 16 neighbours draw from one list", f"{TOKENS}-alike16-causal", 0.45),
     _head_dim(64, 1.0),
     _head_dim(96, 1.0),
     _head_dim(192, 0.85),
     _head_dim(256, 0.85),
+    _head_dim_between(40, 64),
+    _head_dim_between(72, 96),
+    _head_dim_between(80, 96),
+    _head_dim_between(112, 128),
+    _head_dim_between(160, 192),
     Bar(
         "half the heads dense, half 4 blocks a row, causal, s 32768",
         _ours("128x128-s32768-half-dense4-causal"),

@@ -72,8 +72,8 @@ def check(
         mask_head = head // (workload.heads // block_mask.shape[1])
         attends = _attending(workload, block_mask[batch % block_mask.shape[0], mask_head : mask_head + 1], rows)
         scale = workload.head_dim**-0.5
-        want, want_lse = _oracle.one_sequence(*(x.double() for x in inputs), attends, scale)
-        unavoidable, _ = _oracle.one_sequence(*inputs, attends, scale)
+        want, want_lse, _ = _oracle.one_sequence(*(x.double() for x in inputs), attends, scale)
+        unavoidable, _, _ = _oracle.one_sequence(*inputs, attends, scale)
         error = _larger(error, _distance(out[batch, rows, head], want[:, 0]))
         allowed_error = max(allowed_error, 2 * _distance(unavoidable[:, 0], want[:, 0]) + SLACK)
         if lse is not None:
@@ -155,7 +155,7 @@ def _differentiate(
         attends = _attending(workload, blocks, torch.arange(begin, end, device=q.device))[:, :, :seen]
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q[begin:end], k[:seen], v[:seen])]
-            out, _ = _oracle.one_sequence(*inputs, attends, workload.head_dim**-0.5)
+            out, _, _ = _oracle.one_sequence(*inputs, attends, workload.head_dim**-0.5)
             found = torch.autograd.grad(out, inputs, grad_out[begin:end])
         grads[0][begin:end] = found[0]
         grads[1][:seen] += found[1]

@@ -13,6 +13,7 @@ LONGEST_DENSE = 131072  # beyond, dense attention takes seconds
 # Block sizes that should run at the rate of 128 x 128, what smaller ones are compared with, and those whose rows share
 # too few keys for that rate.
 WIDE = ((128, 128), (128, 64), (128, 32), (128, 16), (256, 64), (192, 48), (128, 80))
+BETWEEN = (40, 72, 80, 112, 160)  # head dims between the kernels' own
 TILES = ((128, 128), (128, 64), (128, 32), (128, 16))
 NARROW = ((64, 16), (64, 128), (80, 48), (112, 64), (32, 32), (32, 128), (16, 16), (16, 128))
 
@@ -194,6 +195,7 @@ def shape_groups() -> list[Group]:
         for size, group in ((64, 2), (32, 4), (16, 8))
     ]
     full += [_sparse(16, 16, 16384, 0.1, False, alike=alike) for alike in (4, 8)]
+    full += [_sparse(64, 64, 32768, 0.1, False, alike=alike) for alike in (2, 4)]
     tokens = {"heads": 64, "heads_k": 4, "shared": True, "listed": True}
     full += [_rows(1, 128, 65536, 16, True, alike=alike, **tokens) for alike in (1, 16)]
 
@@ -213,7 +215,7 @@ def shape_groups() -> list[Group]:
         _brief("shapes-causal", causal, [dense[True]]),
         _brief(
             "head-dims",
-            [_sparse(128, 128, 16384, 0.1, False, head_dim=dim) for dim in dims],
+            [_sparse(128, 128, 16384, 0.1, False, head_dim=dim) for dim in (*dims, 128, *BETWEEN)],
             [_all_true(8192, False, head_dim=dim).dense() for dim in dims],
         ),
         _brief("short", [_sparse(128, 128, 1024, 0.1, True, batch=8)], []),

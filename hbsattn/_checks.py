@@ -26,11 +26,11 @@ def check_index(name: str, value: object, least: int = 0, limit: int = LENGTH_LI
     """Returns an int for whatever has `__index__`, but for a bool: also numpy's integers, and integer tensors without
     dimensions on a CPU. It is at least `least` and less than `limit`.
     """
-    if isinstance(value, torch.SymInt):
-        return value  # has no value yet: the op checks it
-    if isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}; expected an int")
-    if not isinstance(value, int):
+    if type(value) is not int:
+        if isinstance(value, torch.SymInt):
+            return value  # has no value yet: the op checks it
+        if isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; expected an int")
         if isinstance(value, Tensor) and not _is_host_scalar(value):
             raise TypeError(f"{name} is {_describe(value)}; expected an int, or an integer Tensor () on the CPU")
         try:
@@ -63,29 +63,35 @@ def check_number(name: str, value: object) -> float:
 
 
 def check_block_sizes(q_block_size: object, k_block_size: object) -> tuple[int, int]:
-    sizes = (("q_block_size", q_block_size), ("k_block_size", k_block_size))
-    q_block_size, k_block_size = (check_index(name, size, 1, BLOCK_LIMIT) for name, size in sizes)
-    return q_block_size, k_block_size
+    q_block_size = check_index("q_block_size", q_block_size, 1, BLOCK_LIMIT)
+    return q_block_size, check_index("k_block_size", k_block_size, 1, BLOCK_LIMIT)
 
 
 def check_is_tensor(name: str, value: object, accepted: str = "a Tensor") -> None:
     """Refuses what is no tensor, or has no strides."""
+    if _is_dense(value):
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type_name(value)}; expected {accepted}")
-    if value.layout is not torch.strided or value.is_nested:
-        kind = "nested" if value.is_nested else f"of layout {value.layout}"
-        raise TypeError(f"{name} is {kind}; expected {accepted} that is dense, of layout torch.strided")
+    kind = "nested" if value.is_nested else f"of layout {value.layout}"
+    raise TypeError(f"{name} is {kind}; expected {accepted} that is dense, of layout torch.strided")
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+
+
+def _join(accepted: tuple[object, ...]) -> str:
+    return " or ".join(map(str, accepted))
 
 
 def check_tensor(name: str, tensor: object, dims: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    accepted = " or ".join(map(str, dtypes))
-    check_is_tensor(name, tensor, f"a Tensor of {accepted}")
+    if not _is_dense(tensor):
+        check_is_tensor(name, tensor, f"a Tensor of {_join(dtypes)}")
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {accepted}")
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {_join(dtypes)}")
     if tensor.dim() not in dims:
-        raise ValueError(
-            f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {' or '.join(map(str, dims))}"
-        )
+        raise ValueError(f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {_join(dims)}")
 
 
 def check_same_device(name: str, tensor: Tensor, device: torch.device, whose: str) -> None:

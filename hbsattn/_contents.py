@@ -46,16 +46,22 @@ def can_read(*tensors: Tensor) -> bool:
 
 
 def check_contents(
-    source: Source, lead: tuple[int, ...], lengths: Lengths, place: Place, q_block_size: int, k_block_size: int
+    source: Source,
+    lead: tuple[int, ...],
+    lengths: Lengths,
+    place: Place,
+    sequences: Tensor,
+    q_block_size: int,
+    k_block_size: int,
 ) -> None:
     """Checks lengths, and lists or rows. `lead`: as `place_blocks` has it."""
     name = source.names[0]
     if lengths.packed:
         _check_lengths(name, lead, source.cols, lengths, q_block_size, k_block_size)
     if isinstance(source, Lists):
-        _check_lists(source.counts, source.indices, place)
+        _check_lists(source.counts, source.indices, place, sequences)
     elif isinstance(source, Rows):
-        _check_rows(source.indptr, source.indices, place)
+        _check_rows(source.indptr, source.indices, place, sequences)
 
 
 def check_total(name: str, tensor: Tensor, sequences: Tensor, begin: int, length: int) -> None:
@@ -99,14 +105,14 @@ def _check_lengths(
             )
 
 
-def _check_range(entries: Tensor, row: Tensor, place: Place, padded: bool = False) -> None:
+def _check_range(entries: Tensor, row: Tensor, place: Place, sequences: Tensor, padded: bool = False) -> None:
     """Checks listed key blocks, each of its row of the bit matrix. Padded lists may name what the longest sequence has:
     one may serve several sequences.
     """
-    sequence, _, used = locate_rows(place.sequences, place.rows, place.q_block)
+    sequence, _, used = locate_rows(sequences, place.rows, place.q_block)
     if place.batch == 0:
         return
-    blocks = count_blocks(place.sequences, K_LEN, place.k_block)[sequence]
+    blocks = count_blocks(sequences, K_LEN, place.k_block)[sequence]
     limit = torch.full_like(blocks, place.cols) if padded else blocks
     wrong = used[row] & ((entries < 0) | (entries >= limit[row]))
     if wrong.any():
@@ -118,7 +124,7 @@ def _check_range(entries: Tensor, row: Tensor, place: Place, padded: bool = Fals
         )
 
 
-def _check_lists(counts: Tensor, indices: Tensor, place: Place) -> None:
+def _check_lists(counts: Tensor, indices: Tensor, place: Place, sequences: Tensor) -> None:
     width = indices.shape[-1]
     if counts.numel() and (int(counts.min()) < 0 or int(counts.max()) > width):
         raise ValueError(
@@ -130,10 +136,10 @@ def _check_lists(counts: Tensor, indices: Tensor, place: Place) -> None:
         counts, indices = counts.expand(place.batch, -1, -1), indices.expand(place.batch, -1, -1, -1)
     at = (torch.arange(width, device=counts.device) < counts.unsqueeze(-1)).nonzero(as_tuple=True)
     row = at[0] * counts.shape[2] + at[2] if padded else at[1]
-    _check_range(indices[at], row, place, padded)
+    _check_range(indices[at], row, place, sequences, padded)
 
 
-def _check_rows(indptr: Tensor, indices: Tensor, place: Place) -> None:
+def _check_rows(indptr: Tensor, indices: Tensor, place: Place, sequences: Tensor) -> None:
     entries = indices.shape[0]
     sizes = indptr[:, 1:] - indptr[:, :-1]
     if indptr.numel() and (int(indptr.min()) < 0 or int(indptr.max()) > entries or bool((sizes < 0).any())):
@@ -144,4 +150,4 @@ def _check_rows(indptr: Tensor, indices: Tensor, place: Place) -> None:
     for head in range(indptr.shape[0]):
         row = torch.repeat_interleave(torch.arange(place.rows, device=indptr.device), sizes[head])
         listed = indices[int(indptr[head, 0]) : int(indptr[head, -1])]
-        _check_range(listed, row, place)
+        _check_range(listed, row, place, sequences)

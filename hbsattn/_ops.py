@@ -82,6 +82,26 @@ def _(
     return _fake_bits(block_mask, block_mask.shape[0 if flat else 1], rows, cols)
 
 
+@torch.library.register_fake("hbsattn::make_dense")
+def _(
+    block_mask: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    rows: int,
+    cols: int,
+    q_block_size: int,
+    k_block_size: int,
+    row_stride: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_devices(block_mask=block_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    sequences = block_mask.new_empty((batch, SEQUENCE_INTS), dtype=torch.int32)
+    return _fake_bits(block_mask, block_mask.shape[-3], rows, cols), sequences
+
+
 @torch.library.register_fake("hbsattn::pack_indices")
 def _(
     counts: Tensor,
@@ -157,9 +177,30 @@ def _(
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _check_devices(q=q, k=k, v=v, bits=bits, sequences=sequences, items=items, backward_plan=backward_plan)
+    return _fake_results(q)
+
+
+def _fake_results(q: Tensor) -> tuple[Tensor, Tensor]:
     *batch, rows, heads, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty((*batch, heads, rows), dtype=lse_dtype)
+
+
+@torch.library.register_fake("hbsattn::plan_and_forward")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bits: Tensor,
+    sequences: Tensor,
+    layout: Sequence[int],
+    pack_heads: bool,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(q=q, k=k, v=v, bits=bits, sequences=sequences)
+    call = CallShape(q.shape[-2], k.shape[-2], q.shape[-1], q.element_size(), pack_heads)
+    items = bits.new_empty((count_items(bits.shape, MaskLayout(*layout), call), ITEM_INTS))
+    return (*_fake_results(q), items)
 
 
 @torch.library.register_fake("hbsattn::backward")
@@ -197,6 +238,11 @@ def _count_flops(q: Tensor, bits: Tensor, sequences: Tensor, layout: Sequence[in
 @register_flop_formula(ops.forward, get_raw=True)
 def _(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, sequences: Tensor, *args: object, **kwargs: object) -> int:
     return _count_flops(q, bits, sequences, args[2])
+
+
+@register_flop_formula(ops.plan_and_forward, get_raw=True)
+def _(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, sequences: Tensor, *args: object, **kwargs: object) -> int:
+    return _count_flops(q, bits, sequences, args[0])
 
 
 @register_flop_formula(ops.backward, get_raw=True)

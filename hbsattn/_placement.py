@@ -26,8 +26,16 @@ class Lengths(NamedTuple):
 
     def check(self) -> "Lengths":
         """The same with ints for whatever stands for one."""
-        named = zip(self._fields[2:], self[2:], strict=True)
-        return Lengths(*self[:2], *[None if value is None else check_index(name, value) for name, value in named])
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_q, seqlen_k, batch_size = self
+        return Lengths(
+            cu_seqlens_q,
+            cu_seqlens_k,
+            None if max_seqlen_q is None else check_index("max_seqlen_q", max_seqlen_q),
+            None if max_seqlen_k is None else check_index("max_seqlen_k", max_seqlen_k),
+            None if seqlen_q is None else check_index("seqlen_q", seqlen_q),
+            None if seqlen_k is None else check_index("seqlen_k", seqlen_k),
+            None if batch_size is None else check_index("batch_size", batch_size),
+        )
 
     @property
     def packed(self) -> bool:
@@ -37,7 +45,6 @@ class Lengths(NamedTuple):
 class Place(NamedTuple):
     """Where the blocks of a mask lie, as its constructor worked it out."""
 
-    sequences: Tensor
     batch: int
     rows: int
     cols: int
@@ -46,6 +53,7 @@ class Place(NamedTuple):
     seqlen_k: int | None
     q_block: int  # what the ops are told: `cut_block` of the size that was given
     k_block: int
+    row_stride: int  # rows of the bit matrix between two sequences; -1: they lie without gaps
 
     @property
     def blocks(self) -> tuple[int, int, int]:
@@ -62,8 +70,8 @@ def place_blocks(
     q_block_size: int,
     k_block_size: int,
 ) -> Place:
-    """Fits a mask to its lengths. `lead` is (heads, rows) for a flat mask or (batch or 1, heads, query blocks), `cols`
-    the columns of a dense one.
+    """Fits a mask to its lengths, and launches nothing. `lead` is (heads, rows) for a flat mask or (batch or 1, heads,
+    query blocks), `cols` the columns of a dense one.
     """
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_q, seqlen_k, batch_size = lengths
     flat, row_blocks = len(lead) == 2, lead[-1]
@@ -109,30 +117,37 @@ def place_blocks(
         batch = lead[0] if batch_size is None else batch_size
         if seqlen_q is None:
             seqlen_q = row_blocks * q_block_size
-        if seqlen_k is None:
-            if cols is None:
-                raise ValueError("seqlen_k is None; expected an int for index lists and CSR without cu_seqlens_k")
+        else:
+            _check_blocks("seqlen_q", seqlen_q, q_block_size, row_blocks, "query", name)
+        if seqlen_k is not None:
+            if cols is not None:
+                _check_blocks("seqlen_k", seqlen_k, k_block_size, cols, "key", name)
+            cols = ceil_div(seqlen_k, k_block_size)
+        elif cols is not None:
             seqlen_k = cols * k_block_size
-        _check_blocks("seqlen_q", seqlen_q, q_block_size, row_blocks, f"query blocks of {name}")
-        if cols is not None:
-            _check_blocks("seqlen_k", seqlen_k, k_block_size, cols, f"key blocks of {name}")
-        cols = ceil_div(seqlen_k, k_block_size)
+        else:
+            raise ValueError("seqlen_k is None; expected an int for index lists and CSR without cu_seqlens_k")
     if not flat and lead[0] not in (1, batch):
         raise ValueError(f"{name} has a batch of {lead[0]}; expected 1 or {batch}")
-    blocks = cut_block(q_block_size, seqlen_q), cut_block(k_block_size, seqlen_k)
-    seqlens = (0, 0) if packed else (seqlen_q, seqlen_k)
-    sequences = ops.make_sequences.default(
-        cu_seqlens_q, cu_seqlens_k, device, batch, *seqlens, *blocks, -1 if flat else row_blocks
-    )
+    blocks = (q_block_size, k_block_size)
+    if not torch.compiler.is_compiling():
+        blocks = cut_block(q_block_size, seqlen_q), cut_block(k_block_size, seqlen_k)
     rows = row_blocks if flat else batch * row_blocks
-    return Place(sequences, batch, rows, cols, packed, seqlen_q, seqlen_k, *blocks)
+    return Place(batch, rows, cols, packed, seqlen_q, seqlen_k, *blocks, -1 if flat else row_blocks)
+
+
+def make_sequences(lengths: Lengths, place: Place, device: torch.device) -> Tensor:
+    """The table of sequences, int32 (batch, 7)."""
+    seqlens = (0, 0) if lengths.packed else (place.seqlen_q, place.seqlen_k)
+    blocks = (place.q_block, place.k_block)
+    return ops.make_sequences.default(*lengths[:2], device, place.batch, *seqlens, *blocks, place.row_stride)
 
 
 def cut_block(block_size: int, longest: int | None) -> int:
     """The size of blocks for the ops, where no sequence is longer than `longest`: that given, or one that is not far
     above `longest` and still covers every sequence with one block. Kernels like powers of two, and multiples of 128.
     """
-    if longest is None or isinstance(longest, torch.SymInt) or torch.compiler.is_compiling():
+    if longest is None or isinstance(longest, torch.SymInt) or block_size <= longest:
         return block_size
     enough = 1 << max((longest - 1).bit_length(), 4) if longest <= 128 else 128 * ceil_div(longest, 128)
     return min(block_size, enough)
@@ -151,7 +166,7 @@ def count_sequences(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, de
     return cu_seqlens_q.shape[0] - 1
 
 
-def _check_blocks(name: str, seqlen: int, block_size: int, blocks: int, what: str) -> None:
+def _check_blocks(name: str, seqlen: int, block_size: int, blocks: int, word: str, whose: str) -> None:
     if ceil_div(seqlen, block_size) != blocks:
         low, high = max((blocks - 1) * block_size + 1, 0), blocks * block_size
-        raise ValueError(f"{name} is {seqlen}; expected {low} to {high}, the {blocks} {what}")
+        raise ValueError(f"{name} is {seqlen}; expected {low} to {high}, the {blocks} {word} blocks of {whose}")

@@ -18,6 +18,10 @@ Plan = tuple[Tensor, ...]
 Maker = Callable[["BlockMask"], Plan]
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent where PyTorch has no CUDA
+_tracing_state = torch._C._get_tracing_state
+_count_modes = torch._C._len_torch_dispatch_stack
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_NOTHING = contextlib.nullcontext()
 _lock = threading.Lock()  # of whoever adds or rewrites plans; readers need none
 
 
@@ -33,12 +37,13 @@ def is_capturing(device: torch.device) -> bool:
 
 def is_traced(*tensors: Tensor) -> bool:
     """Whether these tensors have no values that a program could read or keep: they are a tracer's, or a transform's."""
-    if is_compiling() or torch._C._get_tracing_state() is not None:
+    if is_compiling() or _tracing_state() is not None:
         return True
-    modes = torch._C._TorchDispatchModeKey
-    if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)):
-        return True
-    return any(type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+    if _count_modes() > 0:
+        modes = torch._C._TorchDispatchModeKey
+        if any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)):
+            return True
+    return any([type(tensor) is not Tensor or _is_wrapped(tensor) for tensor in tensors])  # faster than a generator
 
 
 def is_transforming() -> bool:
@@ -48,9 +53,9 @@ def is_transforming() -> bool:
 
 def normal_tensors() -> contextlib.AbstractContextManager:
     """What is made inside can be saved for backward later, and counts its versions, in inference mode too."""
-    if is_compiling() or not torch.is_inference_mode_enabled():
+    if is_compiling():
         return contextlib.nullcontext()
-    return torch.inference_mode(False)
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
 
 
 class _Made:
@@ -142,19 +147,28 @@ class Plans:
         plan = self.find(key)
         if plan is not None:
             return plan
-        if is_compiling():
-            return make(mask)
-        version = self._version() if self._counts_versions() else None
+        version = self.version()
         with normal_tensors():
             plan = make(mask)
+        return self.keep(mask, key, plan, version, make)
+
+    def version(self) -> int | None:
+        """What to tell `keep`, asked before a plan is made. None: what is made now belongs to no version."""
+        if is_compiling() or self._first.is_inference() or self._second.is_inference():
+            return None
+        return self._version()
+
+    def keep(self, mask: BlockMask, key: Hashable, plan: Plan, version: int | None, make: Maker) -> Plan:
+        """Keeps for later calls what was made, of normal tensors, if they may use it. `make`: as in `find_or_make`.
+
+        Returns the plan, or that of another thread which was faster.
+        """
         # Captured, a plan has no values yet; one of contents that a graph rewrites has others after each replay.
-        passing = is_transforming() or mask._replayed or is_capturing(self._device)
-        if version is None or passing or is_traced(*plan, self._first, self._second):
+        if version is None or is_transforming() or mask._replayed or is_capturing(self._device):
+            return plan
+        if is_traced(*plan, self._first, self._second):
             return plan
         return self._keep(key, plan, version, make)
-
-    def _counts_versions(self) -> bool:
-        return not (self._first.is_inference() or self._second.is_inference())
 
     def _keep(self, key: Hashable, plan: Plan, version: int, make: Maker) -> Plan:
         with _lock:

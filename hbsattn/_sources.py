@@ -10,7 +10,7 @@ from torch import Tensor
 from hbsattn._checks import check_same_device, check_tensor
 from hbsattn._layout import ceil_div
 from hbsattn._ops import ops
-from hbsattn._placement import Lengths
+from hbsattn._placement import Lengths, Place, make_sequences
 
 INTEGERS = (torch.int32, torch.int64)
 Blocks = tuple[int, int, int]  # columns of the bits, rows and keys of a block
@@ -37,8 +37,13 @@ class _Form:
     def heads(self) -> int:
         return self.lead[-2]
 
+    def make(self, lengths: Lengths, place: Place, causal: bool) -> tuple[Tensor, Tensor]:
+        """Returns the bits and the table of sequences of a new mask."""
+        sequences = make_sequences(lengths, place, self.main.device)
+        return self.pack(sequences, place.rows, place.blocks, causal), sequences
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(eq=False)
 class Dense(_Form):
     """Bool (heads, query blocks, key blocks) of all sequences, or (batch or 1, heads, query blocks, key blocks)."""
 
@@ -53,12 +58,30 @@ class Dense(_Form):
         return cls(block_mask)
 
     @property
+    def tensors(self) -> tuple[Tensor]:
+        return (self.block_mask,)
+
+    @property
+    def main(self) -> Tensor:
+        return self.block_mask
+
+    @property
     def lead(self) -> tuple[int, ...]:
         return tuple(self.block_mask.shape[:-1])
 
     @property
+    def heads(self) -> int:
+        return self.block_mask.shape[-3]
+
+    @property
     def cols(self) -> int:
         return self.block_mask.shape[-1]
+
+    def make(self, lengths: Lengths, place: Place, causal: bool) -> tuple[Tensor, Tensor]:
+        # One op instead of two: a new mask for each call is the common way to use this form.
+        seqlens = (0, 0) if place.packed else (place.seqlen_q, place.seqlen_k)
+        shape = (place.batch, *seqlens, place.rows, *place.blocks, place.row_stride)
+        return ops.make_dense.default(self.block_mask, *lengths[:2], *shape, causal)
 
     def pack(self, sequences: Tensor, rows: int, blocks: Blocks, causal: bool) -> Tensor:
         """Returns the bits, int32 (heads, rows, ceil(cols / 32)); so do the others."""
@@ -66,7 +89,7 @@ class Dense(_Form):
         return ops.pack_dense.default(self.block_mask, sequences, flat, rows, *blocks, causal)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Lists(_Form):
     """int32 counts (heads, rows) of all sequences, or (batch or 1, heads, query blocks), and indices, of a dimension
     more."""
@@ -102,7 +125,7 @@ class Lists(_Form):
         return Lists(self.counts.clone(), self.indices.clone())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Rows(_Form):
     """Compressed sparse rows: int32 indptr (heads, rows + 1) and indices (entries)."""
 

@@ -76,7 +76,8 @@ def _attend(
     check_is_mask(mask)
     mask._check_use(q, k)
     check_is_tensor("v", v)
-    if torch.is_autocast_enabled(q.device.type):
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
         q, k, v = _autocast(q, k, v)
     heads_q, head_dim = q.shape[-2:]
     if softmax_scale is None:
@@ -90,20 +91,45 @@ def _attend(
     layout, options = mask._layout, (pack_heads, scale)
     call = CallShape(heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)
     if mask._lists is not None and needs == NO_GRADIENTS and not mask._makes_bits():
-        results = _attend_in_chunks(q, k, v, mask, call, options)
+        results = _attend_in_chunks(q, k, v, mask, options)
         return results if return_lse else results[0]
     bits, sequences = mask._kept_bits(), mask.sequences
     items = backward_plan = None
-    if q.device.type != "cpu":  # which needs no plans
-        if mask._find_plan(("items", call)) is None:
+    if device != "cpu":  # which needs no plans
+        key = ("items", call)
+        plan = mask._plans.find(key)
+        if plan is not None:
+            items = plan[0]
+        elif needs == NO_GRADIENTS:
+            results = _plan_and_attend(q, k, v, bits, sequences, mask, key, options)
+            return results if return_lse else results[0]
+        else:
             # What does not fit is refused before anything is launched, also before the work list is made.
             ops.check_forward.default(q, k, v, bits, sequences, layout, *options)
-        items = mask._plan(("items", call), lambda mask: _plan_items(mask, call))[0]
+            items = mask._plan(key, lambda mask: _plan_items(mask, call))[0]
         if needs != NO_GRADIENTS:
             shape = (call, k.shape[-3], deterministic, needs)
             backward_plan = mask._plan(("backward", *shape), lambda mask: _plan_backward(mask, *shape))[0]
     results = ops.forward.default(q, k, v, bits, sequences, items, backward_plan, layout, *options, deterministic)
     return results if return_lse else results[0]
+
+
+def _plan_and_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bits: Tensor,
+    sequences: Tensor,
+    mask: BlockMask,
+    key: tuple[str, CallShape],
+    options: tuple[bool, float],
+) -> tuple[Tensor, Tensor]:
+    """The first call of its shape, in one op. The mask keeps the work list that comes with the results."""
+    version = mask._plans.version()
+    out, lse, items = ops.plan_and_forward.default(q, k, v, bits, sequences, mask._layout, *options)
+    call = key[1]
+    mask._plans.keep(mask, key, (items,), version, lambda mask: _plan_items(mask, call))
+    return out, lse
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -124,7 +150,7 @@ def _plan_backward(
 
 
 def _attend_in_chunks(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, call: CallShape, options: tuple[bool, float]
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: tuple[bool, float]
 ) -> tuple[Tensor, Tensor]:
     """The call for a mask that stays lists, without gradients."""
     layout = mask._layout
@@ -133,7 +159,8 @@ def _attend_in_chunks(
         ops.check_forward.default(q, k, v, bits, sequences, layout, *options)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        items = None if bits.device.type == "cpu" else ops.plan_items.default(bits, sequences, layout, call)
-        return ops.forward.default(q, k, v, bits, sequences, items, None, layout, *options)
+        if bits.device.type == "cpu":
+            return ops.forward.default(q, k, v, bits, sequences, None, None, layout, *options)
+        return ops.plan_and_forward.default(q, k, v, bits, sequences, layout, *options)[:2]
 
     return attend_in_chunks(q, k, v, mask, check, attend)

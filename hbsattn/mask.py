@@ -33,15 +33,14 @@ from hbsattn._layout import (
     unpack_bits,
     visible_columns,
 )
-from hbsattn._ops import ops
-from hbsattn._placement import Lengths, Place, count_sequences, place_blocks
+from hbsattn._placement import Lengths, Place, count_sequences, make_sequences, place_blocks
 from hbsattn._plans import Maker, Plan, Plans, is_capturing, normal_tensors
 from hbsattn._sources import FORMS, Dense, Lists, Rows, Source
 
 CONSTRUCTORS = "BlockMask.from_dense, BlockMask.from_indices or BlockMask.from_csr"
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class BlockMask:
     """A block mask, ready for any number of `block_sparse_attention` calls; built by `from_dense`, `from_indices` or
     `from_csr`.
@@ -83,7 +82,7 @@ class BlockMask:
     """
 
     # All tensors are fields of their own, so that whoever maps the fields of dataclasses finds them. The defaults serve
-    # the sentence of `__post_init__` alone.
+    # the sentence of `__init__` alone.
     _bits: Tensor | None = None
     sequences: Tensor = None
     q_block_size: int = 0
@@ -104,18 +103,26 @@ class BlockMask:
     _indices: Tensor | None = None
     _replayed: bool = False  # whether a CUDA graph writes the contents: they may change with each replay
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.sequences, Tensor):
+    # Takes the fields in their order, or by name. A frozen dataclass's own would set them one by one, which takes as
+    # long as all else that a new mask needs in Python.
+    def __init__(self, *values: Any, **named: Any) -> None:
+        is_compiling = torch.compiler.is_compiling()
+        fields = {} if is_compiling else self.__dict__  # the tracer follows no writes to __dict__
+        fields.update(zip(_FIELDS, values, strict=False), **named)
+        if not isinstance(fields.get("sequences"), Tensor):
             raise TypeError(f"BlockMask was called itself; expected {CONSTRUCTORS}")
-        if not torch.compiler.is_compiling():
-            for name in ("_bits", "sequences", "_counts", "_indices"):
-                tensor = getattr(self, name)
-                if isinstance(tensor, Tensor) and tensor.is_inference():
+        if not is_compiling:
+            for name in _TENSORS:
+                tensor = fields.get(name)
+                if tensor is not None and isinstance(tensor, Tensor) and tensor.is_inference():
                     with torch.inference_mode(False):
-                        object.__setattr__(self, name, tensor.clone())
+                        fields[name] = tensor.clone()
         # No field: a copy, or a mask with other fields, plans anew.
-        contents = self._counts if self._bits is None else self._bits
-        object.__setattr__(self, "_plans", Plans((contents, self.sequences)))
+        bits = fields.get("_bits")
+        fields["_plans"] = Plans((fields.get("_counts") if bits is None else bits, fields["sequences"]))
+        if is_compiling:
+            for name, value in fields.items():
+                object.__setattr__(self, name, value)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return BlockMask, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
@@ -233,15 +240,16 @@ class BlockMask:
             place = place_blocks(name, device, lead, source.cols, lengths, q_block_size, k_block_size)
             bits = lists = None
             if _keep_lists(source, place):
+                sequences = make_sequences(lengths, place, device)
                 lists = source.clone()  # later changes of the caller's tensors change no mask, of bits or of lists
             else:
-                bits = source.pack(place.sequences, place.rows, place.blocks, causal)
+                bits, sequences = source.make(lengths, place, causal)
             # After the op, which refuses what shapes tell, and is safe with any contents.
-            if can_read(*source.tensors, place.sequences):
-                check_contents(source, lead, lengths, place, q_block_size, k_block_size)
+            if can_read(*source.tensors, sequences):
+                check_contents(source, lead, lengths, place, sequences, q_block_size, k_block_size)
         return cls(
             bits,
-            place.sequences,
+            sequences,
             q_block_size,
             k_block_size,
             causal,
@@ -301,16 +309,16 @@ class BlockMask:
                 "stays lists"
             )
         with normal_tensors(), torch.no_grad():
-            place, lengths = self._place_again(cu_seqlens_q, cu_seqlens_k)
-            if can_read(*source.tensors, place.sequences):
-                check_contents(source, self._lead, lengths, place, self.q_block_size, self.k_block_size)
+            place, lengths, sequences = self._place_again(cu_seqlens_q, cu_seqlens_k)
+            if can_read(*source.tensors, sequences):
+                check_contents(source, self._lead, lengths, place, sequences, self.q_block_size, self.k_block_size)
             if lists is None:
-                self._bits.copy_(source.pack(place.sequences, place.rows, place.blocks, self.causal))
+                self._bits.copy_(source.pack(sequences, place.rows, place.blocks, self.causal))
             else:
                 lists.counts.copy_(source.counts)
                 lists.indices.copy_(source.indices)
             if lengths.packed:
-                self.sequences.copy_(place.sequences)
+                self.sequences.copy_(sequences)
         if is_capturing(self.device):
             object.__setattr__(self, "_replayed", True)
         if not torch.compiler.is_compiling():  # the plans that a compiled program outdates are made anew when next used
@@ -327,26 +335,22 @@ class BlockMask:
         flat = (self.heads, self.rows)
         return flat if self.packed else (self.batch, self.heads, self.rows // max(self.batch, 1))
 
-    def _place_again(self, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> tuple[Place, Lengths]:
-        """The place of the same blocks over new lengths, or over those that are there."""
+    def _place_again(self, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> tuple[Place, Lengths, Tensor]:
+        """The place of the same blocks over new lengths, or over those that are there, and the table of sequences."""
         longest = (self.seqlen_q, self.seqlen_k) if self.packed else (None, None)
         lengths = Lengths(cu_seqlens_q, cu_seqlens_k, *longest, None, None, None)
-        sequences = self.sequences
-        if lengths.packed:
-            if not self.packed:
-                given = "cu_seqlens_q" if cu_seqlens_q is not None else "cu_seqlens_k"
-                raise ValueError(f"{given} is a Tensor; expected None, as mask was built for batched tensors")
-            batch = count_sequences(cu_seqlens_q, cu_seqlens_k, self.device, "mask")
-            if batch != self.batch:
-                raise ValueError(f"cu_seqlens_q has {batch} sequences; expected {self.batch}, those of mask")
-            lead = self._lead
-            stride = -1 if len(lead) == 2 else lead[-1]
-            blocks = (self._q_block, self._k_block)
-            sequences = ops.make_sequences.default(
-                cu_seqlens_q, cu_seqlens_k, self.device, batch, 0, 0, *blocks, stride
-            )
+        lead = self._lead
         shape = (self.batch, self.rows, self.cols, self.packed, self.seqlen_q, self.seqlen_k)
-        return Place(sequences, *shape, self._q_block, self._k_block), lengths
+        place = Place(*shape, self._q_block, self._k_block, -1 if len(lead) == 2 else lead[-1])
+        if not lengths.packed:
+            return place, lengths, self.sequences
+        if not self.packed:
+            given = "cu_seqlens_q" if cu_seqlens_q is not None else "cu_seqlens_k"
+            raise ValueError(f"{given} is a Tensor; expected None, as mask was built for batched tensors")
+        batch = count_sequences(cu_seqlens_q, cu_seqlens_k, self.device, "mask")
+        if batch != self.batch:
+            raise ValueError(f"cu_seqlens_q has {batch} sequences; expected {self.batch}, those of mask")
+        return place, lengths, make_sequences(lengths, place, self.device)
 
     @property
     def _lists(self) -> Lists | None:
@@ -370,10 +374,6 @@ class BlockMask:
         may ask the mask for other plans; it may not hold the mask, which holds it.
         """
         return self._plans.find_or_make(self, key, make)
-
-    def _find_plan(self, key: tuple[Any, ...]) -> Plan | None:
-        """What an earlier call has made, if this one may use it."""
-        return self._plans.find(key)
 
     def _makes_bits(self) -> bool:
         """Whether a mask of lists has its bits made at the next call.
@@ -520,10 +520,10 @@ def _check_dims(name: str, tensor: Tensor, dims: int, form: str) -> None:
 
 
 def _check_batched(name: str, tensor: Tensor, seqlen: int, block_size: int) -> None:
+    if tensor.dim() == 4 and tensor.size(1) == seqlen:
+        return
     _check_dims(name, tensor, 4, "batched")
     length = tensor.size(1)
-    if length == seqlen:
-        return
     hint = ""
     if tensor.shape[2] == seqlen:
         hint = ": heads come after the length, (batch, length, heads, head_dim)"
@@ -538,5 +538,8 @@ def _keep_lists(source: Source, place: Place) -> bool:
         return False
     return stays_lists(place.q_block, source.heads, place.rows, place.cols, source.indices.numel())
 
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(BlockMask))
+_TENSORS = ("_bits", "sequences", "_counts", "_indices")
 
 torch.serialization.add_safe_globals([BlockMask])  # for torch.load(weights_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -98,15 +99,32 @@ def test_install_commands_agree():
 
 def test_build_defaults_are_those_of_the_sources(tmp_path: Path):
     """The defaults in the README and in setup.py, and the number of files that hold kernels."""
-    command = [sys.executable, str(ROOT / "csrc/kernels/generate_instances.py"), str(tmp_path)]
+    script = str(ROOT / "csrc/kernels/generate_instances.py")
+    command = [sys.executable, script, str(tmp_path)]
     files = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    kinds = [re.search(r"_(\w+)_hd(\d+)_\d+\.cu$", file).groups() for file in files]
-    head_dims = ",".join(sorted({head_dim for _, head_dim in kinds}, key=int))
-    dtypes = ",".join(sorted({kind.rpartition("_")[2] for kind, _ in kinds}, reverse=True))
+    head_dims = ",".join(sorted({re.search(r"_hd(\d+)_\d+\.cu$", file)[1] for file in files}, key=int))
+    dtypes = ",".join(sorted(runpy.run_path(script)["DTYPES"], reverse=True))
     readme, setup = read("README.md"), read("setup.py")
     assert f"`HBSATTN_HEAD_DIMS` | `{head_dims}`" in readme and f'"{head_dims}"' in setup
     assert f"`HBSATTN_DTYPES` | `{dtypes}`" in readme and f'"{dtypes}"' in setup
     assert f"compiles {len(files)} kernel files" in readme
+
+
+def test_a_kernel_file_holds_all_chosen_dtypes(tmp_path: Path):
+    """And a build of one dtype has the same files, each with that one; the list names every kernel once."""
+    script = str(ROOT / "csrc/kernels/generate_instances.py")
+    names = {}
+    for chosen, dtypes in {"": ["kBFloat16", "kFloat16"], "fp16": ["kFloat16"]}.items():
+        command = [sys.executable, script, str(tmp_path), f"--dtypes={chosen}"]
+        files = [
+            Path(file) for file in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        ]
+        names[chosen] = [file.name for file in files]
+        instances = [re.findall(r"run_\w+<(.*)>\(", file.read_text()) for file in files]
+        assert all(re.findall(r"DType::(\w+)", " ".join(held)) == dtypes for held in instances)
+        table = re.findall(r"Sm90\w+<[^<>]*>", (tmp_path / "instances/sm90_kernels.h").read_text())
+        assert sorted(table) == sorted(config for held in instances for config in held)
+    assert names[""] == names["fp16"]
 
 
 def test_version():

@@ -490,6 +490,30 @@ def test_plan_of_several_sections(device: str):
     assert len(heads_in_front) < 16, "tiles of all heads come first, so their keys cannot stay in the cache"
 
 
+ORDERED = (
+    # Few items of few words, in several sections.
+    case("small", lens_q=(1024,) * 8, packed=False, heads_q=32, heads_k=32, mask_heads=32, causal=True, density=0.1),
+    # One section, of blocks that have several tiles.
+    case("tiles", lens_q=(1024,) * 8, packed=False, heads_q=32, heads_k=8, mask_heads=8, causal=True, density=0.1),
+    # More columns, and longer sections, than a CTA counts for itself.
+    case("wide", lens_q=(640,), lens_k=(40000,), heads_q=8, heads_k=8, mask_heads=8, density=0.1),
+    case("long", lens_q=(20000,), heads_q=16, heads_k=4, mask_heads=16, density=0.1),
+    case("packed", lens_q=(300, 0, 1000, 17) * 5, heads_q=8, heads_k=4, mask_heads=1, causal=True, density=0.3),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ORDERED, ids=lambda s: s.name)
+def test_list_is_the_oracle_s(spec: Case):
+    """Every record in its place, whichever kernels count and order: here no tile unites blocks, and none is dead."""
+    spec = dataclasses.replace(spec, q_block=128, k_block=128)
+    mask = build_mask(spec, block_masks(spec, 0), "cuda")
+    call = (spec.heads_q, spec.heads_k, 128, 2, True)
+    want = plan.plan_items(mask.bits.cpu(), mask.sequences.cpu(), *layout_of(mask), *call)
+    got = plan_items(mask, *call).cpu()
+    assert torch.equal(got[: len(want)], want) and bool((got[len(want) :, 0] == -1).all())
+
+
 def covered_blocks(items: list[Item]) -> list[tuple[int, int]]:
     """Heads and bit rows of the tiles of a list, whose tiles are whole query blocks or several."""
     return sorted((item.head, item.bit_row + i) for item in items for i in range(item.united))

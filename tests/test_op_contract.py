@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import cases
 import hbsattn
@@ -29,6 +31,7 @@ from problems import (
 ops = torch.ops.hbsattn
 OPS = (
     "make_sequences",
+    "make_dense",
     "pack_dense",
     "pack_indices",
     "pack_csr",
@@ -36,7 +39,7 @@ OPS = (
     "check_forward",
     "check_mask",
 )
-CUDA_OPS = ("plan_items", "plan_backward")
+CUDA_OPS = ("plan_items", "plan_backward", "plan_and_forward")
 BACKWARD_OPS = ("check_backward", "backward")
 
 SPECS = [
@@ -61,6 +64,12 @@ def op_arguments(name: str, spec: Case, device: str) -> tuple[Any, ...]:
             return (None, None, torch.device(device), 2, spec.lens_q[0], spec.keys[0], *sizes, spec.blocks(0)[0])
         lens = (cu_seqlens(spec.lens_q, device), cu_seqlens(spec.keys, device))
         return (*lens, torch.device(device), len(spec.lens_q), 0, 0, *sizes, -1)
+    if name == "make_dense":
+        lens = (cu_seqlens(spec.lens_q, device), cu_seqlens(spec.keys, device)) if spec.packed else (None, None)
+        seqlens = (0, 0) if spec.packed else (spec.lens_q[0], spec.keys[0])
+        stride = -1 if spec.mask_form == "flat" else spec.blocks(0)[0]
+        dense = dense_mask(spec, problem.block_masks, spec.mask_form).to(device)
+        return (dense, *lens, len(spec.lens_q), *seqlens, mask.rows, mask.cols, *sizes, stride, spec.causal)
     flat = spec.mask_form == "flat"
     table = (mask.rows, mask.cols, *sizes, spec.causal)
     if name == "pack_dense":
@@ -81,12 +90,12 @@ def op_arguments(name: str, spec: Case, device: str) -> tuple[Any, ...]:
     if name == "plan_backward":
         return (*tables, call, problem.k.shape[-3], spec.packed, spec.causal, (True, True, True))
     tensors = (problem.q, problem.k, problem.v, mask.bits, mask.sequences)
+    if name in ("check_forward", "plan_and_forward"):
+        return (*tensors, layout_of(mask), True, 0.125)
     plans = (None, None)
     if device == "cuda":
         plan = plan_backward(mask, *call, rows_k=problem.k.shape[-3])
         plans = (plan_items(mask, *call), plan)
-    if name == "check_forward":
-        return (*tensors, layout_of(mask), True, 0.125)
     return (*tensors, *plans, layout_of(mask), True, 0.125)
 
 
@@ -175,6 +184,37 @@ def test_opcheck_plan(name: str, spec: Case):
     torch.library.opcheck(getattr(ops, name).default, op_arguments(name, spec, "cuda"))
 
 
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_make_dense(spec: Case, device: str):
+    """What the two ops give that it stands for."""
+    bits, sequences = ops.make_dense(*op_arguments("make_dense", spec, device))
+    assert same(sequences, ops.make_sequences(*op_arguments("make_sequences", spec, device)))
+    dense, _, *rest = op_arguments("pack_dense", spec, device)
+    assert same(bits, ops.pack_dense(dense, sequences, *rest))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_plan_and_forward(spec: Case, inference: bool):
+    """What the two ops give that it stands for. The list is a normal tensor: later calls rewrite it in any mode."""
+    tensors = op_arguments("plan_and_forward", spec, "cuda")
+    plain = op_arguments("forward", spec, "cuda")
+    with torch.inference_mode(inference):
+        out, lse, items = ops.plan_and_forward(*tensors)
+        want = ops.forward(*plain)
+    assert same(out, want[0]) and same(lse, want[1]) and not items.is_inference()
+    assert items.shape == plain[5].shape
+
+
+@pytest.mark.gpu
+def test_plan_and_forward_has_no_derivative():
+    q, *rest = op_arguments("plan_and_forward", SPECS[0], "cuda")
+    with pytest.raises(NotImplementedError, match=r"plan_and_forward has no derivative; expected hbsattn::forward"):
+        ops.plan_and_forward(q.requires_grad_(), *rest)
+
+
 @pytest.mark.parametrize("name", [*OPS, *CUDA_OPS, *BACKWARD_OPS])
 def test_arguments_are_tensors_and_constants(name: str):
     schema = getattr(ops, name).default._schema
@@ -254,6 +294,31 @@ def test_compile_the_mask_too(device: str):
 
     out, lse = attend(problem.q, problem.k, problem.v, block_mask, lens)
     judge(problem, out, lse)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_ops_of_a_traced_new_mask(trains: bool):
+    """For CUDA, also where there is none: fake tensors can be on any device. Lengths are symbols of one graph."""
+    traced = []
+
+    def attend(q: torch.Tensor, block_mask: torch.Tensor) -> torch.Tensor:
+        mask = hbsattn.BlockMask.from_dense(block_mask, 64, 64, causal=True)
+        return hbsattn.block_sparse_attention(q, q[:, :, :2], q[:, :, :2], mask)
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        traced.append([node.target for node in graph.graph.nodes if getattr(node.target, "namespace", "") == "hbsattn"])
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        for n in (256, 512, 1024):
+            q = torch.empty(1, n, 8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=trains)
+            block_mask = torch.empty(1, 2, n // 64, n // 64, device="cuda", dtype=torch.bool)
+            out = compiled(q, block_mask)
+            assert out.shape == q.shape and out.device == q.device and out.dtype == q.dtype
+    call = [ops.check_forward, ops.plan_items, ops.plan_backward, ops.forward] if trains else [ops.plan_and_forward]
+    assert traced == [[op.default for op in (ops.make_dense, *call)]]
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cases
 import hbsattn
@@ -197,6 +198,38 @@ def test_capture_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
     assert _plans.is_capturing(torch.device("cuda:1")) and not _plans.is_capturing(torch.device("cuda:0"))
     assert not _plans.is_capturing(torch.device("cuda")) and current == [0]
+
+
+class Watch(TorchDispatchMode):
+    """Names of the library's ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "hbsattn":
+            self.called.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("inference", [False, True])
+def test_ops_of_a_new_mask(inference: bool, device: str):
+    """One makes a mask of booleans; one plans and runs its first call, and later calls have the plan."""
+    problem = problem_of(SPEC, device)
+    with torch.inference_mode(inference), Watch() as watch:
+        mask = problem.mask()
+        assert watch.called == ["make_dense"]
+        first, second = problem.run(mask), problem.run(mask)
+    on_cuda = ["plan_and_forward", "forward"]
+    assert watch.called[1:] == (["forward"] * 2 if device == "cpu" else on_cuda)
+    judge(problem, *first)
+    assert all(same(x, y) for x, y in zip(first, second, strict=True))
+    if device == "cuda":  # the kept list can be rewritten in the memory where it is, whatever mode it comes from
+        other = problem_of(SPEC, device, seed=5)
+        mask.update_(*contents(SPEC, other.block_masks, device))
+        judge(Problem(SPEC, problem.q, problem.k, problem.v, other.block_masks), *problem.run(mask))
 
 
 class FakeEvent:

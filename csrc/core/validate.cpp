@@ -190,11 +190,30 @@ Status validate_sequences(const SequencesParams& params) {
   return check_pointer("sequences", params.sequences, shape.batch);
 }
 
+// The table that is made is the one that is read, and fits the mask.
+Status check_same_table(const PackParams& params) {
+  const MaskShape& shape = params.shape;
+  const MaskShape& table = params.table.shape;
+  HBSATTN_RETURN_IF_ERROR(validate_sequences(params.table));
+  if (params.table.sequences != params.sequences) {
+    return Status::InvalidValue("table.sequences is not sequences; expected null or the same pointer");
+  }
+  if (table.batch != shape.batch) return wrong_value("table.shape.batch", table.batch, std::to_string(shape.batch));
+  if (table.q_block_size != shape.q_block_size) {
+    return wrong_value("table.shape.q_block_size", table.q_block_size, std::to_string(shape.q_block_size));
+  }
+  if (table.k_block_size != shape.k_block_size) {
+    return wrong_value("table.shape.k_block_size", table.k_block_size, std::to_string(shape.k_block_size));
+  }
+  return Status::Ok();
+}
+
 Status validate_pack(const PackParams& params) {
   const MaskShape& shape = params.shape;
   const PackSource& source = params.source;
   HBSATTN_RETURN_IF_ERROR(validate_mask(shape));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", params.sequences, shape.batch));
+  if (params.table.sequences != nullptr) HBSATTN_RETURN_IF_ERROR(check_same_table(params));
   HBSATTN_RETURN_IF_ERROR(check_pointer("bits", params.bits, shape.heads * shape.rows * shape.words()));
   if (!source.flat && source.form != PackSource::Form::kCsr && shape.rows > 0 &&
       (shape.batch == 0 || shape.rows % shape.batch != 0)) {

@@ -1,7 +1,11 @@
-"""Makes a source file of each kernel of sm90/instances.txt, and the list of them that core/kernel_table.h includes.
+"""Makes the sources of the kernels in sm90/instances.txt, and the list of them that core/kernel_table.h includes.
 
 setup.py imports this file; CMakeLists.txt runs `generate_instances.py FOLDER [--head-dims 64,128] [--dtypes bf16]`.
-It writes FOLDER/instances/*.cu and FOLDER/instances/sm90_kernels.h, and prints the paths of the sources, a line each.
+It writes FOLDER/instances/*.cu and FOLDER/instances/sm90_kernels.h, and prints the paths of the sources, a line each,
+those that take longest to compile first.
+
+A source holds an entry of the table for all chosen dtypes: the compiler reads the headers once for both, and shares the
+layouts that it derives from them.
 """
 
 import argparse
@@ -35,18 +39,24 @@ class Instance(NamedTuple):
 
     @property
     def file(self) -> str:
-        return f"{self.kernel}_{self.dtype}_hd{self.head_dim}_{self.tile_rows}.cu"
+        return f"{self.kernel}_hd{self.head_dim}_{self.tile_rows}.cu"
 
     @property
-    def source(self) -> str:
+    def instantiation(self) -> str:
         return (
-            f'#include "kernels/sm90/{self.kernel}/launch.cuh"\n\n'
-            "namespace hbsattn::kernels {\n\n"
-            f"using Config = {self.config};\n\n"
-            f"template Status run_{self.kernel}<Config>(const {CONFIGS[self.kernel][2]}&, Stream);\n"
-            f"template int {self.kernel}_shared_bytes<Config>();\n\n"
-            "}  // namespace hbsattn::kernels\n"
+            f"template Status run_{self.kernel}<{self.config}>(const {CONFIGS[self.kernel][2]}&, Stream);\n"
+            f"template int {self.kernel}_shared_bytes<{self.config}>();\n\n"
         )
+
+
+def source_of(instances: list[Instance]) -> str:
+    """The text of a source file that holds these instances of one kernel."""
+    return (
+        f'#include "kernels/sm90/{instances[0].kernel}/launch.cuh"\n\n'
+        "namespace hbsattn::kernels {\n\n"
+        + "".join(instance.instantiation for instance in instances)
+        + "}  // namespace hbsattn::kernels\n"
+    )
 
 
 def read_table() -> list[Instance]:
@@ -79,24 +89,30 @@ def write_if_changed(path: Path, text: str) -> None:
 
 
 def generate(folder: Path, head_dims: str | None = None, dtypes: str | None = None) -> list[Path]:
-    """Writes the sources of the selected kernels and their list below `folder`, and returns the sources."""
+    """Writes the sources of the selected kernels, and their list, below `folder`.
+
+    Returns the sources, those first that take longest to compile.
+    """
     table = read_table()
     chosen_dims = choose("HBSATTN_HEAD_DIMS", head_dims, [instance.head_dim for instance in table])
     chosen_dtypes = choose("HBSATTN_DTYPES", dtypes, [instance.dtype for instance in table])
     chosen = [instance for instance in table if instance.head_dim in chosen_dims and instance.dtype in chosen_dtypes]
     folder = folder / "instances"
     folder.mkdir(parents=True, exist_ok=True)
-    sources = {folder / instance.file: instance.source for instance in chosen}
-    for path, source in sources.items():
-        write_if_changed(path, source)
-    for path in set(folder.glob("*.cu")) - set(sources):
+    # The table's columns, and in them the head dims, run from what compiles fast to what takes long.
+    held = {folder / instance.file: [] for instance in reversed(chosen)}
+    for instance in chosen:
+        held[folder / instance.file].append(instance)
+    for path, instances in held.items():
+        write_if_changed(path, source_of(instances))
+    for path in set(folder.glob("*.cu")) - set(held):
         path.unlink()
     lines = ["#pragma once", "", "namespace hbsattn {", ""]
     for kernel, (template, *_) in CONFIGS.items():
         configs = ",\n    ".join(instance.config for instance in chosen if instance.kernel == kernel)
         lines += [f"using {template}Kernels = KernelTable<", f"    {configs}>;", ""]
     write_if_changed(folder / "sm90_kernels.h", "\n".join([*lines, "}  // namespace hbsattn", ""]))
-    return list(sources)
+    return list(held)
 
 
 if __name__ == "__main__":

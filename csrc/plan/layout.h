@@ -69,21 +69,57 @@ struct RowPlace {
   bool used;          // false: padding, the sequence has no such block
 };
 
+constexpr RowPlace locate_in_sequence(const MaskShape& shape, int32_t index, const Sequence& sequence, int64_t row) {
+  const int64_t block = row - sequence.row_begin;
+  return {index, sequence, block, block >= 0 && block * shape.q_block_size < sequence.q_len};
+}
+
 constexpr RowPlace locate_row(const MaskShape& shape, const Sequence* sequences, int64_t row) {
   if (shape.batch == 0) return {0, {}, row, false};
-  // The last sequence that begins at or before the row: one without blocks begins where the next one does.
+  // The last sequence that begins at or before the row: one without blocks begins where the next one does. Each step
+  // cuts what is left into eight, as loads that do not depend on each other take no longer than one.
+  constexpr int32_t kPieces = 8;
   int32_t first = 0, end = shape.batch;
   while (end - first > 1) {
-    const int32_t middle = first + (end - first) / 2;
-    if (sequences[middle].row_begin <= row) {
-      first = middle;
-    } else {
-      end = middle;
+    const int32_t piece = (end - first - 1) / kPieces + 1;
+    int32_t behind = 0;
+    for (int32_t i = 1; i < kPieces; ++i) {
+      const int32_t next = first + i * piece;
+      if (next < end && sequences[next].row_begin <= row) ++behind;
     }
+    first += behind * piece;
+    end = smaller(first + piece, end);
   }
-  const Sequence sequence = sequences[first];
-  const int64_t block = row - sequence.row_begin;
-  return {first, sequence, block, block >= 0 && block * shape.q_block_size < sequence.q_len};
+  return locate_in_sequence(shape, first, sequences[first], row);
+}
+
+// A table of sequences that all have the same lengths, as numbers.
+struct EvenSequences {
+  int32_t q_len, k_len;
+  int64_t rows, columns;  // between the beginnings of two sequences
+
+  constexpr Sequence operator[](int64_t b) const {
+    return {0, q_len, 0, k_len, saturate(b * rows), saturate(b * columns), k_len - q_len};
+  }
+};
+
+// What read_lengths and place_blocks say of a batch without cumulative lengths.
+constexpr EvenSequences make_even_sequences(const SequencesParams& params) {
+  const Sequence sequence = read_lengths(params, 0);
+  const int64_t q_blocks = count_q_blocks(sequence, params.shape);
+  return {sequence.q_len, sequence.k_len, params.row_stride < 0 ? q_blocks : params.row_stride,
+          count_k_blocks(sequence, params.shape)};
+}
+
+constexpr RowPlace locate_row(const MaskShape& shape, const EvenSequences& sequences, int64_t row) {
+  if (shape.batch == 0) return {0, {}, row, false};
+  int32_t index = shape.batch - 1;
+  if (sequences.rows > 0) {
+    // Not a 64-bit division: that is a subroutine on a GPU.
+    const uint32_t before = static_cast<uint32_t>(row) / static_cast<uint32_t>(sequences.rows);
+    index = static_cast<int32_t>(smaller<int64_t>(before, index));
+  }
+  return locate_in_sequence(shape, index, sequences[index], row);
 }
 
 // Whole key blocks in `keys` keys. Not a 64-bit division: that is a subroutine on a GPU.

@@ -14,6 +14,7 @@
 #include "torch/checks.h"
 
 #if HBSATTN_WITH_CUDA
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 
@@ -87,6 +88,13 @@ inline MaskView read_mask(const Tensor& bits, const Tensor& sequences, const Mas
 }
 
 #if HBSATTN_WITH_CUDA
+// Memory of the current device for work on its current stream, until the end of its scope: what is enqueued on that
+// stream later may reuse it. Lighter than a tensor.
+inline c10::DataPtr allocate_scratch(size_t bytes) { return c10::cuda::CUDACachingAllocator::get()->allocate(bytes); }
+
+// The work list of queries of a valid call, (records, 16). `plan` has its mask and heads.
+Tensor make_items(PlanParams plan, at::Device device);
+
 inline Stream current_stream(at::Device device) { return c10::cuda::getCurrentCUDAStream(device.index()).stream(); }
 #else
 // The core of this build answers every call for a device with the same sentence.

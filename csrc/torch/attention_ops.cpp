@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -60,18 +61,15 @@ Tensor cut_head_dim(const Tensor& tensor, int64_t head_dim) {
   return tensor.dim() == 1 ? tensor : tensor.narrow(-1, 0, head_dim).contiguous();
 }
 
-Tensor allocate_workspace(size_t bytes, at::Device device) {
-  return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions(at::kByte).device(device));
-}
-
 const Tensor& check_given(const char* name, const OptionalTensor& tensor, const char* maker) {
   TORCH_CHECK_VALUE(tensor.has_value(), describe(name, " is None; expected what ", maker, " makes, on CUDA"));
   return *tensor;
 }
 
+// `cleared`: a workspace that plan_items has cleared for this call; null: there is none.
 TwoTensors run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
                        const OptionalTensor& items, const MaskLayout& layout, bool pack_heads, double softmax_scale,
-                       int64_t* cycles) {
+                       int64_t* cycles, void* cleared = nullptr) {
   const at::Device device = q.device();
   ForwardParams params = read_problem(q, k, v, bits, sequences, layout, pack_heads, softmax_scale);
   read_items(check_given("items", items, "plan_items"), device, params);
@@ -79,7 +77,7 @@ TwoTensors run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
   if (head_dim % kHeadDimMultiple != 0) {
     raise_if_error(supported(params));
     const auto [out, lse] = run_forward(pad_head_dim(q), pad_head_dim(k), pad_head_dim(v), bits, sequences, items,
-                                        layout, pack_heads, softmax_scale, cycles);
+                                        layout, pack_heads, softmax_scale, cycles, cleared);
     return {cut_head_dim(out, head_dim), lse};
   }
   const bool copies = !addressable(params.q, params.dtype) || !addressable(params.k, params.dtype) ||
@@ -94,8 +92,10 @@ TwoTensors run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
   params.out = to_view("out", out);
   params.lse = lse.mutable_data_ptr<float>();
   params.cycles = cycles;
-  const Tensor workspace = allocate_workspace(forward_workspace_size(), device);
-  params.workspace = workspace.mutable_data_ptr();
+  c10::DataPtr workspace;
+  if (cleared == nullptr) workspace = allocate_scratch(forward_workspace_size());
+  params.workspace = cleared == nullptr ? workspace.get() : cleared;
+  params.workspace_is_clear = cleared != nullptr;
   raise_if_error(forward(params, current_stream(device)));
   return {out, lse};
 }
@@ -106,6 +106,31 @@ TwoTensors forward_op(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       bool pack_heads, double softmax_scale, bool deterministic) {
   const c10::DeviceGuard guard(q.device());
   return run_forward(q, k, v, bits, sequences, items, read_layout(layout), pack_heads, softmax_scale, nullptr);
+}
+
+// The first call with a mask: the work list comes back beside the results, for later calls.
+ThreeTensors plan_and_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits,
+                              const Tensor& sequences, at::IntArrayRef layout, bool pack_heads, double softmax_scale) {
+  const c10::DeviceGuard guard(q.device());
+  const MaskLayout mask_layout = read_layout(layout);
+  const ForwardParams params = read_problem(q, k, v, bits, sequences, mask_layout, pack_heads, softmax_scale);
+  raise_if_error(supported(params));  // before anything is launched
+  PlanParams plan;
+  plan.mask = params.mask;
+  plan.heads_q = params.heads_q;
+  plan.heads_k = params.heads_k;
+  plan.head_dim = params.head_dim;
+  plan.element_size = static_cast<int32_t>(q.element_size());
+  plan.pack_heads = pack_heads;
+  const c10::DataPtr workspace = allocate_scratch(forward_workspace_size());
+  plan.workspace = workspace.get();
+  const Tensor items = [&] {
+    const c10::InferenceMode normal(false);  // later calls, of any mode, rewrite the list
+    return make_items(plan, q.device());
+  }();
+  const auto [out, lse] =
+      run_forward(q, k, v, bits, sequences, items, mask_layout, pack_heads, softmax_scale, nullptr, workspace.get());
+  return {out, lse, items};
 }
 
 // The forward, and the clock of its multiprocessor where each CTA begins and ends: (CTAs, 2).
@@ -187,8 +212,8 @@ ThreeTensors run_backward(const Tensor& grad_out, const OptionalTensor& grad_lse
   Tensor grad_q = allocate("grad_q", q, needs[0], params.grad_q);
   Tensor grad_k = allocate("grad_k", k, needs[1], params.grad_k);
   Tensor grad_v = allocate("grad_v", v, needs[2], params.grad_v);
-  const Tensor workspace = allocate_workspace(backward_workspace_size(params), device);
-  params.workspace = workspace.mutable_data_ptr();
+  const c10::DataPtr workspace = allocate_scratch(backward_workspace_size(params));
+  params.workspace = workspace.get();
   raise_if_error(backward(params, current_stream(device)));
   return {grad_q, grad_k, grad_v};
 }
@@ -215,10 +240,11 @@ TORCH_LIBRARY_IMPL(hbsattn, CompositeExplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(hbsattn, CUDA, m) {
 #if HBSATTN_WITH_CUDA
   m.impl("forward", forward_op);
+  m.impl("plan_and_forward", plan_and_forward);
   m.impl("profile_forward", profile_forward);
   m.impl("backward", backward_op);
 #else
-  for (const char* name : {"forward", "profile_forward", "backward"}) {
+  for (const char* name : {"forward", "plan_and_forward", "profile_forward", "backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_operator>());
   }
 #endif

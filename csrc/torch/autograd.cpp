@@ -23,6 +23,8 @@ using TwoTensors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 using Forward = TwoTensors(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                            const OptionalTensor&, const OptionalTensor&, c10::SymIntArrayRef, bool, double, bool);
+using PlanAndForward = ThreeTensors(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                    c10::SymIntArrayRef, bool, double);
 using Backward = ThreeTensors(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
                               const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                               c10::SymIntArrayRef, bool, double, bool, std::array<bool, 3>);
@@ -34,6 +36,11 @@ c10::TypedOperatorHandle<Schema> find(const char* name) {
 
 const c10::TypedOperatorHandle<Forward>& forward_operator() {
   static const auto found = find<Forward>("hbsattn::forward");
+  return found;
+}
+
+const c10::TypedOperatorHandle<PlanAndForward>& plan_and_forward_operator() {
+  static const auto found = find<PlanAndForward>("hbsattn::plan_and_forward");
   return found;
 }
 
@@ -129,6 +136,17 @@ TwoTensors forward_autograd(const Tensor& q, const Tensor& k, const Tensor& v, c
   return {results[0], results[1]};
 }
 
+// block_sparse_attention calls `forward`, with plans, where it sees that gradients are asked for.
+ThreeTensors plan_and_forward_autograd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits,
+                                       const Tensor& sequences, c10::SymIntArrayRef layout, bool pack_heads,
+                                       double softmax_scale) {
+  if (is_differentiated({&q, &k, &v})) {
+    C10_THROW_ERROR(NotImplementedError, "hbsattn::plan_and_forward has no derivative; expected hbsattn::forward");
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return plan_and_forward_operator().call(q, k, v, bits, sequences, layout, pack_heads, softmax_scale);
+}
+
 // Stands for the second derivative where one is asked for.
 struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
   static variable_list forward(AutogradContext*, const Tensor& grad_out, const OptionalTensor& grad_lse,
@@ -167,6 +185,7 @@ ThreeTensors backward_autograd(const Tensor& grad_out, const OptionalTensor& gra
 
 TORCH_LIBRARY_IMPL(hbsattn, Autograd, m) {
   m.impl("forward", forward_autograd);
+  m.impl("plan_and_forward", plan_and_forward_autograd);
   m.impl("backward", backward_autograd);
 }
 

@@ -1,9 +1,11 @@
 // The operators that make a mask and plan work on it.
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <tuple>
 #include <vector>
 
 #include "torch/arguments.h"
@@ -12,18 +14,16 @@
 namespace hbsattn {
 namespace {
 
+using TwoTensors = std::tuple<Tensor, Tensor>;
+
 void check_mask(int64_t batch, int64_t heads, int64_t rows, int64_t cols, int64_t q_block_size, int64_t k_block_size) {
   raise_if_error(validate_mask(make_shape(batch, heads, rows, {cols, q_block_size, k_block_size, false})));
 }
 
-// On a CPU, too: without cu_seqlens there is no tensor to dispatch on.
-Tensor make_sequences_op(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, at::Device device,
-                         int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t q_block_size, int64_t k_block_size,
-                         int64_t row_stride) {
-  TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), describe("device is ", device, "; expected cpu or cuda"));
-  const Stream stream = device.is_cuda() ? current_stream(device) : nullptr;
-  if (device.is_cuda() && !device.has_index()) device = c10::impl::VirtualGuardImpl(device.type()).getDevice();
-  const c10::DeviceGuard guard(device);
+// Checks what a table of sequences is made from, and allocates it. The guard of the device is the caller's.
+SequencesParams allocate_sequences(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                   at::Device device, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+                                   int64_t q_block_size, int64_t k_block_size, int64_t row_stride, Tensor& sequences) {
   TORCH_CHECK_VALUE(batch >= 0, describe("batch is ", batch, "; expected at least 0"));
   SequencesParams params;
   params.shape = make_shape(batch, 1, 0, {0, q_block_size, k_block_size, false});
@@ -38,10 +38,36 @@ Tensor make_sequences_op(const OptionalTensor& cu_seqlens_q, const OptionalTenso
   };
   params.cu_seqlens_q = read("cu_seqlens_q", cu_seqlens_q);
   params.cu_seqlens_k = read("cu_seqlens_k", cu_seqlens_k);
-  Tensor sequences = empty_ints({batch, kSequenceInts}, device);
+  sequences = empty_ints({batch, kSequenceInts}, device);
   params.sequences = static_cast<Sequence*>(sequences.mutable_data_ptr());
+  return params;
+}
+
+// On a CPU, too: without cu_seqlens there is no tensor to dispatch on.
+Tensor make_sequences_op(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, at::Device device,
+                         int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t q_block_size, int64_t k_block_size,
+                         int64_t row_stride) {
+  TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), describe("device is ", device, "; expected cpu or cuda"));
+  const Stream stream = device.is_cuda() ? current_stream(device) : nullptr;
+  if (device.is_cuda() && !device.has_index()) device = c10::impl::VirtualGuardImpl(device.type()).getDevice();
+  const c10::DeviceGuard guard(device);
+  Tensor sequences;
+  const SequencesParams params = allocate_sequences(cu_seqlens_q, cu_seqlens_k, device, batch, seqlen_q, seqlen_k,
+                                                    q_block_size, k_block_size, row_stride, sequences);
   raise_if_error(device.is_cuda() ? make_sequences(params, stream) : make_sequences_on_host(params));
   return sequences;
+}
+
+// Packs by the operator, as the CPU's kernel is elsewhere.
+TwoTensors make_dense(const Tensor& block_mask, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                      int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t rows, int64_t cols,
+                      int64_t q_block_size, int64_t k_block_size, int64_t row_stride, bool causal) {
+  using Pack = Tensor(const Tensor&, const Tensor&, bool, c10::SymInt, c10::SymInt, int64_t, int64_t, bool);
+  static const auto pack = c10::Dispatcher::singleton().findSchemaOrThrow("hbsattn::pack_dense", "").typed<Pack>();
+  const Tensor sequences = make_sequences_op(cu_seqlens_q, cu_seqlens_k, block_mask.device(), batch, seqlen_q, seqlen_k,
+                                             q_block_size, k_block_size, row_stride);
+  const bool flat = block_mask.dim() == 3;
+  return {pack.call(block_mask, sequences, flat, rows, cols, q_block_size, k_block_size, causal), sequences};
 }
 
 #if HBSATTN_WITH_CUDA
@@ -66,8 +92,8 @@ bool check_batch(const char* name, const Tensor& source, const Tensor& sequences
   return source.size(0) == 1;
 }
 
-Tensor pack_dense(const Tensor& block_mask, const Tensor& sequences, bool flat, int64_t rows, int64_t cols,
-                  int64_t q_block_size, int64_t k_block_size, bool causal) {
+PackParams read_dense(const Tensor& block_mask, const Tensor& sequences, bool flat, int64_t rows, int64_t cols,
+                      int64_t q_block_size, int64_t k_block_size, bool causal) {
   check_dtype("block_mask", block_mask, at::kBool);
   check_dims("block_mask", block_mask, flat ? 3 : 4);
   PackParams params;
@@ -82,7 +108,30 @@ Tensor pack_dense(const Tensor& block_mask, const Tensor& sequences, bool flat, 
   source.head_stride = block_mask.stride(-3);
   source.row_stride = block_mask.stride(-2);
   source.col_stride = block_mask.stride(-1);
+  return params;
+}
+
+Tensor pack_dense(const Tensor& block_mask, const Tensor& sequences, bool flat, int64_t rows, int64_t cols,
+                  int64_t q_block_size, int64_t k_block_size, bool causal) {
+  PackParams params = read_dense(block_mask, sequences, flat, rows, cols, q_block_size, k_block_size, causal);
   return pack(params, sequences, block_mask.device());
+}
+
+// make_dense where one kernel can make both.
+TwoTensors make_dense_cuda(const Tensor& block_mask, const OptionalTensor& cu_seqlens_q,
+                           const OptionalTensor& cu_seqlens_k, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+                           int64_t rows, int64_t cols, int64_t q_block_size, int64_t k_block_size, int64_t row_stride,
+                           bool causal) {
+  const at::Device device = block_mask.device();
+  const c10::DeviceGuard guard(device);
+  Tensor sequences;
+  const SequencesParams table = allocate_sequences(cu_seqlens_q, cu_seqlens_k, device, batch, seqlen_q, seqlen_k,
+                                                   q_block_size, k_block_size, row_stride, sequences);
+  const bool flat = block_mask.dim() == 3;
+  PackParams params = read_dense(block_mask, sequences, flat, rows, cols, q_block_size, k_block_size, causal);
+  params.table = table;
+  const Tensor bits = pack(params, sequences, device);
+  return {bits, sequences};
 }
 
 Tensor pack_indices(const Tensor& counts, const Tensor& indices, const Tensor& sequences, bool flat, int64_t rows,
@@ -137,21 +186,11 @@ PlanParams make_plan(const MaskView& mask, const CallShape& heads, bool for_back
   return params;
 }
 
-Tensor allocate_scratch(size_t bytes, at::Device device) {
-  return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions(at::kByte).device(device));
-}
-
 Tensor plan_items_op(const Tensor& bits, const Tensor& sequences, at::IntArrayRef layout, at::IntArrayRef heads) {
   const at::Device device = bits.device();
   const c10::DeviceGuard guard(device);
-  PlanParams params = make_plan(read_mask(bits, sequences, read_layout(layout), device), read_call_shape(heads), false);
-  params.num_items = item_capacity(params.mask.shape, params.heads_q, params.heads_k, params.pack_heads);
-  Tensor items = empty_ints({params.num_items, kItemInts}, device);
-  const Tensor scratch = allocate_scratch(plan_scratch_size(params.num_items), device);
-  params.items = static_cast<WorkItem*>(items.mutable_data_ptr());
-  params.scratch = scratch.mutable_data_ptr();
-  raise_if_error(plan_items(params, current_stream(device)));
-  return items;
+  const MaskView mask = read_mask(bits, sequences, read_layout(layout), device);
+  return make_items(make_plan(mask, read_call_shape(heads), false), device);
 }
 
 // A backward call, as far as its work lists depend on it.
@@ -200,15 +239,15 @@ Tensor plan_backward_op(const Tensor& bits, const Tensor& sequences, at::IntArra
     keys.columns = transpose.columns;
     keys.items = reinterpret_cast<KeyItem*>(ints + parts.key_items);
     keys.num_items = parts.num_key_items;
-    const Tensor scratch = allocate_scratch(key_plan_scratch_size(keys.num_items), device);
-    keys.scratch = scratch.mutable_data_ptr();
+    const c10::DataPtr scratch = allocate_scratch(key_plan_scratch_size(keys.num_items));
+    keys.scratch = scratch.get();
     raise_if_error(plan_keys(keys, stream));
   }
   if (lists.items) {
     items.items = reinterpret_cast<WorkItem*>(ints + parts.items);
     items.num_items = parts.num_items;
-    const Tensor scratch = allocate_scratch(plan_scratch_size(items.num_items), device);
-    items.scratch = scratch.mutable_data_ptr();
+    const c10::DataPtr scratch = allocate_scratch(plan_scratch_size(items.num_items));
+    items.scratch = scratch.get();
     raise_if_error(plan_items(items, stream));
   }
   return plan;
@@ -218,13 +257,35 @@ Tensor plan_backward_op(const Tensor& bits, const Tensor& sequences, at::IntArra
 
 }  // namespace
 
+#if HBSATTN_WITH_CUDA
+Tensor make_items(PlanParams plan, at::Device device) {
+  plan.num_items = item_capacity(plan.mask.shape, plan.heads_q, plan.heads_k, plan.pack_heads);
+  Tensor items = empty_ints({plan.num_items, kItemInts}, device);
+  const c10::DataPtr scratch = allocate_scratch(plan_scratch_size(plan.num_items));
+  plan.items = static_cast<WorkItem*>(items.mutable_data_ptr());
+  plan.scratch = scratch.get();
+  raise_if_error(plan_items(plan, current_stream(device)));
+  return items;
+}
+#endif
+
+// No derivatives: all results are integers. Without this, PyTorch's fallback would box each call's arguments to look.
+TORCH_LIBRARY_IMPL(hbsattn, Autograd, m) {
+  for (const char* name :
+       {"make_sequences", "make_dense", "pack_dense", "pack_indices", "pack_csr", "plan_items", "plan_backward"}) {
+    m.impl(name, torch::CppFunction::makeFallthrough());
+  }
+}
+
 TORCH_LIBRARY_IMPL(hbsattn, CompositeExplicitAutograd, m) {
   m.impl("make_sequences", make_sequences_op);
+  m.impl("make_dense", make_dense);
   m.impl("check_mask", check_mask);
 }
 
 TORCH_LIBRARY_IMPL(hbsattn, CUDA, m) {
 #if HBSATTN_WITH_CUDA
+  m.impl("make_dense", make_dense_cuda);
   m.impl("pack_dense", pack_dense);
   m.impl("pack_indices", pack_indices);
   m.impl("pack_csr", pack_csr);

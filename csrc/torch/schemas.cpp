@@ -12,6 +12,12 @@ TORCH_LIBRARY(hbsattn, m) {
       "make_sequences(Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Device device, SymInt batch, SymInt seqlen_q, "
       "SymInt seqlen_k, int q_block_size, int k_block_size, SymInt row_stride) -> Tensor",
       tags);
+  // make_sequences and pack_dense at once.
+  m.def(
+      "make_dense(Tensor block_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt batch, SymInt seqlen_q, "
+      "SymInt seqlen_k, SymInt rows, SymInt cols, int q_block_size, int k_block_size, SymInt row_stride, bool causal) "
+      "-> (Tensor bits, Tensor sequences)",
+      tags);
   m.def(
       "pack_dense(Tensor block_mask, Tensor sequences, bool flat, SymInt rows, SymInt cols, int q_block_size, "
       "int k_block_size, bool causal) -> Tensor",
@@ -40,6 +46,11 @@ TORCH_LIBRARY(hbsattn, m) {
   m.def(
       "forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor? items, Tensor? backward_plan, "
       "SymInt[] layout, bool pack_heads, float softmax_scale, bool deterministic=False) -> (Tensor out, Tensor lse)",
+      tags);
+  // check_forward, plan_items and forward at once, for a call without gradients.
+  m.def(
+      "plan_and_forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, SymInt[] layout, bool pack_heads, "
+      "float softmax_scale) -> (Tensor out, Tensor lse, Tensor items)",
       tags);
   m.def(
       "profile_forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor items, int[] layout, "

@@ -55,16 +55,20 @@ hbsattn::MaskShape mask_shape() {
   return shape;
 }
 
-hbsattn::Status make_sequences(const Buffers& buffers) {
+hbsattn::SequencesParams sequences_params(const Buffers& buffers) {
   hbsattn::SequencesParams params;
   params.shape = mask_shape();
   params.cu_seqlens_q = static_cast<int32_t*>(buffers.cu_seqlens_q);
   params.cu_seqlens_k = static_cast<int32_t*>(buffers.cu_seqlens_k);
   params.sequences = static_cast<hbsattn::Sequence*>(buffers.sequences);
-  return hbsattn::make_sequences(params, nullptr);
+  return params;
 }
 
-hbsattn::Status pack_mask(const Buffers& buffers) {
+hbsattn::Status make_sequences(const Buffers& buffers) {
+  return hbsattn::make_sequences(sequences_params(buffers), nullptr);
+}
+
+hbsattn::PackParams pack_params(const Buffers& buffers) {
   hbsattn::PackParams params;
   params.shape = mask_shape();
   params.sequences = static_cast<hbsattn::Sequence*>(buffers.sequences);
@@ -77,8 +81,10 @@ hbsattn::Status pack_mask(const Buffers& buffers) {
   params.source.row_stride = kCols;
   params.source.col_stride = 1;
   params.bits = static_cast<uint32_t*>(buffers.bits);
-  return hbsattn::pack_mask(params, nullptr);
+  return params;
 }
+
+hbsattn::Status pack_mask(const Buffers& buffers) { return hbsattn::pack_mask(pack_params(buffers), nullptr); }
 
 hbsattn::MaskView mask_view(const Buffers& buffers) {
   return {mask_shape(), static_cast<uint32_t*>(buffers.bits), static_cast<hbsattn::Sequence*>(buffers.sequences)};
@@ -91,7 +97,7 @@ int64_t count_items(bool for_backward) {
 // A list may have room for more than it needs.
 int64_t room_for_items(bool for_backward) { return count_items(for_backward) + 100; }
 
-hbsattn::Status plan_items(const Buffers& buffers, bool for_backward) {
+hbsattn::PlanParams plan_params(const Buffers& buffers, bool for_backward) {
   hbsattn::PlanParams params;
   params.mask = mask_view(buffers);
   params.heads_q = kHeadsQ;
@@ -102,7 +108,11 @@ hbsattn::Status plan_items(const Buffers& buffers, bool for_backward) {
   params.scratch = buffers.scratch;
   params.items = static_cast<hbsattn::WorkItem*>(for_backward ? buffers.backward_items : buffers.items);
   params.num_items = room_for_items(for_backward);
-  return hbsattn::plan_items(params, nullptr);
+  return params;
+}
+
+hbsattn::Status plan_items(const Buffers& buffers, bool for_backward) {
+  return hbsattn::plan_items(plan_params(buffers, for_backward), nullptr);
 }
 
 // Packed tensors have no batch entries: their stride over the batch says nothing.
@@ -436,6 +446,35 @@ int compare_lse(const void* device, const std::vector<double>& expected) {
   return empty > 0 ? 0 : fail("no empty row was tested");
 }
 
+// Mask, plan and forward in fewer launches: the table of sequences is made with the bits, the workspace cleared with
+// the list.
+hbsattn::Status run_short_chain(const Buffers& buffers) {
+  hbsattn::PackParams pack = pack_params(buffers);
+  pack.table = sequences_params(buffers);
+  HBSATTN_RETURN_IF_ERROR(hbsattn::pack_mask(pack, nullptr));
+  hbsattn::PlanParams plan = plan_params(buffers, false);
+  plan.workspace = buffers.workspace;
+  HBSATTN_RETURN_IF_ERROR(hbsattn::plan_items(plan, nullptr));
+  hbsattn::ForwardParams params = forward_params(buffers);
+  params.workspace_is_clear = true;
+  return hbsattn::forward(params, nullptr);
+}
+
+// A table that is not the mask's is refused.
+int check_tables(const Buffers& buffers) {
+  hbsattn::PackParams pack = pack_params(buffers);
+  pack.table = sequences_params(buffers);
+  pack.table.shape.batch = kBatch - 1;
+  hbsattn::Status status = hbsattn::pack_mask(pack, nullptr);
+  if (status.code != hbsattn::StatusCode::kInvalidValue) return fail("pack_mask took a table of another batch");
+  if (status.message.find("table.shape.batch") == std::string::npos) return fail("unclear message: " + status.message);
+  pack.table = sequences_params(buffers);
+  ++pack.table.sequences;
+  status = hbsattn::pack_mask(pack, nullptr);
+  if (status.code != hbsattn::StatusCode::kInvalidValue) return fail("pack_mask took two tables");
+  return 0;
+}
+
 int run_forward(Buffers& buffers, const Problem& problem, const Results& expected) {
   const int64_t items = room_for_items(false), backward_items = room_for_items(true);
   if (items == backward_items) return fail("this case should have other tiles in the forward than for gradients");
@@ -445,20 +484,27 @@ int run_forward(Buffers& buffers, const Problem& problem, const Results& expecte
   CHECK_CUDA(upload(problem.mask, &buffers.mask));
   CHECK_CUDA(upload(problem.cu_seqlens_q, &buffers.cu_seqlens_q));
   CHECK_CUDA(upload(problem.cu_seqlens_k, &buffers.cu_seqlens_k));
-  CHECK_CUDA(poisoned(problem.q.size() * sizeof(uint16_t), &buffers.out));
-  CHECK_CUDA(poisoned(sizeof(float) * kHeadsQ * kTotalQ, &buffers.lse));
-  CHECK_CUDA(poisoned(sizeof(hbsattn::Sequence) * kBatch, &buffers.sequences));
-  CHECK_CUDA(poisoned(sizeof(uint32_t) * kMaskHeads * kRows * mask_shape().words(), &buffers.bits));
-  CHECK_CUDA(poisoned(sizeof(hbsattn::WorkItem) * items, &buffers.items));
   CHECK_CUDA(poisoned(hbsattn::plan_scratch_size(std::max(items, backward_items)), &buffers.scratch));
-  CHECK_CUDA(poisoned(hbsattn::forward_workspace_size(), &buffers.workspace));
-  for (const hbsattn::Status& status : {make_sequences(buffers), pack_mask(buffers), plan_items(buffers, false),
-                                        hbsattn::forward(forward_params(buffers), nullptr)}) {
-    if (!status.ok()) return fail(status.message);
+  for (const bool fewer_launches : {true, false}) {
+    CHECK_CUDA(poisoned(problem.q.size() * sizeof(uint16_t), &buffers.out));
+    CHECK_CUDA(poisoned(sizeof(float) * kHeadsQ * kTotalQ, &buffers.lse));
+    CHECK_CUDA(poisoned(sizeof(hbsattn::Sequence) * kBatch, &buffers.sequences));
+    CHECK_CUDA(poisoned(sizeof(uint32_t) * kMaskHeads * kRows * mask_shape().words(), &buffers.bits));
+    CHECK_CUDA(poisoned(sizeof(hbsattn::WorkItem) * items, &buffers.items));
+    CHECK_CUDA(poisoned(hbsattn::forward_workspace_size(), &buffers.workspace));
+    if (fewer_launches) {
+      if (const hbsattn::Status status = run_short_chain(buffers); !status.ok()) return fail(status.message);
+    } else {
+      for (const hbsattn::Status& status : {make_sequences(buffers), pack_mask(buffers), plan_items(buffers, false),
+                                            hbsattn::forward(forward_params(buffers), nullptr)}) {
+        if (!status.ok()) return fail(status.message);
+      }
+    }
+    CHECK_CUDA(cudaDeviceSynchronize());
+    if (int failed = compare("out", buffers.out, expected.out)) return failed;
+    if (int failed = compare_lse(buffers.lse, expected.lse)) return failed;
   }
-  CHECK_CUDA(cudaDeviceSynchronize());
-  if (int failed = compare("out", buffers.out, expected.out)) return failed;
-  return compare_lse(buffers.lse, expected.lse);
+  return check_tables(buffers);
 }
 
 // Plans what these gradients need, and computes them.

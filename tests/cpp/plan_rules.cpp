@@ -241,6 +241,56 @@ int check_key_places(int rounds, bool honest) {
   return 0;
 }
 
+// Rows belong to the last sequence that begins at or before them, whatever way they are looked for.
+int check_places_of_rows(int rounds) {
+  const auto same = [](const Sequence& a, const Sequence& b) {
+    return a.q_begin == b.q_begin && a.q_len == b.q_len && a.k_begin == b.k_begin && a.k_len == b.k_len &&
+           a.row_begin == b.row_begin && a.col_begin == b.col_begin;
+  };
+  for (int round = 0; round < rounds; ++round) {
+    Table table = draw_table(draw(0, 3) != 0);
+    MaskShape& shape = table.problem.shape;
+    SequencesParams params;
+    params.shape = shape;
+    params.seqlen_q = draw(0, 1) == 0 ? table.sequences[0].q_len : draw_size(INT32_MAX);
+    params.seqlen_k = draw(0, 1) == 0 ? table.sequences[0].k_len : draw_size(INT32_MAX);
+    params.row_stride = choose<int64_t>({-1, 0, 1, draw(0, 20), draw_size(INT32_MAX)});
+    const mask::EvenSequences even = mask::make_even_sequences(params);
+    const bool is_even = draw(0, 1) == 0;
+    int64_t q_blocks = 0, k_blocks = 0;
+    bool sorted = true;
+    for (int32_t b = 0; b < shape.batch; ++b) {
+      Sequence& sequence = table.sequences[b];
+      if (is_even) {
+        sequence = mask::read_lengths(params, b);
+        mask::place_blocks(params, b, q_blocks, k_blocks, sequence);
+        q_blocks += mask::count_q_blocks(sequence, shape);
+        k_blocks += mask::count_k_blocks(sequence, shape);
+        if (!same(sequence, even[b])) return fail("an even sequence", table.problem, b, even[b].row_begin);
+      }
+      sorted = sorted && (b == 0 || table.sequences[b - 1].row_begin <= sequence.row_begin);
+    }
+    const int64_t end = std::min<int64_t>(int64_t{table.sequences.back().row_begin} + 40, INT32_MAX);
+    for (int i = 0; i < 200; ++i) {
+      const int64_t row = draw(0, std::max<int64_t>(end, 1) - 1);
+      const mask::RowPlace place = mask::locate_row(shape, table.sequences.data(), row);
+      if (place.index < 0 || place.index >= shape.batch || !same(place.sequence, table.sequences[place.index])) {
+        return fail("a row outside the table", table.problem, place.index, row);
+      }
+      int32_t last = 0;
+      for (int32_t b = 0; b < shape.batch; ++b) last = table.sequences[b].row_begin <= row ? b : last;
+      if (sorted && place.index != last) return fail("the sequence of a row", table.problem, place.index, last);
+      if (!is_even) continue;
+      const mask::RowPlace other = mask::locate_row(shape, even, row);
+      if (other.index != place.index || other.block != place.block || other.used != place.used ||
+          !same(other.sequence, place.sequence)) {
+        return fail("a row of even sequences", table.problem, other.index, place.index);
+      }
+    }
+  }
+  return 0;
+}
+
 // Tiles of queries without a query are those that hold none.
 int check_empty_tiles(int rounds) {
   for (int round = 0; round < rounds; ++round) {
@@ -342,5 +392,6 @@ int check_rules(int rounds) {
 int main() {
   if (check_rules(100000)) return 1;
   if (check_lengths(1000000) || check_key_places(20000, true) || check_key_places(20000, false)) return 1;
+  if (check_places_of_rows(20000)) return 1;
   return check_empty_tiles(1000);
 }

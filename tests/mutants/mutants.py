@@ -210,6 +210,13 @@ MUTANTS = [
         ("tests/test_backward.py", "-k", f"unattended_keys and {HALF}"),
     ),
     Mutant(
+        "columns_past_the_head_dim",
+        QUERY_TILES,
+        "clear_tail<Traits>(stages + to_clear.index * Traits::kStageBytes, tail_vectors, lane);",
+        "",
+        ("tests/test_forward.py", "-k", f"other_heads_stay_outside and {HALF} and (112 or 80)"),
+    ),
+    Mutant(
         "united_blocks_share_their_keys",
         QUERY_TILES,
         "key < 0 || !with ?",

@@ -1,6 +1,7 @@
 """Plants each fault of mutants.py in a copy of the tree, builds it, and expects the named tests to fail.
 
-Needs a GPU. One copy is built, with kernels for one dtype and head dim, and compiled again where a fault was planted.
+Needs a GPU. A copy is built, with kernels for one dtype and head dim, and compiled again where a fault was planted.
+With --jobs, several copies share the faults, the processor and the GPU.
 First all named tests run without a fault; the faults of those that fail then count as missed. A fault that hangs a test
 is not caught: the limit of tests/conftest.py ends the test, and the fault counts as missed.
 """
@@ -19,7 +20,8 @@ from pathlib import Path
 from mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-COPY = ROOT / "build" / "mutants"
+COPIES = ROOT / "build" / "mutants"
+COPY = COPIES / "0"  # of this process
 COPIED = ("csrc", "hbsattn", "tests", "third_party", "CMakeLists.txt", "README.md", "pyproject.toml", "setup.py")
 BUILD = {"HBSATTN_CUDA": "ON", "HBSATTN_HEAD_DIMS": "128", "HBSATTN_DTYPES": "fp16"}
 HANGS = re.compile(r"is not done after \d+ s")
@@ -171,12 +173,40 @@ def try_all(mutants: list[Mutant]) -> int:
     return missed
 
 
+def share_out(mutants: list[Mutant], jobs: int) -> int:
+    """Gives each of several processes its part; returns how many were missed. Who shares tests, or a tool, goes
+    together: it shares a build and the run without a fault."""
+    alike: dict[tuple[str, ...], list[Mutant]] = {}
+    for mutant in mutants:
+        alike.setdefault((mutant.tool,) if mutant.tool != "pytest" else mutant.tests, []).append(mutant)
+    parts: list[list[Mutant]] = [[] for _ in range(min(jobs, len(alike)))]
+    for group in sorted(alike.values(), key=len, reverse=True):
+        min(parts, key=len).extend(group)
+    environment = {**os.environ, "MAX_JOBS": str(max((os.cpu_count() or 1) // len(parts), 1))}
+    running = []
+    for number, part in enumerate(parts):
+        names = [argument for mutant in part for argument in ("--only", mutant.name)]
+        command = [sys.executable, __file__, "--copy", str(number), *names]
+        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    missed = 0
+    for process, part in zip(running, parts, strict=True):
+        lines = process.communicate()[0].splitlines()
+        print("\n".join(lines[:-1]), flush=True)
+        caught = re.match(r"(\d+) of \d+ faults caught", lines[-1]) if lines else None
+        missed += len(part) - (int(caught[1]) if caught else 0)
+    return missed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="name the mutants and their tests")
     parser.add_argument("--check", action="store_true", help="tell whether all fit the sources, and build nothing")
     parser.add_argument("--only", action="append", metavar="NAME", help="try this one; may be given again")
+    parser.add_argument("--jobs", type=int, default=1, help="copies that are built and tested at a time")
+    parser.add_argument("--copy", default="0", help="the copy that this process works in, build/mutants/COPY")
     options = parser.parse_args()
+    global COPY
+    COPY = COPIES / options.copy
     unknown = set(options.only or ()) - {mutant.name for mutant in MUTANTS}
     if unknown:
         sys.exit(f"error: --only names {', '.join(sorted(unknown))}; expected names that --list shows")
@@ -193,7 +223,7 @@ def main() -> None:
     for mutant in chosen:
         if mutant.unseen:
             print(f"{'skipped':8}{mutant.name:42}         {mutant.unseen}")
-    missed = try_all(seen)
+    missed = share_out(seen, options.jobs) if options.jobs > 1 else try_all(seen)
     print(f"{len(seen) - missed} of {len(seen)} faults caught")
     sys.exit(missed > 0)
 

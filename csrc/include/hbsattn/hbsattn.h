@@ -10,7 +10,8 @@
 //                               -> transpose_mask -> plan_keys -> backward, backward, ...
 //                               -> plan_items, for_backward -> backward, backward, ...
 //
-// Of the last two lines, backward_lists says which a backward needs.
+// Of the last two lines, backward_lists says which a backward needs. PackParams::table and PlanParams::workspace make
+// the first line shorter.
 
 #include <string>
 #include <vector>

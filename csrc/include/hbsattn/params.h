@@ -94,6 +94,9 @@ struct PackSource {
 struct PackParams {
   MaskShape shape;
   const Sequence* sequences = nullptr;  // (batch)
+  // If table.sequences is not null, it is the same memory, and pack_mask fills it before it packs, as
+  // make_sequences(table) would, in less time.
+  SequencesParams table;
   PackSource source;
   uint32_t* bits = nullptr;  // out, (heads, rows, words)
 };
@@ -140,6 +143,8 @@ struct PlanParams {
   void* scratch = nullptr;    // plan_scratch_size(num_items) bytes, aligned to 4
   WorkItem* items = nullptr;  // out, (num_items)
   int64_t num_items = 0;      // that there is room for, num_items() or more; those left over end the list, as dead ones
+  // Of a forward call that comes behind on the same stream, which takes less time if its workspace is cleared here.
+  void* workspace = nullptr;  // out, forward_workspace_size() bytes; may be null
 };
 
 // The mask as the keys see it: the transpose of its bits. Bit r % 32 of columns[h][c][r / 32] is bit c of row r; the
@@ -223,6 +228,8 @@ struct ForwardParams {
   int64_t num_items = 0;            // num_items() or more, as planned
 
   void* workspace = nullptr;  // device, forward_workspace_size() bytes; not shared by concurrent calls
+  // plan_items has cleared the workspace (PlanParams::workspace), and no call has used it since.
+  bool workspace_is_clear = false;
   int64_t* cycles = nullptr;  // optional, (2 x multiprocessors, 2): SM clock at the start and end of each CTA
 };
 

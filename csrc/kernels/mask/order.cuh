@@ -13,7 +13,7 @@ namespace hbsattn::kernels {
 constexpr int kOrderThreads = 256;
 constexpr int kLanes = 4;  // threads that rank one item together
 constexpr int kOrderItems = kOrderThreads / kLanes;
-constexpr int kChunk = 1024;  // keys in shared memory at a time
+constexpr int kChunk = 1024;  // weights in shared memory at a time
 
 constexpr int64_t kSectionItems = 8192;  // ranking costs this many comparisons an item
 
@@ -70,61 +70,92 @@ struct OrderArguments {
   const int32_t* live;
   const int32_t* heavy;
   PackedRecord* items;
+  int32_t* ticket;  // cleared as well; null: there is none
 };
 
-// Ends the list with dead records: kOrderItems places, from `first` on.
-template <class List>
-__device__ void write_dead([[maybe_unused]] const List& list, const OrderArguments& args, int64_t first) {
-  const int lane = threadIdx.x % kLanes;
-  int64_t end = args.num_items;  // of what is ranked
-  if constexpr (List::kHeavyFirst) {
-    end += list.count_heavy_parts() - KindPlace(args.heavy, 0, args.sections, lane).all;
+// What a CTA ranks: up to kOrderItems items of one section.
+struct OrderPlace {
+  int section;    // the number of sections or more: none, the CTA ends the list
+  int64_t begin;  // of the section
+  int count;      // items of the section
+  int first;      // of those of this CTA, in the section
+
+  __device__ explicit OrderPlace(const OrderArguments& args)
+      : section(static_cast<int>(blockIdx.x) / args.ctas_per_section),
+        begin(int64_t{section} * args.section_items),
+        count(static_cast<int>(mask::smaller<int64_t>(args.section_items, args.num_items - begin))),
+        first(static_cast<int>(blockIdx.x) % args.ctas_per_section * kOrderItems) {}
+};
+
+// Ends the list with dead records: those of this CTA's kOrderItems places that lie behind `end`.
+__device__ inline void write_dead(const OrderArguments& args, int64_t end) {
+  const int64_t first =
+      args.num_items + (int64_t{blockIdx.x} - int64_t{args.sections} * args.ctas_per_section) * kOrderItems;
+  const int lane = threadIdx.x % kLanes, number = threadIdx.x / kLanes;
+  const int64_t place = first + number;
+  if (number >= kOrderItems || place < end || place >= args.room) return;
+  args.items[place].parts[lane] = make_int4(lane == 0 ? -1 : 0, 0, 0, 0);
+}
+
+// Of `count` weights, those of items from `first` on, how many go before that of item `mine`: heavier ones, and equal
+// ones of earlier items. kThreads threads count them together; each returns its share. Behind the last weight are -1,
+// up to a multiple of four: as light as an item without a tile, but later than any.
+template <int kThreads>
+__device__ int count_before(const int4* weights, int first, int count, int weight, int mine, int lane) {
+  int before = 0;
+  for (int i = lane; 4 * i < count; i += kThreads) {
+    const int4 other = weights[i];
+    const int position = first + 4 * i;
+    before += other.x > weight - (position < mine);
+    before += other.y > weight - (position + 1 < mine);
+    before += other.z > weight - (position + 2 < mine);
+    before += other.w > weight - (position + 3 < mine);
   }
-  const int64_t place = first + threadIdx.x / kLanes;
-  if (place >= end && place < args.room) args.items[place].parts[lane] = make_int4(lane == 0 ? -1 : 0, 0, 0, 0);
+  return before;
+}
+
+// The sum over the kThreads lanes that work on one item.
+template <int kThreads>
+__device__ int add_lanes(int value) {
+#pragma unroll
+  for (int delta = kThreads / 2; delta > 0; delta /= 2) value += __shfl_xor_sync(~0u, value, delta);
+  return value;
 }
 
 // Ranks kOrderItems items of one section, by the number of its items that are heavier, or as heavy and earlier, and
 // writes their records where they belong: list.make_record(index, weight). Weights are 0 or more; -1 is an item without
 // a tile. Those go to the end of the list, section by section. `live` counts the others of each section; null: all have
-// a tile. `heavy` counts the items of each section, its heaviest, that go before all sections, where `list` says, and
-// in parts; null: none do.
+// a tile, or there is one section. `heavy` counts the items of each section, its heaviest, that go before all sections,
+// where `list` says, and in parts; null: none do.
 template <class List>
 __global__ void __launch_bounds__(kOrderThreads) order_items_kernel(const List list, const OrderArguments args) {
-  __shared__ int4 keys[kChunk / 4];
+  __shared__ int4 weights[kChunk / 4];
   let_next_kernel_start();
+  const auto [section, begin, count, first_mine] = OrderPlace(args);
+  const int mine = first_mine + threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kLanes;
   wait_for_earlier_kernels();
-  const int section = static_cast<int>(blockIdx.x) / args.ctas_per_section;
+  if (args.ticket != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *args.ticket = 0;
   if (section >= args.sections) {
-    write_dead(list, args,
-               args.num_items + (int64_t{blockIdx.x} - int64_t{args.sections} * args.ctas_per_section) * kOrderItems);
+    int64_t end = args.num_items;  // of what is ranked
+    if constexpr (List::kHeavyFirst) {
+      end += list.count_heavy_parts() - KindPlace(args.heavy, 0, args.sections, lane).all;
+    }
+    write_dead(args, end);
     return;
   }
-  const int64_t begin = int64_t{section} * args.section_items;
-  const int count = static_cast<int>(mask::smaller<int64_t>(args.section_items, args.num_items - begin));
-  const int mine = static_cast<int>(blockIdx.x) % args.ctas_per_section * kOrderItems + threadIdx.x / kLanes;
-  const int lane = threadIdx.x % kLanes;
   const int weight = mine < count ? args.weights[begin + mine] : 0;
 
   int rank = 0;
   for (int first = 0; first < count; first += kChunk) {
     __syncthreads();
     for (int i = threadIdx.x; i < kChunk; i += kOrderThreads) {
-      // Behind the last item, -1: as light as an item without a tile, but later than any.
-      reinterpret_cast<int32_t*>(keys)[i] = first + i < count ? args.weights[begin + first + i] : -1;
+      reinterpret_cast<int32_t*>(weights)[i] = first + i < count ? args.weights[begin + first + i] : -1;
     }
     __syncthreads();
-    for (int i = lane; 4 * i < mask::smaller(kChunk, count - first); i += kLanes) {
-      const int4 key = keys[i];
-      const int position = first + 4 * i;
-      rank += key.x > weight - (position < mine);
-      rank += key.y > weight - (position + 1 < mine);
-      rank += key.z > weight - (position + 2 < mine);
-      rank += key.w > weight - (position + 3 < mine);
-    }
+    rank += count_before<kLanes>(weights, first, mask::smaller(kChunk, count - first), weight, mine, lane);
   }
-#pragma unroll
-  for (int delta = kLanes / 2; delta > 0; delta /= 2) rank += __shfl_xor_sync(~0u, rank, delta);
+  rank = add_lanes<kLanes>(rank);
   int64_t place = begin + rank;
   if (args.live != nullptr) {
     const KindPlace live_place(args.live, section, args.sections, lane);
@@ -163,13 +194,17 @@ inline Status write_dead_list(void* items, int64_t records, Stream stream) {
   return cuda_status(cudaMemsetAsync(items, 0xff, records * sizeof(PackedRecord), stream), "cudaMemsetAsync");
 }
 
-// Puts a list in order; of `args`, what tells how it is cut follows from the rest.
-template <class List>
-Status order_items(const List& list, OrderArguments args, Stream stream) {
+// CTAs that put a list in order, and end it; of `args`, what tells how it is cut follows from the rest.
+inline int64_t cut_list(OrderArguments& args) {
   args.sections = static_cast<int32_t>(mask::ceil_div(args.num_items, args.section_items));
   args.ctas_per_section = static_cast<int32_t>(mask::ceil_div(args.section_items, kOrderItems));
-  const int64_t ctas =
-      int64_t{args.sections} * args.ctas_per_section + mask::ceil_div(args.room - args.num_items, kOrderItems);
+  return int64_t{args.sections} * args.ctas_per_section + mask::ceil_div(args.room - args.num_items, kOrderItems);
+}
+
+// Puts a list in order.
+template <class List>
+Status order_items(const List& list, OrderArguments args, Stream stream) {
+  const int64_t ctas = cut_list(args);
   return launch("the launch of order_items", order_items_kernel<List>, static_cast<unsigned>(ctas), kOrderThreads, 0,
                 stream, list, args);
 }

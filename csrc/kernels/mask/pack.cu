@@ -7,6 +7,7 @@
 namespace hbsattn::kernels {
 namespace {
 
+using mask::EvenSequences;
 using mask::RowPlace;
 
 constexpr int kDenseThreads = 256;
@@ -26,10 +27,23 @@ __device__ uint32_t read_columns(const uint8_t* row, int64_t col_stride, int cou
   return bits;
 }
 
-// A thread makes one byte: eight columns. blockDim is (bytes, bit rows), the grid (bit rows, bytes).
-__global__ void __launch_bounds__(kDenseThreads) pack_dense_kernel(const PackParams params) {
+// Where the table of sequences is there already, nothing is to be done; even ones are written by whom `thread` of
+// `threads` says.
+__device__ void fill_table(const PackParams&, const Sequence*, int64_t, int64_t) {}
+__device__ void fill_table(const PackParams& params, const EvenSequences& sequences, int64_t thread, int64_t threads) {
+  for (int64_t b = thread; b < params.shape.batch; b += threads) params.table.sequences[b] = sequences[b];
+}
+
+// A thread makes one byte: eight columns. blockDim is (bytes, bit rows), the grid (bit rows, bytes). `Sequences`: the
+// table of sequences, or what it is to hold.
+template <class Sequences>
+__global__ void __launch_bounds__(kDenseThreads) pack_dense_kernel(const PackParams params, const Sequences sequences) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
+  if (blockIdx.y == 0) {
+    const int in_cta = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+    fill_table(params, sequences, int64_t{blockIdx.x} * kDenseThreads + in_cta, int64_t{gridDim.x} * kDenseThreads);
+  }
   const MaskShape& shape = params.shape;
   const PackSource& source = params.source;
   const int64_t bit_row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
@@ -38,7 +52,7 @@ __global__ void __launch_bounds__(kDenseThreads) pack_dense_kernel(const PackPar
   if (bit_row >= shape.heads * shape.rows || byte >= row_bytes) return;
 
   const int32_t head = static_cast<int32_t>(bit_row) / static_cast<int32_t>(shape.rows);
-  const RowPlace place = mask::locate_row(shape, params.sequences, bit_row - head * shape.rows);
+  const RowPlace place = mask::locate_row(shape, sequences, bit_row - head * shape.rows);
   const int64_t row = source.flat ? bit_row - head * shape.rows : place.block;
   const int64_t first_col = source.flat ? place.sequence.col_begin : 0;
 
@@ -80,11 +94,14 @@ __device__ List find_list(const PackParams& params, int32_t head, int64_t row, c
   return {source.indices + list * source.width, mask::clamp<int64_t>(source.counts[list], 0, source.width)};
 }
 
-// A warp makes one bit row.
-__global__ void __launch_bounds__(32 * kListWarps) pack_lists_kernel(const PackParams params) {
+// A warp makes one bit row. `Sequences`: as above.
+template <class Sequences>
+__global__ void __launch_bounds__(32 * kListWarps)
+    pack_lists_kernel(const PackParams params, const Sequences sequences) {
   __shared__ uint32_t chunks[kListWarps][kListWords];
   let_next_kernel_start();
   wait_for_earlier_kernels();
+  fill_table(params, sequences, int64_t{blockIdx.x} * blockDim.x + threadIdx.x, int64_t{gridDim.x} * blockDim.x);
   const MaskShape& shape = params.shape;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t bit_row = int64_t{blockIdx.x} * kListWarps + warp;
@@ -92,7 +109,7 @@ __global__ void __launch_bounds__(32 * kListWarps) pack_lists_kernel(const PackP
 
   const int32_t head = static_cast<int32_t>(bit_row) / static_cast<int32_t>(shape.rows);
   const int64_t row = bit_row - head * shape.rows;
-  const RowPlace place = mask::locate_row(shape, params.sequences, row);
+  const RowPlace place = mask::locate_row(shape, sequences, row);
   const int64_t visible = mask::visible_columns(shape, place);
   const List list = visible > 0 ? find_list(params, head, row, place) : List{};
 
@@ -117,16 +134,14 @@ __global__ void __launch_bounds__(32 * kListWarps) pack_lists_kernel(const PackP
   }
 }
 
-}  // namespace
-
-Status pack_mask(const PackParams& params, Stream stream) {
+template <class Sequences>
+Status launch_pack(const PackParams& params, const Sequences& sequences, Stream stream) {
   const int64_t bit_rows = params.shape.heads * params.shape.rows;
   const int64_t row_bytes = params.shape.words() * 4;
-  if (bit_rows == 0 || row_bytes == 0) return Status::Ok();
-
   if (params.source.form != PackSource::Form::kDense) {
     const auto grid = static_cast<unsigned>(mask::ceil_div(bit_rows, kListWarps));
-    return launch("the launch of pack_lists", pack_lists_kernel, grid, 32 * kListWarps, 0, stream, params);
+    return launch("the launch of pack_lists", pack_lists_kernel<Sequences>, grid, 32 * kListWarps, 0, stream, params,
+                  sequences);
   }
   // Short rows share a CTA.
   unsigned bytes = 4;
@@ -134,7 +149,21 @@ Status pack_mask(const PackParams& params, Stream stream) {
   const dim3 block(bytes, kDenseThreads / bytes);
   const dim3 grid(static_cast<unsigned>(mask::ceil_div(bit_rows, block.y)),
                   static_cast<unsigned>(mask::ceil_div(row_bytes, block.x)));
-  return launch("the launch of pack_dense", pack_dense_kernel, grid, block, 0, stream, params);
+  return launch("the launch of pack_dense", pack_dense_kernel<Sequences>, grid, block, 0, stream, params, sequences);
+}
+
+}  // namespace
+
+Status pack_mask(const PackParams& params, Stream stream) {
+  const bool some = params.shape.heads * params.shape.rows > 0 && params.shape.words() > 0;
+  if (params.table.sequences != nullptr) {
+    // Even sequences follow from numbers that the host has: one kernel computes them and packs.
+    if (some && params.table.cu_seqlens_q == nullptr) {
+      return launch_pack(params, mask::make_even_sequences(params.table), stream);
+    }
+    HBSATTN_RETURN_IF_ERROR(make_sequences(params.table, stream));
+  }
+  return some ? launch_pack(params, params.sequences, stream) : Status::Ok();
 }
 
 }  // namespace hbsattn::kernels

@@ -127,6 +127,30 @@ __global__ void __launch_bounds__(kCountThreads)
   if (mine != 0 && threadIdx.x % 32 == __ffs(mine) - 1) atomicAdd(live + section, __popc(mine));
 }
 
+// The record of an item of the list.
+__device__ PackedRecord make_item_record(const ItemGrid& grid, int64_t index, ItemCounts counts) {
+  WorkItem record = mask::make_item(grid, index).record;
+  record.blocks = counts.blocks;
+  record.masked = counts.masked;
+  if (record.masked < 0) {
+    record.united = ~record.masked;
+    record.masked = record.blocks;
+    if (record.united > 1) {
+      // The last block sees farthest.
+      record.col_end = mask::make_item(grid, index + record.united - 1).record.col_end;
+    } else {
+      record.bit_row = -1;
+      record.blocks = record.masked = 0;
+    }
+  }
+  return {make_int4(record.bit_row, record.sequence, record.head, record.block_row),
+          make_int4(record.first_row, record.blocks, record.masked, record.col_end),
+          make_int4(record.q_begin, record.q_len, record.k_begin, record.k_len),
+          make_int4(record.diagonal, record.united, 0, 0)};
+}
+static_assert(sizeof(WorkItem) == sizeof(PackedRecord) && offsetof(WorkItem, first_row) == 16 &&
+              offsetof(WorkItem, q_begin) == 32 && offsetof(WorkItem, diagonal) == 48);
+
 // The records of the list, from what count_blocks_kernel found.
 struct ItemList {
   static constexpr bool kHeavyFirst = false;
@@ -134,28 +158,52 @@ struct ItemList {
   const int32_t* masked;
 
   __device__ PackedRecord make_record(int64_t index, int weight, int) const {
-    WorkItem record = mask::make_item(grid, index).record;
-    record.blocks = weight;
-    record.masked = masked[index];
-    if (record.masked < 0) {
-      record.united = ~record.masked;
-      record.masked = weight;
-      if (record.united > 1) {
-        // The last block sees farthest.
-        record.col_end = mask::make_item(grid, index + record.united - 1).record.col_end;
-      } else {
-        record.bit_row = -1;
-        record.blocks = record.masked = 0;
-      }
-    }
-    return {make_int4(record.bit_row, record.sequence, record.head, record.block_row),
-            make_int4(record.first_row, record.blocks, record.masked, record.col_end),
-            make_int4(record.q_begin, record.q_len, record.k_begin, record.k_len),
-            make_int4(record.diagonal, record.united, 0, 0)};
+    return make_item_record(grid, index, {weight, masked[index]});
   }
 };
-static_assert(sizeof(WorkItem) == sizeof(PackedRecord) && offsetof(WorkItem, first_row) == 16 &&
-              offsetof(WorkItem, q_begin) == 32 && offsetof(WorkItem, diagonal) == 48);
+
+// Both of these kernels in one, for short sections: each CTA counts the blocks of a whole section for itself, which
+// takes less time than another kernel. The records of the items that it ranks wait in shared memory for their places.
+constexpr int kShortLanes = 8;  // threads that rank one item together
+constexpr int kShortThreads = kOrderItems * kShortLanes;
+constexpr int kShortItems = 2048;  // of a section, and that a multiprocessor counts in one or two microseconds
+
+__global__ void __launch_bounds__(kShortThreads)
+    plan_short_sections_kernel(const ItemGrid grid, const uint32_t* bits, const OrderArguments args) {
+  __shared__ int4 weights[kShortItems / 4];
+  __shared__ PackedRecord records[kOrderItems];
+  let_next_kernel_start();
+  const OrderPlace own(args);
+  const int number = threadIdx.x / kShortLanes, lane = threadIdx.x % kShortLanes;
+  wait_for_earlier_kernels();
+  if (args.ticket != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *args.ticket = 0;
+  if (own.section >= args.sections) {
+    write_dead(args, args.num_items);
+    return;
+  }
+  for (int i = threadIdx.x; i < mask::ceil_div(own.count, 4) * 4; i += kShortThreads) {
+    int32_t weight = -1;
+    if (i < own.count) {
+      const ItemCounts counts = count_item<1>(grid, bits, own.begin + i, 0);
+      weight = counts.blocks;
+      const int in_cta = i - own.first;
+      if (in_cta >= 0 && in_cta < kOrderItems) records[in_cta] = make_item_record(grid, own.begin + i, counts);
+    }
+    reinterpret_cast<int32_t*>(weights)[i] = weight;
+  }
+  __syncthreads();
+
+  const int mine = own.first + number;
+  const int weight = mine < own.count ? reinterpret_cast<const int32_t*>(weights)[mine] : 0;
+  const int rank = add_lanes<kShortLanes>(count_before<kShortLanes>(weights, 0, own.count, weight, mine, lane));
+  if (mine < own.count && lane < kLanes) args.items[own.begin + rank].parts[lane] = records[number].parts[lane];
+}
+
+// Whether that kernel takes less time: where a multiprocessor counts few items, and each of them in a few loads.
+bool has_short_sections(const ItemGrid& grid, const OrderArguments& args, int64_t ctas) {
+  const int64_t rounds = mask::ceil_div(ctas, int64_t{current_policy().multiprocessors});
+  return args.live == nullptr && grid.shape.words() <= 8 && rounds * args.section_items * grid.united <= kShortItems;
+}
 
 }  // namespace
 
@@ -165,7 +213,13 @@ Status plan_items(const PlanParams& params, Stream stream) {
       shape_tiles(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, params.for_backward);
   const int64_t num_items =
       count_query_items(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, params.for_backward);
-  if (num_items == 0) return write_dead_list(params.items, params.num_items, stream);
+  if (num_items == 0) {
+    if (params.workspace != nullptr) {
+      HBSATTN_RETURN_IF_ERROR(
+          cuda_status(cudaMemsetAsync(params.workspace, 0, sizeof(int32_t), stream), "cudaMemsetAsync"));
+    }
+    return write_dead_list(params.items, params.num_items, stream);
+  }
   const ItemGrid grid{shape,
                       params.mask.sequences,
                       count_heads_of_mask(shape, params.heads_q),
@@ -176,18 +230,9 @@ Status plan_items(const PlanParams& params, Stream stream) {
   int32_t* blocks = static_cast<int32_t*>(params.scratch);
   int32_t* masked = blocks + num_items;
   const bool some_dead = tiles.united > 1 || tiles.tiles > 1;
-  int32_t* live = some_dead ? masked + num_items : nullptr;
   const int32_t section_items = count_section_items(params, tiles, num_items, some_dead);
-  if (some_dead) {
-    HBSATTN_RETURN_IF_ERROR(clear_counters(live, mask::ceil_div(num_items, section_items), stream));
-  }
-
-  // Up to eight words, 32 bytes, come in one sector: more threads would only wait for each other.
-  const int threads = shape.words() <= 8 ? 1 : 32;
-  const auto count_ctas = static_cast<unsigned>(mask::ceil_div(num_items * threads, kCountThreads));
-  HBSATTN_RETURN_IF_ERROR(
-      launch("the launch of count_blocks", threads == 1 ? count_blocks_kernel<1> : count_blocks_kernel<32>, count_ctas,
-             kCountThreads, 0, stream, grid, params.mask.bits, num_items, section_items, blocks, masked, live));
+  // The dead items of a section are its last ones: nobody has to count them where there is one section.
+  int32_t* live = some_dead && section_items < num_items ? masked + num_items : nullptr;
   OrderArguments order{};
   order.num_items = num_items;
   order.room = params.num_items;
@@ -195,6 +240,20 @@ Status plan_items(const PlanParams& params, Stream stream) {
   order.weights = blocks;
   order.live = live;
   order.items = reinterpret_cast<PackedRecord*>(params.items);
+  order.ticket = static_cast<int32_t*>(params.workspace);
+  const int64_t order_ctas = cut_list(order);
+  if (has_short_sections(grid, order, order_ctas)) {
+    return launch("the launch of plan_short_sections", plan_short_sections_kernel, static_cast<unsigned>(order_ctas),
+                  kShortThreads, 0, stream, grid, params.mask.bits, order);
+  }
+  if (live != nullptr) HBSATTN_RETURN_IF_ERROR(clear_counters(live, order.sections, stream));
+
+  // Up to eight words, 32 bytes, come in one sector: more threads would only wait for each other.
+  const int threads = shape.words() <= 8 ? 1 : 32;
+  const auto count_ctas = static_cast<unsigned>(mask::ceil_div(num_items * threads, kCountThreads));
+  HBSATTN_RETURN_IF_ERROR(
+      launch("the launch of count_blocks", threads == 1 ? count_blocks_kernel<1> : count_blocks_kernel<32>, count_ctas,
+             kCountThreads, 0, stream, grid, params.mask.bits, num_items, section_items, blocks, masked, live));
   return order_items(ItemList{grid, masked}, order, stream);
 }
 

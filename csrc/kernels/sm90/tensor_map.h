@@ -26,9 +26,10 @@ struct MatrixRows {
 // as zeros and are not written.
 Status encode_rows(const MatrixRows& tensor, int chunk, int box_rows, int box_heads, CUtensorMap* map);
 
-// (columns of a chunk, rows, chunks, groups of 8 rows, heads) with a box of `box_rows` whole rows, which arrive as
-// [group of 8][chunk][8][columns]. Needs head_dim % chunk == 0 and box_rows % 8 == 0.
-Status encode_whole_rows(const MatrixRows& tensor, int chunk, int box_rows, CUtensorMap* map);
+// (columns of a chunk, rows, chunks, groups of 8 rows, heads) with a box of `box_rows` whole rows of `chunks` chunks,
+// which arrive as [group of 8][chunk][8][columns]. Columns past head_dim are what follows in memory. Needs
+// box_rows % 8 == 0.
+Status encode_whole_rows(const MatrixRows& tensor, int chunk, int chunks, int box_rows, CUtensorMap* map);
 
 // 8 rows of a chunk of a run of rows that may end anywhere; rows past the end read as zeros although the tensor goes
 // on. A box that starts `r` rows into a run of `n` rows that begins at row `b` has the coordinates

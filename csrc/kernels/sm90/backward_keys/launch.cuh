@@ -44,10 +44,13 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   // Whole rows would take columns past head_dim from the next head.
   args.whole_rows = problem.head_dim == Config::kHeadDim;
   if (args.whole_rows) {
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(q.matrix, Config::kChunkColumns, segment, &args.map_q));
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(grad_out.matrix, Config::kChunkColumns, segment, &args.map_grad_out));
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, Config::kChunkColumns, Config::kTileN, &args.map_k));
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, Config::kTileN, &args.map_v));
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(q.matrix, Config::kChunkColumns, Traits::kChunks, segment, &args.map_q));
+    HBSATTN_RETURN_IF_ERROR(
+        encode_whole_rows(grad_out.matrix, Config::kChunkColumns, Traits::kChunks, segment, &args.map_grad_out));
+    HBSATTN_RETURN_IF_ERROR(
+        encode_whole_rows(k.matrix, Config::kChunkColumns, Traits::kChunks, Config::kTileN, &args.map_k));
+    HBSATTN_RETURN_IF_ERROR(
+        encode_whole_rows(v.matrix, Config::kChunkColumns, Traits::kChunks, Config::kTileN, &args.map_v));
   }
 
   if constexpr (Traits::kSendsKeys) {

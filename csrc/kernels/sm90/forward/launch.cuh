@@ -24,8 +24,11 @@ Status run_forward(const ForwardParams& params, Stream stream) {
     return Status::NotSupported("tiles of " + std::to_string(Config::kTileM) +
                                 " rows were planned for blocks that their kernel cannot take");
   }
-  // By a memset: it costs less than a kernel of its own, and no other kernel of the call comes before this one.
-  HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.ticket, 0, sizeof(int), stream), "cudaMemsetAsync"));
+  // By a memset: it costs less than a kernel of its own. Behind the kernels of a plan, it would keep this one from
+  // starting before they end.
+  if (!params.workspace_is_clear) {
+    HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.ticket, 0, sizeof(int), stream), "cudaMemsetAsync"));
+  }
   return launch_tiles(kernel, args, Traits::kThreads, Config::kCtasPerSm, forward_shared_bytes<Config>(),
                       "the launch of the forward kernel", stream);
 }

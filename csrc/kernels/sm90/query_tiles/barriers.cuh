@@ -12,10 +12,12 @@ __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage)
   for (int i = 0; i < Traits::kKeyStages; ++i) {
     mbarrier_init(&storage.keys_full[i], kGeneral ? 32 : 1);  // those who write granules
     mbarrier_init(&storage.keys_empty[i], Traits::kConsumerWarps);
+    mbarrier_init(&storage.keys_landed[i], 1);
   }
   for (int i = 0; i < Traits::kValueStages; ++i) {
     mbarrier_init(&storage.values_full[i], 1);
     mbarrier_init(&storage.values_empty[i], Traits::kConsumerWarps);
+    mbarrier_init(&storage.values_landed[i], 1);
   }
   for (int i = 0; i < Traits::kQueryBuffers; ++i) {
     for (int unit = 0; unit < Traits::kUnits; ++unit) {

@@ -55,11 +55,21 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(q.matrix, Config::kChunkColumns, &args.map_q_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, Config::kChunkColumns, &args.map_k_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, Config::kChunkColumns, &args.map_v_clipped));
-  // Whole rows would take columns past head_dim from the next head.
-  args.whole_rows = params.head_dim == Config::kHeadDim && !args.ragged_blocks;
+  // Whole rows take columns past head_dim from what follows. Behind any row but the last one that is the tensor's own
+  // memory.
+  const int tail = Config::kHeadDim - params.head_dim;
+  const auto holds_tail = [&](const MatrixRows& tensor) { return tail == 0 || tensor.row_stride >= tail; };
+  args.whole_rows = !args.ragged_blocks && holds_tail(k.matrix) && holds_tail(v.matrix);
   if (args.whole_rows) {
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, Config::kChunkColumns, segment, &args.map_k));
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(v.matrix, Config::kChunkColumns, segment, &args.map_v));
+    const auto encode_map = [&](const MatrixRows& tensor, CUtensorMap* map) {
+      return encode_whole_rows(tensor, Config::kChunkColumns, Traits::kChunks, segment, map);
+    };
+    HBSATTN_RETURN_IF_ERROR(encode_map(k.matrix, &args.map_k));
+    HBSATTN_RETURN_IF_ERROR(encode_map(v.matrix, &args.map_v));
+    args.tail_vectors = tail / 8;
+    const auto count_rows = [&](const MatrixRows& tensor) { return static_cast<int>(tensor.rows) - (tail > 0); };
+    args.whole_k_rows = count_rows(k.matrix);
+    args.whole_v_rows = count_rows(v.matrix);
   }
 
   args.mask = shape;

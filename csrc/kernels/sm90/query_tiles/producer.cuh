@@ -285,16 +285,17 @@ struct StagePlan {
   int key;                          // first key of this lane's segment; -1: none
   int end;           // keys of the segment end here: at the last visible key or, where blocks are ragged, their own end
   uint32_t with;     // united blocks that are active with it, one bit each
-  uint32_t clipped;  // lanes whose segment ends before its rows do
+  uint32_t clipped;  // lanes whose segment ends before its rows do, at the latest at key `whole_end`
 
   __device__ __forceinline__ StagePlan(const QueryTileArguments& args, const typename Traits::Storage& storage,
-                                       const TileSlot& tile, int slot, int lane)
+                                       const TileSlot& tile, int whole_end, int slot, int lane)
       : segment_log2(args.segment_log2),
         segments_log2(Traits::kTileNLog2 - args.segment_log2),
         key(storage.segment_keys[slot][lane]),
         end(kGeneral ? storage.segment_ends[slot][lane] : tile.key_end),
         with(kGeneral ? storage.segment_with[slot][lane] : 1) {
-    clipped = args.whole_rows ? __ballot_sync(0xffffffffu, key >= 0 && key + (1 << segment_log2) > end) : 0xffffffffu;
+    const bool clips = key >= 0 && key + (1 << segment_log2) > min(end, whole_end);
+    clipped = args.whole_rows ? __ballot_sync(0xffffffffu, clips) : 0xffffffffu;
   }
 
   // Key in row `row` of stage `stage` of the plan, and the end of its segment; a negative key: none.
@@ -338,6 +339,25 @@ __device__ __forceinline__ void write_granules(const QueryTileArguments& args, c
   }
 }
 
+// Clears the columns of a stage past the call's head dim: products would let a NaN or infinity there pass.
+template <class Traits>
+__device__ __forceinline__ void clear_tail(uint8_t* stage, int tail_vectors, int lane) {
+  constexpr int kVectors = Traits::kChunkBytes / 16;
+#pragma unroll 1
+  for (int vector = Traits::kHeadDim / 8 - tail_vectors; vector < Traits::kHeadDim / 8; ++vector) {
+    // The swizzle exchanges the vectors of a row by the row's place in the pattern of 1 KB.
+    const int swizzled = (vector ^ (lane % 8 * static_cast<int>(Traits::kChunkBytes) / 128)) % kVectors;
+    uint8_t* first = stage + (lane / 8 * Traits::kChunks + vector / kVectors) * Traits::kAtomBytes +
+                     lane % 8 * Traits::kChunkBytes + swizzled * 16;
+#pragma unroll
+    for (int row = 0; row < Traits::kTileN; row += 32) {
+      *reinterpret_cast<uint4*>(first + row / 8 * Traits::kChunks * Traits::kAtomBytes) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  cutlass::arch::fence_view_async_shared();
+  __syncwarp();
+}
+
 // Streams the keys or the values of every tile through their ring of stages.
 template <class Traits, bool kKeys, bool kGeneral>
 __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, typename Traits::Storage& storage,
@@ -350,13 +370,28 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
   uint8_t* stages = reinterpret_cast<uint8_t*>(kKeys ? storage.keys : storage.values);
   uint64_t* full = kKeys ? storage.keys_full : storage.values_full;
   uint64_t* empty = kKeys ? storage.keys_empty : storage.values_empty;
+  // Columns past the head dim are multiplied with zeros, except that those of values become columns of an output, which
+  // nobody stores.
+  constexpr bool kClears = kKeys || Traits::kForGradients;
+  const int tail_vectors = kClears ? args.tail_vectors : 0;
+  uint64_t* landed = tail_vectors == 0 ? full : kKeys ? storage.keys_landed : storage.values_landed;
+  constexpr int kStages = kKeys ? Traits::kKeyStages : Traits::kValueStages;
+  // A stage of few columns is consumed sooner than the next one comes: that one is under way before this one is
+  // cleared. With two stages, or long ones, consumers would wait for what is done only when the next one may come.
+  constexpr bool kClearsLate = Traits::kHeadDim <= 96 && kStages > 2;
   // Where in a plan this lane's segment lies.
   const int stage_of_lane = lane >> segments_log2, segment_of_lane = lane & ((1 << segments_log2) - 1);
   const int offset_of_lane = (segment_of_lane << args.segment_log2) * (Traits::kChunks * Traits::kChunkBytes);
 
   RingPosition<Traits::kTileSlots> slot(0);
   RingPosition<Traits::kSegmentSlots> segment_slot(0);
-  RingPosition<kKeys ? Traits::kKeyStages : Traits::kValueStages> ring(1);
+  RingPosition<kStages> ring(1), to_clear(0);
+  const auto clear_stage = [&] {
+    mbarrier_wait(&landed[to_clear.index], to_clear.parity);
+    clear_tail<Traits>(stages + to_clear.index * Traits::kStageBytes, tail_vectors, lane);
+    if (lane == 0) mbarrier_arrive(&full[to_clear.index]);
+    to_clear.advance();
+  };
   while (true) {
     const TileSlot tile = wait_tile(storage, slot);
     release_tile(storage, slot, lane);
@@ -367,7 +402,8 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
     const int run_begin = tile.item.k_begin + tile.item.sequence * batch_rows;
     for (int planned = 0; planned < tile.stages; planned += slot_stages<Traits>(args)) {
       mbarrier_wait(&storage.segments_full[segment_slot.index], segment_slot.parity);
-      const StagePlan<Traits, kGeneral> plan(args, storage, tile, segment_slot.index, lane);
+      const int whole_end = (kKeys ? args.whole_k_rows : args.whole_v_rows) - run_begin;
+      const StagePlan<Traits, kGeneral> plan(args, storage, tile, whole_end, segment_slot.index, lane);
       // Every lane has read, so every lane arrives.
       mbarrier_arrive(&storage.segments_empty[segment_slot.index]);
       segment_slot.advance();
@@ -381,15 +417,16 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
         if (kKeys && (Traits::kAddsKeys || planned + stage < tile.masked_stages)) {
           write_granules(args, plan, stage, storage.granules[ring.index], lane);
         }
+        uint64_t* arrived = &landed[ring.index];
         if (lane == 0) {
-          mbarrier_arrive_expect(&full[ring.index], Traits::kStageBytes);
+          mbarrier_arrive_expect(arrived, Traits::kStageBytes);
         } else if (kKeys && kGeneral) {
           mbarrier_arrive(&full[ring.index]);
         }
         if (!plan.clips(stage)) {
           if (stage_of_lane == stage) {
-            cute::SM90_TMA_LOAD_5D::copy(whole, &full[ring.index], kKeepInL2, destination + offset_of_lane, 0,
-                                         first_row, 0, 0, key_head);
+            cute::SM90_TMA_LOAD_5D::copy(whole, arrived, kKeepInL2, destination + offset_of_lane, 0, first_row, 0, 0,
+                                         key_head);
           }
         } else {
           constexpr int kBoxes = Traits::kTileN / 8 * Traits::kChunks;  // of 8 rows and one chunk
@@ -399,8 +436,7 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
             const int key = plan.key_of_row(stage, row), end = plan.end_of_row(stage, row);
             const int from_end = key < 0 || key > end ? 0 : end - key;
             if (box < kBoxes) {
-              cute::SM90_TMA_LOAD_5D::copy(clipped, &full[ring.index], kKeepInL2,
-                                           destination + box * Traits::kAtomBytes,
+              cute::SM90_TMA_LOAD_5D::copy(clipped, arrived, kKeepInL2, destination + box * Traits::kAtomBytes,
                                            box % Traits::kChunks * Traits::kChunkColumns, kRunEnd - from_end,
                                            int{kRunEnd}, run_begin + end, key_head);
             }
@@ -409,9 +445,11 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
         if (kKeys && planned + stage == tile.stages - Traits::kTileLead - 1 && lane == 0) {
           mbarrier_arrive(&storage.tile_wanted);
         }
+        if (tail_vectors > 0 && (!kClearsLate || planned + stage > 0)) clear_stage();
         ring.advance();
       }
     }
+    if (kClearsLate && tail_vectors > 0 && tile.stages > 0) clear_stage();
   }
 }
 

@@ -134,6 +134,8 @@ struct QueryTileTraits {
     uint64_t unread;                     // where hold_back_waits stores; with it begin the barriers
     uint64_t keys_full[kKeyStages], keys_empty[kKeyStages];
     uint64_t values_full[kValueStages], values_empty[kValueStages];
+    // Where boxes bring columns past the head dim: a stage is there, and those columns are yet to be cleared.
+    uint64_t keys_landed[kKeyStages], values_landed[kValueStages];
     uint64_t queries_full[kQueryBuffers][kUnits], output_full[kQueryBuffers][kUnits];
     uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
     uint64_t segments_full[kSegmentSlots], segments_empty[kSegmentSlots];
@@ -184,6 +186,11 @@ struct QueryTileArguments {
   cutlass::FastDivmod segments_per_block;
   bool ragged_blocks;  // k_block_size is no multiple of a granule: the last segment of a block is short
   bool whole_rows;     // map_k and map_v can be used; otherwise every stage goes through the clipped maps
+  // Columns of the kernel's head dim past the call's, in vectors of 16 bytes. Boxes of whole rows bring there what
+  // follows in memory; behind the last row of a tensor, which whole_k_rows and whole_v_rows leave out, that may be
+  // nobody's.
+  int tail_vectors;
+  int whole_k_rows, whole_v_rows;
   float scale, scale_log2;
   float zero;  // 0, unknown to the compiler
 };
