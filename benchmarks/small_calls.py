@@ -52,7 +52,9 @@ class Problem:
 
 
 FEW_TOKENS = Problem("256 tokens", batch=1, seqlen=256, block=64, density=0.5, causal=False)
-SHORT = Problem("batch 8, s 1024, density 0.1, causal", batch=8, seqlen=1024, block=128, density=0.1, causal=True)
+SHORT = Problem(
+    "batch 8, s 1024, density 0.1, causal", batch=8, seqlen=1024, block=128, density=0.1, causal=True, heads=32
+)
 
 
 class Calls:

@@ -95,11 +95,11 @@ constexpr RowPlace locate_row(const MaskShape& shape, const Sequence* sequences,
 
 // A table of sequences that all have the same lengths, as numbers.
 struct EvenSequences {
-  int32_t q_len, k_len;
+  int32_t q_len, k_len, diagonal;
   int64_t rows, columns;  // between the beginnings of two sequences
 
   constexpr Sequence operator[](int64_t b) const {
-    return {0, q_len, 0, k_len, saturate(b * rows), saturate(b * columns), k_len - q_len};
+    return {0, q_len, 0, k_len, saturate(b * rows), saturate(b * columns), diagonal};
   }
 };
 
@@ -107,7 +107,7 @@ struct EvenSequences {
 constexpr EvenSequences make_even_sequences(const SequencesParams& params) {
   const Sequence sequence = read_lengths(params, 0);
   const int64_t q_blocks = count_q_blocks(sequence, params.shape);
-  return {sequence.q_len, sequence.k_len, params.row_stride < 0 ? q_blocks : params.row_stride,
+  return {sequence.q_len, sequence.k_len, sequence.diagonal, params.row_stride < 0 ? q_blocks : params.row_stride,
           count_k_blocks(sequence, params.shape)};
 }
 

@@ -376,9 +376,9 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
   const int tail_vectors = kClears ? args.tail_vectors : 0;
   uint64_t* landed = tail_vectors == 0 ? full : kKeys ? storage.keys_landed : storage.values_landed;
   constexpr int kStages = kKeys ? Traits::kKeyStages : Traits::kValueStages;
-  // A stage of few columns is consumed sooner than the next one comes: that one is under way before this one is
-  // cleared. With two stages, or long ones, consumers would wait for what is done only when the next one may come.
-  constexpr bool kClearsLate = Traits::kHeadDim <= 96 && kStages > 2;
+  // A short stage is consumed sooner than the next one comes: that one is under way before this one is cleared. Of two
+  // stages, consumers would wait for what is done only when the next one may come.
+  constexpr bool kClearsLate = kStages > 2;
   // Where in a plan this lane's segment lies.
   const int stage_of_lane = lane >> segments_log2, segment_of_lane = lane & ((1 << segments_log2) - 1);
   const int offset_of_lane = (segment_of_lane << args.segment_log2) * (Traits::kChunks * Traits::kChunkBytes);
