@@ -97,7 +97,9 @@ def _(
     row_stride: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check_devices(block_mask=block_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    device = _check_devices(block_mask=block_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if device.type == "meta":  # a real call: make_sequences refuses the device itself
+        raise ValueError("block_mask is on meta; expected cpu or cuda")
     sequences = block_mask.new_empty((batch, SEQUENCE_INTS), dtype=torch.int32)
     return _fake_bits(block_mask, block_mask.shape[-3], rows, cols), sequences
 

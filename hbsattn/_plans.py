@@ -104,7 +104,7 @@ class Plans:
     def __init__(self, contents: tuple[Tensor, Tensor]) -> None:
         self._first, self._second = contents
         self._device = self._first.device
-        on_cuda = self._device.type == "cuda" and not is_compiling() and type(self._first) is Tensor
+        on_cuda = self._device.type == "cuda" and type(self._first) is Tensor
         self._stream_device = self._device.index if on_cuda else None
         self._made: dict[int, dict[Hashable, _Made]] = {}  # of each stream
 

@@ -111,6 +111,8 @@ class BlockMask:
         fields.update(zip(_FIELDS, values, strict=False), **named)
         if not isinstance(fields.get("sequences"), Tensor):
             raise TypeError(f"BlockMask was called itself; expected {CONSTRUCTORS}")
+        if named or len(values) > len(_FIELDS):
+            _check_fields(len(values), named)
         if not is_compiling:
             for name in _TENSORS:
                 tensor = fields.get(name)
@@ -537,6 +539,16 @@ def _keep_lists(source: Source, place: Place) -> bool:
     if not isinstance(source, Lists) or (len(source.lead) == 2) != place.packed:
         return False
     return stays_lists(place.q_block, source.heads, place.rows, place.cols, source.indices.numel())
+
+
+def _check_fields(given: int, named: dict[str, Any]) -> None:
+    """Refuses what a dataclass's own `__init__` refuses, as `dataclasses.replace` leaves that to it."""
+    if given > len(_FIELDS):
+        raise TypeError(f"BlockMask was called with {given} values; expected at most {len(_FIELDS)}")
+    for name in named:
+        if name not in _FIELDS[given:]:
+            what = "given twice" if name in _FIELDS else "no field of BlockMask"
+            raise TypeError(f"{name} is {what}; expected one of {', '.join(_FIELDS[given:])}")
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(BlockMask))

@@ -126,6 +126,17 @@ def test_called_itself(arguments: tuple[Any, ...]):
         BlockMask(*arguments)
 
 
+def test_fields_that_there_are_not():
+    mask = problem_of(SPEC, "cpu").mask()
+    with pytest.raises(TypeError, match=r"^casual is no field of BlockMask; expected one of _bits, sequences, "):
+        dataclasses.replace(mask, casual=True)
+    fields = [getattr(mask, field.name) for field in dataclasses.fields(mask)]
+    with pytest.raises(TypeError, match=rf"^BlockMask was called with {len(fields) + 1} values; expected at most "):
+        BlockMask(*fields, True)
+    with pytest.raises(TypeError, match=r"^causal is given twice; expected one of "):
+        BlockMask(*fields[:-1], causal=True)
+
+
 # Writes in place
 
 

@@ -200,6 +200,16 @@ def test_capture_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch):
     assert not _plans.is_capturing(torch.device("cuda")) and current == [0]
 
 
+def test_mask_of_a_compiled_function_has_streams():
+    """On CUDA; fake tensors stand for those of a device. Without, all streams would share plans that none waits for."""
+    with FakeTensorMode():
+        block_mask = torch.empty(1, 1, 2, 2, dtype=torch.bool, device="cuda")
+        make = torch.compile(
+            lambda block_mask: hbsattn.BlockMask.from_dense(block_mask, 64, 64), backend="eager", fullgraph=True
+        )
+        assert make(block_mask)._plans._stream_device == block_mask.device.index
+
+
 class Watch(TorchDispatchMode):
     """Names of the library's ops that are called."""
 

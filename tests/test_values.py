@@ -142,6 +142,14 @@ DEVICES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: BlockMask.from_dense(on_meta(dense(1, 6, 6)), 32, 32, **packed()),
         "cu_seqlens_q is on cpu; expected meta, where block_mask is",
     ),
+    "all of a dense mask": (
+        lambda: BlockMask.from_dense(on_meta(dense(1, 1, 4, 4)), 32, 32),
+        "block_mask is on meta; expected cpu or cuda",
+    ),
+    "all of a list": (
+        lambda: BlockMask.from_indices(on_meta(integers(1, 1, 4)), on_meta(integers(1, 1, 4, 2)), 32, 32, seqlen_k=64),
+        "device is meta; expected cpu or cuda",
+    ),
     "indices": (
         lambda: BlockMask.from_indices(integers(1, 1, 4), on_meta(integers(1, 1, 4, 2)), 32, 32, seqlen_k=64),
         "indices is on meta; expected cpu, where counts is",
