@@ -10,6 +10,7 @@ from hbsattn._ops import ops
 from hbsattn.mask import BlockMask, check_is_mask
 
 NO_GRADIENTS = (False, False, False)  # of q, k and v
+DEVICES = ("cpu", "cuda")
 
 
 def block_sparse_attention(
@@ -77,6 +78,8 @@ def _attend(
     mask._check_use(q, k)
     check_is_tensor("v", v)
     device = q.device.type
+    if device not in DEVICES:
+        raise ValueError(f"q is on {q.device}; expected {' or '.join(DEVICES)}")
     if torch.is_autocast_enabled(device):
         q, k, v = _autocast(q, k, v)
     heads_q, head_dim = q.shape[-2:]
@@ -100,7 +103,7 @@ def _attend(
         plan = mask._plans.find(key)
         if plan is not None:
             items = plan[0]
-        elif needs == NO_GRADIENTS:
+        elif needs == NO_GRADIENTS and not torch.compiler.is_compiling():  # which makes one plan of equal ones
             results = _plan_and_attend(q, k, v, bits, sequences, mask, key, options)
             return results if return_lse else results[0]
         else:

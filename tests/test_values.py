@@ -127,6 +127,11 @@ def on_meta(x: Tensor) -> Tensor:
     return x.to("meta")
 
 
+def attend_on_meta() -> Tensor:
+    mask = BlockMask.from_dense(dense(1, 1, 1, 1), 32, 32)
+    return block_sparse_attention(on_meta(torch.zeros(1, 32, 1, 8)), *torch.zeros(2, 1, 32, 1, 8), mask)
+
+
 DEVICES: dict[str, tuple[Callable[[], Any], str]] = {
     "cu_seqlens_q": (
         lambda: BlockMask.from_dense(dense(1, 6, 6), 32, 32, **packed() | {"cu_seqlens_q": on_meta(integers(3))}),
@@ -150,6 +155,7 @@ DEVICES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: BlockMask.from_indices(on_meta(integers(1, 1, 4)), on_meta(integers(1, 1, 4, 2)), 32, 32, seqlen_k=64),
         "device is meta; expected cpu or cuda",
     ),
+    "q": (attend_on_meta, "q is on meta; expected cpu or cuda"),
     "indices": (
         lambda: BlockMask.from_indices(integers(1, 1, 4), on_meta(integers(1, 1, 4, 2)), 32, 32, seqlen_k=64),
         "indices is on meta; expected cpu, where counts is",
