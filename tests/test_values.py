@@ -129,7 +129,7 @@ def on_meta(x: Tensor) -> Tensor:
 
 def attend_on_meta() -> Tensor:
     mask = BlockMask.from_dense(dense(1, 1, 1, 1), 32, 32)
-    return block_sparse_attention(on_meta(torch.zeros(1, 32, 1, 8)), *torch.zeros(2, 1, 32, 1, 8), mask)
+    return hbsattn.block_sparse_attention(on_meta(torch.zeros(1, 32, 1, 8)), *torch.zeros(2, 1, 32, 1, 8), mask)
 
 
 DEVICES: dict[str, tuple[Callable[[], Any], str]] = {
