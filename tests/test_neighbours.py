@@ -14,7 +14,7 @@ from gradients import assert_same_gradients, attend, leaves, upstream
 from problems import Problem, make_problem, same
 
 HEAD_DIMS = [64, 96, 128, 192, 256]
-BLOCKS = [(128, 128), (64, 64), (192, 48), (16, 16), (48, 80)]
+BLOCKS = [(128, 128), (64, 64), (192, 48), (16, 16), (48, 80), (20, 64)]
 LENS = (75, 61, 333)  # no multiples of tiles; the second is the neighbour of the others
 # What multiplies the neighbour's queries, keys and values.
 FACTORS = [8.0, 1e3, math.inf, -math.inf, math.nan]
