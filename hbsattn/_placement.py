@@ -169,4 +169,7 @@ def count_sequences(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, de
 def _check_blocks(name: str, seqlen: int, block_size: int, blocks: int, word: str, whose: str) -> None:
     if ceil_div(seqlen, block_size) != blocks:
         low, high = max((blocks - 1) * block_size + 1, 0), blocks * block_size
-        raise ValueError(f"{name} is {seqlen}; expected {low} to {high}, the {blocks} {word} blocks of {whose}")
+        raise ValueError(
+            f"{name} is {seqlen}; expected {low} to {high}, the {blocks} {word} blocks of {whose}; "
+            f"that length has {ceil_div(seqlen, block_size)}"
+        )
