@@ -32,8 +32,10 @@ def explain(
         ValueError, TypeError: as `block_sparse_attention`, for what does not fit.
     """
     check_is_mask(mask)
-    mask._check_use(q, k)
+    check_is_tensor("q", q)
+    check_is_tensor("k", k)
     check_is_tensor("v", v)
+    mask._check_use(q, k, q.shape, k.shape)
     check_bool("deterministic", deterministic)
     if q.device.type == "cpu":
         return {"forward": {"kernel": "cpu"}, "backward": {"kernel": "cpu"}}

@@ -5,12 +5,13 @@ from torch import Tensor
 
 from hbsattn._checks import check_bool, check_is_tensor, check_number
 from hbsattn._chunks import attend_in_chunks
-from hbsattn._layout import CallShape
 from hbsattn._ops import ops
 from hbsattn.mask import BlockMask, check_is_mask
 
 NO_GRADIENTS = (False, False, False)  # of q, k and v
 DEVICES = ("cpu", "cuda")
+
+Heads = tuple[int, int, int, int, bool]  # the fields of a CallShape, which takes longer to make
 
 
 def block_sparse_attention(
@@ -75,14 +76,17 @@ def _attend(
     pack_heads: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     check_is_mask(mask)
-    mask._check_use(q, k)
+    check_is_tensor("q", q)
+    check_is_tensor("k", k)
     check_is_tensor("v", v)
-    device = q.device.type
+    q_shape, k_shape = q.shape, k.shape  # of which each makes a tuple
+    mask._check_use(q, k, q_shape, k_shape)
+    device = "cuda" if q.is_cuda else q.device.type
     if device not in DEVICES:
         raise ValueError(f"q is on {q.device}; expected {' or '.join(DEVICES)}")
     if torch.is_autocast_enabled(device):
         q, k, v = _autocast(q, k, v)
-    heads_q, head_dim = q.shape[-2:]
+    heads_q, head_dim = q_shape[-2:]
     if softmax_scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0  # the op refuses a head_dim of 0
     else:
@@ -92,7 +96,7 @@ def _attend(
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     needs = (q.requires_grad, k.requires_grad, v.requires_grad) if torch.is_grad_enabled() else NO_GRADIENTS
     layout, options = mask._layout, (pack_heads, scale)
-    call = CallShape(heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)
+    call: Heads = (heads_q, k_shape[-2], head_dim, q.element_size(), pack_heads)
     if mask._lists is not None and needs == NO_GRADIENTS and not mask._makes_bits():
         results = _attend_in_chunks(q, k, v, mask, options)
         return results if return_lse else results[0]
@@ -111,7 +115,7 @@ def _attend(
             ops.check_forward.default(q, k, v, bits, sequences, layout, *options)
             items = mask._plan(key, lambda mask: _plan_items(mask, call))[0]
         if needs != NO_GRADIENTS:
-            shape = (call, k.shape[-3], deterministic, needs)
+            shape = (call, k_shape[-3], deterministic, needs)
             backward_plan = mask._plan(("backward", *shape), lambda mask: _plan_backward(mask, *shape))[0]
     results = ops.forward.default(q, k, v, bits, sequences, items, backward_plan, layout, *options, deterministic)
     return results if return_lse else results[0]
@@ -124,7 +128,7 @@ def _plan_and_attend(
     bits: Tensor,
     sequences: Tensor,
     mask: BlockMask,
-    key: tuple[str, CallShape],
+    key: tuple[str, Heads],
     options: tuple[bool, float],
 ) -> tuple[Tensor, Tensor]:
     """The first call of its shape, in one op. The mask keeps the work list that comes with the results."""
@@ -141,12 +145,12 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _plan_items(mask: BlockMask, call: CallShape) -> tuple[Tensor]:
+def _plan_items(mask: BlockMask, call: Heads) -> tuple[Tensor]:
     return (ops.plan_items.default(mask._kept_bits(), mask.sequences, mask._layout, call),)
 
 
 def _plan_backward(
-    mask: BlockMask, call: CallShape, rows_k: int, deterministic: bool, needs: tuple[bool, bool, bool]
+    mask: BlockMask, call: Heads, rows_k: int, deterministic: bool, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor]:
     shape = (mask._layout, call, rows_k, mask.packed, deterministic, needs)
     return (ops.plan_backward.default(mask._kept_bits(), mask.sequences, *shape),)

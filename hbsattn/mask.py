@@ -13,7 +13,6 @@ from hbsattn._checks import (
     check_bool,
     check_device,
     check_index,
-    check_is_tensor,
     check_same_device,
     type_name,
 )
@@ -477,17 +476,15 @@ class BlockMask:
     def _count_visible(self) -> Tensor:
         return visible_columns(self.sequences, self.rows, *self._layout)
 
-    def _check_use(self, q: Tensor, k: Tensor) -> None:
+    def _check_use(self, q: Tensor, k: Tensor, q_shape: torch.Size, k_shape: torch.Size) -> None:
         """Checks tensors against the lengths that the mask was built for, which the op is not told."""
-        check_is_tensor("q", q)
-        check_is_tensor("k", k)
         if not self.packed:
-            _check_batched("q", q, self.seqlen_q, self.q_block_size)
-            _check_batched("k", k, self.seqlen_k, self.k_block_size)
+            _check_batched("q", q_shape, self.seqlen_q, self.q_block_size)
+            _check_batched("k", k_shape, self.seqlen_k, self.k_block_size)
             return
-        for name, tensor in (("q", q), ("k", k)):
-            _check_dims(name, tensor, 3, "packed")
-        keys, rows = self.batch * self.cols * self._k_block, k.shape[0]
+        _check_dims("q", q_shape, 3, "packed")
+        _check_dims("k", k_shape, 3, "packed")
+        keys, rows = self.batch * self.cols * self._k_block, k_shape[0]
         if self.seqlen_k is not None and self.batch and rows > keys:
             raise ValueError(
                 f"max_seqlen_k is {self.seqlen_k}; expected at least {ceil_div(rows, self.batch)}, as k has {rows} "
@@ -513,21 +510,21 @@ def check_is_mask(value: object) -> None:
     raise TypeError(f"mask is a {type_name(value)}; expected a BlockMask of hbsattn{hint}")
 
 
-def _check_dims(name: str, tensor: Tensor, dims: int, form: str) -> None:
-    if tensor.dim() != dims:
+def _check_dims(name: str, shape: torch.Size, dims: int, form: str) -> None:
+    if len(shape) != dims:
         raise ValueError(
-            f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {dims}, as mask was built "
-            f"for {form} tensors"
+            f"{name} has {len(shape)} dimensions, shape {tuple(shape)}; expected {dims}, as mask was built for {form} "
+            "tensors"
         )
 
 
-def _check_batched(name: str, tensor: Tensor, seqlen: int, block_size: int) -> None:
-    if tensor.dim() == 4 and tensor.size(1) == seqlen:
+def _check_batched(name: str, shape: torch.Size, seqlen: int, block_size: int) -> None:
+    if len(shape) == 4 and shape[1] == seqlen:
         return
-    _check_dims(name, tensor, 4, "batched")
-    length = tensor.size(1)
+    _check_dims(name, shape, 4, "batched")
+    length = shape[1]
     hint = ""
-    if tensor.shape[2] == seqlen:
+    if shape[2] == seqlen:
         hint = ": heads come after the length, (batch, length, heads, head_dim)"
     elif ceil_div(length, block_size) == ceil_div(seqlen, block_size):
         hint = f": for this one, build the mask with seqlen_{name}={length}"

@@ -24,13 +24,15 @@ Status run_forward(const ForwardParams& params, Stream stream) {
     return Status::NotSupported("tiles of " + std::to_string(Config::kTileM) +
                                 " rows were planned for blocks that their kernel cannot take");
   }
+  int ctas = 0;
+  HBSATTN_RETURN_IF_ERROR(count_ctas(args, Config::kCtasPerSm, &ctas));
   // By a memset: it costs less than a kernel of its own. Behind the kernels of a plan, it would keep this one from
   // starting before they end.
-  if (!params.workspace_is_clear) {
+  if (!params.workspace_is_clear && args.num_items > ctas) {
     HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.ticket, 0, sizeof(int), stream), "cudaMemsetAsync"));
   }
-  return launch_tiles(kernel, args, Traits::kThreads, Config::kCtasPerSm, forward_shared_bytes<Config>(),
-                      "the launch of the forward kernel", stream);
+  return launch("the launch of the forward kernel", kernel, ctas, Traits::kThreads, forward_shared_bytes<Config>(),
+                stream, args);
 }
 
 }  // namespace hbsattn::kernels

@@ -110,15 +110,22 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   return Status::Ok();
 }
 
-// Starts persistent CTAs, as many as run at once. Their ticket is to be 0.
-template <class Arguments>
-Status launch_tiles(void (*kernel)(Arguments), const Arguments& args, int threads, int ctas_per_sm, int shared_bytes,
-                    const char* what, Stream stream) {
+// Persistent CTAs: as many as run at once, or as there are items.
+inline Status count_ctas(const sm90::QueryTileArguments& args, int ctas_per_sm, int* ctas) {
   int device_capability = 0, multiprocessors = 0;
   HBSATTN_RETURN_IF_ERROR(current_device(&device_capability, &multiprocessors));
   // At least one writes the queries that belong to no tile.
-  const int grid = std::max(std::min(multiprocessors * ctas_per_sm, args.num_items), 1);
-  return launch(what, kernel, grid, threads, shared_bytes, stream, args);
+  *ctas = std::max(std::min(multiprocessors * ctas_per_sm, args.num_items), 1);
+  return Status::Ok();
+}
+
+// Starts them. Their ticket is to be 0, unless each item has a CTA.
+template <class Arguments>
+Status launch_tiles(void (*kernel)(Arguments), const Arguments& args, int threads, int ctas_per_sm, int shared_bytes,
+                    const char* what, Stream stream) {
+  int ctas = 0;
+  HBSATTN_RETURN_IF_ERROR(count_ctas(args, ctas_per_sm, &ctas));
+  return launch(what, kernel, ctas, threads, shared_bytes, stream, args);
 }
 
 }  // namespace hbsattn::kernels

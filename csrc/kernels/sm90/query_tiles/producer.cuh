@@ -270,8 +270,11 @@ __device__ __forceinline__ void run_tile_warp(const QueryTileArguments& args, ty
     list_segments<Traits, kGeneral>(args, storage, segment_slot, item, first_word, stages, padding, key_end, lane);
     mbarrier_wait(&storage.tile_wanted, wanted.parity);
     wanted.advance();
-    const int ticket = lane == 0 ? atomicAdd(args.ticket, 1) : 0;
-    work = uniform(ticket) + static_cast<int>(gridDim.x);
+    work = args.num_items;
+    if (work > static_cast<int>(gridDim.x)) {
+      const int ticket = lane == 0 ? atomicAdd(args.ticket, 1) : 0;
+      work = uniform(ticket) + static_cast<int>(gridDim.x);
+    }
   }
   // The consumers still compute the last tile.
   if (args.sequences != nullptr) write_gaps<Traits>(args, lane);

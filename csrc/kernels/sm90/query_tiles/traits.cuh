@@ -160,7 +160,7 @@ struct QueryTileArguments {
   const uint32_t* bits;
   const WorkItem* items;
   int num_items;
-  int* ticket;
+  int* ticket;        // not read where every item has a CTA
   long long* cycles;  // optional
 
   void* out;
