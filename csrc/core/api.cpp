@@ -24,7 +24,7 @@ Status dispatch(const KernelKey& key, const char* what, Run&& run) {
   Table::any([&](auto config) {
     using Config = decltype(config);
     const bool chosen =
-        Config::kDType == key.dtype && Config::kHeadDim == key.head_dim && Config::kTileRows == key.tile_rows;
+        Config::kDType == key.dtype && Config::kHeadDim == key.head_dim && KernelTiles::of<Config>() == key.tiles;
     if (chosen) status = run(config);
     return chosen;
   });
@@ -34,8 +34,9 @@ Status dispatch(const KernelKey& key, const char* what, Run&& run) {
 // `tile`: "m" or "n", which of a kernel's extents names it.
 template <class Config>
 std::string name_kernel(const char* direction, const char* tile) {
-  return std::string("sm90_") + direction + (Config::kDType == DType::kBFloat16 ? "_bf16" : "_fp16") + "_hd" +
-         std::to_string(Config::kHeadDim) + "_" + tile + std::to_string(Config::kTileRows);
+  return std::string("sm90_") + direction + (Config::kPairs ? "_pairs" : "") +
+         (Config::kDType == DType::kBFloat16 ? "_bf16" : "_fp16") + "_hd" + std::to_string(Config::kHeadDim) + "_" +
+         tile + std::to_string(Config::kTileRows);
 }
 
 // Adds the kernels of a table to `kernels`. `tile`: "m" or "n", which of their tiles' extents names them;
@@ -133,7 +134,7 @@ Status plan_items(const PlanParams& params, Stream stream) {
   return kernels::plan_items(params, stream);
 }
 
-size_t plan_scratch_size(int64_t num_items) { return 3 * sizeof(int32_t) * static_cast<size_t>(num_items); }
+size_t plan_scratch_size(int64_t num_items) { return 4 * sizeof(int32_t) * static_cast<size_t>(num_items); }
 
 Status transpose_mask(const TransposeParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(check_device());

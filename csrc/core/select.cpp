@@ -50,11 +50,11 @@ struct HeadDims {
 };
 
 template <class Table>
-HeadDims find_head_dims(const ForwardParams& problem, int tile_rows) {
+HeadDims find_head_dims(const ForwardParams& problem, KernelTiles tiles) {
   HeadDims found;
   Table::any([&](auto config) {
     using Config = decltype(config);
-    if (Config::kDType != problem.dtype || Config::kTileRows != tile_rows) return false;
+    if (Config::kDType != problem.dtype || !(KernelTiles::of<Config>() == tiles)) return false;
     if (found.chosen == 0 && problem.head_dim <= Config::kHeadDim) found.chosen = Config::kHeadDim;
     found.largest = Config::kHeadDim;
     return false;
@@ -68,35 +68,36 @@ Status refuse_head_dim(int head_dim, int largest, const char* where) {
   return Status::NotSupported("head_dim is " + std::to_string(head_dim) + "; expected " + expected + where);
 }
 
-int query_tile_rows(const ForwardParams& problem, bool for_backward) {
-  return shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads,
-                     for_backward)
-      .tile_rows;
+KernelTiles query_tiles(const ForwardParams& problem, bool for_backward) {
+  const TileShape tiles = shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
+                                      problem.pack_heads, for_backward);
+  return {tiles.tile_rows, tiles.pairs};
 }
 
-int backward_tile_rows(const BackwardParams& params) {
+KernelTiles backward_tiles(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
   const BackwardMethod method = choose_backward_method(params);
   return method == BackwardMethod::kByQueries || method == BackwardMethod::kQueriesOnly
-             ? query_tile_rows(problem, true)
-             : shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys;
+             ? query_tiles(problem, true)
+             : KernelTiles{shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys};
 }
 
 HeadDims find_backward_head_dims(const BackwardParams& params) {
-  const int tile_rows = backward_tile_rows(params);
+  const KernelTiles tiles = backward_tiles(params);
   switch (choose_backward_method(params)) {
     case BackwardMethod::kByQueries:
-      return find_head_dims<Sm90BackwardQueriesKernels>(params.problem, tile_rows);
+      return find_head_dims<Sm90BackwardQueriesKernels>(params.problem, tiles);
     case BackwardMethod::kQueriesOnly:
-      return find_head_dims<Sm90GradQueriesKernels>(params.problem, tile_rows);
+      return find_head_dims<Sm90GradQueriesKernels>(params.problem, tiles);
     default:
-      return find_head_dims<Sm90BackwardKeysKernels>(params.problem, tile_rows);
+      return find_head_dims<Sm90BackwardKeysKernels>(params.problem, tiles);
   }
 }
 
-Status select(const ForwardParams& problem, const HeadDims& found, int tile_rows, const char* where, KernelKey* key) {
+Status select(const ForwardParams& problem, const HeadDims& found, KernelTiles tiles, const char* where,
+              KernelKey* key) {
   if (found.chosen == 0) return refuse_head_dim(problem.head_dim, found.largest, where);
-  *key = {problem.dtype, found.chosen, tile_rows};
+  *key = {problem.dtype, found.chosen, tiles};
   return Status::Ok();
 }
 
@@ -208,8 +209,8 @@ Status select_forward(const ForwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_device());
   HBSATTN_RETURN_IF_ERROR(check_dtype(params.dtype));
   HBSATTN_RETURN_IF_ERROR(check_keys(params));
-  const int tile_rows = query_tile_rows(params, false);
-  return select(params, find_head_dims<Sm90ForwardKernels>(params, tile_rows), tile_rows, " on CUDA", key);
+  const KernelTiles tiles = query_tiles(params, false);
+  return select(params, find_head_dims<Sm90ForwardKernels>(params, tiles), tiles, " on CUDA", key);
 }
 
 int choose_backward_head_dim(const BackwardParams& params) { return find_backward_head_dims(params).chosen; }
@@ -220,13 +221,13 @@ Status select_backward(const BackwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_backward_sizes(params.problem));
   // Tiles of keys take them as they are; those of queries tell consumers where blocks end.
   if (backward_lists(params).items) HBSATTN_RETURN_IF_ERROR(check_keys(params.problem));
-  return select(params.problem, find_backward_head_dims(params), backward_tile_rows(params),
+  return select(params.problem, find_backward_head_dims(params), backward_tiles(params),
                 " for the backward pass on CUDA", key);
 }
 
 Status select_grad_queries(const BackwardParams& params, KernelKey* key) {
-  const int tile_rows = query_tile_rows(params.problem, true);
-  return select(params.problem, find_head_dims<Sm90GradQueriesKernels>(params.problem, tile_rows), tile_rows,
+  const KernelTiles tiles = query_tiles(params.problem, true);
+  return select(params.problem, find_head_dims<Sm90GradQueriesKernels>(params.problem, tiles), tiles,
                 " for the deterministic backward pass on CUDA", key);
 }
 

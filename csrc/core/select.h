@@ -6,11 +6,23 @@
 
 namespace hbsattn {
 
+// What tells the kernels of a table apart that have one dtype and head dim.
+struct KernelTiles {
+  int rows;  // queries of a tile; keys of one in the backward pass by keys
+  bool pairs = false;
+
+  template <class Config>
+  static constexpr KernelTiles of() {
+    return {Config::kTileRows, Config::kPairs};
+  }
+  constexpr bool operator==(const KernelTiles& other) const { return rows == other.rows && pairs == other.pairs; }
+};
+
 // Which compiled kernel runs a problem.
 struct KernelKey {
   DType dtype;
-  int head_dim;   // that it is compiled for
-  int tile_rows;  // queries of a tile; keys of one in the backward pass by keys
+  int head_dim;  // that it is compiled for
+  KernelTiles tiles;
 };
 
 // Whether this build has device code for the current device.

@@ -15,12 +15,23 @@ from typing import NamedTuple
 
 TABLE = Path(__file__).resolve().parent / "sm90" / "instances.txt"
 DTYPES = {"bf16": "DType::kBFloat16", "fp16": "DType::kFloat16"}
-# Of each kernel: the template of its Config, whether that takes tile rows, and the parameters of its run function.
-CONFIGS = {
-    "forward": ("Sm90Forward", True, "ForwardParams"),
-    "grad_queries": ("Sm90GradQueries", True, "BackwardParams"),
-    "backward_queries": ("Sm90BackwardQueries", False, "BackwardParams"),
-    "backward_keys": ("Sm90BackwardKeys", True, "BackwardParams"),
+
+
+class Kernel(NamedTuple):
+    """A column of the table."""
+
+    template: str  # of its Config
+    takes_rows: bool  # whether that takes tile rows
+    function: str  # what runs it, run_*: the kernels of one function are a list, and come from one folder
+    parameters: str  # of that function
+
+
+KERNELS = {
+    "forward": Kernel("Sm90Forward", True, "forward", "ForwardParams"),
+    "forward_pairs": Kernel("Sm90ForwardPairs", False, "forward", "ForwardParams"),
+    "grad_queries": Kernel("Sm90GradQueries", True, "grad_queries", "BackwardParams"),
+    "backward_queries": Kernel("Sm90BackwardQueries", False, "backward_queries", "BackwardParams"),
+    "backward_keys": Kernel("Sm90BackwardKeys", True, "backward_keys", "BackwardParams"),
 }
 
 
@@ -34,8 +45,9 @@ class Instance(NamedTuple):
 
     @property
     def config(self) -> str:
-        template, takes_rows, _ = CONFIGS[self.kernel]
-        return f"{template}<{DTYPES[self.dtype]}, {self.head_dim}{f', {self.tile_rows}' if takes_rows else ''}>"
+        kernel = KERNELS[self.kernel]
+        rows = f", {self.tile_rows}" if kernel.takes_rows else ""
+        return f"{kernel.template}<{DTYPES[self.dtype]}, {self.head_dim}{rows}>"
 
     @property
     def file(self) -> str:
@@ -43,16 +55,17 @@ class Instance(NamedTuple):
 
     @property
     def instantiation(self) -> str:
+        kernel = KERNELS[self.kernel]
         return (
-            f"template Status run_{self.kernel}<{self.config}>(const {CONFIGS[self.kernel][2]}&, Stream);\n"
-            f"template int {self.kernel}_shared_bytes<{self.config}>();\n\n"
+            f"template Status run_{kernel.function}<{self.config}>(const {kernel.parameters}&, Stream);\n"
+            f"template int {kernel.function}_shared_bytes<{self.config}>();\n\n"
         )
 
 
 def source_of(instances: list[Instance]) -> str:
     """The text of a source file that holds these instances of one kernel."""
     return (
-        f'#include "kernels/sm90/{instances[0].kernel}/launch.cuh"\n\n'
+        f'#include "kernels/sm90/{KERNELS[instances[0].kernel].function}/launch.cuh"\n\n'
         "namespace hbsattn::kernels {\n\n"
         + "".join(instance.instantiation for instance in instances)
         + "}  // namespace hbsattn::kernels\n"
@@ -108,9 +121,12 @@ def generate(folder: Path, head_dims: str | None = None, dtypes: str | None = No
     for path in set(folder.glob("*.cu")) - set(held):
         path.unlink()
     lines = ["#pragma once", "", "namespace hbsattn {", ""]
-    for kernel, (template, *_) in CONFIGS.items():
-        configs = ",\n    ".join(instance.config for instance in chosen if instance.kernel == kernel)
-        lines += [f"using {template}Kernels = KernelTable<", f"    {configs}>;", ""]
+    for name, kernel in KERNELS.items():
+        if name != kernel.function:
+            continue
+        held_in = [instance.config for instance in chosen if KERNELS[instance.kernel].function == name]
+        configs = ",\n    ".join(held_in)
+        lines += [f"using {kernel.template}Kernels = KernelTable<", f"    {configs}>;", ""]
     write_if_changed(folder / "sm90_kernels.h", "\n".join([*lines, "}  // namespace hbsattn", ""]))
     return list(held)
 

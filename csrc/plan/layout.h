@@ -11,6 +11,7 @@
 #include "hbsattn/params.h"
 #include "plan/lists.h"
 #include "plan/mask_heads.h"
+#include "plan/pairs.h"
 #include "plan/rule.h"
 #include "plan/tiles.h"
 
@@ -149,6 +150,7 @@ struct ItemGrid {
   int32_t tile_rows;
   int32_t tiles;   // of one row
   int32_t united;  // neighbouring query blocks that a tile may unite, 1: none
+  bool pairs;      // as in TileShape
 };
 
 struct Item {

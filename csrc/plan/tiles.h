@@ -48,6 +48,18 @@ constexpr int32_t count_united_blocks(int64_t block_rows, int32_t tile_rows) {
   return block_rows % kGranule == 0 && tile_rows % block_rows == 0 ? static_cast<int32_t>(tile_rows / block_rows) : 1;
 }
 
+// Whether the forward takes query blocks in pairs: neighbours of 64 rows each, one for each of two consumer warpgroups
+// of a tile of 128, which reads once what both attend to and computes of the rest what each does. Their kernel is for
+// key blocks of whole granules and for boxes of one head. A pair takes as long as two tiles on one multiprocessor, so
+// there must be enough for all of them, two blocks for each of a Hopper card's 132; and sequences of one block have no
+// pairs.
+constexpr bool takes_pairs(const MaskShape& shape, int64_t block_rows, int64_t head_groups, int32_t head_dim) {
+  constexpr int64_t kLeastBlocks = 264;
+  return block_rows == 64 && shape.q_block_size % kGranule == 0 && shape.k_block_size % kGranule == 0 &&
+         head_dim <= 128 && shape.rows >= 2 * int64_t{shape.batch} &&
+         shape.rows >= (kLeastBlocks + head_groups - 1) / head_groups;
+}
+
 // How the query blocks of a problem are cut into tiles, for the forward or for gradients: the one place that tells
 // planner, checks and launcher.
 struct TileShape {
@@ -56,16 +68,24 @@ struct TileShape {
   int32_t tile_rows;
   int32_t tiles;   // of a query block
   int32_t united;  // neighbouring query blocks that one tile may hold
+  bool pairs;      // it holds two of them, if there are, and each has a consumer warpgroup and a list of its own
 };
 
 constexpr TileShape shape_tiles(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
                                 bool pack_heads, bool for_backward) {
   const int32_t packed_heads = count_packed_heads(shape, heads_q, heads_k, pack_heads);
   const int64_t block_rows = int64_t{packed_heads} * shape.q_block_size;
+  if (!for_backward && takes_pairs(shape, block_rows, heads_q / packed_heads, head_dim)) {
+    return {packed_heads, block_rows, 128, 1, 2, true};
+  }
   const int32_t tile_rows = for_backward ? choose_tile_rows(block_rows, head_dim)
                                          : choose_forward_tile_rows(block_rows, head_dim, shape.k_block_size);
-  return {packed_heads, block_rows, tile_rows, static_cast<int32_t>((block_rows + tile_rows - 1) / tile_rows),
-          count_united_blocks(block_rows, tile_rows)};
+  return {packed_heads,
+          block_rows,
+          tile_rows,
+          static_cast<int32_t>((block_rows + tile_rows - 1) / tile_rows),
+          count_united_blocks(block_rows, tile_rows),
+          false};
 }
 
 // Rows of the tiles of the backward pass: how the key blocks of a problem are cut, the one place that tells.

@@ -306,7 +306,8 @@ int check_empty_tiles(int rounds) {
                               tiles.packed_heads,
                               tiles.tile_rows,
                               tiles.tiles,
-                              tiles.united};
+                              tiles.united,
+                              tiles.pairs};
     const int64_t items = problem.heads_q / tiles.packed_heads * shape.rows * tiles.tiles;
     for (int64_t index = 0; index < std::min<int64_t>(items, 3000); ++index) {
       const mask::Item item = mask::make_item(grid, index);

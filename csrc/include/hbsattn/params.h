@@ -110,24 +110,25 @@ struct PackParams {
 // One stationary tile of the forward kernel: up to 64 or 128 "virtual rows" of one query block. When `packed_heads`
 // query heads share the mask, virtual row v of a query block stands for row v % q_block_size of head v / q_block_size.
 // Small neighbouring blocks of a sequence that attend alike may be united: one tile has the rows of all, one after
-// another, and reads each key block that any of them is active with.
+// another, and reads each key block that any of them is active with. Blocks of 64 rows come in pairs, whether they
+// attend alike or not: one tile has both, and each computes what it attends to (TileShape::pairs).
 struct alignas(64) WorkItem {
   int32_t bit_row;    // row of the bit matrix over all heads: mask head * rows + row; of the first block, if united
   int32_t sequence;   // batch index
   int32_t head;       // first query head of the tile's group
   int32_t block_row;  // first query of the block, in its sequence
   int32_t first_row;  // first virtual row of the tile within the block
-  int32_t blocks;     // active key blocks
-  int32_t masked;     // of these, the last ones (largest columns), which need element masks
+  int32_t blocks;     // active key blocks; of a pair, those of its two blocks added up
+  int32_t masked;     // of these, the last ones (largest columns), which need element masks; of a pair 0: it finds them
   int32_t col_end;    // columns from here on are not visible to any row of the tile
   int32_t q_begin;    // copied from Sequence
   int32_t q_len;
   int32_t k_begin;
   int32_t k_len;
   int32_t diagonal;
-  int32_t united;     // query blocks of the tile. 0: a dead item, as the tile of another has this block, or the tile no
-                      // query; such items end the list, and their bit_row is -1
-  int32_t unused[2];  // 0; declared, or compilers copy what fills the record up byte by byte
+  int32_t united;    // query blocks of the tile. 0: a dead item, as the tile of another has this block, or the tile no
+                     // query; such items end the list, and their bit_row is -1
+  int32_t alone[2];  // of a pair, the key blocks that one of its blocks is active with and the other not; otherwise 0
 };
 
 // The work list of one mask for one (heads_q, heads_k, head_dim, element size): a record per tile, heaviest first

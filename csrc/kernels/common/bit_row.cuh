@@ -25,19 +25,31 @@ struct BitRows {
   }
 };
 
+// Two rows, of which those columns are active that both have, but each counts as its complement if so told.
+struct PairRows {
+  const uint32_t* first;
+  const uint32_t* second;            // null: a row of zeros
+  uint32_t flip_first, flip_second;  // ~0: the complement
+
+  __device__ __forceinline__ uint32_t word(int index) const {
+    const uint32_t of_first = __ldg(first + index), of_second = second == nullptr ? 0 : __ldg(second + index);
+    return (of_first ^ flip_first) & (of_second ^ flip_second);
+  }
+};
+
 // The active blocks of bit rows, largest column first, expanded by one warp into a small ring in shared memory.
 // Every kernel that asks which blocks a row has asks it here; dense, causal and sparse rows differ in bits alone.
 //
 // Lanes hold a chunk of 1024 columns, a word each, while the next chunk is on its way from global memory. A round
 // expands kBits columns a lane; columns without blocks are skipped in large steps.
-template <int kBits, int kEntries>
+template <int kBits, int kEntries, class Rows = BitRows>
 struct BitRow {
   static constexpr int kColumns = 1024;  // of a chunk
   static constexpr int kRoundColumns = 32 * kBits;
   static_assert(kEntries >= kRoundColumns + 32, "a round's columns, and those of the last one that are to be read");
   static_assert((kEntries & (kEntries - 1)) == 0);
 
-  BitRows rows;
+  Rows rows;
   int32_t* ring;
   int col_begin, col_end;  // columns outside are ignored
   int lane;
@@ -49,8 +61,7 @@ struct BitRow {
 
   static __device__ __forceinline__ int first_chunk(int col_end) { return (col_end - 1) / kColumns; }
 
-  static __device__ __forceinline__ uint32_t load(const BitRows& rows, int col_begin, int col_end, int chunk,
-                                                  int lane) {
+  static __device__ __forceinline__ uint32_t load(const Rows& rows, int col_begin, int col_end, int chunk, int lane) {
     const int first_col = chunk * kColumns + lane * 32;
     if (chunk < 0 || first_col >= col_end || first_col + 32 <= col_begin) return 0;
     uint32_t word = rows.word(first_col / 32);
@@ -59,7 +70,7 @@ struct BitRow {
   }
 
   // `first_word` is load(rows, col_begin, col_end, first_chunk(col_end), lane). A row without columns is not expanded.
-  __device__ __forceinline__ BitRow(const BitRows& rows, int col_begin, int col_end, int32_t* ring, uint32_t first_word,
+  __device__ __forceinline__ BitRow(const Rows& rows, int col_begin, int col_end, int32_t* ring, uint32_t first_word,
                                     int lane)
       : rows(rows),
         ring(ring),

@@ -111,6 +111,11 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
 
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive(shared_address(barrier)); }
 
+// `count` arrivals at once.
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
 // A warp arrives when all its lanes have read or written what the barrier guards: __syncwarp orders them before lane 0,
 // which arrives for all: 32 arrivals take 32 times as long as one. compute-sanitizer's racecheck follows each lane by
 // itself and reports what the others did; builds for it let every lane arrive.

@@ -47,6 +47,12 @@ struct OnlineSoftmax {
     }
   }
 
+  // Nothing to attend.
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) row_max[row] = row_sum[row] = offset[row] = 0.f;
+  }
+
   // Maxima of further scores, and by how many powers of two they exceed those that are in use.
   struct Growth {
     float maximum[2], by[2];

@@ -69,21 +69,52 @@ __device__ UnitedCounts count_united(const ItemGrid& grid, const uint32_t* bits,
 
 // What is known of an item, for the lists.
 struct ItemCounts {
-  int32_t blocks;  // -1: the item is dead
-  int32_t masked;  // of these, those that need element masks; the complement of how many blocks are united, if several
-                   // are or the item is dead
+  int32_t blocks;      // of the record; what items are put in order by. -1: the item is dead
+  int32_t details[2];  // the record's masked and united; of a pair its alone, -1 for a block that does not exist
 };
+
+// The same of a pair, which is always one tile.
+template <int kThreads>
+__device__ ItemCounts count_pair(const ItemGrid& grid, const uint32_t* bits, const mask::Neighbours& neighbours,
+                                 int lane) {
+  const Item last = mask::make_item(grid, neighbours.first + neighbours.count - 1);
+  const int64_t words = grid.shape.words();
+  const uint32_t* second = bits + last.record.bit_row * words;
+  const uint32_t* first = second - (neighbours.count - 1) * words;
+  PairCounts counts{};
+  for (int word = lane; 32 * word < last.record.col_end; word += kThreads) {
+    const uint32_t visible = mask::bits_before(last.record.col_end, word);
+    const uint32_t of_first = first[word] & visible;
+    const uint32_t of_second = neighbours.count > 1 ? second[word] & visible : 0;
+    counts.both += __popc(of_first & of_second);
+    counts.alone[0] += __popc(of_first & ~of_second);
+    counts.alone[1] += __popc(of_second & ~of_first);
+  }
+#pragma unroll
+  for (int delta = kThreads / 2; delta > 0; delta /= 2) {
+    counts.both += __shfl_xor_sync(~0u, counts.both, delta);
+    counts.alone[0] += __shfl_xor_sync(~0u, counts.alone[0], delta);
+    counts.alone[1] += __shfl_xor_sync(~0u, counts.alone[1], delta);
+  }
+  return {counts.weight(), {counts.alone[0], neighbours.count > 1 ? counts.alone[1] : -1}};
+}
 
 // kThreads threads count the blocks of one item. The first of united items gets the blocks of all, the others are dead,
 // and so are tiles without queries of blocks that have several. Each item decides for itself, so that every item is
 // decided, whatever the table of sequences says.
 template <int kThreads>
 __device__ ItemCounts count_item(const ItemGrid& grid, const uint32_t* bits, int64_t index, int lane) {
-  constexpr ItemCounts kDead{-1, ~0};
+  constexpr ItemCounts kDead{-1, {}};
   if (grid.united > 1) {
     const mask::Neighbours neighbours = mask::find_neighbours(grid, index);
+    if (grid.pairs) {
+      // All lanes of a warp count, or none.
+      return index == neighbours.first ? count_pair<kThreads>(grid, bits, neighbours, lane) : kDead;
+    }
     const UnitedCounts united = count_united<kThreads>(grid, bits, neighbours, lane);
-    if (united.pays) return index == neighbours.first ? ItemCounts{united.blocks, ~neighbours.count} : kDead;
+    if (united.pays) {
+      return index == neighbours.first ? ItemCounts{united.blocks, {united.blocks, neighbours.count}} : kDead;
+    }
   }
 
   const Item item = mask::make_item(grid, index);
@@ -100,24 +131,25 @@ __device__ ItemCounts count_item(const ItemGrid& grid, const uint32_t* bits, int
     all += __shfl_xor_sync(~0u, all, delta);
     clean += __shfl_xor_sync(~0u, clean, delta);
   }
-  return {all, all - clean};
+  return {all, {all - clean, 1}};
 }
 
 // Counts the blocks of each item and, if `live` is not null, the items of each section that are not dead.
 template <int kThreads>
 __global__ void __launch_bounds__(kCountThreads)
     count_blocks_kernel(const ItemGrid grid, const uint32_t* bits, int64_t num_items, int32_t section_items,
-                        int32_t* blocks, int32_t* masked, int32_t* live) {
+                        int32_t* blocks, int32_t* details, int32_t* live) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
   const int64_t index = (int64_t{blockIdx.x} * kCountThreads + threadIdx.x) / kThreads;
   const int lane = threadIdx.x % kThreads;
   const bool exists = index < num_items;
-  ItemCounts counts{-1, 0};
+  ItemCounts counts{-1, {}};
   if (exists) counts = count_item<kThreads>(grid, bits, index, lane);
   if (exists && lane == 0) {
     blocks[index] = counts.blocks;
-    masked[index] = counts.masked;
+    details[index] = counts.details[0];
+    details[num_items + index] = counts.details[1];
   }
   if (live == nullptr) return;
   // One addition for all items of a warp that are of one section.
@@ -130,23 +162,25 @@ __global__ void __launch_bounds__(kCountThreads)
 // The record of an item of the list.
 __device__ PackedRecord make_item_record(const ItemGrid& grid, int64_t index, ItemCounts counts) {
   WorkItem record = mask::make_item(grid, index).record;
-  record.blocks = counts.blocks;
-  record.masked = counts.masked;
-  if (record.masked < 0) {
-    record.united = ~record.masked;
-    record.masked = record.blocks;
-    if (record.united > 1) {
-      // The last block sees farthest.
-      record.col_end = mask::make_item(grid, index + record.united - 1).record.col_end;
-    } else {
-      record.bit_row = -1;
-      record.blocks = record.masked = 0;
-    }
+  if (counts.blocks < 0) {
+    record.bit_row = -1;
+    record.united = 0;
+  } else if (grid.pairs) {
+    record.blocks = counts.blocks;
+    record.united = counts.details[1] < 0 ? 1 : 2;
+    record.alone[0] = counts.details[0];
+    record.alone[1] = mask::larger(counts.details[1], 0);
+  } else {
+    record.blocks = counts.blocks;
+    record.masked = counts.details[0];
+    record.united = counts.details[1];
   }
+  // The last block sees farthest.
+  if (record.united > 1) record.col_end = mask::make_item(grid, index + record.united - 1).record.col_end;
   return {make_int4(record.bit_row, record.sequence, record.head, record.block_row),
           make_int4(record.first_row, record.blocks, record.masked, record.col_end),
           make_int4(record.q_begin, record.q_len, record.k_begin, record.k_len),
-          make_int4(record.diagonal, record.united, 0, 0)};
+          make_int4(record.diagonal, record.united, record.alone[0], record.alone[1])};
 }
 static_assert(sizeof(WorkItem) == sizeof(PackedRecord) && offsetof(WorkItem, first_row) == 16 &&
               offsetof(WorkItem, q_begin) == 32 && offsetof(WorkItem, diagonal) == 48);
@@ -155,10 +189,11 @@ static_assert(sizeof(WorkItem) == sizeof(PackedRecord) && offsetof(WorkItem, fir
 struct ItemList {
   static constexpr bool kHeavyFirst = false;
   ItemGrid grid;
-  const int32_t* masked;
+  const int32_t* details;
+  int64_t num_items;
 
   __device__ PackedRecord make_record(int64_t index, int weight, int) const {
-    return make_item_record(grid, index, {weight, masked[index]});
+    return make_item_record(grid, index, {weight, {details[index], details[num_items + index]}});
   }
 };
 
@@ -226,13 +261,14 @@ Status plan_items(const PlanParams& params, Stream stream) {
                       tiles.packed_heads,
                       tiles.tile_rows,
                       tiles.tiles,
-                      tiles.united};
+                      tiles.united,
+                      tiles.pairs};
   int32_t* blocks = static_cast<int32_t*>(params.scratch);
-  int32_t* masked = blocks + num_items;
+  int32_t* details = blocks + num_items;
   const bool some_dead = tiles.united > 1 || tiles.tiles > 1;
   const int32_t section_items = count_section_items(params, tiles, num_items, some_dead);
   // The dead items of a section are its last ones: nobody has to count them where there is one section.
-  int32_t* live = some_dead && section_items < num_items ? masked + num_items : nullptr;
+  int32_t* live = some_dead && section_items < num_items ? details + 2 * num_items : nullptr;
   OrderArguments order{};
   order.num_items = num_items;
   order.room = params.num_items;
@@ -253,8 +289,8 @@ Status plan_items(const PlanParams& params, Stream stream) {
   const auto count_ctas = static_cast<unsigned>(mask::ceil_div(num_items * threads, kCountThreads));
   HBSATTN_RETURN_IF_ERROR(
       launch("the launch of count_blocks", threads == 1 ? count_blocks_kernel<1> : count_blocks_kernel<32>, count_ctas,
-             kCountThreads, 0, stream, grid, params.mask.bits, num_items, section_items, blocks, masked, live));
-  return order_items(ItemList{grid, masked}, order, stream);
+             kCountThreads, 0, stream, grid, params.mask.bits, num_items, section_items, blocks, details, live));
+  return order_items(ItemList{grid, details, num_items}, order, stream);
 }
 
 }  // namespace hbsattn::kernels

@@ -10,13 +10,13 @@
 
 namespace hbsattn {
 
-// The kernels. kTileRows: of what a CTA keeps while it streams the rest.
+// The kernels. kTileRows: of what a CTA keeps while it streams the rest. kPairs: as in TileShape.
 
 // Whether tiles of query rows need the second, general kernel: for key blocks that are no multiple of a granule, for
-// query blocks whose heads come in one box, and for those that may be united.
+// query blocks whose heads come in one box, and for those that may be united, but for pairs.
 constexpr bool needs_general_kernel(const MaskShape& shape, const TileShape& tiles) {
   const bool ragged = shape.k_block_size % kGranule != 0;
-  return ragged || (tiles.packed_heads > 1 && shape.q_block_size % kGranule != 0) || tiles.united > 1;
+  return ragged || (tiles.packed_heads > 1 && shape.q_block_size % kGranule != 0) || (tiles.united > 1 && !tiles.pairs);
 }
 
 // A forward kernel for sm_90a. A CTA owns kTileM query rows, 64 for each consumer warpgroup, and streams the keys of
@@ -27,6 +27,7 @@ struct Sm90Forward {
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileRows = kTileM;
+  static constexpr bool kPairs = false;
   static constexpr int kCtasPerSm = kTileM == 64 ? 2 : 1;
   // Whether there is a second kernel for what the fast one has no code for.
   static constexpr bool kWithGeneral = kTileM != 192;
@@ -59,6 +60,30 @@ struct Sm90Forward {
   static constexpr int kConsumerRegisters = kTight ? 160 : kTileM == 192 ? 152 : kTileM == 128 ? 232 : 216;
 };
 
+// A forward kernel for sm_90a, up to head dim 128. A CTA owns a pair of query blocks of 64 rows, one for each consumer
+// warpgroup, and streams first the keys that both attend to, then those of each. As tiles of 64 rows, two CTAs of which
+// share a multiprocessor, but what both attend to comes once.
+template <DType kDType_, int kHeadDim_>
+struct Sm90ForwardPairs {
+  static constexpr DType kDType = kDType_;
+  static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
+  static constexpr int kTileM = 128;
+  static constexpr int kTileRows = kTileM;
+  static constexpr bool kPairs = true;
+  static constexpr int kCtasPerSm = 1;
+  static constexpr bool kWithGeneral = false;
+  // Each of the three lists fills whole stages, so half of one is lost three times a tile.
+  static constexpr int kTileN = 64;
+  // About 192 KB with the queries. A unit uses every second stage of what it attends to alone.
+  static constexpr int kKeyStages = kHeadDim == 64 ? 8 : kHeadDim == 96 ? 6 : 4;
+  static constexpr int kValueStages = kKeyStages;
+  static constexpr int kQueryBuffers = 2;
+  static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+  static_assert(kHeadDim <= 128);
+};
+
 // A backward kernel for sm_90a. A CTA owns kTileN keys and streams the queries and output gradients of the active
 // blocks in stages of kTileM. A consumer warpgroup has 64 of the keys; above head dim 128, where the gradients of that
 // many do not fit its registers, two warpgroups share them.
@@ -68,6 +93,7 @@ struct Sm90BackwardKeys {
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
   static constexpr int kTileN = kTileN_;
   static constexpr int kTileRows = kTileN;
+  static constexpr bool kPairs = false;
   static constexpr bool kWide = kHeadDim > 128;
   static constexpr int kCtasPerSm = kWide ? 1 : 128 / kTileN;
   static constexpr int kTileM = 64;
@@ -90,6 +116,7 @@ struct Sm90GradQueries {
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileRows = kTileM;
+  static constexpr bool kPairs = false;
   static constexpr int kCtasPerSm = 128 / kTileM;
   static constexpr int kTileN = kHeadDim <= 64 && kTileM == 128 ? 128 : kHeadDim <= 192 ? 64 : 32;
   // A key stage is held until the scores of the next one are there and the product behind them is done.
@@ -109,6 +136,7 @@ struct Sm90BackwardQueries {
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
   static constexpr int kTileM = 128;
   static constexpr int kTileRows = kTileM;
+  static constexpr bool kPairs = false;
   static constexpr int kCtasPerSm = 1;
   static constexpr int kTileN = 64;
   static constexpr int kKeyStages = kHeadDim == 128 ? 3 : 4;

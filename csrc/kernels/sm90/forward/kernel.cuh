@@ -20,7 +20,7 @@ __device__ __forceinline__ void finish_tile(const QueryTileArguments& args, type
   // Unless a box holds several heads, the rows of a warp lie in one, and one place tells them all. Found outside the
   // branch, it is computed while the last product still runs.
   const int warp_row = unit * kUnitRows + warp * 16;
-  const RowPlace first = place_row<kGeneral>(args, item, warp_row);
+  const RowPlace first = place_row<kSeveralBlocks<Traits, kGeneral>>(args, item, warp_row);
   if ((lane & 3) == 0) {
     float* destination = lse_of_row(args, item, first);
 #pragma unroll
@@ -44,19 +44,32 @@ __device__ __forceinline__ void run_consumer(const QueryTileArguments& args, typ
   ForwardMainloop<Traits, kGeneral> mainloop(args, storage, unit, lane);
   RingPosition<Traits::kTileSlots> slot(0);
   RingPosition<Traits::kQueryBuffers> buffer(0);
+  [[maybe_unused]] int ring_begin = 0;  // of a pair's stages, in the rings of keys and values
   while (true) {
     const WorkItem item = wait_tile(storage, slot).item;
     const int stages = uniform(storage.tiles[slot.index].stages);
-    const int masked_stages = uniform(storage.tiles[slot.index].masked_stages);
+    [[maybe_unused]] const int masked_stages = uniform(storage.tiles[slot.index].masked_stages);
+    [[maybe_unused]] PairStages pair;
+    if constexpr (Traits::kPairs) {
+      const PairStages& announced = storage.tiles[slot.index].pair;
+      pair.order = {uniform(announced.order.both),
+                    {uniform(announced.order.alone[0]), uniform(announced.order.alone[1])}};
+      for (int owner = 0; owner < Traits::kOwners; ++owner) pair.masked[owner] = uniform(announced.masked[owner]);
+    }
     release_tile(storage, slot, lane);
     if (uniform(item.bit_row) < 0) break;
     if (stages == 0) {
       write_empty_tile<Traits, kGeneral>(args, item, unit, warp, lane);
       continue;
     }
-    const KeyLimits<kGeneral> limits(args, item, unit * kUnitRows + warp * 16, lane);
+    const typename ForwardMainloop<Traits, kGeneral>::Limits limits(args, item, unit * kUnitRows + warp * 16, lane);
     mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
-    mainloop.run(limits, stages, masked_stages, buffer.index * Traits::kUnits + unit);
+    if constexpr (Traits::kPairs) {
+      mainloop.run_pair(limits, pair, ring_begin, buffer.index * Traits::kUnits + unit);
+      ring_begin = (ring_begin + stages) % Traits::kKeyStages;
+    } else {
+      mainloop.run(limits, stages, masked_stages, buffer.index * Traits::kUnits + unit);
+    }
     finish_tile<Traits, kGeneral>(args, storage, mainloop, item, buffer.index, warp);
     buffer.advance();
   }

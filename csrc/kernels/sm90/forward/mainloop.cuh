@@ -11,11 +11,33 @@
 #include "kernels/sm90/query_tiles/limits.cuh"
 #include "kernels/sm90/query_tiles/traits.cuh"
 #include "kernels/sm90/turn.cuh"
+#include "plan/pairs.h"
 
 // What one consumer warpgroup does with the stages of a tile: scores of 64 query rows against a stage of keys, softmax,
 // and the product with the values of the stage before, which overlaps the softmax, or its maxima alone (kAhead).
 
 namespace hbsattn::sm90 {
+
+// Where one unit of a pair is in a ring of stages. It goes from one of its own stages to the next, and those of the
+// other alone lie between. The stages of an owner that pass through a place of the ring have a barrier that tells when
+// they are full (QueryTileTraits::kOwners): its phases are those of the unit's own stages, one after another.
+template <int kStages>
+struct PairPosition {
+  int index = 0;        // in the ring
+  int full = 0;         // the barrier
+  uint32_t parity = 0;  // of the phase that it waits for
+  uint32_t phases;      // of each barrier, a bit that tells the parity of its next phase
+  static_assert(3 * kStages <= 32);
+
+  __device__ __forceinline__ explicit PairPosition(uint32_t first_phases) : phases(first_phases) {}
+
+  __device__ __forceinline__ void move(int owner, int to) {
+    index = to;
+    full = owner * kStages + to;
+    parity = phases >> full & 1;
+    phases ^= 1u << full;
+  }
+};
 
 template <class Traits, bool kGeneral>
 struct ForwardMainloop {
@@ -23,12 +45,15 @@ struct ForwardMainloop {
   using Storage = typename Traits::Storage;
   using MmaQK = typename Traits::MmaQK;
   using MmaPV = typename Traits::MmaPV;
+  using Limits = KeyLimits<kGeneral, Traits::kPairs>;
 
   static constexpr int kValueSteps = Traits::kTileN / 16;
   static constexpr bool kPaced = Traits::kHeadDim <= 64;  // exponentials take as long as products
   // Registers hold the scores of two stages beside such a short output. No turns then: no warpgroup waits for its
   // scores.
-  static constexpr bool kAhead = kPaced && Traits::kUnits == 2;
+  static constexpr bool kAhead = kPaced && Traits::kUnits == 2 && !Traits::kPairs;
+  // Those of a pair have as many steps only in what both attend to, and could take turns there.
+  static constexpr bool kTakesTurns = !kAhead && !Traits::kPairs;
 
   using Scores =
       decltype(cute::partition_fragment_C(MmaQK{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<Traits::kTileN>>{}));
@@ -42,12 +67,14 @@ struct ForwardMainloop {
   Storage& storage;
   const int unit;  // which consumer warpgroup
   const int lane;
-  const Turn<kAhead ? 1 : Traits::kUnits> turn;
+  const Turn<kTakesTurns ? Traits::kUnits : 1> turn;
   // The stages' barriers, which begin with `unread`. Opaque: recomputing the address in the loop costs issue slots and
   // moves the wait for the second product to a worse place.
   const uint32_t barriers;
-  RingPosition<Traits::kKeyStages> key_stage{0};
-  RingPosition<Traits::kValueStages> value_stage{0};
+  template <int kStages>
+  using Position = std::conditional_t<Traits::kPairs, PairPosition<kStages>, RingPosition<kStages>>;
+  Position<Traits::kKeyStages> key_stage{0};
+  Position<Traits::kValueStages> value_stage{0};
 
   Output output;
   OnlineSoftmax softmax;
@@ -64,14 +91,22 @@ struct ForwardMainloop {
   __device__ __forceinline__ uint32_t barrier(size_t offset, int index) const {
     return barriers + static_cast<uint32_t>(offset - offsetof(Storage, unread)) + index * sizeof(uint64_t);
   }
+  template <class Position>
+  static __device__ __forceinline__ int full_index(const Position& position) {
+    if constexpr (Traits::kPairs) {
+      return position.full;
+    } else {
+      return position.index;
+    }
+  }
   __device__ __forceinline__ uint32_t keys_full() const {
-    return barrier(offsetof(Storage, keys_full), key_stage.index);
+    return barrier(offsetof(Storage, keys_full), full_index(key_stage));
   }
   __device__ __forceinline__ uint32_t keys_empty() const {
     return barrier(offsetof(Storage, keys_empty), key_stage.index);
   }
   __device__ __forceinline__ uint32_t values_full() const {
-    return barrier(offsetof(Storage, values_full), value_stage.index);
+    return barrier(offsetof(Storage, values_full), full_index(value_stage));
   }
   __device__ __forceinline__ uint32_t values_empty() const {
     return barrier(offsetof(Storage, values_empty), value_stage.index);
@@ -122,23 +157,23 @@ struct ForwardMainloop {
     fence_operand(probabilities);
   }
 
-  __device__ __forceinline__ void mask(Scores& scores, const KeyLimits<kGeneral>& limits) const {
+  __device__ __forceinline__ void mask(Scores& scores, const Limits& limits) const {
     mask_scores<Traits>(scores, storage.granules[key_stage.index], limits, lane);
   }
 
   __device__ __forceinline__ void release_keys() {
     if (lane == 0) mbarrier_arrive(keys_empty());
-    key_stage.advance();
+    if constexpr (!Traits::kPairs) key_stage.advance();
   }
 
   __device__ __forceinline__ void release_values() {
     if (lane == 0) mbarrier_arrive(values_empty());
-    value_stage.advance();
+    if constexpr (!Traits::kPairs) value_stage.advance();
   }
 
   // Maxima of scores that have come, while the product behind them still runs, and what new ones ask for.
   template <bool kMasked>
-  __device__ __forceinline__ void grow(Scores& scores, Probabilities& probabilities, const KeyLimits<kGeneral>& limits,
+  __device__ __forceinline__ void grow(Scores& scores, Probabilities& probabilities, const Limits& limits,
                                        bool masked = true) {
     if (kMasked && masked) mask(scores, limits);
     release_keys();
@@ -163,14 +198,14 @@ struct ForwardMainloop {
 
   // Scores of the next stage while the tensor cores also multiply the last one's probabilities with its values.
   template <bool kMasked>
-  __device__ __forceinline__ void step(Scores& scores, Probabilities& probabilities, const KeyLimits<kGeneral>& limits,
-                                       int query_index, bool accumulate) {
+  __device__ __forceinline__ void step(Scores& scores, Probabilities& probabilities, const Limits& limits,
+                                       int query_index, bool accumulate, bool in_turn = true) {
     mbarrier_wait(keys_full(), key_stage.parity);
-    turn.take();
+    if (in_turn) turn.take();
     issue_scores(scores, query_index);
     mbarrier_wait(values_full(), value_stage.parity);
     issue_values(probabilities, accumulate);
-    turn.pass();
+    if (in_turn) turn.pass();
 
     cute::warpgroup_wait<1>();
     cute::warpgroup_fence_operand(scores);
@@ -182,7 +217,7 @@ struct ForwardMainloop {
   // with its values, while those scores' maxima are found.
   template <bool kMasked>
   __device__ __forceinline__ void step_ahead(Scores& scores, Scores& next, Probabilities& probabilities,
-                                             const KeyLimits<kGeneral>& limits, int query_index, bool accumulate,
+                                             const Limits& limits, int query_index, bool accumulate,
                                              bool masked = true) {
     mbarrier_wait(keys_full(), key_stage.parity);
     issue_scores(next, query_index);
@@ -196,7 +231,7 @@ struct ForwardMainloop {
   }
 
   // The first scores of a tile, and their maxima.
-  __device__ __forceinline__ void begin(Scores& scores, const KeyLimits<kGeneral>& limits, int query_index) {
+  __device__ __forceinline__ void begin(Scores& scores, const Limits& limits, int query_index) {
     mbarrier_wait(keys_full(), key_stage.parity);
     issue_scores(scores, query_index);
     cute::warpgroup_wait<0>();
@@ -216,8 +251,7 @@ struct ForwardMainloop {
   }
 
   // All stages of a tile. Masked stages come first; the loop after them has no mask code.
-  __device__ __forceinline__ void run(const KeyLimits<kGeneral>& limits, int stages, int masked_stages,
-                                      int query_index) {
+  __device__ __forceinline__ void run(const Limits& limits, int stages, int masked_stages, int query_index) {
     Scores scores;
     Probabilities probabilities;
     begin(scores, limits, query_index);
@@ -255,6 +289,59 @@ struct ForwardMainloop {
       }
     }
     finish(probabilities, accumulate);
+  }
+
+  // All stages of a tile that are this unit's block's: those that both attend to, then its own. Of each kind, masked
+  // stages come first. `ring_begin`: the place in the rings of the tile's first stage.
+  __device__ __forceinline__ void run_pair(const Limits& limits, const PairStages& pair, int ring_begin,
+                                           int query_index) {
+    static_assert(Traits::kKeyStages == Traits::kValueStages);
+    const int own = kOfFirst + unit;
+    int owner = pair.order.both > 0 ? int{kOfBoth} : own;
+    // Values of a stage lie in their ring as its keys do, and their barriers have the same phases.
+    const auto move_to = [&](int stage) {
+      value_stage = key_stage;
+      key_stage.move(owner, static_cast<uint32_t>(ring_begin + pair.order.place_of(owner, stage)) % Traits::kKeyStages);
+    };
+    if (pair.order.stages_of(owner) == 0) {
+      clear();
+      return;
+    }
+    Scores scores;
+    Probabilities probabilities;
+    move_to(0);
+    begin(scores, limits, query_index);
+    weigh(scores, probabilities);
+    bool accumulate = false;
+    int stage = 1;
+#pragma unroll 1
+    while (true) {
+      const int stages = pair.order.stages_of(owner), masked = pair.masked_of(owner);
+      const bool in_turn = owner == kOfBoth;
+#pragma unroll 1
+      for (; stage < masked; ++stage) {
+        move_to(stage);
+        step<true>(scores, probabilities, limits, query_index, accumulate, in_turn);
+        accumulate = true;
+      }
+#pragma unroll 1
+      for (; stage < stages; ++stage) {
+        move_to(stage);
+        step<false>(scores, probabilities, limits, query_index, accumulate, in_turn);
+        accumulate = true;
+      }
+      if (owner == own) break;
+      owner = own;
+      stage = 0;
+    }
+    value_stage = key_stage;
+    finish(probabilities, accumulate);
+  }
+
+  // What is left of no stage.
+  __device__ __forceinline__ void clear() {
+    cute::clear(output);
+    softmax.clear();
   }
 };
 

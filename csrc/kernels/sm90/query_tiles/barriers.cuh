@@ -10,12 +10,16 @@ namespace hbsattn::sm90 {
 template <class Traits, bool kGeneral>
 __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage) {
   for (int i = 0; i < Traits::kKeyStages; ++i) {
-    mbarrier_init(&storage.keys_full[i], kGeneral ? 32 : 1);  // those who write granules
+    for (int owner = 0; owner < Traits::kOwners; ++owner) {
+      mbarrier_init(&storage.keys_full[owner * Traits::kKeyStages + i], kGeneral ? 32 : 1);  // those who write granules
+    }
     mbarrier_init(&storage.keys_empty[i], Traits::kConsumerWarps);
     mbarrier_init(&storage.keys_landed[i], 1);
   }
   for (int i = 0; i < Traits::kValueStages; ++i) {
-    mbarrier_init(&storage.values_full[i], 1);
+    for (int owner = 0; owner < Traits::kOwners; ++owner) {
+      mbarrier_init(&storage.values_full[owner * Traits::kValueStages + i], 1);
+    }
     mbarrier_init(&storage.values_empty[i], Traits::kConsumerWarps);
     mbarrier_init(&storage.values_landed[i], 1);
   }

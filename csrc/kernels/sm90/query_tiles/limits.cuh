@@ -13,7 +13,7 @@ namespace hbsattn::sm90 {
 
 // The last key, in the sequence, that each of a thread's two rows may attend to, less the thread's own column offset
 // in a group of 8 columns: what a granule's key position is compared with.
-template <bool kGeneral>
+template <bool kGeneral, bool kPairs = false>
 struct KeyLimits {
   int value[2];
   int least;     // of the rows of the warp; the general kernel's
@@ -26,7 +26,11 @@ struct KeyLimits {
       : granules(0) {
     [[maybe_unused]] bool exists[2];
     int first_row = item.block_row;
-    if (!kGeneral) first_row += args.q_block_size.rem(item.first_row + warp_row);
+    if constexpr (kPairs) {
+      first_row = place_row<true>(args, item, warp_row).row;
+    } else if (!kGeneral) {
+      first_row += args.q_block_size.rem(item.first_row + warp_row);
+    }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int in_warp = lane / 4 + 8 * row;
@@ -52,9 +56,9 @@ struct KeyLimits {
 
 // One rule for causality, the ends of blocks and sequences, and padding: a key past the row's limit or past its
 // block does not count. `granules`: those of the stage.
-template <class Traits, bool kGeneral, class Scores>
-__device__ __forceinline__ void mask_scores(Scores& scores, const int32_t* granules, const KeyLimits<kGeneral>& limits,
-                                            int lane) {
+template <class Traits, bool kGeneral, bool kPairs, class Scores>
+__device__ __forceinline__ void mask_scores(Scores& scores, const int32_t* granules,
+                                            const KeyLimits<kGeneral, kPairs>& limits, int lane) {
   if (kGeneral) granules += limits.granules * Traits::kGranules;
   CUTE_UNROLL
   for (int i = 0; i < Traits::kGranules; ++i) {

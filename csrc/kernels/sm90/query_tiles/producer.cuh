@@ -7,6 +7,7 @@
 #include "kernels/common/gaps.cuh"
 #include "kernels/common/launch.cuh"
 #include "kernels/common/ptx.cuh"
+#include "kernels/sm90/query_tiles/pairs.cuh"
 #include "kernels/sm90/query_tiles/traits.cuh"
 #include "kernels/sm90/tensor_map.h"
 #include "plan/rule.h"
@@ -26,11 +27,12 @@ struct RowPlace {
   int count;  // rows of the block and the sequence from here on; 0 or less: none
 };
 
-template <bool kGeneral>
+// kSeveral: as kSeveralBlocks.
+template <bool kSeveral>
 __device__ __forceinline__ RowPlace place_row(const QueryTileArguments& args, const WorkItem& item, int row_in_tile) {
   int in_block = item.first_row + row_in_tile, block_row = item.block_row;
   bool exists = true;
-  if (kGeneral) {
+  if (kSeveral) {
     int block;
     args.block_rows(block, in_block, in_block);
     exists = block < item.united;
@@ -71,7 +73,7 @@ __device__ __forceinline__ void release_tile(Storage& storage, Position& positio
 
 // An item as the other warps get it: whatever it says, and be it another mask's, nothing that is addressed by it lies
 // outside its buffer. Lengths that lie are cut to the tensors, so that no coordinate leaves them; the diagonal stays.
-template <bool kGeneral>
+template <bool kSeveral, bool kPairs>
 __device__ __forceinline__ void clamp_item(const QueryTileArguments& args, WorkItem& item) {
   if (item.bit_row < 0) return;
   const auto rows = static_cast<int>(args.mask.rows);  // of a mask head
@@ -82,19 +84,28 @@ __device__ __forceinline__ void clamp_item(const QueryTileArguments& args, WorkI
   item.q_begin = clamp(item.q_begin, 0, args.rows_q);
   item.k_begin = clamp(item.k_begin, 0, args.rows_k);
   item.q_len = clamp(item.q_len, 0, args.rows_q - item.q_begin);
-  const bool cut = item.k_len > args.rows_k - item.k_begin;
+  [[maybe_unused]] const bool cut = item.k_len > args.rows_k - item.k_begin;
   item.k_len = clamp(item.k_len, 0, args.rows_k - item.k_begin);
   item.diagonal = clamp_diagonal(item.diagonal, args.rows_q, args.rows_k);
   item.block_row = clamp(item.block_row, 0, args.rows_q);
   item.first_row = clamp(item.first_row, 0, args.block_rows.divisor);
-  item.col_end = clamp(item.col_end, 0, static_cast<int>(args.mask.cols));
-  item.blocks = clamp(item.blocks, 0, static_cast<int>(args.mask.cols));
-  // Which blocks need masks was planned for the length that the item claims.
-  item.masked = cut ? item.blocks : clamp(item.masked, 0, item.blocks);
-  if (kGeneral) item.united = clamp(min(item.united, rows - item.bit_row % rows), 1, args.united);
+  const auto cols = static_cast<int>(args.mask.cols);
+  item.col_end = clamp(item.col_end, 0, cols);
+  if constexpr (kPairs) {
+    // Key blocks that one or the other is active with are no more than the mask has; `blocks` counts some twice.
+    item.alone[0] = clamp(item.alone[0], 0, cols);
+    item.alone[1] = clamp(item.alone[1], 0, cols - item.alone[0]);
+    const int alone = item.alone[0] + item.alone[1];
+    item.blocks = clamp(item.blocks, alone, alone + 2 * (cols - alone));
+  } else {
+    item.blocks = clamp(item.blocks, 0, cols);
+    // Which blocks need masks was planned for the length that the item claims.
+    item.masked = cut ? item.blocks : clamp(item.masked, 0, item.blocks);
+  }
+  if (kSeveral) item.united = clamp(min(item.united, rows - item.bit_row % rows), 1, args.united);
 }
 
-template <bool kGeneral>
+template <bool kSeveral>
 __device__ __forceinline__ int key_end_of_tile(const QueryTileArguments& args, const WorkItem& item, int tile_rows) {
   if (!args.mask.causal) return item.k_len;
   // The last row of a tile that spans several heads is the block's last row.
@@ -102,7 +113,7 @@ __device__ __forceinline__ int key_end_of_tile(const QueryTileArguments& args, c
   int last_head, last_in_block;
   args.q_block_size(last_head, last_in_block, last_virtual);
   if (last_head != args.q_block_size.div(item.first_row)) last_in_block = args.q_block_size.divisor - 1;
-  if (kGeneral && item.united > 1) last_in_block = item.united * args.q_block_size.divisor - 1;
+  if (kSeveral && item.united > 1) last_in_block = item.united * args.q_block_size.divisor - 1;
   const int last_row = min(item.block_row + last_in_block, item.q_len - 1);
   return rule_of(args.mask, item).visible_end(last_row, item.k_len);
 }
@@ -117,7 +128,7 @@ __device__ __forceinline__ void load_queries(const Arguments& args, typename Tra
     // A box holds rows of one head, or, where blocks are small, the block's rows of all heads that share it.
     const int first = lane / Traits::kChunks * args.query_piece, chunk = lane % Traits::kChunks;
     if (first < kUnitRows) {
-      const RowPlace place = place_row<kGeneral>(args, item, unit * kUnitRows + first);
+      const RowPlace place = place_row<kSeveralBlocks<Traits, kGeneral>>(args, item, unit * kUnitRows + first);
       const int tensor_row = item.q_begin + item.sequence * args.q_batch_rows + place.row;
       const bool cut = args.box_heads == 1 && place.count > 0 && place.count < args.box_rows;
       const auto load = [&](const CUtensorMap& map, const CUtensorMap& clipped, int row, int head,
@@ -207,6 +218,72 @@ __device__ __forceinline__ void list_segments(const QueryTileArguments& args, ty
   }
 }
 
+// Announces a tile and lists its segments.
+template <class Traits, bool kGeneral>
+__device__ __forceinline__ void announce_tile(const QueryTileArguments& args, typename Traits::Storage& storage,
+                                              RingPosition<Traits::kTileSlots>& slot,
+                                              RingPosition<Traits::kSegmentSlots>& segment_slot, const WorkItem& item,
+                                              int lane) {
+  const int stage_segments_log2 = Traits::kTileNLog2 - args.segment_log2;
+  const int segments = 1 << stage_segments_log2;
+  const bool last = item.bit_row < 0;
+  uint32_t first_word = 0;
+  if (!last && item.blocks > 0) {
+    first_word = Traits::Blocks::load(rows_of<kGeneral>(args, item), 0, item.col_end,
+                                      Traits::Blocks::first_chunk(item.col_end), lane);
+  }
+
+  const int item_segments = item.blocks * args.segments_per_block.divisor;
+  const int stages = (item_segments + segments - 1) >> stage_segments_log2;
+  const int padding = stages * segments - item_segments;
+  const int key_end = key_end_of_tile<kGeneral>(args, item, Traits::kTileM);
+  mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
+  if (lane == 0) {
+    TileSlot& announced = storage.tiles[slot.index];
+    announced.item = item;
+    announced.stages = stages;
+    const int masked = (padding + item.masked * args.segments_per_block.divisor + segments - 1) >> stage_segments_log2;
+    announced.masked_stages = kGeneral && args.ragged_blocks ? stages : min(stages, max(1, masked));
+    announced.key_end = key_end;
+    mbarrier_arrive(&storage.tile_full[slot.index]);
+  }
+  slot.advance();
+  if (last) return;
+  list_segments<Traits, kGeneral>(args, storage, segment_slot, item, first_word, stages, padding, key_end, lane);
+}
+
+// The same for a tile of a pair.
+template <class Traits>
+__device__ __forceinline__ void announce_pair(const QueryTileArguments& args, typename Traits::Storage& storage,
+                                              RingPosition<Traits::kTileSlots>& slot,
+                                              RingPosition<Traits::kSegmentSlots>& segment_slot, const WorkItem& item,
+                                              int lane) {
+  const PairLists<Traits> lists(args, item, lane);
+  const int key_end = key_end_of_tile<true>(args, item, Traits::kTileM);
+  WorkItem first = item;
+  first.united = 1;
+  const int first_end = key_end_of_tile<true>(args, first, kUnitRows);
+  mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
+  if (lane == 0) {
+    TileSlot& announced = storage.tiles[slot.index];
+    announced.item = item;
+    announced.stages = lists.stages.order.stages();
+    announced.key_end = key_end;
+    announced.pair = lists.stages;
+    announced.pair.first_end = first_end;
+    mbarrier_arrive(&storage.tile_full[slot.index]);
+  }
+  slot.advance();
+  if (item.bit_row < 0) return;
+  lists.list(args, storage, item, lane, [&](int key, uint32_t with) {
+    mbarrier_wait(&storage.segments_empty[segment_slot.index], segment_slot.parity);
+    storage.segment_keys[segment_slot.index][lane] = key;
+    storage.segment_with[segment_slot.index][lane] = with;
+    mbarrier_arrive(&storage.segments_full[segment_slot.index]);
+    segment_slot.advance();
+  });
+}
+
 // Writes the rows that belong to no tile.
 template <class Traits>
 __device__ __forceinline__ void write_gaps(const QueryTileArguments& args, int lane) {
@@ -228,8 +305,6 @@ __device__ __forceinline__ void write_gaps(const QueryTileArguments& args, int l
 template <class Traits, bool kGeneral>
 __device__ __forceinline__ void run_tile_warp(const QueryTileArguments& args, typename Traits::Storage& storage,
                                               int lane) {
-  const int stage_segments_log2 = Traits::kTileNLog2 - args.segment_log2;
-  const int segments = 1 << stage_segments_log2;
   RingPosition<Traits::kTileSlots> slot(1);
   RingPosition<Traits::kSegmentSlots> segment_slot(1);
   RingPosition<1> wanted(0);
@@ -238,36 +313,16 @@ __device__ __forceinline__ void run_tile_warp(const QueryTileArguments& args, ty
     WorkItem item{};
     item.bit_row = -1;
     if (work < args.num_items) item = args.items[work];
-    clamp_item<kGeneral>(args, item);
-    const bool last = item.bit_row < 0;
-    uint32_t first_word = 0;
-    if (!last && item.blocks > 0) {
-      first_word = Traits::Blocks::load(rows_of<kGeneral>(args, item), 0, item.col_end,
-                                        Traits::Blocks::first_chunk(item.col_end), lane);
+    clamp_item<kSeveralBlocks<Traits, kGeneral>, Traits::kPairs>(args, item);
+    if constexpr (Traits::kPairs) {
+      announce_pair<Traits>(args, storage, slot, segment_slot, item, lane);
+    } else {
+      announce_tile<Traits, kGeneral>(args, storage, slot, segment_slot, item, lane);
     }
-
-    const int item_segments = item.blocks * args.segments_per_block.divisor;
-    const int stages = (item_segments + segments - 1) >> stage_segments_log2;
-    const int padding = stages * segments - item_segments;
-    const int key_end = key_end_of_tile<kGeneral>(args, item, Traits::kTileM);
-    mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
-    if (lane == 0) {
-      TileSlot& announced = storage.tiles[slot.index];
-      announced.item = item;
-      announced.stages = stages;
-      const int masked =
-          (padding + item.masked * args.segments_per_block.divisor + segments - 1) >> stage_segments_log2;
-      announced.masked_stages = kGeneral && args.ragged_blocks ? stages : min(stages, max(1, masked));
-      announced.key_end = key_end;
-      mbarrier_arrive(&storage.tile_full[slot.index]);
-    }
-    slot.advance();
-    if (last) {
+    if (item.bit_row < 0) {
       let_next_kernel_start();
       break;
     }
-
-    list_segments<Traits, kGeneral>(args, storage, segment_slot, item, first_word, stages, padding, key_end, lane);
     mbarrier_wait(&storage.tile_wanted, wanted.parity);
     wanted.advance();
     work = args.num_items;
@@ -286,8 +341,9 @@ template <class Traits, bool kGeneral>
 struct StagePlan {
   int segment_log2, segments_log2;  // keys of a segment, segments of a stage
   int key;                          // first key of this lane's segment; -1: none
-  int end;           // keys of the segment end here: at the last visible key or, where blocks are ragged, their own end
-  uint32_t with;     // united blocks that are active with it, one bit each
+  int end;  // keys of the segment end here: at the last visible key or, where blocks are ragged, their own end
+  // United blocks that are active with it, one bit each; of pairs, the owner of its stage, and kMaskedStage.
+  uint32_t with;
   uint32_t clipped;  // lanes whose segment ends before its rows do, at the latest at key `whole_end`
 
   __device__ __forceinline__ StagePlan(const QueryTileArguments& args, const typename Traits::Storage& storage,
@@ -296,7 +352,10 @@ struct StagePlan {
         segments_log2(Traits::kTileNLog2 - args.segment_log2),
         key(storage.segment_keys[slot][lane]),
         end(kGeneral ? storage.segment_ends[slot][lane] : tile.key_end),
-        with(kGeneral ? storage.segment_with[slot][lane] : 1) {
+        with(kSeveralBlocks<Traits, kGeneral> ? storage.segment_with[slot][lane] : 1) {
+    if constexpr (Traits::kPairs) {
+      if ((with & ~kMaskedStage) == kOfFirst) end = tile.pair.first_end;
+    }
     const bool clips = key >= 0 && key + (1 << segment_log2) > min(end, whole_end);
     clipped = args.whole_rows ? __ballot_sync(0xffffffffu, clips) : 0xffffffffu;
   }
@@ -307,10 +366,14 @@ struct StagePlan {
     return first < 0 ? -1 : first + (row & ((1 << segment_log2) - 1));
   }
   __device__ __forceinline__ int end_of_row(int stage, int row) const {
-    return kGeneral ? __shfl_sync(0xffffffffu, end, (stage << segments_log2) + (row >> segment_log2)) : end;
+    return kSeveralBlocks<Traits, kGeneral>
+               ? __shfl_sync(0xffffffffu, end, (stage << segments_log2) + (row >> segment_log2))
+               : end;
   }
   __device__ __forceinline__ uint32_t with_row(int stage, int row) const {
-    return kGeneral ? __shfl_sync(0xffffffffu, with, (stage << segments_log2) + (row >> segment_log2)) : 1;
+    return kSeveralBlocks<Traits, kGeneral>
+               ? __shfl_sync(0xffffffffu, with, (stage << segments_log2) + (row >> segment_log2))
+               : 1;
   }
   __device__ __forceinline__ bool clips(int stage) const {
     return clipped >> (stage << segments_log2) & ((1u << (1 << segments_log2)) - 1);
@@ -389,10 +452,11 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
   RingPosition<Traits::kTileSlots> slot(0);
   RingPosition<Traits::kSegmentSlots> segment_slot(0);
   RingPosition<kStages> ring(1), to_clear(0);
+  uint64_t* full_when_cleared = nullptr;
   const auto clear_stage = [&] {
     mbarrier_wait(&landed[to_clear.index], to_clear.parity);
     clear_tail<Traits>(stages + to_clear.index * Traits::kStageBytes, tail_vectors, lane);
-    if (lane == 0) mbarrier_arrive(&full[to_clear.index]);
+    if (lane == 0) mbarrier_arrive(Traits::kPairs ? full_when_cleared : &full[to_clear.index]);
     to_clear.advance();
   };
   while (true) {
@@ -403,7 +467,8 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
 
     const int key_head = args.heads_per_key_head.div(tile.item.head) + tile.item.sequence * batch_heads;
     const int run_begin = tile.item.k_begin + tile.item.sequence * batch_rows;
-    for (int planned = 0; planned < tile.stages; planned += slot_stages<Traits>(args)) {
+    int count;  // stages of the slot
+    for (int planned = 0; planned < tile.stages; planned += Traits::kPairs ? count : slot_stages<Traits>(args)) {
       mbarrier_wait(&storage.segments_full[segment_slot.index], segment_slot.parity);
       const int whole_end = (kKeys ? args.whole_k_rows : args.whole_v_rows) - run_begin;
       const StagePlan<Traits, kGeneral> plan(args, storage, tile, whole_end, segment_slot.index, lane);
@@ -412,15 +477,27 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
       segment_slot.advance();
       const int first_row = plan.key < 0 ? int{kOutOfBounds} : run_begin + plan.key;
 
-      const int count = min(slot_stages<Traits>(args), tile.stages - planned);
+      // A slot does not go on from what both blocks of a pair attend to into the rest.
+      const int both = Traits::kPairs ? tile.pair.order.both : 0;
+      count = min(slot_stages<Traits>(args), (planned < both ? both : tile.stages) - planned);
 #pragma unroll 1
       for (int stage = 0; stage < count; ++stage) {
         mbarrier_wait(&empty[ring.index], ring.parity);
         uint8_t* destination = stages + ring.index * Traits::kStageBytes;
-        if (kKeys && (Traits::kAddsKeys || planned + stage < tile.masked_stages)) {
+        bool masked = planned + stage < tile.masked_stages;
+        uint64_t* arrived = &landed[ring.index];
+        [[maybe_unused]] uint64_t* filled = nullptr;
+        if constexpr (Traits::kPairs) {
+          const uint32_t described = plan.with_row(stage, 0), owner = described & ~kMaskedStage;
+          masked = described & kMaskedStage;
+          filled = &full[owner * kStages + ring.index];
+          if (tail_vectors == 0) arrived = filled;
+          // The block that does not attend to it never reads it.
+          if (lane == 0 && owner != kOfBoth) mbarrier_arrive(&empty[ring.index], Traits::kConsumerWarps / 2);
+        }
+        if (kKeys && (Traits::kAddsKeys || masked)) {
           write_granules(args, plan, stage, storage.granules[ring.index], lane);
         }
-        uint64_t* arrived = &landed[ring.index];
         if (lane == 0) {
           mbarrier_arrive_expect(arrived, Traits::kStageBytes);
         } else if (kKeys && kGeneral) {
@@ -449,6 +526,7 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
           mbarrier_arrive(&storage.tile_wanted);
         }
         if (tail_vectors > 0 && (!kClearsLate || planned + stage > 0)) clear_stage();
+        full_when_cleared = filled;
         ring.advance();
       }
     }
@@ -463,7 +541,7 @@ __device__ __forceinline__ void copy_rows(const QueryTileArguments& args, const 
   const int vectors = args.head_dim / 8;  // of 16 bytes
   for (int i = lane; i < args.query_piece * vectors; i += 32) {
     const int row = i / vectors, vector = i - row * vectors, in_unit = first + row;
-    const RowPlace place = place_row<kGeneral>(args, item, row_in_tile + row);
+    const RowPlace place = place_row<kSeveralBlocks<Traits, kGeneral>>(args, item, row_in_tile + row);
     if (place.count <= 0) continue;
     // The swizzle exchanges the 16-byte vectors of a row by the row's place in the pattern of 1 KB.
     constexpr int kVectors = Traits::kChunkBytes / 16;
@@ -481,7 +559,7 @@ __device__ __forceinline__ void store_output(const QueryTileArguments& args, typ
     mbarrier_wait(&storage.output_full[buffer][unit], parity);
     const uint8_t* source = reinterpret_cast<const uint8_t*>(storage.queries[buffer][unit]);
     for (int first = 0; first < kUnitRows; first += args.query_piece) {
-      const RowPlace place = place_row<kGeneral>(args, item, unit * kUnitRows + first);
+      const RowPlace place = place_row<kSeveralBlocks<Traits, kGeneral>>(args, item, unit * kUnitRows + first);
       if (place.count <= 0) continue;
       if (place.count >= args.box_rows) {
         const int row = item.q_begin + item.sequence * args.out_batch_rows + place.row;

@@ -49,7 +49,7 @@ __device__ __forceinline__ void write_empty_tile(const QueryTileArguments& args,
   const int vectors = args.head_dim / 8;  // of 16 bytes
   for (int i = lane; i < 16 * vectors; i += 32) {
     const int row = i / vectors, vector = i - row * vectors;
-    const RowPlace place = place_row<kGeneral>(args, item, unit * kUnitRows + warp * 16 + row);
+    const RowPlace place = place_row<kSeveralBlocks<Traits, kGeneral>>(args, item, unit * kUnitRows + warp * 16 + row);
     if (place.count <= 0) continue;
     *reinterpret_cast<uint4*>(out_of_row<typename Traits::Element>(args, item, place) + vector * 8) =
         make_uint4(0, 0, 0, 0);

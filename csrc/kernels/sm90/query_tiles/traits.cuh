@@ -13,6 +13,7 @@
 #include "hbsattn/params.h"
 #include "kernels/common/bit_row.cuh"
 #include "kernels/sm90/config.h"
+#include "plan/pairs.h"
 
 namespace hbsattn::sm90 {
 
@@ -48,12 +49,25 @@ __device__ __forceinline__ int granule_last_key(int code) {
   return code < 0 ? ~code / kGranule + ~code % kGranule : INT_MAX;
 }
 
+// How the stages of a pair of query blocks are filled.
+struct PairStages {
+  PairOrder order;
+  int masked[3];  // by owner, of its stages the first ones that need element masks, the first always among them
+  int first_end;  // keys from here on, in the sequence, are visible to no row of the first block
+
+  __device__ __forceinline__ int masked_of(int owner) const { return pick(owner, masked[0], masked[1], masked[2]); }
+};
+
+// Beside the owner of a stage: it is a masked one.
+inline constexpr uint32_t kMaskedStage = 4;
+
 // A tile as the tile warp announces it to the other warps.
 struct TileSlot {
   WorkItem item;      // bit_row < 0: no more tiles
   int stages;         // key stages
   int masked_stages;  // of these, the first ones that need element masks, the first stage always among them
   int key_end;        // keys from here on, in the sequence, are visible to no row of the tile
+  PairStages pair;    // if tiles have pairs; masked_stages is not used then
 };
 
 template <class Config>
@@ -75,13 +89,18 @@ struct QueryTileTraits {
   static constexpr int kGranules = kTileN / kGranule;
   // Blocks that a tile may unite, at most: up to head dim 128, small blocks get tiles of 64 rows.
   static constexpr int kUnited = kTileM >= 128 && kHeadDim <= 128 ? 1 : kTileM / kGranule;
+  static constexpr bool kPairs = Config::kPairs;
+  // Stages that both blocks of a pair attend to, and those of each alone, have barriers of their own that tell that
+  // they are full: so nobody waits for what the other alone gets, and still meets each phase of its barriers.
+  static constexpr int kOwners = kPairs ? 3 : 1;
   static_assert(kUnited * kGranules <= 32, "the granules of a stage, for each united block, are written by a warp");
   static constexpr int kTileLead = kTileLeadKeys / kTileN;  // in stages
   static constexpr int kTileSlots = 4;                      // a ring; readers may be some tiles behind
   static constexpr int kSegmentSlots = 4;                   // a ring
   static constexpr int kSlotStages = 8;                     // at most
-  static constexpr int kColumnEntries = kTileM >= 128 ? 512 : 256;
-  using Blocks = BitRow<kTileM >= 128 ? 8 : 4, kColumnEntries>;
+  // A ring of columns; a pair has two.
+  static constexpr int kColumnEntries = kTileM >= 128 && !kPairs ? 512 : 256;
+  using Blocks = BitRow<kColumnEntries == 512 ? 8 : 4, kColumnEntries, std::conditional_t<kPairs, PairRows, BitRows>>;
   static constexpr bool kForGradients = false;  // tiles have output gradients beside their queries
   static constexpr bool kAddsKeys = false;      // consumers need to know where all keys lie
   static_assert(kTileM == kUnits * kUnitRows);
@@ -122,9 +141,10 @@ struct QueryTileTraits {
     Element keys[kKeyStages][kTileN * kHeadDim];
     Element values[kValueStages][kTileN * kHeadDim];
     Element queries[kQueryBuffers][kUnits][kUnitRows * kHeadDim];  // the output leaves from here too
-    int32_t columns[kColumnEntries];                               // active blocks, as the tile warp expands them
+    int32_t columns[kColumnEntries * (kPairs ? 2 : 1)];            // active blocks, as the tile warp expands them
     int32_t segment_keys[kSegmentSlots][32];                       // first keys of segments; -1: none
     // The general kernel's: where keys of a segment end, and the united blocks that are active with it, one bit each.
+    // For pairs, the second has the owner of a segment's stage, and whether it is a masked one.
     int32_t segment_ends[kSegmentSlots][32];
     uint32_t segment_with[kSegmentSlots][32];
     // encode_granule for those of a key stage, for each united block.
@@ -132,8 +152,8 @@ struct QueryTileTraits {
     TileSlot tiles[kTileSlots];
     WorkItem held_items[kQueryBuffers];  // whose queries, or output, the buffers hold
     uint64_t unread;                     // where hold_back_waits stores; with it begin the barriers
-    uint64_t keys_full[kKeyStages], keys_empty[kKeyStages];
-    uint64_t values_full[kValueStages], values_empty[kValueStages];
+    uint64_t keys_full[kOwners * kKeyStages], keys_empty[kKeyStages];
+    uint64_t values_full[kOwners * kValueStages], values_empty[kValueStages];
     // Where boxes bring columns past the head dim: a stage is there, and those columns are yet to be cleared.
     uint64_t keys_landed[kKeyStages], values_landed[kValueStages];
     uint64_t queries_full[kQueryBuffers][kUnits], output_full[kQueryBuffers][kUnits];
@@ -143,6 +163,10 @@ struct QueryTileTraits {
   };
   static_assert(sizeof(Storage) <= sm90_shared_limit(Config::kCtasPerSm), "a CTA's shared memory");
 };
+
+// Whether a tile may have rows of several query blocks.
+template <class Traits, bool kGeneral>
+inline constexpr bool kSeveralBlocks = kGeneral || Traits::kPairs;
 
 // What the kernel gets, by value. Coordinates of batched tensors are batch * *_batch_rows + row and
 // batch * *_batch_heads + head.
