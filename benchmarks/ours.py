@@ -27,9 +27,7 @@ class Ours:
         self._qkv = (q, k, v)
         self._block_mask = block_mask
         self._lists = masks.block_lists(block_mask) if workload.listed else None
-        self._lengths = _lengths(workload, q.device)
-        # Views, so that the way to packed tensors and back costs nothing, forward or backward.
-        self._inputs = tuple(x.squeeze(0) for x in self._qkv) if workload.lengths else self._qkv
+        self._lengths = length_keywords(workload, q.device)
         self.mask = self.pack()
         self.items = self.plan()
         self.attend()
@@ -64,15 +62,19 @@ class Ours:
 
     def attend(self) -> Tensor:
         choices = {"deterministic": True} if self._workload.deterministic else {}
-        return self._batched(hbsattn.block_sparse_attention(*self._inputs, self.mask, **choices))
+        return self._batched(hbsattn.block_sparse_attention(*self._inputs(), self.mask, **choices))
 
     def attend_with_lse(self) -> tuple[Tensor, Tensor]:
-        out, lse = hbsattn.block_sparse_attention(*self._inputs, self.mask, return_lse=True)
+        out, lse = hbsattn.block_sparse_attention(*self._inputs(), self.mask, return_lse=True)
         return self._batched(out), self._batched(lse)
 
     def end_to_end(self) -> Tensor:
         """From booleans or lists to the result, with nothing kept from earlier calls."""
-        return self._batched(hbsattn.block_sparse_attention(*self._inputs, self.pack()))
+        return self._batched(hbsattn.block_sparse_attention(*self._inputs(), self.pack()))
+
+    def _inputs(self) -> tuple[Tensor, ...]:
+        """q, k and v as hbsattn takes them. Packed ones are views, so that the way there costs the GPU nothing."""
+        return tuple(x.squeeze(0) for x in self._qkv) if self._workload.lengths else self._qkv
 
     def _batched(self, result: Tensor) -> Tensor:
         """With a dimension for the batch, as q has one."""
@@ -97,10 +99,10 @@ class Ours:
         """The attention kernel alone: int64 (thread blocks, 2), the SM's clock at the begin and the end of each."""
         mask = self.mask
         tables = (mask.bits, mask.sequences, self.items, self._layout())
-        return torch.ops.hbsattn.profile_forward(*self._inputs, *tables, True, self._workload.head_dim**-0.5)[2]
+        return torch.ops.hbsattn.profile_forward(*self._inputs(), *tables, True, self._workload.head_dim**-0.5)[2]
 
 
-def _lengths(workload: Workload, device: torch.device) -> dict[str, object]:
+def length_keywords(workload: Workload, device: torch.device) -> dict[str, object]:
     """The keywords that tell a mask where its sequences lie."""
     if not workload.lengths:
         return {"seqlen_q": workload.seqlen, "seqlen_k": workload.seqlen}

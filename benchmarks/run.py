@@ -262,7 +262,7 @@ class Bench:
         if not brief:
             row["back_to_back_ms"] = self._timer.back_to_back(entry.launch)
             row["back_to_back_tflops"] = entry.flops / row["back_to_back_ms"] * 1e-9
-        few = 5 if brief else 11
+        few = 3 if self._quick else 5 if brief else 11
         ours, task = entry.ours, entry.workload.task
         if ours and task == "backward":
             times = self._timer.spaced({"columns": ours.plan_columns}, few)["columns"]
