@@ -233,6 +233,29 @@ def check_gate() -> None:
                 judge.check(grads, "k" if frozen == "" else "")
 
 
+def check_gallery() -> None:
+    """A picture's opacity is the square root of what attends there; the one that is kept shows all masks."""
+    import zlib
+
+    import gallery
+
+    head = torch.zeros(128, 128, dtype=torch.bool)
+    head[:2, :2] = True  # a pixel
+    head[2, 2] = True  # a quarter of one
+    png = gallery.picture(head)
+    at = png.index(b"IDAT")
+    rows = zlib.decompress(png[at + 4 : at + 4 + int.from_bytes(png[at - 4 : at], "big")])
+    assert len(rows) == 64 * (1 + 32) and rows[:2] == b"\0\xf0" and rows[33:35] == b"\0\x08"
+    assert sum(rows) == 0xF0 + 0x08
+    for work in gallery.gallery():
+        if work.seqlen <= 4096:
+            share = gallery.density(work, gallery.draw_head(work))
+            assert share == 1 if work.density >= 1 else work.density <= share + 0.01 <= 1.5 * work.density, work.name
+    assert len({gallery.recipe(work) for work in gallery.gallery()}) > 15
+    kept = (BENCHMARKS / "results" / "gallery.svg").read_text()
+    assert kept.count("<image") == len(gallery.gallery())
+
+
 CHECKS = [check for name, check in globals().items() if name.startswith("check_")]
 
 
