@@ -50,7 +50,7 @@ def panels_of(rows: list[Row], all_shapes: bool = False, task: str = "forward") 
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in timed:
         shape = row["shape"]
-        if shape["density"] < 1 and shape.get("per_row") is None:
+        if shape["density"] < 1 and shape.get("per_row") is None and _is_plain(shape):
             groups[(*_tensors(shape), shape["density"])].append(row)
     if not groups:
         raise ValueError("the results hold no timed workload with a block mask")
@@ -197,9 +197,18 @@ def _dense_rates(timed: list[Row], shape: Row) -> tuple[dict[str, float], int]:
 
 
 def _task(row: Row) -> str:
-    """What was timed; "deterministic" for gradients that are slower for it, which no figure shows."""
+    """What was timed; "deterministic" for gradients that are slower for it and "frozen" for some of them, which no
+    figure shows.
+    """
     shape = row["shape"]
-    return "deterministic" if shape.get("deterministic") else shape.get("task", "forward")
+    special = (name for name in ("deterministic", "frozen") if shape.get(name))
+    return next(special, shape.get("task", "forward"))
+
+
+def _is_plain(shape: Row) -> bool:
+    """Whether the mask is random with a first column, which block sizes can be compared on."""
+    unusual = shape.get("lengths") or shape.get("diagonal") or shape.get("sinks") is not None
+    return shape.get("pattern", "random") == "random" and not unusual
 
 
 def _tensors(shape: Row) -> tuple:

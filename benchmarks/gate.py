@@ -7,6 +7,7 @@ makes at the dtype of the inputs, plus 1e-5. Norms of gradients, besides, are ri
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import random
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import masks
 from workloads import Workload
 
 HEADS_SAMPLED = 8
 ROWS_SAMPLED = 16
-KEY_HEADS_SAMPLED = 3  # for gradients
+KEY_HEADS_SAMPLED = 3  # for gradients; fewer, at least one, where their query heads have more pairs than PAIRS_SAMPLED
+PAIRS_SAMPLED = 1 << 33
 PAIRS_AT_ONCE = 1 << 26
+_block_of_token = functools.lru_cache(maxsize=4)(masks.block_of_token)  # the same for all steps through a sequence
 SLACK = 1e-5
 LSE_TOLERANCE = 1e-3
 NORM_TOLERANCE = 0.01
@@ -70,7 +74,8 @@ def check(
             v[batch, :, head // group : head // group + 1],
         )
         mask_head = head // (workload.heads // block_mask.shape[1])
-        attends = _attending(workload, block_mask[batch % block_mask.shape[0], mask_head : mask_head + 1], rows)
+        blocks = block_mask[batch % block_mask.shape[0], mask_head : mask_head + 1]
+        attends = _attending(workload, blocks, rows, torch.arange(workload.seqlen, device=q.device))
         scale = workload.head_dim**-0.5
         want, want_lse, _ = _oracle.one_sequence(*(x.double() for x in inputs), attends, scale)
         unavoidable, _, _ = _oracle.one_sequence(*inputs, attends, scale)
@@ -109,11 +114,9 @@ class Gradients:
     ) -> None:
         self._shapes = (q.shape, k.shape, v.shape)
         self._samples: list[tuple[tuple, Tensor, float]] = []  # where in which gradient, what is there, error allowed
-        choice = random.Random(seed)
         group = workload.heads // workload.heads_k
         mask_group = block_mask.shape[1] // workload.heads_k
-        last = workload.batch * workload.heads_k - 1
-        for pick in sorted({0, last, *(choice.randint(0, last) for _ in range(KEY_HEADS_SAMPLED - 2))}):
+        for pick in _sample_key_heads(workload, random.Random(seed)):
             batch, head = divmod(pick, workload.heads_k)
             queries = (batch, slice(None), slice(head * group, (head + 1) * group))
             keys = (batch, slice(None), slice(head, head + 1))
@@ -125,13 +128,17 @@ class Gradients:
             for i, (where, want, near) in enumerate(zip((queries, keys, keys), wanted, unavoidable, strict=True)):
                 self._samples.append(((i, where), want, 2 * _distance(near, want) + SLACK))
 
-    def check(self, grads: tuple[Tensor, ...]) -> GradientVerdict:
-        """Judges the gradients of q, k and v."""
-        if tuple(grad.shape for grad in grads) != self._shapes:
-            raise ValueError(f"gradients have shapes {[tuple(g.shape) for g in grads]}; expected those of q, k and v")
+    def check(self, grads: tuple[Tensor, ...], frozen: str = "") -> GradientVerdict:
+        """Judges the gradients of q, k and v, but for those with letters in `frozen`, which `grads` leaves out."""
+        trained = [i for i, name in enumerate("qkv") if name not in frozen]
+        shapes = [tuple(self._shapes[i]) for i in trained]
+        if [tuple(grad.shape) for grad in grads] != shapes:
+            raise ValueError(f"gradients have shapes {[tuple(g.shape) for g in grads]}; expected {shapes}")
         found = []
         for (i, where), want, allowed in self._samples:
-            grad = grads[i][where].double()
+            if i not in trained:
+                continue
+            grad = grads[trained.index(i)][where].double()
             norm = float(want.norm())
             ratio = float(grad.norm()) / norm if norm else 1.0
             found.append(("qkv"[i], _distance(grad, want), allowed, ratio, len(want)))
@@ -145,30 +152,37 @@ def _differentiate(
     workload: Workload, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, blocks: Tensor
 ) -> list[Tensor]:
     """The gradients of q (seqlen, heads, head_dim), k and v (seqlen, 1, head_dim) by the formula at their dtype, some
-    rows at a time. Sums over these are in float64; the results are rounded to the dtype.
+    rows and the keys that any of them attends to at a time. Sums over these are in float64; the results are rounded to
+    the dtype.
     """
     grads = [torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v)]
     step = max(PAIRS_AT_ONCE // (q.shape[1] * workload.seqlen), 1)
+    row_block = _block_of_token(workload, workload.q_block, q.device)
+    key_block = _block_of_token(workload, workload.k_block, q.device)
     for begin in range(0, workload.seqlen, step):
         end = min(begin + step, workload.seqlen)
-        seen = end if workload.causal else workload.seqlen  # keys that any of these rows may attend to
-        attends = _attending(workload, blocks, torch.arange(begin, end, device=q.device))[:, :, :seen]
+        rows = slice(int(row_block[begin]), int(row_block[end - 1]) + 1)
+        keys = blocks[:, rows].flatten(0, 1).any(0)[key_block].nonzero().flatten()
+        if workload.causal:
+            keys = keys[keys < end]
+        attends = _attending(workload, blocks, torch.arange(begin, end, device=q.device), keys)
         with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (q[begin:end], k[:seen], v[:seen])]
+            inputs = [x.detach().requires_grad_() for x in (q[begin:end], k[keys], v[keys])]
             out, _, _ = _oracle.one_sequence(*inputs, attends, workload.head_dim**-0.5)
             found = torch.autograd.grad(out, inputs, grad_out[begin:end])
         grads[0][begin:end] = found[0]
-        grads[1][:seen] += found[1]
-        grads[2][:seen] += found[2]
+        grads[1][keys] += found[1]
+        grads[2][keys] += found[2]
     return [grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)]
 
 
-def _attending(workload: Workload, blocks: Tensor, rows: Tensor) -> Tensor:
-    """Which keys these rows attend to: bool (heads, rows, seqlen). blocks: (heads, query blocks, key blocks)."""
-    key = torch.arange(workload.seqlen, device=rows.device)
-    attends = blocks[:, rows // workload.q_block][:, :, key // workload.k_block]
+def _attending(workload: Workload, blocks: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
+    """Which of these keys these rows attend to: bool (heads, rows, keys). blocks: (heads, query blocks, key blocks)."""
+    row_block = _block_of_token(workload, workload.q_block, rows.device)[rows]
+    key_block = _block_of_token(workload, workload.k_block, rows.device)[keys]
+    attends = blocks[:, row_block][:, :, key_block]
     if workload.causal:
-        attends = attends & (key[None] <= rows[:, None])
+        attends = attends & (keys[None] <= rows[:, None])
     return attends
 
 
@@ -179,10 +193,21 @@ def _sample_heads(workload: Workload, choice: random.Random) -> list[tuple[int, 
     return [divmod(pick, workload.heads) for pick in sorted(picks)]
 
 
+def _sample_key_heads(workload: Workload, choice: random.Random) -> list[int]:
+    """Key heads of the sequences, counted through the batch: the last, the first, and some between."""
+    last = workload.batch * workload.heads_k - 1
+    pairs = workload.heads // workload.heads_k * sum(n * n for n in workload.sequences)
+    count = max(PAIRS_SAMPLED // (pairs // 2 if workload.causal else pairs), 1)
+    if count < KEY_HEADS_SAMPLED:
+        return sorted({last, 0} if count > 1 else {last})
+    return sorted({0, last, *(choice.randint(0, last) for _ in range(KEY_HEADS_SAMPLED - 2))})
+
+
 def _sample_rows(workload: Workload, choice: random.Random) -> list[int]:
-    """The rows at the ends of the sequence and of the first block, and some between."""
+    """The rows at the ends of the first block, of the first and of the last sequence, and some between."""
     last = workload.seqlen - 1
     edges = {0, min(workload.q_block - 1, last), min(workload.q_block, last), last}
+    edges |= {workload.sequences[0] - 1, last + 1 - workload.sequences[-1]}
     return sorted(edges | {choice.randint(0, last) for _ in range(ROWS_SAMPLED - len(edges))})
 
 

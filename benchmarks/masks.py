@@ -2,30 +2,76 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from workloads import Workload
 
-SINKS = 4  # key blocks at the begin of the sequence that every row of a local mask attends to
 KEPT = 0.9  # the share of a common list that each of the query blocks that draw from it keeps
+
+# Scores of top-k masks: as many topics as this, vectors of normal elements with this deviation; each lasts for so many
+# tokens, and queries and keys are its vector plus standard normal noise.
+TOPICS = 24
+TOPIC_SCALE = 0.9
+TOPIC_TOKENS = 150
 
 # Floating-point operations for each attending pair and element of a head: a multiplication and an addition in each
 # product, of which the forward has two and the backward five.
 FLOPS = {"forward": 4, "backward": 10, "training": 14}
+# Products of a backward whose other gradients nobody asks for: scores and dP, and dQ alone, or dK and dV.
+FROZEN_FLOPS = {"": 10, "kv": 6, "q": 8}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of all sequences in one entry of the batch: int64 (blocks) each.
+
+    begin, end: tokens, counted through all sequences.
+    sequence: which one the block belongs to.
+    number: of the block within its sequence.
+    """
+
+    begin: Tensor
+    end: Tensor
+    sequence: Tensor
+    number: Tensor
+
+
+def cut(workload: Workload, size: int, device: torch.device | str) -> Blocks:
+    """Cuts each sequence into blocks of `size` tokens, the last of which may be short."""
+    lengths = torch.tensor(workload.sequences, device=device)
+    counts = (lengths + size - 1) // size
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=device), counts)
+    number = torch.arange(len(sequence), device=device) - (counts.cumsum(0) - counts)[sequence]
+    last = lengths.cumsum(0)[sequence]
+    begin = last - lengths[sequence] + number * size
+    return Blocks(begin, (begin + size).minimum(last), sequence, number)
+
+
+def block_of_token(workload: Workload, size: int, device: torch.device | str) -> Tensor:
+    """The block of each token: int64 (seqlen)."""
+    blocks = cut(workload, size, device)
+    return torch.repeat_interleave(torch.arange(len(blocks.begin), device=device), blocks.end - blocks.begin)
 
 
 def make_mask(workload: Workload, device: torch.device | str, seed: int) -> Tensor:
-    """The block mask: bool (batch, mask heads, query blocks, key blocks), not always cut at the diagonal."""
+    """The block mask: bool (batch, mask heads, query blocks, key blocks), not always cut at the diagonal.
+
+    Of packed sequences it is flat: blocks of all, one after another, each sequence seeing its own alone.
+    """
     shape = (workload.batch, workload.mask_heads, *workload.blocks)
-    if workload.density >= 1:
-        return torch.ones(shape, dtype=torch.bool, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    mask = torch.empty(shape, dtype=torch.bool, device=device)
-    for head in mask.flatten(0, 1):  # one at a time: the random numbers need four times the mask's memory
-        head.copy_(_draw(workload, generator))
-    if workload.pattern == "half-dense":
-        mask[:, ::2] = True
+    mask = torch.ones(shape, dtype=torch.bool, device=device)
+    if workload.density < 1:
+        generator = torch.Generator(device).manual_seed(seed)
+        for head in mask.flatten(0, 1):  # one at a time: the random numbers need four times the mask's memory
+            head.copy_(_draw(workload, generator))
+        if workload.pattern == "half-dense":
+            mask[:, ::2] = True
+    if workload.lengths:
+        q, k = cut(workload, workload.q_block, device), cut(workload, workload.k_block, device)
+        mask &= q.sequence[:, None] == k.sequence
     return mask
 
 
@@ -38,24 +84,18 @@ def block_lists(block_mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def visible_blocks(workload: Workload, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Which blocks hold a pair that attends, and which hold no other: bool (query blocks, key blocks) twice."""
-    q_blocks, k_blocks = workload.blocks
-    first_query = torch.arange(q_blocks, device=device)[:, None] * workload.q_block
-    first_key = torch.arange(k_blocks, device=device)[None] * workload.k_block
+    q, k = cut(workload, workload.q_block, device), cut(workload, workload.k_block, device)
+    same = q.sequence[:, None] == k.sequence
     if not workload.causal:
-        visible = torch.ones(q_blocks, k_blocks, dtype=torch.bool, device=device)
-        return visible, visible
-    last_query = (first_query + workload.q_block).clamp(max=workload.seqlen) - 1
-    last_key = (first_key + workload.k_block).clamp(max=workload.seqlen) - 1
-    return first_key <= last_query, last_key <= first_query
+        return same, same
+    return same & (k.begin < q.end[:, None]), same & (k.end <= q.begin[:, None] + 1)
 
 
 def count_pairs(workload: Workload, mask: Tensor) -> int:
     """Pairs of a query and a key that attend, over all heads and sequences."""
-    q_blocks, k_blocks = workload.blocks
-    query = torch.arange(q_blocks, device=mask.device)[:, None] * workload.q_block
-    end = (query + workload.q_block).clamp(max=workload.seqlen)
-    key = torch.arange(k_blocks, device=mask.device)[None] * workload.k_block
-    width = (key + workload.k_block).clamp(max=workload.seqlen) - key
+    q, k = cut(workload, workload.q_block, mask.device), cut(workload, workload.k_block, mask.device)
+    query, end = q.begin[:, None], q.end[:, None]
+    key, width = k.begin[None], (k.end - k.begin)[None]
     # Query i attends to the first i + 1 - key of the block's keys, if causal; else to all.
     pairs = _sum_to(end - key, width) - _sum_to(query - key, width) if workload.causal else (end - query) * width
     active = mask.sum((0, 1), dtype=torch.int64)
@@ -64,36 +104,50 @@ def count_pairs(workload: Workload, mask: Tensor) -> int:
 
 def count_flops(workload: Workload, pairs: int) -> int:
     """Floating-point operations of the workload's task."""
-    return FLOPS[workload.task] * workload.head_dim * pairs
+    return flops_of_pair(workload) * workload.head_dim * pairs
+
+
+def flops_of_pair(workload: Workload) -> int:
+    """Floating-point operations of the task for an attending pair and an element of a head."""
+    return FROZEN_FLOPS[workload.frozen] if workload.task == "backward" else FLOPS[workload.task]
 
 
 def _draw(workload: Workload, generator: torch.Generator) -> Tensor:
     """The mask of one head: bool (query blocks, key blocks)."""
-    if workload.per_row is None:
-        return _draw_density(workload, generator)
+    q = cut(workload, workload.q_block, generator.device)
+    k = cut(workload, workload.k_block, generator.device)
     visible, _ = visible_blocks(workload, generator.device)
+    always = _always_on(workload, q, k)
+    if workload.pattern == "top-k":
+        return (_draw_best(workload, q, k, visible, generator) | always) & visible
+    if workload.per_row is None:
+        return _draw_density(workload, generator) | always
     if workload.pattern == "local":
         last = visible.sum(1, keepdim=True) - 1
-        column = torch.arange(visible.shape[1], device=generator.device)[None]
-        return visible & ((column < SINKS) | (column > last - (workload.per_row - SINKS)))
-    return _draw_rows(workload, visible, generator)
+        return visible & (always | (k.number > last - (workload.per_row - workload.sink_blocks)))
+    return _draw_rows(workload, visible, always, generator)
+
+
+def _always_on(workload: Workload, q: Blocks, k: Blocks) -> Tensor:
+    """The blocks that do not depend on chance: sinks, and a row's own keys."""
+    on = (k.number < workload.sink_blocks).expand(len(q.begin), -1)
+    if workload.diagonal:
+        on = on | ((k.begin < q.end[:, None]) & (k.end > q.begin[:, None]))
+    return on
 
 
 def _draw_density(workload: Workload, generator: torch.Generator) -> Tensor:
     q_blocks, k_blocks = workload.blocks
     if workload.alike == 1:
-        mask = _uniform(q_blocks, k_blocks, generator) < workload.density
-    else:
-        common = _uniform(-(-q_blocks // workload.alike), k_blocks, generator) < workload.density
-        common = common.repeat_interleave(workload.alike, 0)[:q_blocks]
-        mask = common & (_uniform(q_blocks, k_blocks, generator) < KEPT)
-        mask |= _uniform(q_blocks, k_blocks, generator) < (1 - KEPT) * workload.density
-    mask[:, 0] = True
-    return mask
+        return _uniform(q_blocks, k_blocks, generator) < workload.density
+    common = _uniform(-(-q_blocks // workload.alike), k_blocks, generator) < workload.density
+    common = common.repeat_interleave(workload.alike, 0)[:q_blocks]
+    mask = common & (_uniform(q_blocks, k_blocks, generator) < KEPT)
+    return mask | (_uniform(q_blocks, k_blocks, generator) < (1 - KEPT) * workload.density)
 
 
-def _draw_rows(workload: Workload, visible: Tensor, generator: torch.Generator) -> Tensor:
-    """Rows of `per_row` visible blocks, or all if they are fewer; the first block is among them."""
+def _draw_rows(workload: Workload, visible: Tensor, always: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows of `per_row` visible blocks, or all if they are fewer; those that are always on are among them."""
     q_blocks, k_blocks = workload.blocks
     score = _uniform(q_blocks, k_blocks, generator)
     if workload.alike > 1:
@@ -101,8 +155,31 @@ def _draw_rows(workload: Workload, visible: Tensor, generator: torch.Generator) 
         common = _highest(_uniform(*first.shape, generator), first, workload.per_row)
         common = common.repeat_interleave(workload.alike, 0)[:q_blocks]
         score += common & (_uniform(q_blocks, k_blocks, generator) < KEPT)
-    score[:, 0] = 2.0
-    return _highest(score, visible, workload.per_row)
+    return _highest(score.masked_fill(always, 2.0), visible, workload.per_row)
+
+
+def _draw_best(workload: Workload, q: Blocks, k: Blocks, visible: Tensor, generator: torch.Generator) -> Tensor:
+    """For each row the share `density` of its visible blocks whose keys, on average, suit its queries best.
+
+    Averages of blocks are drawn as such: those of the topics' vectors, and noise that is smaller the more are averaged.
+    """
+    device, dim = generator.device, workload.head_dim
+    topics = TOPIC_SCALE * torch.randn(TOPICS, dim, device=device, generator=generator)
+    runs = -(-workload.seqlen // TOPIC_TOKENS)
+    topic = torch.randint(TOPICS, (runs,), device=device, generator=generator)
+    topic = topic.repeat_interleave(TOPIC_TOKENS)[: workload.seqlen]
+
+    def average(size: int, blocks: Blocks, heads: int) -> Tensor:
+        tokens = (blocks.end - blocks.begin)[:, None]
+        place = block_of_token(workload, size, device) * TOPICS + topic
+        share = torch.bincount(place, minlength=len(blocks.begin) * TOPICS).view(-1, TOPICS) / tokens
+        noise = torch.randn(len(blocks.begin), dim, device=device, generator=generator)
+        return share @ topics + noise / (tokens * heads).sqrt()
+
+    queries = average(workload.q_block, q, workload.heads // workload.mask_heads)
+    score = queries @ average(workload.k_block, k, 1).T
+    rank = score.masked_fill(~visible, -torch.inf).argsort(1, descending=True).argsort(1)
+    return rank < torch.ceil(workload.density * visible.sum(1, keepdim=True))
 
 
 def _highest(score: Tensor, visible: Tensor, count: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,10 @@ from workloads import Workload
 
 QUERY_ROW_BYTES = 8  # of scratch memory that a backward may use for each query row and head, beside grad_q in float32
 SCRATCH_ALLOWANCE = 16 << 20  # bytes, beside that
+# Which gradients are summed in float32, as block_sparse_attention documents it: with key blocks of so many rows grad_q,
+# with smaller ones in most shapes grad_k and grad_v, and where as many query heads read a key head, all three.
+KEY_BLOCKS_BY_KEYS = 64
+GROUPS_WITH_ALL_SUMS = 4
 
 
 class Ours:
@@ -21,6 +27,7 @@ class Ours:
         self._qkv = (q, k, v)
         self._block_mask = block_mask
         self._lists = masks.block_lists(block_mask) if workload.listed else None
+        self._lengths = length_keywords(workload, q.device)
         self.mask = self.pack()
         self.items = self.plan()
         self.attend()
@@ -28,11 +35,10 @@ class Ours:
     def pack(self) -> hbsattn.BlockMask:
         """From booleans, or lists of blocks, to bits."""
         work = self._workload
-        lengths = {"seqlen_q": work.seqlen, "seqlen_k": work.seqlen}
-        build, mask = hbsattn.BlockMask.from_dense, (self._block_mask,)
+        build, mask = hbsattn.BlockMask.from_dense, (self._block_mask[0] if work.lengths else self._block_mask,)
         if self._lists:
             build, mask = hbsattn.BlockMask.from_indices, self._lists
-        return build(*mask, work.q_block, work.k_block, causal=work.causal, **lengths)
+        return build(*mask, work.q_block, work.k_block, causal=work.causal, **self._lengths)
 
     def plan(self) -> Tensor:
         """From bits to the work list, which the mask keeps after its first call."""
@@ -42,7 +48,8 @@ class Ours:
     def plan_columns(self) -> Tensor:
         """From bits to what a backward needs, which the mask keeps after its first call with gradients."""
         work, mask = self._workload, self.mask
-        shape = (self._layout(), self._call(), work.seqlen, False, work.deterministic, (True, True, True))
+        needs = tuple(name not in work.frozen for name in "qkv")
+        shape = (self._layout(), self._call(), work.seqlen, mask.packed, work.deterministic, needs)
         return torch.ops.hbsattn.plan_backward(mask.bits, mask.sequences, *shape)
 
     def _layout(self) -> tuple[int, int, int, int]:
@@ -55,27 +62,50 @@ class Ours:
 
     def attend(self) -> Tensor:
         choices = {"deterministic": True} if self._workload.deterministic else {}
-        return hbsattn.block_sparse_attention(*self._qkv, self.mask, **choices)
+        return self._batched(hbsattn.block_sparse_attention(*self._inputs(), self.mask, **choices))
 
     def attend_with_lse(self) -> tuple[Tensor, Tensor]:
-        return hbsattn.block_sparse_attention(*self._qkv, self.mask, return_lse=True)
+        out, lse = hbsattn.block_sparse_attention(*self._inputs(), self.mask, return_lse=True)
+        return self._batched(out), self._batched(lse)
 
     def end_to_end(self) -> Tensor:
         """From booleans or lists to the result, with nothing kept from earlier calls."""
-        return hbsattn.block_sparse_attention(*self._qkv, self.pack())
+        return self._batched(hbsattn.block_sparse_attention(*self._inputs(), self.pack()))
+
+    def _inputs(self) -> tuple[Tensor, ...]:
+        """q, k and v as hbsattn takes them. Packed ones are views, so that the way there costs the GPU nothing."""
+        return tuple(x.squeeze(0) for x in self._qkv) if self._workload.lengths else self._qkv
+
+    def _batched(self, result: Tensor) -> Tensor:
+        """With a dimension for the batch, as q has one."""
+        return result.unsqueeze(0) if self._workload.lengths else result
 
     def flops(self) -> int:
         """What the mask's own count makes of the task."""
         work = self._workload
-        return self.mask.flops(work.head_dim, work.heads) // masks.FLOPS["forward"] * masks.FLOPS[work.task]
+        return self.mask.flops(work.head_dim, work.heads) // masks.FLOPS["forward"] * masks.flops_of_pair(work)
 
     def scratch_allowed(self) -> int:
-        """Bytes that a backward may allocate beside its gradients."""
-        q = self._qkv[0]
-        return 4 * q.numel() + QUERY_ROW_BYTES * (q.numel() // q.shape[-1]) + SCRATCH_ALLOWANCE
+        """Bytes that a backward may allocate beside its gradients: sums in float32, and two numbers a query row."""
+        work, (q, k, _) = self._workload, self._qkv
+        of_queries, of_keys = 4 * q.numel(), 8 * k.numel()
+        if work.heads // work.heads_k >= GROUPS_WITH_ALL_SUMS:
+            sums = of_queries + of_keys
+        else:
+            sums = max(of_queries, of_keys) if work.k_block < KEY_BLOCKS_BY_KEYS else of_queries
+        return sums + QUERY_ROW_BYTES * (q.numel() // q.shape[-1]) + SCRATCH_ALLOWANCE
 
     def clocks(self) -> Tensor:
         """The attention kernel alone: int64 (thread blocks, 2), the SM's clock at the begin and the end of each."""
         mask = self.mask
         tables = (mask.bits, mask.sequences, self.items, self._layout())
-        return torch.ops.hbsattn.profile_forward(*self._qkv, *tables, True, self._workload.head_dim**-0.5)[2]
+        return torch.ops.hbsattn.profile_forward(*self._inputs(), *tables, True, self._workload.head_dim**-0.5)[2]
+
+
+def length_keywords(workload: Workload, device: torch.device) -> dict[str, object]:
+    """The keywords that tell a mask where its sequences lie."""
+    if not workload.lengths:
+        return {"seqlen_q": workload.seqlen, "seqlen_k": workload.seqlen}
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(workload.lengths)], dtype=torch.int32, device=device)
+    longest = {"max_seqlen_k": max(workload.lengths)} if workload.bounded else {}
+    return {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, **longest}

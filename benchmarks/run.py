@@ -40,41 +40,59 @@ COLUMNS = (  # heading, field, format
     ("cyc", "cycle_share", "{:.3f}"),
     ("b2b TF/s", "back_to_back_tflops", "{:.1f}"),
     ("x cuDNN", "speedup_over_cudnn", "{:.2f}"),
+    ("backward / forward", "over_forward", "{:.2f}"),
     ("pack ms", "pack_ms", "{:.4f}"),
     ("plan ms", "plan_ms", "{:.4f}"),
     ("columns ms", "column_plan_ms", "{:.4f}"),
+    ("planning", "planning_share", "{:.1%}"),
+    ("extra bytes", "extra_bytes", "{:,}"),
     ("all ms", "end_to_end_ms", "{:.4f}"),
     ("span ms", "span_ms", "{:.4f}"),
     ("host ms", "host_ms", "{:.4f}"),
 )
 
 
-@dataclass
-class Problem:
-    """A workload's tensors and mask. `grad_out` is for the tasks that take gradients."""
+class Data:
+    """The tensors and the mask that all tasks share which are alike but for the task."""
 
-    workload: Workload
-    qkv: tuple[Tensor, ...]
-    grad_out: Tensor | None
-    block_mask: Tensor
+    def __init__(self, workload: Workload, qkv: tuple[Tensor, ...], seed: int) -> None:
+        self._workload = workload
+        self.qkv = qkv
+        self.block_mask = masks.make_mask(workload, qkv[0].device, seed)
 
     @cached_property
-    def flops(self) -> int:
-        return masks.count_flops(self.workload, masks.count_pairs(self.workload, self.block_mask))
+    def pairs(self) -> int:
+        return masks.count_pairs(self._workload, self.block_mask)
+
+    @cached_property
+    def grad_out(self) -> Tensor:
+        return workloads.make_grad_out(self._workload, self.qkv[0].device, SEED - 1)
+
+    @cached_property
+    def gradients(self) -> gate.Gradients:
+        return gate.Gradients(self._workload, *self.qkv, self.grad_out, self.block_mask)
+
+
+class Problem:
+    """A workload with its data."""
+
+    def __init__(self, workload: Workload, data: Data) -> None:
+        self.workload = workload
+        self.block_mask = data.block_mask
+        self.qkv = gradients.leaves(workload, data.qkv)
+        self.flops = masks.count_flops(workload, data.pairs)
+        self._data = data
 
     def make_launch(self, attend: Callable[[], Tensor]) -> Callable[[], Tensor | tuple[Tensor, ...]]:
-        return gradients.make_launch(self.workload, attend, self.qkv, self.grad_out)
-
-    @cached_property
-    def _gradients(self) -> gate.Gradients:
-        return gate.Gradients(self.workload, *self.qkv, self.grad_out, self.block_mask)
+        grad_out = None if self.workload.task == "forward" else self._data.grad_out
+        return gradients.make_launch(self.workload, attend, self.qkv, grad_out)
 
     def check(
         self, result: Tensor | tuple[Tensor, ...], lse: Tensor | None = None
     ) -> gate.Verdict | gate.GradientVerdict:
         """Judges an output, or the gradients of q, k and v."""
-        if self.grad_out is not None:
-            return self._gradients.check(result)
+        if self.workload.task != "forward":
+            return self._data.gradients.check(result, self.workload.frozen)
         return gate.check(self.workload, *self.qkv, self.block_mask, result, lse)
 
 
@@ -129,6 +147,7 @@ class Bench:
             self._add_details(entry, rows[entry.key], self._quick or group.brief)
         for entry in entries:
             _add_speedup(entry, rows)
+        _add_ratios(entries, rows)
         self._say(_table(list(rows.values())))
         return rows
 
@@ -136,19 +155,19 @@ class Bench:
         """Tensors, masks, compiled calls; each result through the gate."""
         entries: list[Entry] = []
         tensors: dict[tuple, tuple[Tensor, ...]] = {}
+        shared: dict[Workload, Data] = {}
 
-        def pose(workload: Workload, seed: int) -> Problem:
+        def pose(workload: Workload) -> Problem:
             self._progress(f"{group.name}: prepares and checks {workload.name}")
             if workload.problem not in tensors:
                 tensors[workload.problem] = workloads.make_tensors(workload, self._device, SEED)
-            block_mask = masks.make_mask(workload, self._device, seed)
-            if workload.task == "forward":
-                return Problem(workload, tensors[workload.problem], None, block_mask)
-            qkv = gradients.leaves(tensors[workload.problem])
-            return Problem(workload, qkv, workloads.make_grad_out(workload, self._device, SEED - 1), block_mask)
+            key = workload.mask_only()
+            if key not in shared:
+                shared[key] = Data(key, tensors[workload.problem], SEED + 1 + len(shared))
+            return Problem(workload, shared[key])
 
-        for number, workload in enumerate(group.workloads):
-            problem = pose(workload, SEED + 1 + number)
+        for workload in group.workloads:
+            problem = pose(workload)
             entry = self._prepare_ours(problem)
             entries.append(entry)
             if entry.verdict and not entry.verdict.passed:
@@ -156,7 +175,7 @@ class Bench:
             if group.compares(workload):
                 entries += [self._prepare_rival(rival, problem) for rival in self._rivals if not rival.dense]
         for workload in group.dense_workloads():
-            problem = pose(workload, SEED)
+            problem = pose(workload)
             rivals = [rival for rival in self._rivals if rival.dense and group.compares_dense(rival.name)]
             entries += [self._prepare_rival(rival, problem) for rival in rivals]
         return [entry for entry in entries if entry]
@@ -193,6 +212,8 @@ class Bench:
         if workload.task != "forward" and not rival.differentiable:
             return None
         entry = Entry(workload, rival.name, rival.label, problem.flops, problem=rival.refusal(workload))
+        if workload.lengths:
+            entry.problem = "packed sequences are timed with hbsattn alone"
         if entry.problem:
             return entry
         begin = time.perf_counter()
@@ -241,11 +262,12 @@ class Bench:
         if not brief:
             row["back_to_back_ms"] = self._timer.back_to_back(entry.launch)
             row["back_to_back_tflops"] = entry.flops / row["back_to_back_ms"] * 1e-9
-        few = 5 if brief else 11
+        few = 3 if self._quick else 5 if brief else 11
         ours, task = entry.ours, entry.workload.task
         if ours and task == "backward":
             times = self._timer.spaced({"columns": ours.plan_columns}, few)["columns"]
             row["column_plan_ms"] = times.ms
+            row["planning_share"] = times.ms / row["ms"]
             row["host_time_included"] |= times.exposed
             row["extra_bytes"] = timing.measure_memory(entry.launch)
             row["extra_bytes_allowed"] = ours.scratch_allowed()
@@ -255,6 +277,7 @@ class Bench:
                 row[f"{part}_ms"] = times.ms
                 row["host_time_included"] |= times.exposed
             row["pack_and_plan_ms"] = row["pack_ms"] + row["plan_ms"]
+            row["planning_share"] = row["pack_and_plan_ms"] / row["ms"]
             if self._peak_per_cycle and entry.workload.dtype.itemsize == 2:
                 cycles = self._timer.cycles(ours.clocks, 3 if brief else 7)
                 row["cycles"] = cycles
@@ -264,7 +287,7 @@ class Bench:
                 if span:
                     row["span_ms"], row["host_ms"] = span
             row["extra_bytes"] = timing.measure_memory(ours.end_to_end)
-            if not entry.workload.listed:
+            if not entry.workload.listed and not entry.workload.lengths:
                 row["extra_bytes_allowed"] = entry.block_mask.numel() // 4 + MEMORY_ALLOWANCE
 
     def _progress(self, text: str) -> None:
@@ -277,6 +300,19 @@ def _add_speedup(entry: Entry, rows: Rows) -> None:
     dense = rows.get((entry.workload.dense().name, "cudnn"), {}).get("ms")
     if dense and "ms" in row:
         row["speedup_over_cudnn"] = dense / row["ms"]
+
+
+def _add_ratios(entries: list[Entry], rows: Rows) -> None:
+    """How many times as long as the same contestant's forward on the same mask."""
+    forward = {
+        (entry.contestant, entry.workload.mask_only()): rows[entry.key].get("ms")
+        for entry in entries
+        if entry.workload.task == "forward"
+    }
+    for entry in entries:
+        row, ms = rows[entry.key], forward.get((entry.contestant, entry.workload.mask_only()))
+        if entry.workload.task == "backward" and ms and "ms" in row:
+            row["over_forward"] = row["ms"] / ms
 
 
 def _table(rows: list[dict[str, object]]) -> str:
@@ -324,9 +360,10 @@ def _parse() -> argparse.Namespace:
         nargs="?",
         const="basics",
         choices=(*bars.SETS, *SEVERAL),
-        help="the workloads of a set of bars, and the bars (the default: basics; forward: basics and shapes)",
+        help="the workloads of a set of bars, and the bars (the default: basics; forward: basics and shapes; real: "
+        "masks that people train with, in both directions)",
     )
-    what.add_argument("--grid", choices=("anchors", "predecessor"), help="a grid of workloads")
+    what.add_argument("--grid", choices=tuple(workloads.GRIDS), help="a grid of workloads")
     what.add_argument("--workloads", nargs="+", metavar="NAME", help="workloads by name, with spaces or commas between")
     what.add_argument("--list", action="store_true", help="print the names of all workloads and stop")
     parser.add_argument("--match", metavar="TEXT", help="of these, only the workloads with TEXT in their name")
@@ -343,19 +380,13 @@ def _parse() -> argparse.Namespace:
 def _select(arguments: argparse.Namespace) -> dict[str, list[Group]]:
     """Groups by the name of their set of bars, or of the grid."""
     if arguments.grid:
-        groups = workloads.anchor_groups() if arguments.grid == "anchors" else workloads.predecessor_groups()
-        chosen = {arguments.grid: groups}
+        chosen = {arguments.grid: workloads.GRIDS[arguments.grid]()}
     elif arguments.workloads:
         names = [name for names in arguments.workloads for name in names.split(",") if name]
         chosen = {"workloads": workloads.named_groups(names)}
     else:
-        sets = {
-            "basics": workloads.bar_groups(),
-            "shapes": workloads.shape_groups(),
-            "backward": workloads.backward_groups(),
-        }
         wanted = arguments.bars or "basics"
-        chosen = {name: sets[name] for name in SEVERAL.get(wanted, (wanted,))}
+        chosen = {name: workloads.SETS[name]() for name in SEVERAL.get(wanted, (wanted,))}
     if arguments.match:
         chosen = {name: workloads.matching(groups, arguments.match) for name, groups in chosen.items()}
     return chosen

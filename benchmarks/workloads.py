@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,20 +20,30 @@ TILES = ((128, 128), (128, 64), (128, 32), (128, 16))
 NARROW = ((64, 16), (64, 128), (80, 48), (112, 64), (32, 32), (32, 128), (16, 16), (16, 128))
 
 
+# Key blocks at the begin of a sequence that every row attends to, where a workload does not say otherwise.
+USUAL_SINKS = {"local": 4}
+
+
 @dataclass(frozen=True)
 class Workload:
     """Self-attention over `batch` sequences of `seqlen` under a block mask.
 
-    density: each block is on with this probability, independently for every (sequence, mask head, query block); the
-        first key block always is, and a causal mask is cut at the diagonal. 1 is the all-true mask.
+    density: each block is on with this probability, independently for every (sequence, mask head, query block), as are
+        sinks and diagonal; a causal mask is cut at the diagonal. 1 is the all-true mask.
     per_row: instead of a density, this many blocks of each row, of those that causality leaves visible.
-    pattern: "random"; "local", the first 4 of `per_row` blocks and the last before the diagonal; or "half-dense",
-        random, but with every second head all true.
+    pattern: "random"; "local", of `per_row` blocks the sinks and the last before the diagonal; "half-dense", random,
+        but with every second head all true; or "top-k", for each row the share `density` of its visible blocks that
+        score best (masks.py), besides sinks and diagonal.
+    sinks: so many key blocks at the begin of its sequence every row attends to; None: 4 if local, else 1.
+    diagonal: whether each row attends to its own keys, the blocks that share a token with its query block.
+    lengths: of packed sequences, one after another in tensors of `seqlen` tokens, their sum; `batch` is 1.
+    bounded: whether the mask of packed sequences is told the longest one.
     alike: so many neighbouring query blocks draw from one list; each keeps 90% of it and adds 10% of its own.
     shared: one mask head for each key head, for the whole group of query heads, rather than one for each query head.
     listed: the mask comes as lists of key blocks rather than as booleans.
     task: "forward"; "backward", the gradients of q, k and v alone; or "training", the forward and the backward.
     deterministic: gradients that are the same in every run.
+    frozen: the letters of those of q, k and v whose gradients nobody asks for.
     """
 
     name: str
@@ -52,11 +64,33 @@ class Workload:
     listed: bool = False
     task: str = "forward"
     deterministic: bool = False
+    sinks: int | None = None
+    diagonal: bool = False
+    lengths: tuple[int, ...] = ()
+    bounded: bool = True
+    frozen: str = ""
+
+    def __post_init__(self) -> None:
+        if self.lengths and (self.batch != 1 or sum(self.lengths) != self.seqlen or self.listed):
+            raise ValueError(
+                f"workload {self.name!r} packs sequences of {self.seqlen} tokens; expected batch 1, "
+                f"{sum(self.lengths)} tokens, and no lists"
+            )
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """The lengths of the sequences in one entry of the batch."""
+        return self.lengths or (self.seqlen,)
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """Query blocks and key blocks of a sequence."""
-        return -(-self.seqlen // self.q_block), -(-self.seqlen // self.k_block)
+        """Query blocks and key blocks of all sequences in one entry of the batch."""
+        rows, cols = (sum(-(-n // block) for n in self.sequences) for block in (self.q_block, self.k_block))
+        return rows, cols
+
+    @property
+    def sink_blocks(self) -> int:
+        return USUAL_SINKS.get(self.pattern, 1) if self.sinks is None else self.sinks
 
     @property
     def mask_heads(self) -> int:
@@ -67,9 +101,18 @@ class Workload:
         """What decides the tensors q, k and v."""
         return self.batch, self.seqlen, self.heads, self.heads_k, self.head_dim, self.dtype
 
+    def mask_only(self) -> Workload:
+        """What tasks on the same tensors and mask have in common: their forward, without a name."""
+        return dataclasses.replace(self, name="", task="forward", deterministic=False, frozen="")
+
     def dense(self) -> Workload:
-        """The same tensors and task without a mask: what dense attention computes."""
+        """The same tensors and task without a mask: what dense attention computes. Packed sequences of one length are
+        a batch of it.
+        """
         batch, seqlen, heads, heads_k, head_dim, dtype = self.problem
+        packed = {"lengths": self.lengths}
+        if len(set(self.lengths)) == 1:
+            batch, seqlen, packed = len(self.lengths), self.lengths[0], {}
         workload = Workload(
             "",
             seqlen,
@@ -81,6 +124,8 @@ class Workload:
             head_dim=head_dim,
             dtype=dtype,
             task=self.task,
+            frozen=self.frozen,
+            **packed,
         )
         return _named("dense", workload)
 
@@ -115,7 +160,7 @@ class Group:
         if self.dense is not None:
             return self.dense
         shapes = [workload.dense() for workload in self.workloads if workload.seqlen <= LONGEST_DENSE]
-        return tuple({workload.name: workload for workload in shapes}.values())
+        return tuple({workload.name: workload for workload in shapes if not workload.lengths}.values())
 
 
 def make_tensors(workload: Workload, device: torch.device | str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,16 +190,26 @@ def _named(kind: str, workload: Workload, mask: str = "") -> Workload:
     work = workload
     parts = [kind] if work.task == "forward" else [work.task, kind]
     parts += [f"batch{work.batch}"] if work.batch > 1 else []
-    parts += [f"s{work.seqlen}"]
+    parts += [f"packed{_spell(work.lengths)}" if work.lengths else f"s{work.seqlen}"]
     parts += [f"heads{work.heads}"] if work.heads != 32 else []
     parts += [f"kv{work.heads_k}"] if work.heads_k != work.heads else []
     parts += [f"dim{work.head_dim}"] if work.head_dim != 128 else []
     parts += [mask] if mask else []
+    parts += [f"sinks{work.sinks}"] if work.sinks is not None else []
+    parts += ["diagonal"] if work.diagonal else []
     parts += ["shared"] if work.shared else []
     parts += [f"alike{work.alike}"] if work.alike > 1 else []
     parts += ["causal"] if work.causal else []
+    parts += ["unbounded"] if not work.bounded else []
+    parts += [f"frozen-{work.frozen}"] if work.frozen else []
     parts += ["deterministic"] if work.deterministic else []
     return dataclasses.replace(work, name="-".join(parts))
+
+
+def _spell(lengths: tuple[int, ...]) -> str:
+    """Lengths in a name: 16384+9000, and 32x1024 for 32 of one length."""
+    runs = [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
+    return "+".join(f"{count}x{length}" if count > 1 else f"{length}" for count, length in runs)
 
 
 def _sparse(q_block: int, k_block: int, seqlen: int, density: float, causal: bool, **others: object) -> Workload:
@@ -170,6 +225,22 @@ def _rows(q_block: int, k_block: int, seqlen: int, per_row: int, causal: bool, *
 
 def _all_true(seqlen: int, causal: bool, **others: object) -> Workload:
     return _named("all-true", Workload("", seqlen, density=1.0, causal=causal, **others))
+
+
+def _top(q_block: int, k_block: int, lengths: tuple[int, ...], keep: float, **others: object) -> Workload:
+    """What scores best of pooled queries and keys, a mask for each of 8 key heads of 32 heads. One length is a batch of
+    one, several are packed.
+    """
+    group = {"causal": True, "heads_k": 8, "shared": True, "diagonal": True, "pattern": "top-k"}
+    packed = {"lengths": lengths} if len(lengths) > 1 else {}
+    workload = Workload("", sum(lengths), q_block, k_block, keep, **group, **packed, **others)
+    return _named(f"{q_block}x{k_block}", workload, f"top{keep:g}")
+
+
+def _directions(make: Callable[..., Workload], *shape: object, **others: object) -> list[Workload]:
+    """One mask forward, backward, and backward bitwise the same in every run."""
+    tasks = ({}, {"task": "backward"}, {"task": "backward", "deterministic": True})
+    return [make(*shape, **others, **task) for task in tasks]
 
 
 def bar_groups() -> list[Group]:
@@ -219,8 +290,16 @@ def shape_groups() -> list[Group]:
             [_all_true(8192, False, head_dim=dim).dense() for dim in dims],
         ),
         _brief("short", [_sparse(128, 128, 1024, 0.1, True, batch=8)], []),
+        _brief("many", [_many(4096, 8)], []),
         _brief("long", long, []),
     ]
+
+
+def _many(count: int, length: int) -> Workload:
+    """Short packed sequences, a block each, whose mask is told no longest one."""
+    shape = {"q_block": 128, "k_block": 32, "heads": 8, "heads_k": 8}
+    workload = Workload("", count * length, density=1.0, lengths=(length,) * count, bounded=False, **shape)
+    return _named("all-true", workload)
 
 
 def backward_groups() -> list[Group]:
@@ -231,7 +310,8 @@ def backward_groups() -> list[Group]:
         all_true = _all_true(8192, causal, task="backward")
         members = [large, small, all_true]
         if not causal:
-            members.append(_sparse(128, 128, 32768, 0.1, False, task="backward", deterministic=True))
+            for others in ({"deterministic": True}, {"frozen": "kv"}, {"frozen": "q"}):
+                members.append(_sparse(128, 128, 32768, 0.1, False, task="backward", **others))
         group = _brief("backward-causal" if causal else "backward", members, [all_true.dense()])
         groups.append(dataclasses.replace(group, compared=frozenset({large.name})))
 
@@ -260,6 +340,91 @@ def _training(batch: int, seqlen: int, densities: tuple[float, ...]) -> Group:
     members = [all_true, *(_sparse(128, 128, seqlen, density, True, **kind) for density in densities)]
     group = _brief(all_true.name.replace("all-true-", ""), members, [all_true.dense()])
     return dataclasses.replace(group, dense_rivals=frozenset({"fa2"}))
+
+
+# Packed sequences of masks that people train with.
+RAGGED = (16384, 9000, 4096, 2500, 777)
+# Batch, length and heads of all-true masks.
+ALL_TRUE = ((64, 512, 16), (8, 1024, 32), (32, 1024, 32), (8, 4096, 32), (2, 8192, 32))
+
+
+def real_groups() -> list[Group]:
+    """Masks that people train with, both directions of each: what changes of the backward are judged on."""
+    return [_short_masks(), *_chosen_masks(), _sizes(), _token_rows(), *map(_dense_masks, ALL_TRUE), _training_step()]
+
+
+def _short_masks() -> Group:
+    """Batches of short sequences, 64 x 64: what a sink column, the diagonal, causality and groups cost, one by one."""
+    batch, group = {"batch": 8}, {"batch": 8, "heads_k": 8, "shared": True}
+    drawn = [
+        ({"causal": False, "sinks": 0}, batch),
+        ({"causal": True, "sinks": 0}, batch),
+        ({"causal": True}, batch),
+        ({"causal": True, "diagonal": True}, batch),
+        ({"causal": False}, batch),
+        ({"causal": False, "sinks": 0}, group),
+        ({"causal": True, "sinks": 0}, group),
+        ({"causal": True}, group),
+    ]
+    members = [w for mask, shape in drawn for w in _directions(_sparse, 64, 64, 4096, 0.2, **mask, **shape)]
+    for shape in (batch, group):
+        members += _directions(_sparse, 64, 64, 4096, 0.25, causal=True, diagonal=True, **shape)
+    dense = [w.dense() for w in members[-6:] if not w.deterministic]
+    return _beside_cudnn("real-short", members, dense)
+
+
+def _chosen_masks() -> list[Group]:
+    """Top-k of pooled scores, packed and long, and random masks with a diagonal that are as sparse."""
+    packed = [_directions(_top, 128, 64, RAGGED, 0.1), _directions(_top, 128, 64, (1024,) * 32, 0.3)]
+    group = {"heads_k": 8, "shared": True}
+    long = [
+        _directions(_top, 128, 64, (32768,), 0.1),
+        _directions(_top, 128, 128, (32768,), 0.1),
+        _directions(_sparse, 64, 64, 32768, 0.06, causal=True, diagonal=True, **group),
+        _directions(_sparse, 128, 128, 32768, 0.05, causal=True, diagonal=True),
+    ]
+    even = packed[1]
+    return [
+        _beside_cudnn("real-packed", [w for one in packed for w in one], [w.dense() for w in even[:2]]),
+        _brief("real-long", [w for one in long for w in one], []),
+        _brief("real-longest", _directions(_top, 128, 128, (131072,), 0.05), []),
+    ]
+
+
+def _sizes() -> Group:
+    """Block sizes, groups with a mask for each key head, and a sink block with local ones."""
+    masks = [_directions(_sparse, *size, 32768, 0.1, False) for size in ((128, 128), (64, 64), (128, 64), (128, 16))]
+    masks += [_directions(_sparse, 128, 128, 32768, 0.1, True)]
+    masks += [_directions(_sparse, 128, 128, 32768, 0.1, False, heads_k=4, shared=True)]
+    masks += [_directions(_rows, 128, 128, 32768, 9, True, pattern="local", sinks=1)]
+    masks += [_directions(_sparse, *size, 16384, 0.1, False) for size in ((64, 16), (16, 16), (32, 32))]
+    dense = [_all_true(8192, causal, task="backward").dense() for causal in (False, True)]
+    return _beside_cudnn("real-sizes", [w for one in masks for w in one], dense)
+
+
+def _token_rows() -> Group:
+    """One query a block and a list for each key head, its own block and the first among them."""
+    members = []
+    for heads, heads_k, k_block, top in ((32, 2, 64, 64), (64, 4, 128, 16)):
+        shape = {"heads": heads, "heads_k": heads_k, "shared": True, "listed": True, "diagonal": True}
+        for alike in (1, 16):
+            members += _directions(_rows, 1, k_block, 32768, top, True, alike=alike, **shape)
+    return _brief("real-tokens", members, [])
+
+
+def _dense_masks(shape: tuple[int, int, int]) -> Group:
+    """All-true masks of short sequences, beside cuDNN without a mask."""
+    batch, seqlen, heads = shape
+    members = _directions(_all_true, seqlen, True, batch=batch, heads=heads, heads_k=heads)
+    return _beside_cudnn(f"real-all-true-batch{batch}-s{seqlen}", members, [w.dense() for w in members[:2]])
+
+
+def _training_step() -> Group:
+    return dataclasses.replace(_training(1, 32768, (0.1,)), name="real-training", dense=())
+
+
+def _beside_cudnn(name: str, members: list[Workload], dense: list[Workload]) -> Group:
+    return dataclasses.replace(_brief(name, members, dense), dense_rivals=frozenset({"cudnn"}))
 
 
 def anchor_groups() -> list[Group]:
@@ -305,8 +470,13 @@ def matching(groups: list[Group], text: str) -> list[Group]:
 
 
 def all_workloads() -> dict[str, Workload]:
-    groups = [*bar_groups(), *shape_groups(), *backward_groups(), *anchor_groups(), *predecessor_groups()]
+    groups = [group for make in (*SETS.values(), *GRIDS.values()) for group in make()]
     return {workload.name: workload for group in groups for workload in group.workloads}
+
+
+# Groups by the names of the sets of bars, and of the grids.
+SETS = {"basics": bar_groups, "shapes": shape_groups, "backward": backward_groups, "real": real_groups}
+GRIDS = {"anchors": anchor_groups, "predecessor": predecessor_groups}
 
 
 def _brief(name: str, members: list[Workload], dense: list[Workload]) -> Group:
@@ -318,5 +488,5 @@ def _grouped(workloads: list[Workload]) -> list[Group]:
     """Workloads that share q, k, v and causality go together, so that dense attention runs once for them."""
     groups: dict[str, list[Workload]] = {}
     for workload in workloads:
-        groups.setdefault(workload.dense().name.replace("dense-", ""), []).append(workload)
+        groups.setdefault(workload.mask_only().dense().name.replace("dense-", ""), []).append(workload)
     return [Group(name, tuple(members)) for name, members in groups.items()]
