@@ -77,5 +77,5 @@ class Ours:
     def clocks(self) -> Tensor:
         """The attention kernel alone: int64 (thread blocks, 2), the SM's clock at the begin and the end of each."""
         mask = self.mask
-        tables = (mask.bits, mask.sequences, self.items, self._layout())
-        return torch.ops.hbsattn.profile_forward(*self._qkv, *tables, True, self._workload.head_dim**-0.5)[2]
+        call = (*self._qkv, mask.bits, mask.sequences, self._layout(), True, self._workload.head_dim**-0.5)
+        return torch.ops.hbsattn.profile_forward(*call, self.items)[2]

@@ -648,6 +648,6 @@ def test_build_without_cuda():
         if torch.cuda.is_available():
             make_problem(case("host_only"), "cuda", torch.bfloat16).run()
         else:  # no tensor can be there, but the table of sequences can be asked for
-            torch.ops.hbsattn.make_sequences(None, None, torch.device("cuda"), 2, 100, 100, 64, 64, 2)
+            torch.ops.hbsattn.make_sequences(None, None, torch.device("cuda"), 2, 100, 100, 2, 64, 64)
 
     expect((ValueError, NotImplementedError), ("this build of hbsattn has no CUDA kernels", "nvcc"), name_cuda)
