@@ -127,7 +127,8 @@ def pack_bits(mask: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, words * 32 - cols))
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
     octets = (padded.unflatten(-1, (words * 4, 8)) * weights).sum(-1, dtype=torch.uint8)
-    bits = torch.empty((*mask.shape[:-1], words), dtype=torch.int32, device=mask.device)
+    with torch.inference_mode(False):  # a mask that is built in inference mode may train later
+        bits = torch.empty((*mask.shape[:-1], words), dtype=torch.int32, device=mask.device)
     bits.view(torch.uint8).copy_(octets)
     return bits
 

@@ -52,7 +52,8 @@ def block_sparse_attention(
     do not depend on what lies beside it. Under autocast, q, k and v are cast as PyTorch's own attention casts them.
 
     A NaN or infinity in v may reach queries that do not attend to its key, if they share a tile with one that does:
-    queries of the same block, or of neighbouring blocks. In k it reaches only those that attend to it.
+    queries of the same block, or of neighbouring blocks. In k it reaches results only of queries that attend to it, but
+    may reach the gradients of all queries in active blocks of its tile.
 
     Returns:
         out, shape and dtype of q; with `return_lse` (out, lse). lse holds natural logarithms in float32 (float64 for

@@ -153,7 +153,7 @@ LAYOUT, SCALE = 5, 7
 # Position among the arguments, what becomes of it, and what the message says.
 BACKWARD_ERRORS: dict[str, tuple[int, Any, str]] = {
     "grad_out_shape": (GRAD_OUT, lambda x: x[1:], r"grad_out has shape .*; expected"),
-    "grad_out_dtype": (GRAD_OUT, lambda x: x.half(), r"grad_out has dtype float16; expected"),
+    "grad_out_dtype": (GRAD_OUT, lambda x: x.half(), r"grad_out has dtype float16; expected \w+, that of q"),
     "grad_lse_dtype": (GRAD_LSE, lambda x: x.double(), r"grad_lse has dtype float64; expected float32"),
     "grad_lse_shape": (GRAD_LSE, lambda x: x.T, r"grad_lse has shape .*; expected"),
     "out_shape": (OUT, lambda x: x[1:], r"out has shape .*; expected"),

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
 #include <array>
@@ -105,8 +106,13 @@ struct Operator<f> {
   }
 };
 
+// For a part of a mask or a plan: later calls, of any mode, save it for backward or rewrite it, which they could not do
+// with a tensor of inference mode.
 inline Tensor empty_ints(at::IntArrayRef shape, at::Device device) {
-  return at::empty(shape, at::TensorOptions(at::kInt).device(device));
+  const at::TensorOptions options = at::TensorOptions(at::kInt).device(device);
+  if (!c10::InferenceMode::is_enabled()) return at::empty(shape, options);
+  const c10::InferenceMode normal(false);
+  return at::empty(shape, options);
 }
 
 inline MaskShape make_shape(int64_t batch, int64_t heads, const MaskBlocks& blocks) {

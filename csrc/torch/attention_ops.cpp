@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -119,10 +118,7 @@ ThreeTensors plan_and_forward(const Call& call) {
   plan.pack_heads = params.pack_heads;
   const c10::DataPtr workspace = allocate_scratch(forward_workspace_size());
   plan.workspace = workspace.get();
-  const Tensor items = [&] {
-    const c10::InferenceMode normal(false);  // later calls, of any mode, rewrite the list
-    return make_items(plan, device);
-  }();
+  const Tensor items = make_items(plan, device);
   const auto [out, lse] = run_forward(call, items, nullptr, workspace.get());
   return {out, lse, items};
 }
