@@ -56,14 +56,23 @@ inline CallShape read_call_shape(at::IntArrayRef values) {
           to_int32("element_size", values[3]), values[4] != 0};
 }
 
+// A member without a default: the compiler tells whoever leaves it out of an aggregate.
+template <class T>
+struct Required {
+  T value;
+
+  Required(T value) : value(value) {}
+  operator T() const { return value; }
+};
+
 // What each operator of an attention call takes first, in the order of schemas.cpp; hbsattn/_layout.py spells it as
 // Call. `Ints` is at::IntArrayRef, or c10::SymIntArrayRef where a program may be traced.
 template <class Ints>
 struct CallArguments {
   const Tensor &q, &k, &v, &bits, &sequences;
   Ints layout;
-  bool pack_heads;
-  double softmax_scale;
+  Required<bool> pack_heads;
+  Required<double> softmax_scale;
 
   // `function` of all of them, and of `own` behind them.
   template <class Function, class... Own>

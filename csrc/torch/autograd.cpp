@@ -24,15 +24,7 @@ using TwoTensors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 using TracedCall = CallArguments<c10::SymIntArrayRef>;
 
-// The rules.
-TwoTensors differentiable_forward(const TracedCall& call, const OptionalTensor& items,
-                                  const OptionalTensor& backward_plan, bool deterministic);
-ThreeTensors differentiable_plan_and_forward(const TracedCall& call);
-ThreeTensors differentiable_backward(const TracedCall& call, const Tensor& grad_out, const OptionalTensor& grad_lse,
-                                     const Tensor& out, const Tensor& lse, const OptionalTensor& plan,
-                                     bool deterministic, std::array<bool, 3> needs);
-
-// The operator that has some rule: what it does without the rule is `call_below`, and `call_operator` is with it.
+// Calls the operator that has this autograd rule.
 template <auto rule, class... Own>
 auto call_operator(const char* name, const TracedCall& call, const Own&... own) {
   using Schema = decltype(Operator<rule>::run);
@@ -40,6 +32,7 @@ auto call_operator(const char* name, const TracedCall& call, const Own&... own) 
   return call.apply([](const auto&... arguments) { return found.call(arguments...); }, own...);
 }
 
+// The same without the rule.
 template <auto rule, class... Own>
 auto call_below(const char* name, const TracedCall& call, const Own&... own) {
   const at::AutoDispatchBelowADInplaceOrView guard;
@@ -82,6 +75,41 @@ bool is_differentiated(std::initializer_list<const Tensor*> tensors) {
   return false;
 }
 
+// Stands for the second derivative where one is asked for.
+struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
+  // The tensors are what the gradients that `compute` returns depend on.
+  template <class Compute>
+  static variable_list forward(AutogradContext*, const Tensor& q, const Tensor& k, const Tensor& v,
+                               const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
+                               const Tensor& lse, const Compute& compute) {
+    const auto [grad_q, grad_k, grad_v] = compute();
+    return {grad_q, grad_k, grad_v};
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    C10_THROW_ERROR(NotImplementedError,
+                    "block_sparse_attention has no second derivative: call backward without create_graph=True");
+  }
+};
+
+ThreeTensors differentiable_backward(const TracedCall& call, const Tensor& grad_out, const OptionalTensor& grad_lse,
+                                     const Tensor& out, const Tensor& lse, const OptionalTensor& plan,
+                                     bool deterministic, std::array<bool, 3> needs) {
+  const auto compute = [&] {
+    return call_below<differentiable_backward>("hbsattn::backward", call, grad_out, grad_lse, out, lse, plan,
+                                               deterministic, needs);
+  };
+  if (!is_differentiated({&grad_out, &call.q, &call.k, &call.v, &out, &lse}) &&
+      !(grad_lse && is_differentiated({&*grad_lse}))) {
+    return compute();
+  }
+  const variable_list grads = NoSecondDerivative::apply(call.q, call.k, call.v, grad_out, grad_lse, out, lse, compute);
+  return {grads[0], grads[1], grads[2]};
+}
+
+TwoTensors differentiable_forward(const TracedCall& call, const OptionalTensor& items,
+                                  const OptionalTensor& backward_plan, bool deterministic);
+
 // Gradients of out and lse with respect to q, k and v. Those that required none at the forward are not computed.
 struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
   static constexpr int kInputs = 7;  // of forward, beside the context
@@ -94,8 +122,8 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
         call_below<differentiable_forward>("hbsattn::forward", call, items, backward_plan, deterministic);
     context->save_for_backward({q, k, v, call.bits, call.sequences, out, lse, backward_plan.value_or(Tensor())});
     context->saved_data["layout"] = call.layout;
-    context->saved_data["pack_heads"] = call.pack_heads;
-    context->saved_data["softmax_scale"] = call.softmax_scale;
+    context->saved_data["pack_heads"] = call.pack_heads.value;
+    context->saved_data["softmax_scale"] = call.softmax_scale.value;
     context->saved_data["deterministic"] = deterministic;
     context->saved_data["needs"] = std::vector<bool>{q.requires_grad(), k.requires_grad(), v.requires_grad()};
     context->set_materialize_grads(false);  // log-sum-exps are seldom used: no zeros for their gradients
@@ -106,14 +134,9 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     const variable_list saved = context->get_saved_variables();
     auto& data = context->saved_data;
     const std::vector<c10::SymInt> layout = data["layout"].toSymIntVector();
-    const TracedCall call{saved[0],
-                          saved[1],
-                          saved[2],
-                          saved[3],
-                          saved[4],
-                          layout,
-                          data["pack_heads"].toBool(),
-                          data["softmax_scale"].toDouble()};
+    const bool pack_heads = data["pack_heads"].toBool();
+    const double softmax_scale = data["softmax_scale"].toDouble();
+    const TracedCall call{saved[0], saved[1], saved[2], saved[3], saved[4], layout, pack_heads, softmax_scale};
     const Tensor &out = saved[5], &lse = saved[6];
     const c10::List<bool> needed = data["needs"].toBoolList();
     const std::array<bool, 3> needs{needed[0], needed[1], needed[2]};
@@ -145,38 +168,6 @@ ThreeTensors differentiable_plan_and_forward(const TracedCall& call) {
     C10_THROW_ERROR(NotImplementedError, "hbsattn::plan_and_forward has no derivative; expected hbsattn::forward");
   }
   return call_below<differentiable_plan_and_forward>("hbsattn::plan_and_forward", call);
-}
-
-// Stands for the second derivative where one is asked for.
-struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
-  // The tensors are what the gradients that `compute` returns depend on.
-  template <class Compute>
-  static variable_list forward(AutogradContext*, const Tensor& q, const Tensor& k, const Tensor& v,
-                               const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
-                               const Tensor& lse, const Compute& compute) {
-    const auto [grad_q, grad_k, grad_v] = compute();
-    return {grad_q, grad_k, grad_v};
-  }
-
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    C10_THROW_ERROR(NotImplementedError,
-                    "block_sparse_attention has no second derivative: call backward without create_graph=True");
-  }
-};
-
-ThreeTensors differentiable_backward(const TracedCall& call, const Tensor& grad_out, const OptionalTensor& grad_lse,
-                                     const Tensor& out, const Tensor& lse, const OptionalTensor& plan,
-                                     bool deterministic, std::array<bool, 3> needs) {
-  const auto compute = [&] {
-    return call_below<differentiable_backward>("hbsattn::backward", call, grad_out, grad_lse, out, lse, plan,
-                                               deterministic, needs);
-  };
-  if (!is_differentiated({&grad_out, &call.q, &call.k, &call.v, &out, &lse}) &&
-      !(grad_lse && is_differentiated({&*grad_lse}))) {
-    return compute();
-  }
-  const variable_list grads = NoSecondDerivative::apply(call.q, call.k, call.v, grad_out, grad_lse, out, lse, compute);
-  return {grads[0], grads[1], grads[2]};
 }
 
 }  // namespace
