@@ -94,12 +94,11 @@ def _attend(
     check_bool("deterministic", deterministic)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     needs = (q.requires_grad, k.requires_grad, v.requires_grad) if torch.is_grad_enabled() else NO_GRADIENTS
-    numbers = (mask._layout, pack_heads, scale)
     shape = CallShape(heads_q, k.shape[-2], head_dim, q.element_size(), pack_heads)
     if mask._lists is not None and needs == NO_GRADIENTS and not mask._makes_bits():
-        results = _attend_in_chunks(q, k, v, mask, numbers)
+        results = _attend_in_chunks(q, k, v, mask, (mask._layout, pack_heads, scale))
         return results if return_lse else results[0]
-    call = (q, k, v, mask._kept_bits(), mask.sequences, *numbers)  # a Call
+    call = (q, k, v, mask._kept_bits(), mask.sequences, mask._layout, pack_heads, scale)  # a Call
     items = backward_plan = None
     if device != "cpu":  # which needs no plans
         key = ("items", shape)
