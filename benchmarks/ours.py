@@ -98,8 +98,8 @@ class Ours:
     def clocks(self) -> Tensor:
         """The attention kernel alone: int64 (thread blocks, 2), the SM's clock at the begin and the end of each."""
         mask = self.mask
-        tables = (mask.bits, mask.sequences, self.items, self._layout())
-        return torch.ops.hbsattn.profile_forward(*self._inputs(), *tables, True, self._workload.head_dim**-0.5)[2]
+        call = (*self._inputs(), mask.bits, mask.sequences, self._layout(), True, self._workload.head_dim**-0.5)
+        return torch.ops.hbsattn.profile_forward(*call, self.items)[2]
 
 
 def length_keywords(workload: Workload, device: torch.device) -> dict[str, object]:

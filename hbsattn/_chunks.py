@@ -68,9 +68,8 @@ def attend_in_chunks(
             f"q has {rows} rows; expected {max(mask.rows - mask.batch, 0)} to {mask.rows}, as mask has {mask.rows} "
             f"lists and {mask.batch} sequences"
         )
-    cols, _, k_block, causal = mask._layout
     out = lse = None
-    for chunk in make_chunks(mask._lists, mask.sequences, cols, k_block, causal, rows, mask.packed):
+    for chunk in make_chunks(mask._lists, mask.sequences, mask._layout, rows, mask.packed):
         length = chunk.end - chunk.begin
         tensors = (q.narrow(rows_dim, chunk.begin, length), k, v)
         if out is None:
@@ -89,10 +88,10 @@ def attend_in_chunks(
 
 
 def make_chunks(
-    lists: Lists, sequences: Tensor, cols: int, k_block_size: int, causal: bool, rows: int, packed: bool
+    lists: Lists, sequences: Tensor, layout: tuple[int, int, int, int], rows: int, packed: bool
 ) -> Iterator[Chunk]:
     """Cuts a mask into chunks, one after another. `rows`: of q, of each batch entry if it is batched."""
-    batch = 1 if packed else sequences.shape[0]
+    batch, cols = 1 if packed else sequences.shape[0], layout[0]
     row_bytes = max(batch * lists.heads * ceil_div(cols, 32) * INT_BYTES, 1)
     step = max(CHUNK_BYTES // row_bytes, 1)
     for begin in range(0, max(rows, 1), step):
@@ -101,7 +100,7 @@ def make_chunks(
 
         def pack(begin: int = begin, end: int = end, bit_rows: int = bit_rows) -> tuple[Tensor, Tensor]:
             table = cut_sequences(sequences, begin, end, packed)
-            return lists.cut(begin, end).pack(table, bit_rows, (cols, 1, k_block_size), causal), table
+            return lists.cut(begin, end).pack(table, bit_rows, layout), table
 
         yield Chunk(begin, end, (lists.heads, bit_rows, ceil_div(cols, 32)), pack)
 

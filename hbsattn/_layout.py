@@ -4,7 +4,9 @@
 attends to key block ``c`` of its own sequence. ``sequences`` is int32 (batch, 7) with the columns below.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +36,30 @@ class CallShape(NamedTuple):
     head_dim: int
     element_size: int  # bytes
     pack_heads: bool  # query heads that share a mask and a key head may share tiles
+
+
+class Call(NamedTuple):
+    """What each op of an attention call takes first: CallArguments of csrc/torch/arguments.h."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bits: Tensor
+    sequences: Tensor
+    layout: Sequence[int]  # a MaskLayout
+    pack_heads: bool
+    softmax_scale: float
+
+
+def takes_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` in the form of an op: it takes a Call, and then what is the op's own."""
+    size = len(Call._fields)
+
+    @functools.wraps(function)
+    def op(*arguments: Any, **named: Any) -> Any:
+        return function(Call(*arguments[:size]), *arguments[size:], **named)
+
+    return op
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -101,7 +127,8 @@ def pack_bits(mask: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, words * 32 - cols))
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
     octets = (padded.unflatten(-1, (words * 4, 8)) * weights).sum(-1, dtype=torch.uint8)
-    bits = torch.empty((*mask.shape[:-1], words), dtype=torch.int32, device=mask.device)
+    with torch.inference_mode(False):  # a mask that is built in inference mode may train later
+        bits = torch.empty((*mask.shape[:-1], words), dtype=torch.int32, device=mask.device)
     bits.view(torch.uint8).copy_(octets)
     return bits
 
@@ -139,17 +166,15 @@ def last_keys(query: Tensor, diagonal: Tensor, end: Tensor, causal: bool) -> Ten
     return torch.minimum(query + diagonal, end - 1) if causal else (end - 1).expand(query.shape)
 
 
-def visible_columns(
-    sequences: Tensor, rows: int, cols: int, q_block_size: int, k_block_size: int, causal: bool
-) -> Tensor:
+def visible_columns(sequences: Tensor, rows: int, layout: MaskLayout) -> Tensor:
     """Counts the key blocks that each row of the bit matrix can see: int64 (rows); they are the first ones."""
-    sequence, block, used = locate_rows(sequences, rows, q_block_size)
+    sequence, block, used = locate_rows(sequences, rows, layout.q_block_size)
     if sequences.shape[0] == 0:
         return torch.zeros_like(block)
     table = sequences.to(torch.int64)[sequence]
-    last_query = torch.minimum((block + 1) * q_block_size, table[:, Q_LEN]) - 1
-    limit = last_keys(last_query, table[:, DIAGONAL], table[:, K_LEN], causal)
-    columns = (torch.div(limit, k_block_size, rounding_mode="floor") + 1).clamp_(0, cols)
+    last_query = torch.minimum((block + 1) * layout.q_block_size, table[:, Q_LEN]) - 1
+    limit = last_keys(last_query, table[:, DIAGONAL], table[:, K_LEN], layout.causal)
+    columns = (torch.div(limit, layout.k_block_size, rounding_mode="floor") + 1).clamp_(0, layout.cols)
     return torch.where(used, columns, 0)
 
 

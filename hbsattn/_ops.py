@@ -23,21 +23,23 @@ from hbsattn import _cpu  # noqa: F401  (registers the CPU kernels)
 from hbsattn._layout import (
     ITEM_INTS,
     SEQUENCE_INTS,
+    Call,
     CallShape,
     MaskLayout,
     ceil_div,
     count_backward_plan,
     count_items,
     count_pairs,
+    takes_call,
 )
 
 build_info = _C.build_info
 ops = torch.ops.hbsattn
 
 
-def _check_devices(**tensors: Tensor | None) -> torch.device:
+def _check_devices(**arguments: object) -> torch.device:
     """Refuses tensors of different devices. Real calls come here if one of their tensors is on the meta device."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    given = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     first, *others = given
     device = given[first].device
     for name in others:
@@ -54,32 +56,23 @@ def _(
     batch: int,
     seqlen_q: int,
     seqlen_k: int,
+    row_stride: int,
     q_block_size: int,
     k_block_size: int,
-    row_stride: int,
 ) -> Tensor:
     sequences = torch.empty((batch, SEQUENCE_INTS), dtype=torch.int32, device=device)
     _check_devices(sequences=sequences, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     return sequences
 
 
-def _fake_bits(like: Tensor, heads: int, rows: int, cols: int) -> Tensor:
-    return like.new_empty((heads, rows, ceil_div(cols, 32)), dtype=torch.int32)
+def _fake_bits(like: Tensor, heads: int, rows: int, *layout: int) -> Tensor:
+    return like.new_empty((heads, rows, ceil_div(MaskLayout(*layout).cols, 32)), dtype=torch.int32)
 
 
 @torch.library.register_fake("hbsattn::pack_dense")
-def _(
-    block_mask: Tensor,
-    sequences: Tensor,
-    flat: bool,
-    rows: int,
-    cols: int,
-    q_block_size: int,
-    k_block_size: int,
-    causal: bool,
-) -> Tensor:
+def _(block_mask: Tensor, sequences: Tensor, flat: bool, rows: int, *layout: int) -> Tensor:
     _check_devices(block_mask=block_mask, sequences=sequences)
-    return _fake_bits(block_mask, block_mask.shape[0 if flat else 1], rows, cols)
+    return _fake_bits(block_mask, block_mask.shape[0 if flat else 1], rows, *layout)
 
 
 @torch.library.register_fake("hbsattn::make_dense")
@@ -90,49 +83,27 @@ def _(
     batch: int,
     seqlen_q: int,
     seqlen_k: int,
-    rows: int,
-    cols: int,
-    q_block_size: int,
-    k_block_size: int,
     row_stride: int,
-    causal: bool,
+    rows: int,
+    *layout: int,
 ) -> tuple[Tensor, Tensor]:
     device = _check_devices(block_mask=block_mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if device.type == "meta":  # a real call: make_sequences refuses the device itself
         raise ValueError("block_mask is on meta; expected cpu or cuda")
     sequences = block_mask.new_empty((batch, SEQUENCE_INTS), dtype=torch.int32)
-    return _fake_bits(block_mask, block_mask.shape[-3], rows, cols), sequences
+    return _fake_bits(block_mask, block_mask.shape[-3], rows, *layout), sequences
 
 
 @torch.library.register_fake("hbsattn::pack_indices")
-def _(
-    counts: Tensor,
-    indices: Tensor,
-    sequences: Tensor,
-    flat: bool,
-    rows: int,
-    cols: int,
-    q_block_size: int,
-    k_block_size: int,
-    causal: bool,
-) -> Tensor:
+def _(counts: Tensor, indices: Tensor, sequences: Tensor, flat: bool, rows: int, *layout: int) -> Tensor:
     _check_devices(counts=counts, indices=indices, sequences=sequences)
-    return _fake_bits(counts, counts.shape[0 if flat else 1], rows, cols)
+    return _fake_bits(counts, counts.shape[0 if flat else 1], rows, *layout)
 
 
 @torch.library.register_fake("hbsattn::pack_csr")
-def _(
-    indptr: Tensor,
-    indices: Tensor,
-    sequences: Tensor,
-    rows: int,
-    cols: int,
-    q_block_size: int,
-    k_block_size: int,
-    causal: bool,
-) -> Tensor:
+def _(indptr: Tensor, indices: Tensor, sequences: Tensor, rows: int, *layout: int) -> Tensor:
     _check_devices(indptr=indptr, indices=indices, sequences=sequences)
-    return _fake_bits(indptr, indptr.shape[0], rows, cols)
+    return _fake_bits(indptr, indptr.shape[0], rows, *layout)
 
 
 @torch.library.register_fake("hbsattn::plan_items")
@@ -165,21 +136,12 @@ def _(*args: object) -> None:
 
 
 @torch.library.register_fake("hbsattn::forward")
+@takes_call
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bits: Tensor,
-    sequences: Tensor,
-    items: Tensor | None,
-    backward_plan: Tensor | None,
-    layout: Sequence[int],
-    pack_heads: bool,
-    softmax_scale: float,
-    deterministic: bool = False,
+    call: Call, items: Tensor | None, backward_plan: Tensor | None, deterministic: bool = False
 ) -> tuple[Tensor, Tensor]:
-    _check_devices(q=q, k=k, v=v, bits=bits, sequences=sequences, items=items, backward_plan=backward_plan)
-    return _fake_results(q)
+    _check_devices(**call._asdict(), items=items, backward_plan=backward_plan)
+    return _fake_results(call.q)
 
 
 def _fake_results(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,65 +151,44 @@ def _fake_results(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("hbsattn::plan_and_forward")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bits: Tensor,
-    sequences: Tensor,
-    layout: Sequence[int],
-    pack_heads: bool,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_devices(q=q, k=k, v=v, bits=bits, sequences=sequences)
-    call = CallShape(q.shape[-2], k.shape[-2], q.shape[-1], q.element_size(), pack_heads)
-    items = bits.new_empty((count_items(bits.shape, MaskLayout(*layout), call), ITEM_INTS))
+@takes_call
+def _(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(**call._asdict())
+    q, bits = call.q, call.bits
+    shape = CallShape(q.shape[-2], call.k.shape[-2], q.shape[-1], q.element_size(), call.pack_heads)
+    items = bits.new_empty((count_items(bits.shape, MaskLayout(*call.layout), shape), ITEM_INTS))
     return (*_fake_results(q), items)
 
 
 @torch.library.register_fake("hbsattn::backward")
+@takes_call
 def _(
+    call: Call,
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     out: Tensor,
     lse: Tensor,
-    bits: Tensor,
-    sequences: Tensor,
     plan: Tensor | None,
-    layout: Sequence[int],
-    pack_heads: bool,
-    softmax_scale: float,
     deterministic: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    saved = {"out": out, "lse": lse, "bits": bits, "sequences": sequences, "plan": plan}
-    _check_devices(q=q, k=k, v=v, grad_out=grad_out, grad_lse=grad_lse, **saved)
-    grads = (x.new_empty(x.shape if needed else (0,)) for x, needed in zip((q, k, v), needs, strict=True))
-    return tuple(grads)
-
-
-def _count_flops(q: Tensor, bits: Tensor, sequences: Tensor, layout: Sequence[int]) -> int:
-    """4 * head_dim for each pair of a query and a key that attend. A mask without values, as in a traced program, is
-    counted as one of all blocks.
-    """
-    pairs = count_pairs(bits, sequences, MaskLayout(*layout))
-    return 4 * q.shape[-1] * pairs * (q.shape[-2] // max(bits.shape[0], 1))
+    _check_devices(**call._asdict(), grad_out=grad_out, grad_lse=grad_lse, out=out, lse=lse, plan=plan)
+    tensors = zip((call.q, call.k, call.v), needs, strict=True)
+    return tuple([x.new_empty(x.shape if needed else (0,)) for x, needed in tensors])
 
 
 @register_flop_formula(ops.forward, get_raw=True)
-def _(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, sequences: Tensor, *args: object, **kwargs: object) -> int:
-    return _count_flops(q, bits, sequences, args[2])
-
-
 @register_flop_formula(ops.plan_and_forward, get_raw=True)
-def _(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, sequences: Tensor, *args: object, **kwargs: object) -> int:
-    return _count_flops(q, bits, sequences, args[0])
+@takes_call
+def _count_flops(call: Call, *own: object, **kwargs: object) -> int:
+    """4 * head_dim for each pair of a query and a key that attend. A mask without values, as in a traced program, is
+    counted as one of all blocks.
+    """
+    pairs = count_pairs(call.bits, call.sequences, MaskLayout(*call.layout))
+    return 4 * call.q.shape[-1] * pairs * (call.q.shape[-2] // max(call.bits.shape[0], 1))
 
 
 @register_flop_formula(ops.backward, get_raw=True)
-def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, *args: object, **kwargs: object) -> int:
+def _(*arguments: object, **kwargs: object) -> int:
     # Five products of the forward's two.
-    return _count_flops(q, args[4], args[5], args[7]) * 5 // 2
+    return _count_flops(*arguments) * 5 // 2

@@ -55,10 +55,9 @@ class Place(NamedTuple):
     k_block: int
     row_stride: int  # rows of the bit matrix between two sequences; -1: they lie without gaps
 
-    @property
-    def blocks(self) -> tuple[int, int, int]:
-        """The numbers that the ops which pack take together."""
-        return self.cols, self.q_block, self.k_block
+    def layout(self, causal: bool) -> tuple[int, int, int, bool]:
+        """A MaskLayout, for the ops that make bits."""
+        return self.cols, self.q_block, self.k_block, causal
 
 
 def place_blocks(
@@ -140,7 +139,7 @@ def make_sequences(lengths: Lengths, place: Place, device: torch.device) -> Tens
     """The table of sequences, int32 (batch, 7)."""
     seqlens = (0, 0) if lengths.packed else (place.seqlen_q, place.seqlen_k)
     blocks = (place.q_block, place.k_block)
-    return ops.make_sequences.default(*lengths[:2], device, place.batch, *seqlens, *blocks, place.row_stride)
+    return ops.make_sequences.default(*lengths[:2], device, place.batch, *seqlens, place.row_stride, *blocks)
 
 
 def cut_block(block_size: int, longest: int | None) -> int:

@@ -13,7 +13,7 @@ from hbsattn._ops import ops
 from hbsattn._placement import Lengths, Place, make_sequences
 
 INTEGERS = (torch.int32, torch.int64)
-Blocks = tuple[int, int, int]  # columns of the bits, rows and keys of a block
+Layout = tuple[int, int, int, int]  # a MaskLayout
 
 
 class _Form:
@@ -40,7 +40,7 @@ class _Form:
     def make(self, lengths: Lengths, place: Place, causal: bool) -> tuple[Tensor, Tensor]:
         """Returns the bits and the table of sequences of a new mask."""
         sequences = make_sequences(lengths, place, self.main.device)
-        return self.pack(sequences, place.rows, place.blocks, causal), sequences
+        return self.pack(sequences, place.rows, place.layout(causal)), sequences
 
 
 @dataclass(eq=False)
@@ -80,13 +80,13 @@ class Dense(_Form):
     def make(self, lengths: Lengths, place: Place, causal: bool) -> tuple[Tensor, Tensor]:
         # One op instead of two: a new mask for each call is the common way to use this form.
         seqlens = (0, 0) if place.packed else (place.seqlen_q, place.seqlen_k)
-        shape = (place.batch, *seqlens, place.rows, *place.blocks, place.row_stride)
-        return ops.make_dense.default(self.block_mask, *lengths[:2], *shape, causal)
+        shape = (place.batch, *seqlens, place.row_stride, place.rows)
+        return ops.make_dense.default(self.block_mask, *lengths[:2], *shape, *place.layout(causal))
 
-    def pack(self, sequences: Tensor, rows: int, blocks: Blocks, causal: bool) -> Tensor:
+    def pack(self, sequences: Tensor, rows: int, layout: Layout) -> Tensor:
         """Returns the bits, int32 (heads, rows, ceil(cols / 32)); so do the others."""
         flat = self.block_mask.dim() == 3
-        return ops.pack_dense.default(self.block_mask, sequences, flat, rows, *blocks, causal)
+        return ops.pack_dense.default(self.block_mask, sequences, flat, rows, *layout)
 
 
 @dataclass(eq=False)
@@ -113,9 +113,9 @@ class Lists(_Form):
         check_same_device("indices", indices, counts.device, "counts")
         return cls(_to_int32(counts), _to_int32(indices))
 
-    def pack(self, sequences: Tensor, rows: int, blocks: Blocks, causal: bool) -> Tensor:
+    def pack(self, sequences: Tensor, rows: int, layout: Layout) -> Tensor:
         flat = self.counts.dim() == 2
-        return ops.pack_indices.default(self.counts, self.indices, sequences, flat, rows, *blocks, causal)
+        return ops.pack_indices.default(self.counts, self.indices, sequences, flat, rows, *layout)
 
     def cut(self, begin: int, end: int) -> Lists:
         """The lists of some rows, of each batch entry if they are batched."""
@@ -163,8 +163,8 @@ class Rows(_Form):
             )
         return batch, heads, blocks
 
-    def pack(self, sequences: Tensor, rows: int, blocks: Blocks, causal: bool) -> Tensor:
-        return ops.pack_csr.default(self.indptr, self.indices, sequences, rows, *blocks, causal)
+    def pack(self, sequences: Tensor, rows: int, layout: Layout) -> Tensor:
+        return ops.pack_csr.default(self.indptr, self.indices, sequences, rows, *layout)
 
 
 Source = Dense | Lists | Rows

@@ -1,5 +1,7 @@
 """The attention call: defaults, the mask's work list, one op."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,8 @@ def block_sparse_attention(
     do not depend on what lies beside it. Under autocast, q, k and v are cast as PyTorch's own attention casts them.
 
     A NaN or infinity in v may reach queries that do not attend to its key, if they share a tile with one that does:
-    queries of the same block, or of neighbouring blocks. In k it reaches only those that attend to it.
+    queries of the same block, or of neighbouring blocks. In k it reaches results only of queries that attend to it, but
+    may reach the gradients of all queries in active blocks of its tile.
 
     Returns:
         out, shape and dtype of q; with `return_lse` (out, lse). lse holds natural logarithms in float32 (float64 for
@@ -95,47 +98,37 @@ def _attend(
     check_bool("deterministic", deterministic)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     needs = (q.requires_grad, k.requires_grad, v.requires_grad) if torch.is_grad_enabled() else NO_GRADIENTS
-    layout, options = mask._layout, (pack_heads, scale)
-    call: Heads = (heads_q, k_shape[-2], head_dim, q.element_size(), pack_heads)
+    shape: Heads = (heads_q, k_shape[-2], head_dim, q.element_size(), pack_heads)
     if mask._lists is not None and needs == NO_GRADIENTS and not mask._makes_bits():
-        results = _attend_in_chunks(q, k, v, mask, options)
+        results = _attend_in_chunks(q, k, v, mask, (mask._layout, pack_heads, scale))
         return results if return_lse else results[0]
-    bits, sequences = mask._kept_bits(), mask.sequences
+    call = (q, k, v, mask._kept_bits(), mask.sequences, mask._layout, pack_heads, scale)  # a Call
     items = backward_plan = None
     if device != "cpu":  # which needs no plans
-        key = ("items", call)
+        key = ("items", shape)
         plan = mask._plans.find(key)
         if plan is not None:
             items = plan[0]
         elif needs == NO_GRADIENTS and not torch.compiler.is_compiling():  # which makes one plan of equal ones
-            results = _plan_and_attend(q, k, v, bits, sequences, mask, key, options)
+            results = _plan_and_attend(mask, key, call)
             return results if return_lse else results[0]
         else:
             # What does not fit is refused before anything is launched, also before the work list is made.
-            ops.check_forward.default(q, k, v, bits, sequences, layout, *options)
-            items = mask._plan(key, lambda mask: _plan_items(mask, call))[0]
+            ops.check_forward.default(*call)
+            items = mask._plan(key, lambda mask: _plan_items(mask, shape))[0]
         if needs != NO_GRADIENTS:
-            shape = (call, k_shape[-3], deterministic, needs)
-            backward_plan = mask._plan(("backward", *shape), lambda mask: _plan_backward(mask, *shape))[0]
-    results = ops.forward.default(q, k, v, bits, sequences, items, backward_plan, layout, *options, deterministic)
+            backward = (shape, k_shape[-3], deterministic, needs)
+            backward_plan = mask._plan(("backward", *backward), lambda mask: _plan_backward(mask, *backward))[0]
+    results = ops.forward.default(*call, items, backward_plan, deterministic)
     return results if return_lse else results[0]
 
 
-def _plan_and_attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bits: Tensor,
-    sequences: Tensor,
-    mask: BlockMask,
-    key: tuple[str, Heads],
-    options: tuple[bool, float],
-) -> tuple[Tensor, Tensor]:
+def _plan_and_attend(mask: BlockMask, key: tuple[str, Heads], call: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """The first call of its shape, in one op. The mask keeps the work list that comes with the results."""
     version = mask._plans.version()
-    out, lse, items = ops.plan_and_forward.default(q, k, v, bits, sequences, mask._layout, *options)
-    call = key[1]
-    mask._plans.keep(mask, key, (items,), version, lambda mask: _plan_items(mask, call))
+    out, lse, items = ops.plan_and_forward.default(*call)
+    shape = key[1]
+    mask._plans.keep(mask, key, (items,), version, lambda mask: _plan_items(mask, shape))
     return out, lse
 
 
@@ -145,29 +138,28 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _plan_items(mask: BlockMask, call: Heads) -> tuple[Tensor]:
-    return (ops.plan_items.default(mask._kept_bits(), mask.sequences, mask._layout, call),)
+def _plan_items(mask: BlockMask, shape: Heads) -> tuple[Tensor]:
+    return (ops.plan_items.default(mask._kept_bits(), mask.sequences, mask._layout, shape),)
 
 
 def _plan_backward(
-    mask: BlockMask, call: Heads, rows_k: int, deterministic: bool, needs: tuple[bool, bool, bool]
+    mask: BlockMask, shape: Heads, rows_k: int, deterministic: bool, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor]:
-    shape = (mask._layout, call, rows_k, mask.packed, deterministic, needs)
-    return (ops.plan_backward.default(mask._kept_bits(), mask.sequences, *shape),)
+    arguments = (mask._layout, shape, rows_k, mask.packed, deterministic, needs)
+    return (ops.plan_backward.default(mask._kept_bits(), mask.sequences, *arguments),)
 
 
 def _attend_in_chunks(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, options: tuple[bool, float]
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, numbers: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
     """The call for a mask that stays lists, without gradients."""
-    layout = mask._layout
 
-    def check(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, sequences: Tensor) -> None:
-        ops.check_forward.default(q, k, v, bits, sequences, layout, *options)
+    def check(*tensors: Tensor) -> None:
+        ops.check_forward.default(*tensors, *numbers)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        if bits.device.type == "cpu":
-            return ops.forward.default(q, k, v, bits, sequences, None, None, layout, *options)
-        return ops.plan_and_forward.default(q, k, v, bits, sequences, layout, *options)[:2]
+    def attend(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        if tensors[0].device.type == "cpu":
+            return ops.forward.default(*tensors, *numbers, None, None)
+        return ops.plan_and_forward.default(*tensors, *numbers)[:2]
 
     return attend_in_chunks(q, k, v, mask, check, attend)

@@ -314,7 +314,7 @@ class BlockMask:
             if can_read(*source.tensors, sequences):
                 check_contents(source, self._lead, lengths, place, sequences, self.q_block_size, self.k_block_size)
             if lists is None:
-                self._bits.copy_(source.pack(sequences, place.rows, place.blocks, self.causal))
+                self._bits.copy_(source.pack(sequences, place.rows, self._layout))
             else:
                 lists.counts.copy_(source.counts)
                 lists.indices.copy_(source.indices)
@@ -366,7 +366,7 @@ class BlockMask:
     def bits(self) -> Tensor:
         if self._bits is not None:
             return self._bits
-        return self._lists.pack(self.sequences, self.rows, (self.cols, self._q_block, self._k_block), self.causal)
+        return self._lists.pack(self.sequences, self.rows, self._layout)
 
     def _plan(self, key: tuple[Any, ...], make: Maker) -> Plan:
         """What calls share that are alike in `key`, made on the first one.
@@ -474,7 +474,7 @@ class BlockMask:
         return (unpack_bits(bits, self.cols) & visible for bits in self.bits)
 
     def _count_visible(self) -> Tensor:
-        return visible_columns(self.sequences, self.rows, *self._layout)
+        return visible_columns(self.sequences, self.rows, MaskLayout(*self._layout))
 
     def _check_use(self, q: Tensor, k: Tensor, q_shape: torch.Size, k_shape: torch.Size) -> None:
         """Checks tensors against the lengths that the mask was built for, which the op is not told."""

@@ -219,6 +219,37 @@ def test_unattended_keys_stay_outside(spec: Case, where: str, value: float, devi
 
 
 @pytest.mark.parametrize("device,dtype", cases.DEVICE_DTYPES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("q_block,k_block,head_dim", [(64, 32, 64), (64, 16, 128), (128, 16, 128), (64, 32, 256)])
+def test_values_that_others_attend_to(
+    q_block: int, k_block: int, head_dim: int, deterministic: bool, value: float, device: str, dtype: torch.dtype
+):
+    """Key blocks 0 and 1 may share a tile of keys, as blocks 4 and 5 may. Values of block 1 that are not finite are
+    loaded, for the last query block alone. Queries of the first two attend to block 0, not to 1: their results and
+    gradients, and those of block 4, to which nobody else attends, are what they are with finite values.
+    """
+    blocks = torch.zeros(1, 1, 4, 8, dtype=torch.bool)
+    blocks[..., 0] = blocks[..., :2, 4] = blocks[..., 3, 1] = True
+    mask = hbsattn.BlockMask.from_dense(blocks.to(device), q_block, k_block)
+    generator = torch.Generator().manual_seed(11)
+    sizes = (4 * q_block, 8 * k_block, 8 * k_block, 4 * q_block)
+    q, k, v, grad = (torch.randn(1, n, 2, head_dim, generator=generator).to(device, dtype) for n in sizes)
+    queries, keys = slice(0, 2 * q_block), slice(4 * k_block, 5 * k_block)
+    results = []
+    for of_block in (None, value):
+        if of_block is not None:
+            v[:, k_block : 2 * k_block] = of_block
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attend(*inputs, mask, deterministic=deterministic)
+        grad_q, grad_k, grad_v = torch.autograd.grad(out, inputs, grad)
+        assert bool(out[:, 3 * q_block :].isfinite().all()) == (of_block is None)
+        results.append((out[:, queries], grad_q[:, queries], grad_k[:, keys], grad_v[:, keys]))
+    for name, want, got in zip(("out", "grad_q", "grad_k", "grad_v"), *results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-2, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("device,dtype", cases.DEVICE_DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("q_block,k_block", [(16, 16), (48, 48), (128, 128), (128, 16), (128, 24), (32, 16)])
@@ -343,7 +374,7 @@ def test_only_some_outputs_are_used(device: str):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.hbsattn.backward.default:
-                has_grad_lse.append(args[1] is not None)
+                has_grad_lse.append(args[9] is not None)
             return func(*args, **(kwargs or {}))
 
     with Watch():

@@ -14,10 +14,11 @@ import cases
 import hbsattn
 from cases import Case, case
 from gradients import upstream
-from hbsattn._cpu.attend import MaskTensors, attend, differentiate
+from hbsattn._cpu.attend import attend, differentiate
+from hbsattn._layout import Call, MaskLayout
 from oracle import plan
 from plans import layout_of, plan_items
-from problems import judge, make_problem, same
+from problems import Problem, judge, make_problem, same
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -103,8 +104,11 @@ def test_threads(threads: int):
         torch.set_num_threads(before)
 
 
-def tensors_of(mask: hbsattn.BlockMask) -> MaskTensors:
-    return MaskTensors(mask.bits, mask.sequences, mask.cols, mask.q_block_size, mask.k_block_size, mask.causal)
+def call_of(problem: Problem) -> Call:
+    """Blocks keep their size, which a mask would cut to about the length."""
+    mask = problem.mask()
+    layout = MaskLayout(mask.cols, mask.q_block_size, mask.k_block_size, mask.causal)
+    return Call(problem.q, problem.k, problem.v, mask.bits, mask.sequences, layout, True, 0.125)
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
@@ -112,13 +116,13 @@ def tensors_of(mask: hbsattn.BlockMask) -> MaskTensors:
 def test_autocast_does_not_reach_inside(dtype: torch.dtype, autocast: torch.dtype):
     """The precision of the computation is that of the tensors, forward and backward, whatever autocast says."""
     problem = make_problem(case("autocast", causal=True), "cpu", dtype)
-    tensors, mask = (problem.q, problem.k, problem.v), tensors_of(problem.mask())
-    want = attend(*tensors, mask, 0.125)
+    call = call_of(problem)
+    want = attend(call)
     grads = upstream(problem, want[1], 3)
-    want_grads = differentiate(*grads, *tensors, *want, mask, 0.125)
+    want_grads = differentiate(call, *grads, *want)
     with torch.autocast("cpu", dtype=autocast):
-        got = attend(*tensors, mask, 0.125)
-        got_grads = differentiate(*grads, *tensors, *want, mask, 0.125)
+        got = attend(call)
+        got_grads = differentiate(call, *grads, *want)
         assert torch.is_autocast_enabled("cpu")
     assert all(same(x, y) for x, y in zip((*got, *got_grads), (*want, *want_grads), strict=True))
 
@@ -154,21 +158,22 @@ def test_what_nobody_attends_to(packed: bool, value: float, where: str):
     problem = make_problem(spec, "cpu", torch.float32)
     for of_sequence in problem.block_masks:
         of_sequence[..., 1] = False
-    mask = tensors_of(problem.mask())
-    tensors = [problem.q, problem.k, problem.v]
+    call = call_of(problem)
+    tensors = list(call[:3])
     dim = 0 if packed else 1
     if where != "unattended":  # rows that no sequence covers, at the end; or, of batched tensors, of every sequence
         grown = [(0, 0, 0, 0, 0, 20)] * 3
         tensors = [torch.nn.functional.pad(x, pad) for x, pad in zip(tensors, grown, strict=True)]
     if where == "tails":  # what a sequence leaves is in the middle of the tensors
         tensors = [torch.cat([x.narrow(dim, 0, 50), x.narrow(dim, 50, x.shape[dim] - 50)], dim) for x in tensors]
-        mask = mask._replace(sequences=mask.sequences.clone())
-        mask.sequences[0, 1] = mask.sequences[0, 3] = 41
+        call = call._replace(sequences=call.sequences.clone())
+        call.sequences[0, 1] = call.sequences[0, 3] = 41
 
     def run(*x: torch.Tensor) -> list[torch.Tensor]:
-        q, k, v, grad = x
-        out, lse = attend(q, k, v, mask, 0.3)
-        return [out, lse, *differentiate(grad, torch.ones_like(lse), q, k, v, out, lse, mask, 0.3)]
+        *qkv, grad = x
+        of_tensors = Call(*qkv, *call[3:])
+        out, lse = attend(of_tensors)
+        return [out, lse, *differentiate(of_tensors, grad, torch.ones_like(lse), out, lse)]
 
     grad = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1))
     want = run(*tensors, grad)
@@ -200,13 +205,13 @@ def test_lengths_past_the_tensors(queries: tuple[int, int], keys: tuple[int, int
     """Begins and lengths that lie: what is read and written is inside the tensors, or PyTorch would refuse it."""
     spec = case("lies", lens_q=(100, 37, 200), q_block=32, k_block=48, heads_q=4, heads_k=2, mask_heads=2)
     problem = make_problem(spec, "cpu", torch.float32)
-    mask = tensors_of(problem.mask())._replace(causal=causal)
-    table = mask.sequences.clone()
+    call = call_of(problem)
+    table = call.sequences.clone()
     table[1, :2], table[1, 2:4] = torch.tensor(queries), torch.tensor(keys)
-    mask = mask._replace(sequences=table, bits=torch.full_like(mask.bits, -1))  # also past the columns
-    tensors = (problem.q, problem.k, problem.v)
-    out, lse = attend(*tensors, mask, 0.125)
-    grads = differentiate(torch.ones_like(out), torch.ones_like(lse), *tensors, out, lse, mask, 0.125)
+    bits = torch.full_like(call.bits, -1)  # also past the columns
+    call = call._replace(sequences=table, bits=bits, layout=call.layout._replace(causal=causal))
+    out, lse = attend(call)
+    grads = differentiate(call, torch.ones_like(out), torch.ones_like(lse), out, lse)
     assert all(bool(torch.isfinite(x).all()) for x in (out, *grads))
 
 
@@ -218,26 +223,24 @@ def test_any_mask_is_safe(seed: int):
         "noise", lens_q=(64, 64), q_block=16, k_block=(16, 7)[seed // 4], heads_q=4, mask_heads=4, packed=packed
     )
     problem = make_problem(spec, "cpu", torch.float32)
-    mask = tensors_of(problem.mask())
-    wild = torch.randint(-(2**31), INT_MAX, mask.sequences.shape, generator=generator)
-    mild = torch.randint(-30, 150, mask.sequences.shape, generator=generator)
+    call = call_of(problem)
+    wild = torch.randint(-(2**31), INT_MAX, call.sequences.shape, generator=generator)
+    mild = torch.randint(-30, 150, call.sequences.shape, generator=generator)
     table = torch.where(torch.rand(wild.shape, generator=generator) < 0.3, wild, mild).to(torch.int32)
-    bits = torch.randint(-(2**31), INT_MAX, mask.bits.shape, generator=generator).to(torch.int32)
-    mask = mask._replace(sequences=table, bits=bits, causal=seed % 3 == 0)
-    tensors = (problem.q, problem.k, problem.v)
-    out, lse = attend(*tensors, mask, 0.125)
-    grads = differentiate(torch.ones_like(out), None, *tensors, out, lse, mask, 0.125)
+    bits = torch.randint(-(2**31), INT_MAX, call.bits.shape, generator=generator).to(torch.int32)
+    call = call._replace(sequences=table, bits=bits, layout=call.layout._replace(causal=seed % 3 == 0))
+    out, lse = attend(call)
+    grads = differentiate(call, torch.ones_like(out), None, out, lse)
     assert all(bool(torch.isfinite(x).all()) for x in (out, *grads))
 
 
 def test_lengths_that_claim_too_much_end_with_the_tensors():
     spec = case("claims", lens_q=(90,), q_block=32, k_block=32, density=1.0)
     problem = make_problem(spec, "cpu", torch.float32)
-    mask = tensors_of(problem.mask())
-    table = mask.sequences.clone()
+    call = call_of(problem)
+    table = call.sequences.clone()
     table[0, 1] = table[0, 3] = 10**6
-    tensors = (problem.q, problem.k, problem.v)
-    want, got = (attend(*tensors, x, 0.125) for x in (mask, mask._replace(sequences=table)))
+    want, got = (attend(x) for x in (call, call._replace(sequences=table)))
     assert all(same(x, y) for x, y in zip(got, want, strict=True))
 
 
@@ -247,10 +250,10 @@ def test_the_diagonal_is_that_of_the_claimed_lengths(claimed_q: int, claimed_k: 
     spec = case("claims", lens_q=(90,), q_block=32, k_block=32, density=1.0, heads_k=4)
     problem = make_problem(spec, "cpu", torch.float32)
     lens_q, lens_k = (torch.tensor([0, n], dtype=torch.int32) for n in (claimed_q, claimed_k))
-    table = torch.ops.hbsattn.make_sequences(lens_q, lens_k, torch.device("cpu"), 1, 0, 0, 32, 32, -1)
+    table = torch.ops.hbsattn.make_sequences(lens_q, lens_k, torch.device("cpu"), 1, 0, 0, -1, 32, 32)
     assert table.tolist() == [[0, claimed_q, 0, claimed_k, 0, 0, claimed_k - claimed_q]]
-    mask = tensors_of(problem.mask())._replace(sequences=table, causal=True)
-    out, lse = attend(problem.q, problem.k, problem.v, mask, 0.125)
+    call = call_of(problem)
+    out, lse = attend(call._replace(sequences=table, layout=call.layout._replace(causal=True)))
     scores = 0.125 * problem.q.double().transpose(0, 1) @ problem.k.double().permute(1, 2, 0)
     hidden = torch.arange(90) > torch.arange(90).unsqueeze(-1) + claimed_k - claimed_q
     scores.masked_fill_(hidden, -math.inf)
@@ -263,13 +266,12 @@ def test_queries_of_a_part():
     """A table of the last queries alone, whose diagonal is moved by as many as are missing."""
     spec = case("part", lens_q=(90,), lens_k=(120,), q_block=32, k_block=32, causal=True)
     problem = make_problem(spec, "cpu", torch.float32)
-    mask = tensors_of(problem.mask())
-    want = attend(problem.q, problem.k, problem.v, mask, 0.125)
-    table = mask.sequences.clone()
+    call = call_of(problem)
+    want = attend(call)
+    table = call.sequences.clone()
     table[0, 1] -= 32
     table[0, 6] += 32
-    part = mask._replace(sequences=table, bits=mask.bits[:, 1:])
-    out, lse = attend(problem.q[32:], problem.k, problem.v, part, 0.125)
+    out, lse = attend(call._replace(q=call.q[32:], sequences=table, bits=call.bits[:, 1:]))
     torch.testing.assert_close(out, want[0][32:])
     torch.testing.assert_close(lse, want[1][:, 32:])
 
@@ -278,15 +280,13 @@ def test_bits_past_the_columns_mean_nothing():
     """Also where a length claims that there are keys."""
     spec = case("columns", lens_q=(60, 60), q_block=16, k_block=16, density=1.0, form="batched")
     problem = make_problem(spec, "cpu", torch.float32)
-    mask = tensors_of(problem.mask())
-    table = mask.sequences.clone()
+    call = call_of(problem)
+    table = call.sequences.clone()
     table[0, 3] = 10**6
-    assert mask.cols * spec.k_block < sum(spec.lens_q)
-    tensors = (problem.q, problem.k, problem.v)
-    of_columns = torch.full_like(mask.bits, 2**mask.cols - 1)
+    assert call.layout.cols * spec.k_block < sum(spec.lens_q)
+    of_columns = torch.full_like(call.bits, 2**call.layout.cols - 1)
     want, got = (
-        attend(*tensors, mask._replace(sequences=table, bits=bits), 0.125)
-        for bits in (of_columns, torch.full_like(mask.bits, -1))
+        attend(call._replace(sequences=table, bits=bits)) for bits in (of_columns, torch.full_like(call.bits, -1))
     )
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y)
@@ -310,12 +310,12 @@ class Work(TorchDispatchMode):
 def count_work(spec: Case) -> tuple[Work, Work]:
     """Of a forward and of a backward."""
     problem = make_problem(spec, "cpu", torch.bfloat16)
-    tensors, mask = (problem.q, problem.k, problem.v), tensors_of(problem.mask())
+    call = call_of(problem)
     forward, backward = Work(), Work()
     with forward:
-        out, lse = attend(*tensors, mask, 0.125)
+        out, lse = attend(call)
     with backward:
-        differentiate(torch.ones_like(out), None, *tensors, out, lse, mask, 0.125)
+        differentiate(call, torch.ones_like(out), None, out, lse)
     return forward, backward
 
 

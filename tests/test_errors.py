@@ -78,8 +78,8 @@ TENSOR_ERRORS: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
     "all_dtype_int": (everywhere(lambda x: x.int()), INVALID, ("q", "int")),
     "all_dtype_complex": (everywhere(lambda x: x.to(torch.complex64)), INVALID, ("q", "(?i)complex")),
     "all_dtype_fp8": (everywhere(lambda x: x.to(torch.float8_e4m3fn)), INVALID, ("q", "(?i)float8")),
-    "k_dtype": ({"k": lambda x: x.half()}, INVALID, ("k", "(?i)half|float16")),
-    "v_dtype": ({"v": lambda x: x.half()}, INVALID, ("v", "(?i)half|float16")),
+    "k_dtype": ({"k": lambda x: x.half()}, INVALID, ("k", "(?i)half|float16", "that of q")),
+    "v_dtype": ({"v": lambda x: x.half()}, INVALID, ("v", "(?i)half|float16", "that of q")),
     "k_rank": ({"k": lambda x: x[0]}, ValueError, ("k", r"\b2\b")),
     "v_rank": ({"v": lambda x: x[None]}, ValueError, ("v", r"\b4\b|1, 337, 2, 64")),
     "k_total": ({"k": lambda x: x[:-1]}, ValueError, ("[kv]", "336")),
@@ -158,6 +158,18 @@ def test_mask_type(mask: object, device: str):
     wrong = torch.ones((4, 7, 7), dtype=torch.bool, device=device) if mask == "dense" else mask
     patterns = (f"mask is a {type(wrong).__name__}", "BlockMask")
     expect(TypeError, patterns, lambda: hbsattn.block_sparse_attention(problem.q, problem.k, problem.v, wrong))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_batch_of_the_mask(batch: int, device: str):
+    """A batch dimension of 1 stands for as many sequences as the constructor is told."""
+    mask = BlockMask.from_dense(torch.ones((1, 2, 2, 2), dtype=torch.bool, device=device), 32, 32, batch_size=batch)
+    q = torch.zeros(3, 64, 2, 16, dtype=DTYPES[device], device=device)
+    with pytest.raises(ValueError) as raised:
+        hbsattn.block_sparse_attention(q, q, q, mask)
+    hint = ": build it with batch_size=3" if batch == 1 else ""
+    assert str(raised.value) == f"q has a batch of 3; expected {batch}, that of the mask{hint}"
 
 
 # Constructors
@@ -648,6 +660,6 @@ def test_build_without_cuda():
         if torch.cuda.is_available():
             make_problem(case("host_only"), "cuda", torch.bfloat16).run()
         else:  # no tensor can be there, but the table of sequences can be asked for
-            torch.ops.hbsattn.make_sequences(None, None, torch.device("cuda"), 2, 100, 100, 64, 64, 2)
+            torch.ops.hbsattn.make_sequences(None, None, torch.device("cuda"), 2, 100, 100, 2, 64, 64)
 
     expect((ValueError, NotImplementedError), ("this build of hbsattn has no CUDA kernels", "nvcc"), name_cuda)

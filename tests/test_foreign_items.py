@@ -39,12 +39,13 @@ class Call:
 
     def forward(self, bits: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v, _, _, sequences = self.inputs()
-        return ops.forward(q, k, v, bits, sequences, items, None, layout_of(self.mask), True, 0.1, self.deterministic)
+        call = (q, k, v, bits, sequences, layout_of(self.mask), True, 0.1)
+        return ops.forward(*call, items, None, self.deterministic)
 
     def backward(self, out: Tensor, lse: Tensor, bits: Tensor, plan: Tensor) -> list[Tensor]:
         q, k, v, grad_out, _, sequences = self.inputs()
-        mask = (bits, sequences, plan, layout_of(self.mask), True, 0.1, self.deterministic, [True] * 3)
-        return list(ops.backward(grad_out, None, q, k, v, out, lse, *mask))
+        call = (q, k, v, bits, sequences, layout_of(self.mask), True, 0.1)
+        return list(ops.backward(*call, grad_out, None, out, lse, plan, self.deterministic, [True] * 3))
 
 
 def make_bands(like: list[Tensor]) -> list[Tensor]:

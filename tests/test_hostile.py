@@ -15,9 +15,9 @@ from torch import Tensor
 import hbsattn
 from cases import BACKWARD_METHODS, HOSTILE_LENGTHS, HOSTILE_ROWS, Case
 from gradients import attend
-from hbsattn._cpu.attend import MaskTensors
 from hbsattn._cpu.attend import attend as attend_on_cpu
 from hbsattn._cpu.attend import differentiate as differentiate_on_cpu
+from hbsattn._layout import Call
 from problems import same
 
 pytestmark = pytest.mark.gpu
@@ -111,10 +111,9 @@ def test_the_diagonal_is_that_of_the_claimed_lengths(spec: Case, side: str, end:
     out, lse = attend(*leaves, mask, return_lse=True, deterministic=True)
     got = (out, lse, *torch.autograd.grad(out, leaves, grad_out))
     plain = [x.cpu().float() for x in tensors]
-    of_mask = MaskTensors(mask.bits.cpu(), mask.sequences.cpu(), *mask._layout)
-    scale = spec.head_dim**-0.5
-    out, lse = attend_on_cpu(*plain, of_mask, scale)
-    want = (out, lse, *differentiate_on_cpu(grad_out.cpu().float(), None, *plain, out, lse, of_mask, scale))
+    call = Call(*plain, mask.bits.cpu(), mask.sequences.cpu(), mask._layout, True, spec.head_dim**-0.5)
+    out, lse = attend_on_cpu(call)
+    want = (out, lse, *differentiate_on_cpu(call, grad_out.cpu().float(), None, out, lse))
     for name, x, y in zip(("out", "lse", "grad_q", "grad_k", "grad_v"), got, want, strict=True):
         torch.testing.assert_close(
             x.cpu().float(), y, atol=1e-2, rtol=2e-2, msg=lambda text, name=name: f"{name}: {text}"

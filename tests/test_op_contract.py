@@ -59,19 +59,19 @@ def op_arguments(name: str, spec: Case, device: str) -> tuple[Any, ...]:
     problem = make_problem(spec, device, dtype_of(device))
     mask = problem.mask()
     sizes = (spec.q_block, spec.k_block)
+    table = (mask.rows, *layout_of(mask)[:3], spec.causal)
     if name == "make_sequences":
         if not spec.packed:
-            return (None, None, torch.device(device), 2, spec.lens_q[0], spec.keys[0], *sizes, spec.blocks(0)[0])
+            return (None, None, torch.device(device), 2, spec.lens_q[0], spec.keys[0], spec.blocks(0)[0], *sizes)
         lens = (cu_seqlens(spec.lens_q, device), cu_seqlens(spec.keys, device))
-        return (*lens, torch.device(device), len(spec.lens_q), 0, 0, *sizes, -1)
+        return (*lens, torch.device(device), len(spec.lens_q), 0, 0, -1, *sizes)
     if name == "make_dense":
         lens = (cu_seqlens(spec.lens_q, device), cu_seqlens(spec.keys, device)) if spec.packed else (None, None)
         seqlens = (0, 0) if spec.packed else (spec.lens_q[0], spec.keys[0])
         stride = -1 if spec.mask_form == "flat" else spec.blocks(0)[0]
         dense = dense_mask(spec, problem.block_masks, spec.mask_form).to(device)
-        return (dense, *lens, len(spec.lens_q), *seqlens, mask.rows, mask.cols, *sizes, stride, spec.causal)
+        return (dense, *lens, len(spec.lens_q), *seqlens, stride, *table)
     flat = spec.mask_form == "flat"
-    table = (mask.rows, mask.cols, *sizes, spec.causal)
     if name == "pack_dense":
         return (dense_mask(spec, problem.block_masks, spec.mask_form).to(device), mask.sequences, flat, *table)
     if name == "pack_indices":
@@ -82,29 +82,28 @@ def op_arguments(name: str, spec: Case, device: str) -> tuple[Any, ...]:
         lists = csr_lists(local_rows(spec, problem.block_masks), 0)
         return (*(x.to(device) for x in lists), mask.sequences, *table)
     if name == "check_mask":
-        return (mask.batch, mask.heads, mask.rows, mask.cols, *sizes)
-    call = (spec.heads_q, spec.heads_k, spec.head_dim, problem.q.element_size(), True)
+        return (mask.batch, mask.heads, *table)
+    shape = (spec.heads_q, spec.heads_k, spec.head_dim, problem.q.element_size(), True)
     tables = (mask.bits, mask.sequences, layout_of(mask))
     if name == "plan_items":
-        return (*tables, call)
+        return (*tables, shape)
     if name == "plan_backward":
-        return (*tables, call, problem.k.shape[-3], spec.packed, spec.causal, (True, True, True))
-    tensors = (problem.q, problem.k, problem.v, mask.bits, mask.sequences)
+        return (*tables, shape, problem.k.shape[-3], spec.packed, spec.causal, (True, True, True))
+    call = (problem.q, problem.k, problem.v, *tables, True, 0.125)
     if name in ("check_forward", "plan_and_forward"):
-        return (*tensors, layout_of(mask), True, 0.125)
+        return call
     plans = (None, None)
     if device == "cuda":
-        plan = plan_backward(mask, *call, rows_k=problem.k.shape[-3])
-        plans = (plan_items(mask, *call), plan)
-    return (*tensors, *plans, layout_of(mask), True, 0.125)
+        plan = plan_backward(mask, *shape, rows_k=problem.k.shape[-3])
+        plans = (plan_items(mask, *shape), plan)
+    return (*call, *plans)
 
 
 def backward_arguments(spec: Case, device: str) -> tuple[Any, ...]:
     arguments = op_arguments("forward", spec, device)
-    q, k, v, bits, sequences, _, plan, *numbers = arguments
+    *call, _, plan = arguments
     out, lse = ops.forward(*arguments)
-    tensors = (q, k, v, out, lse, bits, sequences, plan)
-    return (torch.ones_like(out), torch.zeros_like(lse), *tensors, *numbers, False, [True, True, True])
+    return (*call, torch.ones_like(out), torch.zeros_like(lse), out, lse, plan, False, [True, True, True])
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -124,10 +123,11 @@ def test_opcheck_with_gradients(device: str):
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 def test_opcheck_backward(spec: Case, device: str):
-    grad_out, grad_lse, *rest = backward_arguments(spec, device)
+    *call, grad_out, grad_lse, out, lse, plan, deterministic, needs = backward_arguments(spec, device)
     for grad in (grad_lse, None):
-        torch.library.opcheck(ops.backward.default, (grad_out, grad, *rest))
-    torch.library.opcheck(ops.check_backward.default, (grad_out, grad_lse, *rest[:7], *rest[8:11]))
+        arguments = (*call, grad_out, grad, out, lse, plan, deterministic, needs)
+        torch.library.opcheck(ops.backward.default, arguments)
+    torch.library.opcheck(ops.check_backward.default, (*call, grad_out, grad_lse, out, lse))
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -138,30 +138,34 @@ def test_gradients_that_nobody_needs(needs: tuple[bool, bool, bool], device: str
     *arguments, _ = backward_arguments(spec, device)
     if device == "cuda":
         mask = make_problem(spec, device, dtype_of(device)).mask()
-        call = (spec.heads_q, spec.heads_k, spec.head_dim, 2, True)
-        arguments[9] = plan_backward(mask, *call, rows_k=arguments[3].shape[-3], needs=needs)
-    want = backward_arguments(spec, device)[2:5]
+        shape = (spec.heads_q, spec.heads_k, spec.head_dim, 2, True)
+        arguments[PLAN] = plan_backward(mask, *shape, rows_k=arguments[1].shape[-3], needs=needs)
+    want = arguments[:3]
     grads = ops.backward(*arguments, list(needs))
     for grad, like, needed in zip(grads, want, needs, strict=True):
         assert grad.shape == (like.shape if needed else (0,))
 
 
+# What `backward` takes behind the call, by position.
+GRAD_OUT, GRAD_LSE, OUT, LSE, PLAN = range(8, 13)
+LAYOUT, SCALE = 5, 7
+
 # Position among the arguments, what becomes of it, and what the message says.
 BACKWARD_ERRORS: dict[str, tuple[int, Any, str]] = {
-    "grad_out_shape": (0, lambda x: x[1:], r"grad_out has shape .*; expected"),
-    "grad_out_dtype": (0, lambda x: x.half(), r"grad_out has dtype float16; expected"),
-    "grad_lse_dtype": (1, lambda x: x.double(), r"grad_lse has dtype float64; expected float32"),
-    "grad_lse_shape": (1, lambda x: x.T, r"grad_lse has shape .*; expected"),
-    "out_shape": (5, lambda x: x[1:], r"out has shape .*; expected"),
-    "lse_shape": (6, lambda x: x.T, r"lse has shape .*; expected"),
-    "softmax_scale": (-3, lambda _: math.nan, r"softmax_scale is nan; expected"),
-    "layout": (10, lambda x: x[1:], r"layout has 3 numbers; expected 4"),
+    "grad_out_shape": (GRAD_OUT, lambda x: x[1:], r"grad_out has shape .*; expected"),
+    "grad_out_dtype": (GRAD_OUT, lambda x: x.half(), r"grad_out has dtype float16; expected \w+, that of q"),
+    "grad_lse_dtype": (GRAD_LSE, lambda x: x.double(), r"grad_lse has dtype float64; expected float32"),
+    "grad_lse_shape": (GRAD_LSE, lambda x: x.T, r"grad_lse has shape .*; expected"),
+    "out_shape": (OUT, lambda x: x[1:], r"out has shape .*; expected"),
+    "lse_shape": (LSE, lambda x: x.T, r"lse has shape .*; expected"),
+    "softmax_scale": (SCALE, lambda _: math.nan, r"softmax_scale is nan; expected"),
+    "layout": (LAYOUT, lambda x: x[1:], r"layout has 3 numbers; expected 4"),
 }
 PLAN_ERRORS: dict[str, tuple[int, Any, str]] = {
-    "grad_out_device": (0, lambda x: x.cpu(), r"grad_out is on cpu; expected cuda"),
-    "plan_length": (9, lambda x: x[16:], r"plan has shape .*; expected"),
-    "plan_rank": (9, lambda x: x.view(-1, 16), r"plan has 2 dimensions"),
-    "no_plan": (9, lambda _: None, r"plan is None; expected what plan_backward makes"),
+    "grad_out_device": (GRAD_OUT, lambda x: x.cpu(), r"grad_out is on cpu; expected cuda"),
+    "plan_length": (PLAN, lambda x: x[16:], r"plan has shape .*; expected"),
+    "plan_rank": (PLAN, lambda x: x.view(-1, 16), r"plan has 2 dimensions"),
+    "no_plan": (PLAN, lambda _: None, r"plan is None; expected what plan_backward makes"),
 }
 
 
@@ -205,7 +209,7 @@ def test_plan_and_forward(spec: Case, inference: bool):
         out, lse, items = ops.plan_and_forward(*tensors)
         want = ops.forward(*plain)
     assert same(out, want[0]) and same(lse, want[1]) and not items.is_inference()
-    assert items.shape == plain[5].shape
+    assert items.shape == plain[8].shape
 
 
 @pytest.mark.gpu
@@ -341,7 +345,7 @@ def test_gradients_are_fresh(device: str):
     """Contiguous gradients, whatever the inputs' layout, in memory of their own."""
     problem = make_problem(case("fresh", layout="heads_first"), device, dtype_of(device))
     arguments = list(backward_arguments(problem.case, device))
-    arguments[2:5] = problem.q, problem.k, problem.v
+    arguments[:3] = problem.q, problem.k, problem.v
     grads = ops.backward(*arguments)
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
     storages = {x.untyped_storage().data_ptr() for x in (*tensors, *grads)}
@@ -364,9 +368,9 @@ def test_inference_modes(device: str):
 @pytest.mark.gpu
 def test_profile():
     """The SM clock at the start and end of each CTA comes beside the same results."""
-    *tensors, items, _, layout, pack_heads, scale = op_arguments("forward", SPECS[0], "cuda")
-    plain = ops.forward(*tensors, items, None, layout, pack_heads, scale)
-    *profiled, cycles = ops.profile_forward(*tensors, items, layout, pack_heads, scale)
+    *call, items, _ = op_arguments("forward", SPECS[0], "cuda")
+    plain = ops.forward(*call, items, None)
+    *profiled, cycles = ops.profile_forward(*call, items)
     assert same(plain[0], profiled[0]) and same(plain[1], profiled[1])
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     assert cycles.shape == (2 * processors, 2) and cycles.dtype == torch.int64
@@ -437,8 +441,8 @@ def test_pack_heads_is_a_hint(device: str):
     mask = build_mask(spec, block_masks(spec, 0), device)
     for pack_heads in (True, False):
         items = plan_items(mask, 8, 2, 64, 2, pack_heads) if device == "cuda" else None
-        inputs = (problem.q, problem.k, problem.v, mask.bits, mask.sequences, items, None)
-        out, lse = ops.forward(*inputs, layout_of(mask), pack_heads, 64**-0.5)
+        call = (problem.q, problem.k, problem.v, mask.bits, mask.sequences, layout_of(mask), pack_heads, 64**-0.5)
+        out, lse = ops.forward(*call, items, None)
         judge(problem, out, lse)
 
 

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cases
 import hbsattn
+from gradients import differentiate, judge_gradients
 from hbsattn import BlockMask, _plans
 from masks import SPEC, SPECS, contents, counted, mapped, problem_of
-from problems import Problem, build_mask, judge, same
+from problems import Problem, build_mask, judge, mask_keywords, same
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -221,6 +222,28 @@ class Watch(TorchDispatchMode):
         if func.namespace == "hbsattn":
             self.called.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", cases.DEVICES)
+@pytest.mark.parametrize("source", ["dense", "indices", "csr"])
+def test_trains_after_compilation_in_inference_mode(source: str, device: str):
+    """A mask that a compiled function built there. No constructor of the mask runs outside of the graph."""
+    torch._dynamo.reset()
+    spec = dataclasses.replace(SPEC, source=source)
+    problem = problem_of(spec, device)
+    build = {"dense": BlockMask.from_dense, "indices": BlockMask.from_indices, "csr": BlockMask.from_csr}[source]
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(*given: Tensor) -> BlockMask:
+        return build(*given, spec.q_block, spec.k_block, **keywords)
+
+    with torch.inference_mode():
+        keywords = mask_keywords(spec, device, source)
+        mask = compiled(*contents(spec, problem.block_masks, device))
+    assert not mask.bits.is_inference() and not mask.sequences.is_inference()
+    judge_gradients(problem, differentiate(problem, mask=mask))
+    calls: list[int] = []
+    assert counted(mask, calls) is counted(mask, calls) and len(calls) == 1  # it keeps plans
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)

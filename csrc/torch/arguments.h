@@ -1,13 +1,15 @@
 #pragma once
 
-// What several operators are given alike: the layout of a mask, the numbers of heads, an attention problem.
+// What several operators are given alike: the layout of a mask, the numbers of heads, an attention call.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
 #include <array>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "hbsattn/hbsattn.h"
@@ -54,15 +56,80 @@ inline CallShape read_call_shape(at::IntArrayRef values) {
           to_int32("element_size", values[3]), values[4] != 0};
 }
 
-inline Tensor empty_ints(at::IntArrayRef shape, at::Device device) {
-  return at::empty(shape, at::TensorOptions(at::kInt).device(device));
+// A member without a default: the compiler tells whoever leaves it out of an aggregate.
+template <class T>
+struct Required {
+  T value;
+
+  Required(T value) : value(value) {}
+  operator T() const { return value; }
+};
+
+// What each operator of an attention call takes first, in the order of schemas.cpp; hbsattn/_layout.py spells it as
+// Call. `Ints` is at::IntArrayRef, or c10::SymIntArrayRef where a program may be traced.
+template <class Ints>
+struct CallArguments {
+  const Tensor &q, &k, &v, &bits, &sequences;
+  Ints layout;
+  Required<bool> pack_heads;
+  Required<double> softmax_scale;
+
+  // `function` of all of them, and of `own` behind them.
+  template <class Function, class... Own>
+  auto apply(const Function& function, const Own&... own) const {
+    return function(q, k, v, bits, sequences, layout, pack_heads, softmax_scale, own...);
+  }
+};
+
+using Call = CallArguments<at::IntArrayRef>;
+
+// The same call of other q, k and v.
+inline Call with_tensors(const Call& call, const Tensor& q, const Tensor& k, const Tensor& v) {
+  return call.apply(
+      [&](const Tensor&, const Tensor&, const Tensor&, const auto&... rest) { return Call{q, k, v, rest...}; });
 }
 
-inline MaskShape make_shape(int64_t batch, int64_t heads, int64_t rows, const MaskLayout& layout) {
+// What each operator that makes bits takes last.
+struct MaskBlocks {
+  int64_t rows;
+  MaskLayout layout;
+};
+
+// Operator<f>::run is f in the form that the dispatcher knows: `f` takes a call, or the blocks of a mask, and then what
+// is the operator's own.
+template <auto f>
+struct Operator;
+
+template <class Result, class... Own, Result (*f)(const MaskBlocks&, Own...)>
+struct Operator<f> {
+  static Result run(Own... own, int64_t rows, int64_t cols, int64_t q_block_size, int64_t k_block_size, bool causal) {
+    return f({rows, {cols, q_block_size, k_block_size, causal}}, std::forward<Own>(own)...);
+  }
+};
+
+template <class Result, class Ints, class... Own, Result (*f)(const CallArguments<Ints>&, Own...)>
+struct Operator<f> {
+  static Result run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
+                    Ints layout, bool pack_heads, double softmax_scale, Own... own) {
+    return f({q, k, v, bits, sequences, layout, pack_heads, softmax_scale}, std::forward<Own>(own)...);
+  }
+};
+
+// For a part of a mask or a plan: later calls, of any mode, save it for backward or rewrite it, which they could not do
+// with a tensor of inference mode.
+inline Tensor empty_ints(at::IntArrayRef shape, at::Device device) {
+  const at::TensorOptions options = at::TensorOptions(at::kInt).device(device);
+  if (!c10::InferenceMode::is_enabled()) return at::empty(shape, options);
+  const c10::InferenceMode normal(false);
+  return at::empty(shape, options);
+}
+
+inline MaskShape make_shape(int64_t batch, int64_t heads, const MaskBlocks& blocks) {
+  const MaskLayout& layout = blocks.layout;
   MaskShape shape;
   shape.batch = to_int32("batch", batch);
   shape.heads = to_int32("the mask's number of heads", heads);
-  shape.rows = rows;
+  shape.rows = blocks.rows;
   shape.cols = layout.cols;
   shape.q_block_size = to_int32("q_block_size", layout.q_block_size);
   shape.k_block_size = to_int32("k_block_size", layout.k_block_size);
@@ -80,7 +147,7 @@ inline MaskView read_mask(const Tensor& bits, const Tensor& sequences, const Mas
   check_table("bits", bits, 3, device);
   MaskView mask;
   mask.sequences = read_sequences(sequences, device);
-  mask.shape = make_shape(sequences.size(0), bits.size(0), bits.size(1), layout);
+  mask.shape = make_shape(sequences.size(0), bits.size(0), {bits.size(1), layout});
   raise_if_error(validate_mask(mask.shape));
   check_shape("bits", bits, {bits.size(0), bits.size(1), mask.shape.words()});
   mask.bits = static_cast<const uint32_t*>(bits.const_data_ptr());
@@ -108,9 +175,8 @@ inline Stream current_stream(at::Device) {
 #endif
 
 // Checks the tensors of a call; the problem that they pose is yet to be checked.
-inline ForwardParams read_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits,
-                                  const Tensor& sequences, const MaskLayout& layout, bool pack_heads,
-                                  double softmax_scale) {
+inline ForwardParams read_problem(const Call& call) {
+  const Tensor &q = call.q, &k = call.k, &v = call.v;
   const at::Device device = q.device();
   TORCH_CHECK_VALUE(
       q.dim() == 3 || q.dim() == 4,
@@ -120,7 +186,7 @@ inline ForwardParams read_problem(const Tensor& q, const Tensor& k, const Tensor
   params.packed = q.dim() == 3;
   params.dtype = to_dtype("q", q);
   const auto check_like_q = [&](const char* name, const Tensor& tensor) {
-    check_dtype(name, tensor, q.scalar_type());
+    check_dtype(name, tensor, q.scalar_type(), kThatOfQ);
     check_device(name, tensor, device);
     check_dims(name, tensor, q.dim());
   };
@@ -130,11 +196,12 @@ inline ForwardParams read_problem(const Tensor& q, const Tensor& k, const Tensor
                     describe("k has a head_dim of ", k.size(-1), "; expected ", q.size(-1), ", that of q"));
   TORCH_CHECK_VALUE(v.sizes() == k.sizes(),
                     describe("v has shape ", v.sizes(), "; expected ", k.sizes(), ", that of k"));
-  params.mask = read_mask(bits, sequences, layout, device);
+  params.mask = read_mask(call.bits, call.sequences, read_layout(call.layout), device);
   if (!params.packed) {
-    const int64_t batch = sequences.size(0);
+    const int64_t batch = call.sequences.size(0);
     TORCH_CHECK_VALUE(q.size(0) == batch,
-                      describe("q has a batch of ", q.size(0), "; expected ", batch, ", that of the mask"));
+                      describe("q has a batch of ", q.size(0), "; expected ", batch, ", that of the mask",
+                               batch == 1 ? describe(": build it with batch_size=", q.size(0)) : ""));
     TORCH_CHECK_VALUE(k.size(0) == batch,
                       describe("k has a batch of ", k.size(0), "; expected ", batch, ", that of the mask"));
   }
@@ -146,8 +213,8 @@ inline ForwardParams read_problem(const Tensor& q, const Tensor& k, const Tensor
   params.heads_q = to_int32("heads_q", q.size(-2));
   params.heads_k = to_int32("heads_k", k.size(-2));
   params.head_dim = to_int32("head_dim", q.size(-1));
-  params.softmax_scale = static_cast<float>(softmax_scale);
-  params.pack_heads = pack_heads;
+  params.softmax_scale = static_cast<float>(call.softmax_scale);
+  params.pack_heads = call.pack_heads;
   return params;
 }
 
@@ -164,10 +231,11 @@ inline std::vector<int64_t> shape_lse(const ForwardParams& params) {
 }
 
 // What a backward call is given beside its problem: gradients and results in the shapes of the forward's.
-inline void check_gradients(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& out,
+inline void check_gradients(const Call& call, const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
                             const Tensor& lse, const ForwardParams& problem) {
+  const Tensor& q = call.q;
   const auto check = [&](const char* name, const Tensor& tensor, at::ScalarType dtype, at::IntArrayRef sizes) {
-    check_dtype(name, tensor, dtype);
+    check_dtype(name, tensor, dtype, dtype == q.scalar_type() ? kThatOfQ : "");
     check_device(name, tensor, q.device());
     check_shape(name, tensor, sizes);
   };

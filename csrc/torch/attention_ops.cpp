@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -24,19 +23,17 @@ using TwoTensors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 // The checks of a call that has no work list yet.
-void check_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
-                   at::IntArrayRef layout, bool pack_heads, double softmax_scale) {
-  const c10::DeviceGuard guard(q.device());
-  const ForwardParams params = read_problem(q, k, v, bits, sequences, read_layout(layout), pack_heads, softmax_scale);
-  raise_if_error(q.is_cuda() ? supported(params) : validate_forward(params));
+void check_forward(const Call& call) {
+  const c10::DeviceGuard guard(call.q.device());
+  const ForwardParams params = read_problem(call);
+  raise_if_error(call.q.is_cuda() ? supported(params) : validate_forward(params));
 }
 
 // Those of a backward call on a CPU, which has no plan.
-void check_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
-                    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& bits, const Tensor& sequences,
-                    at::IntArrayRef layout, bool pack_heads, double softmax_scale) {
-  const ForwardParams problem = read_problem(q, k, v, bits, sequences, read_layout(layout), pack_heads, softmax_scale);
-  check_gradients(grad_out, grad_lse, q, out, lse, problem);
+void check_backward(const Call& call, const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
+                    const Tensor& lse) {
+  const ForwardParams problem = read_problem(call);
+  check_gradients(call, grad_out, grad_lse, out, lse, problem);
   raise_if_error(validate_forward(problem));
 }
 
@@ -67,17 +64,16 @@ const Tensor& check_given(const char* name, const OptionalTensor& tensor, const 
 }
 
 // `cleared`: a workspace that plan_items has cleared for this call; null: there is none.
-TwoTensors run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
-                       const OptionalTensor& items, const MaskLayout& layout, bool pack_heads, double softmax_scale,
-                       int64_t* cycles, void* cleared = nullptr) {
+TwoTensors run_forward(const Call& call, const OptionalTensor& items, int64_t* cycles, void* cleared = nullptr) {
+  const Tensor &q = call.q, &k = call.k, &v = call.v;
   const at::Device device = q.device();
-  ForwardParams params = read_problem(q, k, v, bits, sequences, layout, pack_heads, softmax_scale);
+  ForwardParams params = read_problem(call);
   read_items(check_given("items", items, "plan_items"), device, params);
   const int64_t head_dim = params.head_dim;
   if (head_dim % kHeadDimMultiple != 0) {
     raise_if_error(supported(params));
-    const auto [out, lse] = run_forward(pad_head_dim(q), pad_head_dim(k), pad_head_dim(v), bits, sequences, items,
-                                        layout, pack_heads, softmax_scale, cycles, cleared);
+    const Tensor padded_q = pad_head_dim(q), padded_k = pad_head_dim(k), padded_v = pad_head_dim(v);
+    const auto [out, lse] = run_forward(with_tensors(call, padded_q, padded_k, padded_v), items, cycles, cleared);
     return {cut_head_dim(out, head_dim), lse};
   }
   const bool copies = !addressable(params.q, params.dtype) || !addressable(params.k, params.dtype) ||
@@ -101,48 +97,40 @@ TwoTensors run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
 }
 
 // `backward_plan` and `deterministic` are for the autograd rule alone.
-TwoTensors forward_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
-                      const OptionalTensor& items, const OptionalTensor& backward_plan, at::IntArrayRef layout,
-                      bool pack_heads, double softmax_scale, bool deterministic) {
-  const c10::DeviceGuard guard(q.device());
-  return run_forward(q, k, v, bits, sequences, items, read_layout(layout), pack_heads, softmax_scale, nullptr);
+TwoTensors forward_op(const Call& call, const OptionalTensor& items, const OptionalTensor& backward_plan,
+                      bool deterministic) {
+  const c10::DeviceGuard guard(call.q.device());
+  return run_forward(call, items, nullptr);
 }
 
 // The first call with a mask: the work list comes back beside the results, for later calls.
-ThreeTensors plan_and_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits,
-                              const Tensor& sequences, at::IntArrayRef layout, bool pack_heads, double softmax_scale) {
-  const c10::DeviceGuard guard(q.device());
-  const MaskLayout mask_layout = read_layout(layout);
-  const ForwardParams params = read_problem(q, k, v, bits, sequences, mask_layout, pack_heads, softmax_scale);
+ThreeTensors plan_and_forward(const Call& call) {
+  const at::Device device = call.q.device();
+  const c10::DeviceGuard guard(device);
+  const ForwardParams params = read_problem(call);
   raise_if_error(supported(params));  // before anything is launched
   PlanParams plan;
   plan.mask = params.mask;
   plan.heads_q = params.heads_q;
   plan.heads_k = params.heads_k;
   plan.head_dim = params.head_dim;
-  plan.element_size = static_cast<int32_t>(q.element_size());
-  plan.pack_heads = pack_heads;
+  plan.element_size = static_cast<int32_t>(call.q.element_size());
+  plan.pack_heads = params.pack_heads;
   const c10::DataPtr workspace = allocate_scratch(forward_workspace_size());
   plan.workspace = workspace.get();
-  const Tensor items = [&] {
-    const c10::InferenceMode normal(false);  // later calls, of any mode, rewrite the list
-    return make_items(plan, q.device());
-  }();
-  const auto [out, lse] =
-      run_forward(q, k, v, bits, sequences, items, mask_layout, pack_heads, softmax_scale, nullptr, workspace.get());
+  const Tensor items = make_items(plan, device);
+  const auto [out, lse] = run_forward(call, items, nullptr, workspace.get());
   return {out, lse, items};
 }
 
 // The forward, and the clock of its multiprocessor where each CTA begins and ends: (CTAs, 2).
-ThreeTensors profile_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits,
-                             const Tensor& sequences, const Tensor& items, at::IntArrayRef layout, bool pack_heads,
-                             double softmax_scale) {
-  const c10::DeviceGuard guard(q.device());
+ThreeTensors profile_forward(const Call& call, const Tensor& items) {
+  const at::Device device = call.q.device();
+  const c10::DeviceGuard guard(device);
   int multiprocessors = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, q.device().index()));
-  Tensor cycles = at::zeros({2 * multiprocessors, 2}, q.options().dtype(at::kLong));
-  const auto [out, lse] = run_forward(q, k, v, bits, sequences, items, read_layout(layout), pack_heads, softmax_scale,
-                                      cycles.mutable_data_ptr<int64_t>());
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device.index()));
+  Tensor cycles = at::zeros({2 * multiprocessors, 2}, call.q.options().dtype(at::kLong));
+  const auto [out, lse] = run_forward(call, items, cycles.mutable_data_ptr<int64_t>());
   return {out, lse, cycles};
 }
 
@@ -161,20 +149,21 @@ void read_plan(const Tensor& plan, at::Device device, BackwardParams& params) {
   problem.num_items = parts.num_items;
 }
 
-ThreeTensors run_backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
-                          const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& bits,
-                          const Tensor& sequences, const Tensor& plan, const MaskLayout& layout, bool pack_heads,
-                          double softmax_scale, bool deterministic, const std::array<bool, 3>& needs) {
+ThreeTensors backward_op(const Call& call, const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
+                         const Tensor& lse, const OptionalTensor& plan, bool deterministic, std::array<bool, 3> needs) {
+  const Tensor &q = call.q, &k = call.k, &v = call.v;
   const at::Device device = q.device();
+  const c10::DeviceGuard guard(device);
+  check_given("plan", plan, "plan_backward");
   BackwardParams params;
   ForwardParams& problem = params.problem;
-  problem = read_problem(q, k, v, bits, sequences, layout, pack_heads, softmax_scale);
-  check_gradients(grad_out, grad_lse, q, out, lse, problem);
+  problem = read_problem(call);
+  check_gradients(call, grad_out, grad_lse, out, lse, problem);
   params.deterministic = deterministic;
   params.needs_q = needs[0];
   params.needs_k = needs[1];
   params.needs_v = needs[2];
-  read_plan(plan, device, params);
+  read_plan(*plan, device, params);
   raise_if_error(supported(params));
 
   if (q.numel() == 0 || k.numel() == 0) {
@@ -185,9 +174,10 @@ ThreeTensors run_backward(const Tensor& grad_out, const OptionalTensor& grad_lse
   }
   const int64_t head_dim = problem.head_dim;
   if (head_dim % kHeadDimMultiple != 0) {
-    const auto [grad_q, grad_k, grad_v] = run_backward(
-        pad_head_dim(grad_out), grad_lse, pad_head_dim(q), pad_head_dim(k), pad_head_dim(v), pad_head_dim(out), lse,
-        bits, sequences, plan, layout, pack_heads, softmax_scale, deterministic, needs);
+    const Tensor padded_q = pad_head_dim(q), padded_k = pad_head_dim(k), padded_v = pad_head_dim(v);
+    const auto [grad_q, grad_k, grad_v] =
+        backward_op(with_tensors(call, padded_q, padded_k, padded_v), pad_head_dim(grad_out), grad_lse,
+                    pad_head_dim(out), lse, plan, deterministic, needs);
     return {cut_head_dim(grad_q, head_dim), cut_head_dim(grad_k, head_dim), cut_head_dim(grad_v, head_dim)};
   }
 
@@ -218,31 +208,21 @@ ThreeTensors run_backward(const Tensor& grad_out, const OptionalTensor& grad_lse
   return {grad_q, grad_k, grad_v};
 }
 
-ThreeTensors backward_op(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
-                         const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& bits,
-                         const Tensor& sequences, const OptionalTensor& plan, at::IntArrayRef layout, bool pack_heads,
-                         double softmax_scale, bool deterministic, std::array<bool, 3> needs) {
-  const c10::DeviceGuard guard(q.device());
-  return run_backward(grad_out, grad_lse, q, k, v, out, lse, bits, sequences,
-                      check_given("plan", plan, "plan_backward"), read_layout(layout), pack_heads, softmax_scale,
-                      deterministic, needs);
-}
-
 #endif
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(hbsattn, CompositeExplicitAutograd, m) {
-  m.impl("check_forward", check_forward);
-  m.impl("check_backward", check_backward);
+  m.impl("check_forward", Operator<check_forward>::run);
+  m.impl("check_backward", Operator<check_backward>::run);
 }
 
 TORCH_LIBRARY_IMPL(hbsattn, CUDA, m) {
 #if HBSATTN_WITH_CUDA
-  m.impl("forward", forward_op);
-  m.impl("plan_and_forward", plan_and_forward);
-  m.impl("profile_forward", profile_forward);
-  m.impl("backward", backward_op);
+  m.impl("forward", Operator<forward_op>::run);
+  m.impl("plan_and_forward", Operator<plan_and_forward>::run);
+  m.impl("profile_forward", Operator<profile_forward>::run);
+  m.impl("backward", Operator<backward_op>::run);
 #else
   for (const char* name : {"forward", "plan_and_forward", "profile_forward", "backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_operator>());

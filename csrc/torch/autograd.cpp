@@ -10,43 +10,33 @@
 #include <array>
 #include <optional>
 #include <tuple>
+#include <vector>
+
+#include "torch/arguments.h"
 
 namespace hbsattn {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 using TwoTensors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
-using Forward = TwoTensors(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                           const OptionalTensor&, const OptionalTensor&, c10::SymIntArrayRef, bool, double, bool);
-using PlanAndForward = ThreeTensors(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                    c10::SymIntArrayRef, bool, double);
-using Backward = ThreeTensors(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
-                              const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                              c10::SymIntArrayRef, bool, double, bool, std::array<bool, 3>);
+using TracedCall = CallArguments<c10::SymIntArrayRef>;
 
-template <class Schema>
-c10::TypedOperatorHandle<Schema> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
+// Calls the operator that has this autograd rule.
+template <auto rule, class... Own>
+auto call_operator(const char* name, const TracedCall& call, const Own&... own) {
+  using Schema = decltype(Operator<rule>::run);
+  static const auto found = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
+  return call.apply([](const auto&... arguments) { return found.call(arguments...); }, own...);
 }
 
-const c10::TypedOperatorHandle<Forward>& forward_operator() {
-  static const auto found = find<Forward>("hbsattn::forward");
-  return found;
-}
-
-const c10::TypedOperatorHandle<PlanAndForward>& plan_and_forward_operator() {
-  static const auto found = find<PlanAndForward>("hbsattn::plan_and_forward");
-  return found;
-}
-
-const c10::TypedOperatorHandle<Backward>& backward_operator() {
-  static const auto found = find<Backward>("hbsattn::backward");
-  return found;
+// The same without the rule.
+template <auto rule, class... Own>
+auto call_below(const char* name, const TracedCall& call, const Own&... own) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return call_operator<rule>(name, call, own...);
 }
 
 OptionalTensor if_defined(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
@@ -85,79 +75,14 @@ bool is_differentiated(std::initializer_list<const Tensor*> tensors) {
   return false;
 }
 
-// Gradients of out and lse with respect to q, k and v. Those that required none at the forward are not computed.
-struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
-  static variable_list forward(AutogradContext* context, const Tensor& q, const Tensor& k, const Tensor& v,
-                               const Tensor& bits, const Tensor& sequences, const OptionalTensor& items,
-                               const OptionalTensor& backward_plan, c10::SymIntArrayRef layout, bool pack_heads,
-                               double softmax_scale, bool deterministic) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [out, lse] = forward_operator().call(q, k, v, bits, sequences, items, backward_plan, layout, pack_heads,
-                                                    softmax_scale, deterministic);
-    context->save_for_backward({q, k, v, out, lse, bits, sequences, backward_plan.value_or(Tensor())});
-    context->saved_data["layout"] = layout;
-    context->saved_data["pack_heads"] = pack_heads;
-    context->saved_data["softmax_scale"] = softmax_scale;
-    context->saved_data["deterministic"] = deterministic;
-    context->saved_data["needs"] = std::vector<bool>{q.requires_grad(), k.requires_grad(), v.requires_grad()};
-    context->set_materialize_grads(false);  // log-sum-exps are seldom used: no zeros for their gradients
-    return {out, lse};
-  }
-
-  static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    const variable_list saved = context->get_saved_variables();
-    const Tensor &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4];
-    auto& data = context->saved_data;
-    const c10::List<bool> needed = data["needs"].toBoolList();
-    const std::array<bool, 3> needs{needed[0], needed[1], needed[2]};
-    const Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(out);
-    const std::vector<c10::SymInt> layout = data["layout"].toSymIntVector();
-    const auto [grad_q, grad_k, grad_v] = backward_operator().call(
-        grad_out, if_defined(grads[1]), q, k, v, out, lse, saved[5], saved[6], if_defined(saved[7]), layout,
-        data["pack_heads"].toBool(), data["softmax_scale"].toDouble(), data["deterministic"].toBool(), needs);
-    variable_list results(11);
-    if (needs[0]) results[0] = grad_q;
-    if (needs[1]) results[1] = grad_k;
-    if (needs[2]) results[2] = grad_v;
-    return results;
-  }
-};
-
-TwoTensors forward_autograd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits,
-                            const Tensor& sequences, const OptionalTensor& items, const OptionalTensor& backward_plan,
-                            c10::SymIntArrayRef layout, bool pack_heads, double softmax_scale, bool deterministic) {
-  if (!is_differentiated({&q, &k, &v})) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return forward_operator().call(q, k, v, bits, sequences, items, backward_plan, layout, pack_heads, softmax_scale,
-                                   deterministic);
-  }
-  const variable_list results = AttentionFunction::apply(q, k, v, bits, sequences, items, backward_plan, layout,
-                                                         pack_heads, softmax_scale, deterministic);
-  return {results[0], results[1]};
-}
-
-// block_sparse_attention calls `forward`, with plans, where it sees that gradients are asked for.
-ThreeTensors plan_and_forward_autograd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits,
-                                       const Tensor& sequences, c10::SymIntArrayRef layout, bool pack_heads,
-                                       double softmax_scale) {
-  if (is_differentiated({&q, &k, &v})) {
-    C10_THROW_ERROR(NotImplementedError, "hbsattn::plan_and_forward has no derivative; expected hbsattn::forward");
-  }
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return plan_and_forward_operator().call(q, k, v, bits, sequences, layout, pack_heads, softmax_scale);
-}
-
 // Stands for the second derivative where one is asked for.
 struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
-  static variable_list forward(AutogradContext*, const Tensor& grad_out, const OptionalTensor& grad_lse,
-                               const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                               const Tensor& bits, const Tensor& sequences, const OptionalTensor& plan,
-                               c10::SymIntArrayRef layout, bool pack_heads, double softmax_scale, bool deterministic,
-                               std::array<bool, 3> needs) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [grad_q, grad_k, grad_v] =
-        backward_operator().call(grad_out, grad_lse, q, k, v, out, lse, bits, sequences, plan, layout, pack_heads,
-                                 softmax_scale, deterministic, needs);
+  // The tensors are what the gradients that `compute` returns depend on.
+  template <class Compute>
+  static variable_list forward(AutogradContext*, const Tensor& q, const Tensor& k, const Tensor& v,
+                               const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
+                               const Tensor& lse, const Compute& compute) {
+    const auto [grad_q, grad_k, grad_v] = compute();
     return {grad_q, grad_k, grad_v};
   }
 
@@ -167,26 +92,90 @@ struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
   }
 };
 
-ThreeTensors backward_autograd(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
-                               const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& bits,
-                               const Tensor& sequences, const OptionalTensor& plan, c10::SymIntArrayRef layout,
-                               bool pack_heads, double softmax_scale, bool deterministic, std::array<bool, 3> needs) {
-  if (!is_differentiated({&grad_out, &q, &k, &v, &out, &lse}) && !(grad_lse && is_differentiated({&*grad_lse}))) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return backward_operator().call(grad_out, grad_lse, q, k, v, out, lse, bits, sequences, plan, layout, pack_heads,
-                                    softmax_scale, deterministic, needs);
+ThreeTensors differentiable_backward(const TracedCall& call, const Tensor& grad_out, const OptionalTensor& grad_lse,
+                                     const Tensor& out, const Tensor& lse, const OptionalTensor& plan,
+                                     bool deterministic, std::array<bool, 3> needs) {
+  const auto compute = [&] {
+    return call_below<differentiable_backward>("hbsattn::backward", call, grad_out, grad_lse, out, lse, plan,
+                                               deterministic, needs);
+  };
+  if (!is_differentiated({&grad_out, &call.q, &call.k, &call.v, &out, &lse}) &&
+      !(grad_lse && is_differentiated({&*grad_lse}))) {
+    return compute();
   }
-  const variable_list grads = NoSecondDerivative::apply(grad_out, grad_lse, q, k, v, out, lse, bits, sequences, plan,
-                                                        layout, pack_heads, softmax_scale, deterministic, needs);
+  const variable_list grads = NoSecondDerivative::apply(call.q, call.k, call.v, grad_out, grad_lse, out, lse, compute);
   return {grads[0], grads[1], grads[2]};
+}
+
+TwoTensors differentiable_forward(const TracedCall& call, const OptionalTensor& items,
+                                  const OptionalTensor& backward_plan, bool deterministic);
+
+// Gradients of out and lse with respect to q, k and v. Those that required none at the forward are not computed.
+struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
+  static constexpr int kInputs = 7;  // of forward, beside the context
+
+  // Autograd sees q, k and v, which are those of the call, as arguments of their own.
+  static variable_list forward(AutogradContext* context, const Tensor& q, const Tensor& k, const Tensor& v,
+                               const TracedCall& call, const OptionalTensor& items, const OptionalTensor& backward_plan,
+                               bool deterministic) {
+    const auto [out, lse] =
+        call_below<differentiable_forward>("hbsattn::forward", call, items, backward_plan, deterministic);
+    context->save_for_backward({q, k, v, call.bits, call.sequences, out, lse, backward_plan.value_or(Tensor())});
+    context->saved_data["layout"] = call.layout;
+    context->saved_data["pack_heads"] = call.pack_heads.value;
+    context->saved_data["softmax_scale"] = call.softmax_scale.value;
+    context->saved_data["deterministic"] = deterministic;
+    context->saved_data["needs"] = std::vector<bool>{q.requires_grad(), k.requires_grad(), v.requires_grad()};
+    context->set_materialize_grads(false);  // log-sum-exps are seldom used: no zeros for their gradients
+    return {out, lse};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const variable_list saved = context->get_saved_variables();
+    auto& data = context->saved_data;
+    const std::vector<c10::SymInt> layout = data["layout"].toSymIntVector();
+    const bool pack_heads = data["pack_heads"].toBool();
+    const double softmax_scale = data["softmax_scale"].toDouble();
+    const TracedCall call{saved[0], saved[1], saved[2], saved[3], saved[4], layout, pack_heads, softmax_scale};
+    const Tensor &out = saved[5], &lse = saved[6];
+    const c10::List<bool> needed = data["needs"].toBoolList();
+    const std::array<bool, 3> needs{needed[0], needed[1], needed[2]};
+    const Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(out);
+    const auto [grad_q, grad_k, grad_v] =
+        call_operator<differentiable_backward>("hbsattn::backward", call, grad_out, if_defined(grads[1]), out, lse,
+                                               if_defined(saved[7]), data["deterministic"].toBool(), needs);
+    variable_list results(kInputs);
+    if (needs[0]) results[0] = grad_q;
+    if (needs[1]) results[1] = grad_k;
+    if (needs[2]) results[2] = grad_v;
+    return results;
+  }
+};
+
+TwoTensors differentiable_forward(const TracedCall& call, const OptionalTensor& items,
+                                  const OptionalTensor& backward_plan, bool deterministic) {
+  if (!is_differentiated({&call.q, &call.k, &call.v})) {
+    return call_below<differentiable_forward>("hbsattn::forward", call, items, backward_plan, deterministic);
+  }
+  const variable_list results =
+      AttentionFunction::apply(call.q, call.k, call.v, call, items, backward_plan, deterministic);
+  return {results[0], results[1]};
+}
+
+// block_sparse_attention calls `forward`, with plans, where it sees that gradients are asked for.
+ThreeTensors differentiable_plan_and_forward(const TracedCall& call) {
+  if (is_differentiated({&call.q, &call.k, &call.v})) {
+    C10_THROW_ERROR(NotImplementedError, "hbsattn::plan_and_forward has no derivative; expected hbsattn::forward");
+  }
+  return call_below<differentiable_plan_and_forward>("hbsattn::plan_and_forward", call);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(hbsattn, Autograd, m) {
-  m.impl("forward", forward_autograd);
-  m.impl("plan_and_forward", plan_and_forward_autograd);
-  m.impl("backward", backward_autograd);
+  m.impl("forward", Operator<differentiable_forward>::run);
+  m.impl("plan_and_forward", Operator<differentiable_plan_and_forward>::run);
+  m.impl("backward", Operator<differentiable_backward>::run);
 }
 
 }  // namespace hbsattn

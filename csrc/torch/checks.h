@@ -48,9 +48,12 @@ std::string describe(const Parts&... parts) {
 
 inline std::string dtype_name(at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; }
 
-inline void check_dtype(const char* name, const at::Tensor& tensor, at::ScalarType dtype) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype,
-                   describe(name, " has dtype ", dtype_name(tensor.scalar_type()), "; expected ", dtype_name(dtype)));
+inline constexpr const char* kThatOfQ = ", that of q";
+
+// `whose`: whose dtype it has to be, where it follows from another tensor.
+inline void check_dtype(const char* name, const at::Tensor& tensor, at::ScalarType dtype, const char* whose = "") {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, describe(name, " has dtype ", dtype_name(tensor.scalar_type()),
+                                                           "; expected ", dtype_name(dtype), whose));
 }
 
 inline void check_device(const char* name, const at::Tensor& tensor, at::Device device) {

@@ -16,17 +16,17 @@ namespace {
 
 using TwoTensors = std::tuple<Tensor, Tensor>;
 
-void check_mask(int64_t batch, int64_t heads, int64_t rows, int64_t cols, int64_t q_block_size, int64_t k_block_size) {
-  raise_if_error(validate_mask(make_shape(batch, heads, rows, {cols, q_block_size, k_block_size, false})));
+void check_mask(const MaskBlocks& blocks, int64_t batch, int64_t heads) {
+  raise_if_error(validate_mask(make_shape(batch, heads, blocks)));
 }
 
 // Checks what a table of sequences is made from, and allocates it. The guard of the device is the caller's.
 SequencesParams allocate_sequences(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                    at::Device device, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
-                                   int64_t q_block_size, int64_t k_block_size, int64_t row_stride, Tensor& sequences) {
+                                   int64_t row_stride, int64_t q_block_size, int64_t k_block_size, Tensor& sequences) {
   TORCH_CHECK_VALUE(batch >= 0, describe("batch is ", batch, "; expected at least 0"));
   SequencesParams params;
-  params.shape = make_shape(batch, 1, 0, {0, q_block_size, k_block_size, false});
+  params.shape = make_shape(batch, 1, {0, {0, q_block_size, k_block_size, false}});
   params.seqlen_q = seqlen_q;
   params.seqlen_k = seqlen_k;
   params.row_stride = row_stride;
@@ -45,29 +45,30 @@ SequencesParams allocate_sequences(const OptionalTensor& cu_seqlens_q, const Opt
 
 // On a CPU, too: without cu_seqlens there is no tensor to dispatch on.
 Tensor make_sequences_op(const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, at::Device device,
-                         int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t q_block_size, int64_t k_block_size,
-                         int64_t row_stride) {
+                         int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t row_stride, int64_t q_block_size,
+                         int64_t k_block_size) {
   TORCH_CHECK_VALUE(device.is_cpu() || device.is_cuda(), describe("device is ", device, "; expected cpu or cuda"));
   const Stream stream = device.is_cuda() ? current_stream(device) : nullptr;
   if (device.is_cuda() && !device.has_index()) device = c10::impl::VirtualGuardImpl(device.type()).getDevice();
   const c10::DeviceGuard guard(device);
   Tensor sequences;
   const SequencesParams params = allocate_sequences(cu_seqlens_q, cu_seqlens_k, device, batch, seqlen_q, seqlen_k,
-                                                    q_block_size, k_block_size, row_stride, sequences);
+                                                    row_stride, q_block_size, k_block_size, sequences);
   raise_if_error(device.is_cuda() ? make_sequences(params, stream) : make_sequences_on_host(params));
   return sequences;
 }
 
 // Packs by the operator, as the CPU's kernel is elsewhere.
-TwoTensors make_dense(const Tensor& block_mask, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                      int64_t batch, int64_t seqlen_q, int64_t seqlen_k, int64_t rows, int64_t cols,
-                      int64_t q_block_size, int64_t k_block_size, int64_t row_stride, bool causal) {
+TwoTensors make_dense(const MaskBlocks& blocks, const Tensor& block_mask, const OptionalTensor& cu_seqlens_q,
+                      const OptionalTensor& cu_seqlens_k, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
+                      int64_t row_stride) {
   using Pack = Tensor(const Tensor&, const Tensor&, bool, c10::SymInt, c10::SymInt, int64_t, int64_t, bool);
   static const auto pack = c10::Dispatcher::singleton().findSchemaOrThrow("hbsattn::pack_dense", "").typed<Pack>();
+  const auto [cols, q_block_size, k_block_size, causal] = blocks.layout;
   const Tensor sequences = make_sequences_op(cu_seqlens_q, cu_seqlens_k, block_mask.device(), batch, seqlen_q, seqlen_k,
-                                             q_block_size, k_block_size, row_stride);
+                                             row_stride, q_block_size, k_block_size);
   const bool flat = block_mask.dim() == 3;
-  return {pack.call(block_mask, sequences, flat, rows, cols, q_block_size, k_block_size, causal), sequences};
+  return {pack.call(block_mask, sequences, flat, blocks.rows, cols, q_block_size, k_block_size, causal), sequences};
 }
 
 #if HBSATTN_WITH_CUDA
@@ -92,12 +93,11 @@ bool check_batch(const char* name, const Tensor& source, const Tensor& sequences
   return source.size(0) == 1;
 }
 
-PackParams read_dense(const Tensor& block_mask, const Tensor& sequences, bool flat, int64_t rows, int64_t cols,
-                      int64_t q_block_size, int64_t k_block_size, bool causal) {
+PackParams read_dense(const MaskBlocks& blocks, const Tensor& block_mask, const Tensor& sequences, bool flat) {
   check_dtype("block_mask", block_mask, at::kBool);
   check_dims("block_mask", block_mask, flat ? 3 : 4);
   PackParams params;
-  params.shape = make_shape(0, block_mask.size(-3), rows, {cols, q_block_size, k_block_size, causal});
+  params.shape = make_shape(0, block_mask.size(-3), blocks);
   PackSource& source = params.source;
   source.form = PackSource::Form::kDense;
   source.flat = flat;
@@ -111,36 +111,35 @@ PackParams read_dense(const Tensor& block_mask, const Tensor& sequences, bool fl
   return params;
 }
 
-Tensor pack_dense(const Tensor& block_mask, const Tensor& sequences, bool flat, int64_t rows, int64_t cols,
-                  int64_t q_block_size, int64_t k_block_size, bool causal) {
-  PackParams params = read_dense(block_mask, sequences, flat, rows, cols, q_block_size, k_block_size, causal);
+Tensor pack_dense(const MaskBlocks& blocks, const Tensor& block_mask, const Tensor& sequences, bool flat) {
+  PackParams params = read_dense(blocks, block_mask, sequences, flat);
   return pack(params, sequences, block_mask.device());
 }
 
 // make_dense where one kernel can make both.
-TwoTensors make_dense_cuda(const Tensor& block_mask, const OptionalTensor& cu_seqlens_q,
+TwoTensors make_dense_cuda(const MaskBlocks& blocks, const Tensor& block_mask, const OptionalTensor& cu_seqlens_q,
                            const OptionalTensor& cu_seqlens_k, int64_t batch, int64_t seqlen_q, int64_t seqlen_k,
-                           int64_t rows, int64_t cols, int64_t q_block_size, int64_t k_block_size, int64_t row_stride,
-                           bool causal) {
+                           int64_t row_stride) {
   const at::Device device = block_mask.device();
   const c10::DeviceGuard guard(device);
   Tensor sequences;
-  const SequencesParams table = allocate_sequences(cu_seqlens_q, cu_seqlens_k, device, batch, seqlen_q, seqlen_k,
-                                                   q_block_size, k_block_size, row_stride, sequences);
+  const SequencesParams table =
+      allocate_sequences(cu_seqlens_q, cu_seqlens_k, device, batch, seqlen_q, seqlen_k, row_stride,
+                         blocks.layout.q_block_size, blocks.layout.k_block_size, sequences);
   const bool flat = block_mask.dim() == 3;
-  PackParams params = read_dense(block_mask, sequences, flat, rows, cols, q_block_size, k_block_size, causal);
+  PackParams params = read_dense(blocks, block_mask, sequences, flat);
   params.table = table;
   const Tensor bits = pack(params, sequences, device);
   return {bits, sequences};
 }
 
-Tensor pack_indices(const Tensor& counts, const Tensor& indices, const Tensor& sequences, bool flat, int64_t rows,
-                    int64_t cols, int64_t q_block_size, int64_t k_block_size, bool causal) {
+Tensor pack_indices(const MaskBlocks& blocks, const Tensor& counts, const Tensor& indices, const Tensor& sequences,
+                    bool flat) {
   check_table("counts", counts, flat ? 2 : 3, counts.device());
   check_table("indices", indices, counts.dim() + 1, counts.device());
   const int64_t heads = counts.size(-2), q_blocks = counts.size(-1);
   PackParams params;
-  params.shape = make_shape(0, heads, rows, {cols, q_block_size, k_block_size, causal});
+  params.shape = make_shape(0, heads, blocks);
   PackSource& source = params.source;
   source.form = PackSource::Form::kIndices;
   source.flat = flat;
@@ -149,21 +148,20 @@ Tensor pack_indices(const Tensor& counts, const Tensor& indices, const Tensor& s
   source.width = indices.size(-1);
   source.batch_stride = flat || check_batch("counts", counts, sequences) ? 0 : heads * q_blocks;
   const int64_t all_rows = flat || sequences.dim() != 2 ? q_blocks : sequences.size(0) * q_blocks;
-  TORCH_CHECK_VALUE(rows == all_rows,
-                    describe("rows is ", rows, "; expected ", all_rows, ", the query blocks of counts"));
+  TORCH_CHECK_VALUE(blocks.rows == all_rows,
+                    describe("rows is ", blocks.rows, "; expected ", all_rows, ", the query blocks of counts"));
   std::vector<int64_t> shape = counts.sizes().vec();
   shape.push_back(source.width);
   check_shape("indices", indices, shape);
   return pack(params, sequences, counts.device());
 }
 
-Tensor pack_csr(const Tensor& indptr, const Tensor& indices, const Tensor& sequences, int64_t rows, int64_t cols,
-                int64_t q_block_size, int64_t k_block_size, bool causal) {
+Tensor pack_csr(const MaskBlocks& blocks, const Tensor& indptr, const Tensor& indices, const Tensor& sequences) {
   check_table("indptr", indptr, 2, indptr.device());
   check_table("indices", indices, 1, indptr.device());
-  check_shape("indptr", indptr, {indptr.size(0), rows + 1});
+  check_shape("indptr", indptr, {indptr.size(0), blocks.rows + 1});
   PackParams params;
-  params.shape = make_shape(0, indptr.size(0), rows, {cols, q_block_size, k_block_size, causal});
+  params.shape = make_shape(0, indptr.size(0), blocks);
   PackSource& source = params.source;
   source.form = PackSource::Form::kCsr;
   source.flat = true;
@@ -279,16 +277,16 @@ TORCH_LIBRARY_IMPL(hbsattn, Autograd, m) {
 
 TORCH_LIBRARY_IMPL(hbsattn, CompositeExplicitAutograd, m) {
   m.impl("make_sequences", make_sequences_op);
-  m.impl("make_dense", make_dense);
-  m.impl("check_mask", check_mask);
+  m.impl("make_dense", Operator<make_dense>::run);
+  m.impl("check_mask", Operator<check_mask>::run);
 }
 
 TORCH_LIBRARY_IMPL(hbsattn, CUDA, m) {
 #if HBSATTN_WITH_CUDA
-  m.impl("make_dense", make_dense_cuda);
-  m.impl("pack_dense", pack_dense);
-  m.impl("pack_indices", pack_indices);
-  m.impl("pack_csr", pack_csr);
+  m.impl("make_dense", Operator<make_dense_cuda>::run);
+  m.impl("pack_dense", Operator<pack_dense>::run);
+  m.impl("pack_indices", Operator<pack_indices>::run);
+  m.impl("pack_csr", Operator<pack_csr>::run);
   m.impl("plan_items", plan_items_op);
   m.impl("plan_backward", plan_backward_op);
 #else

@@ -4,64 +4,45 @@
 
 #include <torch/library.h>
 
+#include <string>
 #include <vector>
 
 TORCH_LIBRARY(hbsattn, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
-  m.def(
+  const auto define = [&](const std::string& schema) { m.def(schema.c_str(), tags); };
+
+  // What each operator that makes bits takes last: rows, and a MaskLayout, whose numbers take less time than a list.
+  const std::string blocks = "SymInt rows, SymInt cols, int q_block_size, int k_block_size, bool causal)";
+  define(
       "make_sequences(Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Device device, SymInt batch, SymInt seqlen_q, "
-      "SymInt seqlen_k, int q_block_size, int k_block_size, SymInt row_stride) -> Tensor",
-      tags);
+      "SymInt seqlen_k, SymInt row_stride, int q_block_size, int k_block_size) -> Tensor");
   // make_sequences and pack_dense at once.
-  m.def(
+  define(
       "make_dense(Tensor block_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt batch, SymInt seqlen_q, "
-      "SymInt seqlen_k, SymInt rows, SymInt cols, int q_block_size, int k_block_size, SymInt row_stride, bool causal) "
-      "-> (Tensor bits, Tensor sequences)",
-      tags);
-  m.def(
-      "pack_dense(Tensor block_mask, Tensor sequences, bool flat, SymInt rows, SymInt cols, int q_block_size, "
-      "int k_block_size, bool causal) -> Tensor",
-      tags);
-  m.def(
-      "pack_indices(Tensor counts, Tensor indices, Tensor sequences, bool flat, SymInt rows, SymInt cols, "
-      "int q_block_size, int k_block_size, bool causal) -> Tensor",
-      tags);
-  m.def(
-      "pack_csr(Tensor indptr, Tensor indices, Tensor sequences, SymInt rows, SymInt cols, int q_block_size, "
-      "int k_block_size, bool causal) -> Tensor",
-      tags);
-  m.def("check_mask(SymInt batch, int heads, SymInt rows, SymInt cols, int q_block_size, int k_block_size) -> ()",
-        tags);
+      "SymInt seqlen_k, SymInt row_stride, " +
+      blocks + " -> (Tensor bits, Tensor sequences)");
+  define("pack_dense(Tensor block_mask, Tensor sequences, bool flat, " + blocks + " -> Tensor");
+  define("pack_indices(Tensor counts, Tensor indices, Tensor sequences, bool flat, " + blocks + " -> Tensor");
+  define("pack_csr(Tensor indptr, Tensor indices, Tensor sequences, " + blocks + " -> Tensor");
+  define("check_mask(SymInt batch, int heads, " + blocks + " -> ()");
 
-  m.def("plan_items(Tensor bits, Tensor sequences, SymInt[] layout, int[] heads) -> Tensor", tags);
-  m.def(
+  define("plan_items(Tensor bits, Tensor sequences, SymInt[] layout, int[] heads) -> Tensor");
+  define(
       "plan_backward(Tensor bits, Tensor sequences, SymInt[] layout, int[] heads, SymInt rows_k, bool packed, "
-      "bool deterministic, bool[3] needs) -> Tensor",
-      tags);
+      "bool deterministic, bool[3] needs) -> Tensor");
 
-  m.def(
-      "check_forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, SymInt[] layout, bool pack_heads, "
-      "float softmax_scale) -> ()",
-      tags);
-  m.def(
-      "forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor? items, Tensor? backward_plan, "
-      "SymInt[] layout, bool pack_heads, float softmax_scale, bool deterministic=False) -> (Tensor out, Tensor lse)",
-      tags);
+  // What each operator of an attention call takes first: CallArguments of arguments.h.
+  const std::string call =
+      "(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, SymInt[] layout, bool pack_heads, "
+      "float softmax_scale";
+  define("check_forward" + call + ") -> ()");
+  define("forward" + call +
+         ", Tensor? items, Tensor? backward_plan, bool deterministic=False) -> (Tensor out, Tensor lse)");
   // check_forward, plan_items and forward at once, for a call without gradients.
-  m.def(
-      "plan_and_forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, SymInt[] layout, bool pack_heads, "
-      "float softmax_scale) -> (Tensor out, Tensor lse, Tensor items)",
-      tags);
-  m.def(
-      "profile_forward(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor items, int[] layout, "
-      "bool pack_heads, float softmax_scale) -> (Tensor out, Tensor lse, Tensor cycles)");
-  m.def(
-      "check_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor bits, Tensor sequences, SymInt[] layout, bool pack_heads, float softmax_scale) -> ()",
-      tags);
-  m.def(
-      "backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor bits, "
-      "Tensor sequences, Tensor? plan, SymInt[] layout, bool pack_heads, float softmax_scale, bool deterministic, "
-      "bool[3] needs) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
-      tags);
+  define("plan_and_forward" + call + ") -> (Tensor out, Tensor lse, Tensor items)");
+  define("profile_forward" + call + ", Tensor items) -> (Tensor out, Tensor lse, Tensor cycles)");
+  const std::string results = ", Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse";
+  define("check_backward" + call + results + ") -> ()");
+  define("backward" + call + results +
+         ", Tensor? plan, bool deterministic, bool[3] needs) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }

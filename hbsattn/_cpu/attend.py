@@ -21,6 +21,8 @@ from hbsattn._layout import (
     K_LEN,
     Q_BEGIN,
     Q_LEN,
+    Call,
+    MaskLayout,
     ceil_div,
     last_keys,
     locate_rows,
@@ -40,17 +42,6 @@ KEY_BEYOND = 2**31 - 1  # a key that no sequence has
 # run code of low accuracy (PyTorch issue 188792): it put log-sum-exps off by 5e-5. Here one thread makes it.
 for _dtype in (torch.float32, torch.float64):
     torch.ones(1, dtype=_dtype, device="cpu").exp_().log_()
-
-
-class MaskTensors(NamedTuple):
-    """A packed mask, as `hbsattn._layout` describes it."""
-
-    bits: Tensor
-    sequences: Tensor
-    cols: int
-    q_block_size: int
-    k_block_size: int
-    causal: bool
 
 
 class _Tiles(NamedTuple):
@@ -88,32 +79,33 @@ def _count_bits(bits: Tensor) -> Tensor:
     return x.view(torch.uint8).sum(-1, dtype=torch.int64)
 
 
-class _Call:
-    """The tiles of a call. q and k are (batch, rows, heads, head_dim); batch is 1 for packed tensors."""
+class _Tiling:
+    """The tiles of a call whose tensors are (batch, rows, heads, head_dim); batch is 1 for packed ones."""
 
-    def __init__(self, q: Tensor, k: Tensor, mask: MaskTensors) -> None:
-        self.mask = mask
-        self.batch, self.rows_q, self.heads_q, self.head_dim = q.shape
-        _, self.rows_k, self.heads_k, _ = k.shape
-        self.no_query, self.no_key = q.shape[:3].numel(), k.shape[:3].numel()  # numbers of the rows that do not exist
+    def __init__(self, call: Call) -> None:
+        self.bits, self.sequences, self.layout = call.bits, call.sequences, MaskLayout(*call.layout)
+        self.batch, self.rows_q, self.heads_q, self.head_dim = call.q.shape
+        _, self.rows_k, self.heads_k, _ = call.k.shape
+        # Numbers of the rows that do not exist.
+        self.no_query, self.no_key = call.q.shape[:3].numel(), call.k.shape[:3].numel()
         group = self.heads_q // self.heads_k
-        self.tile_heads = 1 if mask.bits.shape[0] == self.heads_q else group
-        parts = ceil_div(mask.q_block_size * self.tile_heads, TILE_ROWS)
-        self.tile_queries = ceil_div(mask.q_block_size, parts)
+        self.tile_heads = 1 if self.bits.shape[0] == self.heads_q else group
+        parts = ceil_div(self.layout.q_block_size * self.tile_heads, TILE_ROWS)
+        self.tile_queries = ceil_div(self.layout.q_block_size, parts)
 
     def _find_tiles(self) -> Tensor:
         """Finds the fields of all tiles, those with the most keys first.
 
         Lengths past the end of a tensor end there; the diagonal stays.
         """
-        mask = self.mask
-        mask_heads, rows, _ = mask.bits.shape
-        sequence, block, used = locate_rows(mask.sequences, rows, mask.q_block_size)
-        table = mask.sequences.to(torch.int64)[sequence]
+        layout = self.layout
+        mask_heads, rows, _ = self.bits.shape
+        sequence, block, used = locate_rows(self.sequences, rows, layout.q_block_size)
+        table = self.sequences.to(torch.int64)[sequence]
         q_begin, q_len, k_begin, k_len = (table[:, column] for column in (Q_BEGIN, Q_LEN, K_BEGIN, K_LEN))
-        start = block * mask.q_block_size
+        start = block * layout.q_block_size
         used = used & (start >= 0) & (q_begin >= 0) & (k_begin >= 0)
-        queries = (torch.minimum(q_len, self.rows_q - q_begin) - start).clamp(0, mask.q_block_size) * used
+        queries = (torch.minimum(q_len, self.rows_q - q_begin) - start).clamp(0, layout.q_block_size) * used
 
         # From rows of bits to tiles of one group of heads, and from those to tiles of all groups.
         tiles = ceil_div(queries, self.tile_queries)
@@ -122,14 +114,14 @@ class _Call:
         start = start[row] + skipped
         queries = (queries[row] - skipped).clamp(max=self.tile_queries)
         diagonal, end = table[row, DIAGONAL], torch.minimum(k_len, self.rows_k - k_begin)[row]
-        first_limit = last_keys(start, diagonal, end, mask.causal)
-        last_limit = last_keys(start + queries - 1, diagonal, end, mask.causal)
+        first_limit = last_keys(start, diagonal, end, layout.causal)
+        last_limit = last_keys(start + queries - 1, diagonal, end, layout.causal)
 
         head = torch.arange(0, self.heads_q, self.tile_heads).unsqueeze(-1)
         mask_head = mask_of_head(head, mask_heads, self.heads_q)
         key_head = head // (self.heads_q // self.heads_k)
         member = sequence[row] if self.batch > 1 else torch.zeros_like(row)
-        blocks = torch.stack([_count_bits(of_head) for of_head in mask.bits])
+        blocks = torch.stack([_count_bits(of_head) for of_head in self.bits])
         tiles = _Tiles(
             bit_row=mask_head * rows + row,
             first_query=(member * self.heads_q + head) * self.rows_q + q_begin[row] + start,
@@ -137,7 +129,7 @@ class _Call:
             first_limit=first_limit.expand(head.shape[0], -1),
             last_limit=last_limit.expand(head.shape[0], -1),
             first_key=(member * self.heads_k + key_head) * self.rows_k + k_begin[row],
-            keys=torch.minimum(blocks[mask_head, row] * mask.k_block_size, last_limit + 1),
+            keys=torch.minimum(blocks[mask_head, row] * layout.k_block_size, last_limit + 1),
         )
         weight = (tiles.keys * (self.tile_queries + 1) + tiles.queries).flatten()
         order = weight.argsort(descending=True, stable=True)[: int((tiles.keys > 0).sum())]
@@ -145,7 +137,7 @@ class _Call:
 
     def _expand(self, fields: Tensor) -> _Batch:
         """Lists the queries and keys of some tiles."""
-        mask = self.mask
+        layout = self.layout
         tile = _Tiles(*fields.unsqueeze(-1))
         count = tile.keys.shape[0]
         row = torch.arange(int(tile.queries.max()))
@@ -156,19 +148,20 @@ class _Call:
         # The keys of one block after another, in their order, so that those that a query may attend to come first.
         # Shorter lists end in keys that no sequence has.
         width = int(tile.keys.max())
-        owner, block = unpack_bits(mask.bits.flatten(0, 1)[tile.bit_row.squeeze(-1)], mask.cols).nonzero(as_tuple=True)
+        attends = unpack_bits(self.bits.flatten(0, 1)[tile.bit_row.squeeze(-1)], layout.cols)
+        owner, block = attends.nonzero(as_tuple=True)
         active = torch.bincount(owner, minlength=count)
         place = torch.arange(owner.shape[0]) - (active.cumsum(0) - active)[owner]
-        blocks = ceil_div(width, mask.k_block_size)
+        blocks = ceil_div(width, layout.k_block_size)
         fits = place < blocks
         begin = torch.full((count, blocks), KEY_BEYOND, dtype=torch.int64)
-        begin[owner[fits], place[fits]] = block[fits] * mask.k_block_size
-        key = (begin.unsqueeze(-1) + torch.arange(min(mask.k_block_size, width))).flatten(1)[:, :width]
+        begin[owner[fits], place[fits]] = block[fits] * layout.k_block_size
+        key = (begin.unsqueeze(-1) + torch.arange(min(layout.k_block_size, width))).flatten(1)[:, :width]
         attended = key <= tile.last_limit
         key_numbers = torch.where(attended, tile.first_key + key, self.no_key)
 
         clear = int((key <= tile.first_limit).sum(-1).min())
-        limit = tile.first_limit + row if mask.causal else tile.first_limit
+        limit = tile.first_limit + row if layout.causal else tile.first_limit
         limit = torch.minimum(limit, tile.last_limit).to(torch.int32)
         key = torch.where(attended, key, KEY_BEYOND)[:, clear:].to(torch.int32)
         hidden = key.unsqueeze(1) > limit.unsqueeze(-1)
@@ -176,7 +169,7 @@ class _Call:
 
     def batches(self, numbers_of_key: int) -> Iterator[_Batch]:
         """Everything there is to compute, where a key of a tile takes so many numbers."""
-        if self.no_key == 0 or self.no_query == 0 or self.mask.sequences.shape[0] == 0:
+        if self.no_key == 0 or self.no_query == 0 or self.sequences.shape[0] == 0:
             return
         tiles = self._find_tiles()
         keys = _Tiles(*tiles).keys.tolist()
@@ -214,18 +207,18 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.autocast("cpu", enabled=False)
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskTensors, softmax_scale: float) -> tuple[Tensor, Tensor]:
+def attend(call: Call) -> tuple[Tensor, Tensor]:
     """Computes the output and the log-sum-exp of packed or batched tensors; rows without keys get 0 and -inf."""
-    packed = q.dim() == 3
+    packed = call.q.dim() == 3
     if packed:
-        q, k, v = (x.unsqueeze(0) for x in (q, k, v))
-    call = _Call(q, k, mask)
-    compute = _compute_dtype(q.dtype)
-    queries, keys, values = (_flatten(x, compute) for x in (q, k, v))
-    queries.mul_(softmax_scale)
+        call = call._replace(q=call.q.unsqueeze(0), k=call.k.unsqueeze(0), v=call.v.unsqueeze(0))
+    tiling = _Tiling(call)
+    compute = _compute_dtype(call.q.dtype)
+    queries, keys, values = (_flatten(x, compute) for x in (call.q, call.k, call.v))
+    queries.mul_(call.softmax_scale)
     out = torch.zeros_like(queries)
-    lse = torch.full((call.no_query + 1,), -torch.inf, dtype=compute)
-    for batch in call.batches(2 * call.head_dim + call.tile_heads * call.tile_queries):
+    lse = torch.full((tiling.no_query + 1,), -torch.inf, dtype=compute)
+    for batch in tiling.batches(2 * tiling.head_dim + tiling.tile_heads * tiling.tile_queries):
         scores = _gather(queries, batch.queries) @ _gather(keys, batch.keys).mT
         batch.hide(scores)
         # Finite, so that rows without keys get weights of 0. In others the largest weight is 1.
@@ -235,21 +228,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: MaskTensors, softmax_scale: fl
         result = (weights @ _gather(values, batch.keys)).div_(total.clamp(min=1))
         out[batch.queries] = result
         lse[batch.queries] = (largest + total.log()).squeeze(-1)
-    out, lse = _restore(out, q), lse[:-1].view(call.batch, call.heads_q, call.rows_q).clone()
+    out, lse = _restore(out, call.q), lse[:-1].view(tiling.batch, tiling.heads_q, tiling.rows_q).clone()
     return (out.squeeze(0), lse.squeeze(0)) if packed else (out, lse)
 
 
 @torch.autocast("cpu", enabled=False)
 def differentiate(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: MaskTensors,
-    softmax_scale: float,
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the gradients of q, k and v, packed or batched; rows without keys take no part.
 
@@ -258,23 +243,24 @@ def differentiate(
     Of large scores, the log-sum-exp is rounded more coarsely than P may be. It cancels: P is E / rowsum(E) with
     E = exp(S - lse), and the sums divide grad_out and delta, which are smaller than E.
     """
-    packed = q.dim() == 3
+    packed = call.q.dim() == 3
     if packed:
-        grad_out, q, k, v, out = (x.unsqueeze(0) for x in (grad_out, q, k, v, out))
-    call = _Call(q, k, mask)
-    compute = _compute_dtype(q.dtype)
-    queries, keys, values, grads = (_flatten(x, compute) for x in (q, k, v, grad_out))
-    queries.mul_(softmax_scale)
+        call = call._replace(q=call.q.unsqueeze(0), k=call.k.unsqueeze(0), v=call.v.unsqueeze(0))
+        grad_out, out = grad_out.unsqueeze(0), out.unsqueeze(0)
+    tiling = _Tiling(call)
+    compute = _compute_dtype(call.q.dtype)
+    queries, keys, values, grads = (_flatten(x, compute) for x in (call.q, call.k, call.v, grad_out))
+    queries.mul_(call.softmax_scale)
     deltas = (grads * _flatten(out, compute)).sum(-1)
-    row_lse = torch.full((call.no_query + 1,), torch.inf, dtype=compute)
+    row_lse = torch.full((tiling.no_query + 1,), torch.inf, dtype=compute)
     row_lse[:-1] = lse.flatten()
     if grad_lse is not None:
         deltas[:-1] -= grad_lse.flatten()
     # Whatever the gradients of a row without keys are: it is a row that does not exist.
-    numbers = torch.arange(call.no_query + 1).masked_fill_(row_lse == -torch.inf, call.no_query)
+    numbers = torch.arange(tiling.no_query + 1).masked_fill_(row_lse == -torch.inf, tiling.no_query)
 
     grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (queries, keys, values))
-    for batch in call.batches(4 * call.head_dim + 3 * call.tile_heads * call.tile_queries):
+    for batch in tiling.batches(4 * tiling.head_dim + 3 * tiling.tile_heads * tiling.tile_queries):
         rows, cols = numbers[batch.queries], batch.keys
         tile_queries, tile_keys = _gather(queries, rows), _gather(keys, cols)
         scores = tile_queries @ tile_keys.mT
@@ -290,6 +276,6 @@ def differentiate(
         grad_q[rows] = grad_scores @ tile_keys
         grad_k.index_add_(0, cols.flatten(), (grad_scores.mT @ tile_queries).flatten(0, 1))
         grad_v.index_add_(0, cols.flatten(), (weights.mT @ tile_grads).flatten(0, 1))
-    grad_q.mul_(softmax_scale)
-    results = (_restore(grad_q, q), _restore(grad_k, k), _restore(grad_v, v))
+    grad_q.mul_(call.softmax_scale)
+    results = (_restore(grad_q, call.q), _restore(grad_k, call.k), _restore(grad_v, call.v))
     return tuple(x.squeeze(0) for x in results) if packed else results

@@ -3,30 +3,21 @@
 import torch
 from torch import Tensor
 
-from hbsattn._layout import COL_BEGIN, locate_rows, pack_bits, visible_columns
+from hbsattn._layout import COL_BEGIN, MaskLayout, locate_rows, pack_bits, visible_columns
 
 
-def _pack(mask: Tensor, sequences: Tensor, q_block_size: int, k_block_size: int, causal: bool) -> Tensor:
+def _pack(mask: Tensor, sequences: Tensor, layout: tuple[int, ...]) -> Tensor:
     """Trims a bool (heads, rows, cols) mask to what each row can see, and packs it."""
     rows, cols = mask.shape[1:]
-    visible = visible_columns(sequences, rows, cols, q_block_size, k_block_size, causal)
+    visible = visible_columns(sequences, rows, MaskLayout(*layout))
     return pack_bits(mask & (torch.arange(cols) < visible.unsqueeze(-1)))
 
 
-def pack_dense(
-    block_mask: Tensor,
-    sequences: Tensor,
-    flat: bool,
-    rows: int,
-    cols: int,
-    q_block_size: int,
-    k_block_size: int,
-    causal: bool,
-) -> Tensor:
-    batch, heads = sequences.shape[0], block_mask.shape[0 if flat else 1]
-    torch.ops.hbsattn.check_mask(batch, heads, rows, cols, q_block_size, k_block_size)
+def pack_dense(block_mask: Tensor, sequences: Tensor, flat: bool, rows: int, *layout: int) -> Tensor:
+    batch, heads, cols = sequences.shape[0], block_mask.shape[0 if flat else 1], MaskLayout(*layout).cols
+    torch.ops.hbsattn.check_mask(batch, heads, rows, *layout)
     if flat:
-        sequence, _, used = locate_rows(sequences, rows, q_block_size)
+        sequence, _, used = locate_rows(sequences, rows, MaskLayout(*layout).q_block_size)
         begin = sequences[:, COL_BEGIN].to(torch.int64)[sequence[used]]
         column = begin.unsqueeze(-1) + torch.arange(cols)
         inside = (column >= 0) & (column < block_mask.shape[2])
@@ -36,22 +27,12 @@ def pack_dense(
             mask[:, used] = block_mask[:, used].gather(2, column) & inside
     else:
         mask = block_mask[..., :cols].expand(batch, -1, -1, -1).transpose(0, 1).reshape(heads, rows, cols)
-    return _pack(mask, sequences, q_block_size, k_block_size, causal)
+    return _pack(mask, sequences, layout)
 
 
-def pack_indices(
-    counts: Tensor,
-    indices: Tensor,
-    sequences: Tensor,
-    flat: bool,
-    rows: int,
-    cols: int,
-    q_block_size: int,
-    k_block_size: int,
-    causal: bool,
-) -> Tensor:
-    batch, heads = sequences.shape[0], counts.shape[0 if flat else 1]
-    torch.ops.hbsattn.check_mask(batch, heads, rows, cols, q_block_size, k_block_size)
+def pack_indices(counts: Tensor, indices: Tensor, sequences: Tensor, flat: bool, rows: int, *layout: int) -> Tensor:
+    batch, heads, cols = sequences.shape[0], counts.shape[0 if flat else 1], MaskLayout(*layout).cols
+    torch.ops.hbsattn.check_mask(batch, heads, rows, *layout)
     width = indices.shape[-1]
     if not flat:
         counts = counts.expand(batch, -1, -1).transpose(0, 1).reshape(heads, rows)
@@ -59,21 +40,12 @@ def pack_indices(
     listed = (torch.arange(width) < counts.unsqueeze(-1)) & (indices >= 0) & (indices < cols)
     mask = torch.zeros(heads, rows, cols + 1, dtype=torch.bool)  # the last column takes what is not listed
     mask.scatter_(2, torch.where(listed, indices, cols).to(torch.int64), True)
-    return _pack(mask[..., :cols], sequences, q_block_size, k_block_size, causal)
+    return _pack(mask[..., :cols], sequences, layout)
 
 
-def pack_csr(
-    indptr: Tensor,
-    indices: Tensor,
-    sequences: Tensor,
-    rows: int,
-    cols: int,
-    q_block_size: int,
-    k_block_size: int,
-    causal: bool,
-) -> Tensor:
-    heads = indptr.shape[0]
-    torch.ops.hbsattn.check_mask(sequences.shape[0], heads, rows, cols, q_block_size, k_block_size)
+def pack_csr(indptr: Tensor, indices: Tensor, sequences: Tensor, rows: int, *layout: int) -> Tensor:
+    heads, cols = indptr.shape[0], MaskLayout(*layout).cols
+    torch.ops.hbsattn.check_mask(sequences.shape[0], heads, rows, *layout)
     bounds = indptr.to(torch.int64).clamp(0, indices.shape[0])
     begin = bounds[:, :-1].flatten()
     lengths = (bounds[:, 1:].flatten() - begin).clamp_(min=0)
@@ -83,4 +55,4 @@ def pack_csr(
     listed = (column >= 0) & (column < cols)
     mask = torch.zeros(heads * rows, cols, dtype=torch.bool)
     mask[row[listed], column[listed]] = True
-    return _pack(mask.view(heads, rows, cols), sequences, q_block_size, k_block_size, causal)
+    return _pack(mask.view(heads, rows, cols), sequences, layout)
