@@ -68,6 +68,7 @@ def pair_problem(spec: Case, kind: str, device: str, dtype: torch.dtype) -> Prob
     if device == "cuda":
         forward = hbsattn.explain(problem.q, problem.k, problem.v, problem.mask())["forward"]
         assert "pairs" in forward["kernel"] and forward["tile_rows"] == 128, forward
+        assert forward["kernel"] in {kernel["name"] for kernel in hbsattn.build_info()["kernels"]}
     return problem
 
 
