@@ -109,6 +109,12 @@ int check_lengths(int rounds) {
       const int64_t items = count_query_items(problem.shape, problem.heads_q, problem.heads_k, problem.head_dim,
                                               problem.pack_heads, for_backward);
       if (items < 0 || items > most) return fail("tiles of queries", problem, items, most);
+      const TileShape tiles = shape_tiles(problem.shape, problem.heads_q, problem.heads_k, problem.head_dim,
+                                          problem.pack_heads, for_backward);
+      const bool may_have_pairs = !for_backward && tiles.block_rows == 64 && problem.head_dim <= 128 && items >= 264;
+      if (tiles.pairs && (!may_have_pairs || tiles.tile_rows != 128 || tiles.tiles != 1 || tiles.united != 2)) {
+        return fail("tiles of pairs", problem, tiles.tile_rows, items);
+      }
     }
     const KeyListSize size = size_list(problem, problem.rows_k);
     const int64_t most_keys = max_key_items(problem.shape, problem.heads_q, problem.rows_k, problem.packed);
