@@ -12,6 +12,7 @@
 
 #include "plan/layout.h"
 #include "plan/lists.h"
+#include "plan/pairs.h"
 
 namespace {
 
@@ -108,6 +109,12 @@ int check_lengths(int rounds) {
       const int64_t items = count_query_items(problem.shape, problem.heads_q, problem.heads_k, problem.head_dim,
                                               problem.pack_heads, for_backward);
       if (items < 0 || items > most) return fail("tiles of queries", problem, items, most);
+      const TileShape tiles = shape_tiles(problem.shape, problem.heads_q, problem.heads_k, problem.head_dim,
+                                          problem.pack_heads, for_backward);
+      const bool may_have_pairs = !for_backward && tiles.block_rows == 64 && problem.head_dim <= 128 && items >= 264;
+      if (tiles.pairs && (!may_have_pairs || tiles.tile_rows != 128 || tiles.tiles != 1 || tiles.united != 2)) {
+        return fail("tiles of pairs", problem, tiles.tile_rows, items);
+      }
     }
     const KeyListSize size = size_list(problem, problem.rows_k);
     const int64_t most_keys = max_key_items(problem.shape, problem.heads_q, problem.rows_k, problem.packed);
@@ -326,6 +333,41 @@ int check_empty_tiles(int rounds) {
   return 0;
 }
 
+// The order of a pair's stages: each once, those of an owner in order, and what is said of any place.
+int check_pair_order() {
+  constexpr int32_t kMost = 40, kMostBetween = 2;
+  for (int32_t round = 0; round < 3 * kMost * kMost; ++round) {
+    const PairOrder order{round % 3, {round / 3 % kMost, round / 3 / kMost}};
+    std::vector<int32_t> owners(static_cast<size_t>(order.stages()), -1);
+    bool good = order.stages() == order.both + order.alone[0] + order.alone[1];
+    for (const int32_t owner : {kOfBoth, kOfFirst, kOfSecond}) {
+      // A block's last stage before its own is the last that both attend to.
+      int32_t last = owner == kOfBoth ? -1 : order.both - 1;
+      for (int32_t stage = 0; stage < order.stages_of(owner); ++stage) {
+        const int32_t place = order.place_of(owner, stage);
+        good = good && place > last && place < order.stages() && owners[static_cast<size_t>(place)] == -1;
+        good = good && (last < 0 || place - last <= kMostBetween + 1);
+        if (!good) break;
+        owners[static_cast<size_t>(place)] = owner;
+        last = place;
+      }
+    }
+    int32_t before[2] = {0, 0};
+    for (int32_t place = 0; good && place < order.count_alone(); ++place) {
+      const int32_t owner = owners[static_cast<size_t>(order.both + place)];
+      good = order.owner_at(place) == owner && order.count_before(place, 0) == before[0] &&
+             order.count_before(place, 1) == before[1];
+      if (good) ++before[owner - kOfFirst];
+    }
+    if (!good) {
+      std::printf("FAILED: the order of a pair's stages: %d of both, %d and %d alone\n", order.both, order.alone[0],
+                  order.alone[1]);
+      return 1;
+    }
+  }
+  return 0;
+}
+
 // The rule's answers about ranges, from what each query sees.
 template <class Int>
 bool check_rule(const ElementRule<Int>& rule, Int end, Int first_query, Int last_query, Int key) {
@@ -391,7 +433,7 @@ int check_rules(int rounds) {
 }  // namespace
 
 int main() {
-  if (check_rules(100000)) return 1;
+  if (check_rules(100000) || check_pair_order()) return 1;
   if (check_lengths(1000000) || check_key_places(20000, true) || check_key_places(20000, false)) return 1;
   if (check_places_of_rows(20000)) return 1;
   return check_empty_tiles(1000);

@@ -36,6 +36,7 @@ CASES = (
 )
 GRADIENTS = ("tests/test_backward.py", "-k", f"test_cases and {HALF} and (packed or tails or zero_length or gqa)")
 HOSTILE = ("tests/test_hostile.py", "-k", "lengths_are_cut and not wide")
+PAIRS = ("tests/test_pairs.py", "-k", "test_kinds and cuda")
 SETS = ("tests/test_head_sets.py", "-k", "test_sets_of_heads and dtype1 and (shared or own_masks or two_key_heads)")
 
 MUTANTS = [
@@ -45,6 +46,27 @@ MUTANTS = [
         "min(stages, max(1, masked))",
         "min(stages, max(1, masked - 1))",
         CAUSAL,
+    ),
+    Mutant(
+        "a_unit_computes_what_the_other_block_attends_to",
+        FORWARD,
+        "const int own = kOfFirst + unit;",
+        "const int own = kOfSecond - unit;",
+        PAIRS,
+    ),
+    Mutant(
+        "masks_of_a_pair_s_second_block_for_both",
+        QUERY_TILES,
+        "clean_ends[owner == kOfSecond ? 1 : 0]",
+        "clean_ends[1]",
+        PAIRS,
+    ),
+    Mutant(
+        "keys_hidden_from_a_pair_s_first_block_arrive",
+        QUERY_TILES,
+        "end = tile.pair.first_end;",
+        "end = tile.key_end;",
+        ("tests/test_pairs.py", "-k", "test_unattended_keys_stay_outside"),
     ),
     Mutant(
         "slack_of_2_to_the_20",

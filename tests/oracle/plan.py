@@ -197,7 +197,7 @@ def plan_items(
 ) -> Tensor:
     """The work list of tiles of queries, int32 (tiles, 16): the `WorkItem`s of csrc/include/hbsattn/params.h.
 
-    Unlike on a device, no tile unites neighbouring query blocks.
+    Unlike on a device, no tile unites neighbouring query blocks or has a pair of them.
     """
     mask_heads, rows, _ = bits.shape
     packed_heads = count_packed_heads(mask_heads, q_block_size, heads_q, heads_k, pack_heads)

@@ -105,7 +105,7 @@ struct PackParams {
 // one tile. What belongs to a query head, such as a rule of its own (window, sink), is to be no field but a row of a
 // table by head, in device memory: a tile may have rows of several heads, and counts of a record are all that planning
 // by such a table changes. A query tile that is split over its keys needs to know its part, of how many, and where
-// sums lie: KeyItem has these, and WorkItem room for them, part and parts in one int.
+// sums lie: KeyItem has these, and WorkItem room for them where tiles have no pairs, part and parts in one int.
 
 // One stationary tile of the forward kernel: up to 64 or 128 "virtual rows" of one query block. When `packed_heads`
 // query heads share the mask, virtual row v of a query block stands for row v % q_block_size of head v / q_block_size.

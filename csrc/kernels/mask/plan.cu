@@ -15,7 +15,7 @@ using mask::Item;
 using mask::ItemGrid;
 
 constexpr int kCountThreads = 64;
-constexpr int64_t kUnitedSectionItems = 1024;
+constexpr int64_t kUnitedSectionItems = 1024, kPairSectionItems = 256;
 
 // Items of a section: those of as many (sequence, key head) pairs as fit.
 int32_t count_section_items(const PlanParams& params, const TileShape& tiles, int64_t num_items, bool some_dead) {
@@ -29,7 +29,7 @@ int32_t count_section_items(const PlanParams& params, const TileShape& tiles, in
   int64_t wanted = pairs >= batch ? pairs / batch * row_groups * shape.rows * tiles.tiles
                                   : pairs * mask::ceil_div(shape.rows, batch) * tiles.tiles;
   // Not so few that adding up the live items of all sections takes long.
-  if (tiles.united > 1) wanted = std::max<int64_t>(wanted, kUnitedSectionItems);
+  if (tiles.united > 1) wanted = std::max(wanted, tiles.pairs ? kPairSectionItems : kUnitedSectionItems);
   if (some_dead) wanted = std::max(wanted, mask::ceil_div(num_items, kSectionItems));
   return limit_section_items(wanted, num_items);
 }

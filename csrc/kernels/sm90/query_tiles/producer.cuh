@@ -477,9 +477,11 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
       segment_slot.advance();
       const int first_row = plan.key < 0 ? int{kOutOfBounds} : run_begin + plan.key;
 
-      // A slot does not go on from what both blocks of a pair attend to into the rest.
-      const int both = Traits::kPairs ? tile.pair.order.both : 0;
-      count = min(slot_stages<Traits>(args), (planned < both ? both : tile.stages) - planned);
+      count = min(slot_stages<Traits>(args), tile.stages - planned);
+      if constexpr (Traits::kPairs) {
+        // A slot does not go on from what both attend to into the rest.
+        if (planned < tile.pair.order.both) count = min(count, tile.pair.order.both - planned);
+      }
 #pragma unroll 1
       for (int stage = 0; stage < count; ++stage) {
         mbarrier_wait(&empty[ring.index], ring.parity);

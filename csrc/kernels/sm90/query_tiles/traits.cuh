@@ -94,10 +94,11 @@ struct QueryTileTraits {
   // they are full: so nobody waits for what the other alone gets, and still meets each phase of its barriers.
   static constexpr int kOwners = kPairs ? 3 : 1;
   static_assert(kUnited * kGranules <= 32, "the granules of a stage, for each united block, are written by a warp");
-  static constexpr int kTileLead = kTileLeadKeys / kTileN;  // in stages
-  static constexpr int kTileSlots = 4;                      // a ring; readers may be some tiles behind
-  static constexpr int kSegmentSlots = 4;                   // a ring
-  static constexpr int kSlotStages = 8;                     // at most
+  // In stages. Most of a pair's are computed by one unit, and last half as long.
+  static constexpr int kTileLead = kTileLeadKeys / kTileN * (kPairs ? 2 : 1);
+  static constexpr int kTileSlots = 4;     // a ring; readers may be some tiles behind
+  static constexpr int kSegmentSlots = 4;  // a ring
+  static constexpr int kSlotStages = 8;    // at most
   // A ring of columns; a pair has two.
   static constexpr int kColumnEntries = kTileM >= 128 && !kPairs ? 512 : 256;
   using Blocks = BitRow<kColumnEntries == 512 ? 8 : 4, kColumnEntries, std::conditional_t<kPairs, PairRows, BitRows>>;
