@@ -26,8 +26,8 @@ def test_on_a_cpu():
     [
         (128, 128, False, "by_keys", 128),
         (128, 16, False, "by_queries", 128),
-        (128, 128, True, "deterministic", 128),
-        (64, 64, False, "by_keys", 64),
+        (128, 128, True, "by_keys_and_queries", 128),
+        (64, 64, False, "by_keys_and_queries", 64),
     ],
 )
 def test_on_a_gpu(q_block: int, k_block: int, deterministic: bool, method: str, rows: int):
@@ -41,7 +41,7 @@ def test_on_a_gpu(q_block: int, k_block: int, deterministic: bool, method: str, 
     names = {kernel["name"] for kernel in hbsattn.build_info()["kernels"]}
     assert forward["kernel"] in names and backward["kernel"] in names
     assert backward["method"] == method and backward["tile_rows"] == rows
-    assert bool(backward["queries_kernel"]) == deterministic
+    assert bool(backward["queries_kernel"]) == (method == "by_keys_and_queries")
     live = int((plan_items(mask, spec.heads_q, spec.heads_k, 128, 2, True)[:, 0] >= 0).sum())
     assert live <= forward["num_items"]
     frozen = hbsattn.explain(problem.q.requires_grad_(), problem.k, problem.v, mask)["backward"]

@@ -60,8 +60,8 @@ const char* name_of(BackwardMethod method) {
       return "by_keys";
     case BackwardMethod::kByQueries:
       return "by_queries";
-    case BackwardMethod::kDeterministic:
-      return "deterministic";
+    case BackwardMethod::kByKeysAndQueries:
+      return "by_keys_and_queries";
     case BackwardMethod::kKeysOnly:
       return "keys_only";
     case BackwardMethod::kQueriesOnly:
@@ -184,9 +184,9 @@ Status forward(const ForwardParams& params, Stream stream) {
 BackwardLists backward_lists(const BackwardParams& params) {
   if (!needs_any(params)) return {false, false};
   const BackwardMethod method = choose_backward_method(params);
-  const bool deterministic = method == BackwardMethod::kDeterministic;
-  return {deterministic || method == BackwardMethod::kByQueries || method == BackwardMethod::kQueriesOnly,
-          deterministic || method == BackwardMethod::kByKeys || method == BackwardMethod::kKeysOnly};
+  const bool both = method == BackwardMethod::kByKeysAndQueries;
+  return {both || method == BackwardMethod::kByQueries || method == BackwardMethod::kQueriesOnly,
+          both || method == BackwardMethod::kByKeys || method == BackwardMethod::kKeysOnly};
 }
 
 size_t backward_workspace_size(const BackwardParams& params) {
@@ -205,8 +205,8 @@ Status supported(const BackwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(validate_backward(params));
   KernelKey key;
   HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
-  const bool deterministic = choose_backward_method(params) == BackwardMethod::kDeterministic;
-  return deterministic ? select_grad_queries(params, &key) : Status::Ok();
+  const bool both = choose_backward_method(params) == BackwardMethod::kByKeysAndQueries;
+  return both ? select_grad_queries(params, &key) : Status::Ok();
 }
 
 Status backward(const BackwardParams& params, Stream stream) {
@@ -215,7 +215,7 @@ Status backward(const BackwardParams& params, Stream stream) {
   KernelKey key;
   KernelKey queries_key;
   HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
-  if (method == BackwardMethod::kDeterministic) HBSATTN_RETURN_IF_ERROR(select_grad_queries(params, &queries_key));
+  if (method == BackwardMethod::kByKeysAndQueries) HBSATTN_RETURN_IF_ERROR(select_grad_queries(params, &queries_key));
   const ForwardParams& problem = params.problem;
   const bool empty = problem.mask.shape.batch == 0 || problem.rows_q == 0 || problem.rows_k == 0;
   if (empty || !needs_any(params)) return Status::Ok();
@@ -232,7 +232,7 @@ Status backward(const BackwardParams& params, Stream stream) {
         key, "backward", [&](auto config) { return kernels::run_backward_keys<decltype(config)>(params, stream); }));
   }
   if (method == BackwardMethod::kByKeys || method == BackwardMethod::kKeysOnly) return Status::Ok();
-  return dispatch<Sm90GradQueriesKernels>(queries_key, "deterministic backward", [&](auto config) {
+  return dispatch<Sm90GradQueriesKernels>(queries_key, "backward", [&](auto config) {
     return kernels::run_grad_queries<decltype(config)>(params, stream);
   });
 }
@@ -269,9 +269,9 @@ Status explain(const BackwardParams& params, Explanation* explanation) {
       explanation->stage_rows = decltype(config)::kTileM;
       return Status::Ok();
     }));
-    if (method != BackwardMethod::kDeterministic) return Status::Ok();
+    if (method != BackwardMethod::kByKeysAndQueries) return Status::Ok();
     HBSATTN_RETURN_IF_ERROR(select_grad_queries(params, &key));
-    return dispatch<Sm90GradQueriesKernels>(key, "deterministic backward", [&](auto config) {
+    return dispatch<Sm90GradQueriesKernels>(key, "backward", [&](auto config) {
       explanation->queries_kernel = name_kernel<decltype(config)>("grad_queries", "m");
       return Status::Ok();
     });

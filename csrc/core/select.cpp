@@ -228,7 +228,7 @@ Status select_backward(const BackwardParams& params, KernelKey* key) {
 Status select_grad_queries(const BackwardParams& params, KernelKey* key) {
   const KernelTiles tiles = query_tiles(params.problem, true);
   return select(params.problem, find_head_dims<Sm90GradQueriesKernels>(params.problem, tiles), tiles,
-                " for the deterministic backward pass on CUDA", key);
+                " for the gradient of q on CUDA", key);
 }
 
 }  // namespace hbsattn

@@ -13,12 +13,24 @@ namespace hbsattn {
 
 // How gradients are computed.
 enum class BackwardMethod {
-  kByKeys,         // by tiles of keys; those of queries are added up in global memory
-  kByQueries,      // by tiles of queries; those of keys and values are added up
-  kDeterministic,  // those of keys and values by tiles of keys, those of queries by tiles of queries
-  kKeysOnly,       // of these, the former alone: nobody needs those of queries
-  kQueriesOnly,    // the latter alone
+  kByKeys,            // by tiles of keys; those of queries are added up in global memory
+  kByQueries,         // by tiles of queries; those of keys and values are added up
+  kByKeysAndQueries,  // those of keys and values by tiles of keys, those of queries by tiles of queries
+  kKeysOnly,          // of these, the former alone: nobody needs those of queries
+  kQueriesOnly,       // the latter alone
 };
+
+// Whether two kernels take less time than one that adds up the gradients of queries in global memory, though they
+// compute seven products instead of five. Tiles of 64 keys add as much as L2 takes at two thirds of the tensor cores'
+// rate: the two took 0.5 to 0.98 of the time (H100; H200 0.72 to 0.96), but for small query blocks against keys in
+// units of less than 64, and at head dim 64, where exponentials take as long as products and two kernels have them
+// twice (up to 1.33). Above head dim 128 they take 0.82 to 0.88, if query blocks fill their tiles of 128 rows, and up
+// to 1.17 if not (H200).
+constexpr bool prefers_two_kernels(const MaskShape& shape, int64_t block_rows, int32_t head_dim) {
+  if (head_dim > 128) return block_rows % 128 == 0;
+  return head_dim > 64 && shape_key_tiles(shape, head_dim).tile_keys == 64 &&
+         (shape.k_block_size >= 64 || block_rows >= 64);
+}
 
 // Tiles of keys compute scores of whole tiles. Where several key blocks share one, tiles of queries compute only those
 // that are wanted; as many additions to global memory as tiles of 64 keys need make them slower else.
@@ -27,12 +39,13 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
                                                 bool needs_keys) {
   if (!needs_keys) return BackwardMethod::kQueriesOnly;
   if (!needs_q) return BackwardMethod::kKeysOnly;
-  if (deterministic) return BackwardMethod::kDeterministic;
+  if (deterministic) return BackwardMethod::kByKeysAndQueries;
   // Sizes yet to be checked.
   if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return BackwardMethod::kByKeys;
-  const bool by_queries = head_dim <= 128 && shape.k_block_size < 64 &&
-                          shape_tiles(shape, heads_q, heads_k, head_dim, pack_heads, true).tile_rows == 128;
-  return by_queries ? BackwardMethod::kByQueries : BackwardMethod::kByKeys;
+  const TileShape tiles = shape_tiles(shape, heads_q, heads_k, head_dim, pack_heads, true);
+  if (head_dim <= 128 && shape.k_block_size < 64 && tiles.tile_rows == 128) return BackwardMethod::kByQueries;
+  return prefers_two_kernels(shape, tiles.block_rows, head_dim) ? BackwardMethod::kByKeysAndQueries
+                                                                : BackwardMethod::kByKeys;
 }
 
 constexpr BackwardMethod choose_backward_method(const BackwardParams& params) {

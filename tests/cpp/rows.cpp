@@ -14,6 +14,25 @@ namespace {
 
 using namespace hbsattn;
 
+// How gradients that may vary are computed, by block sizes, head dim and the heads that share a mask and a key head.
+constexpr BackwardMethod method_of(int32_t q_block, int32_t k_block, int32_t head_dim, int32_t group = 1) {
+  MaskShape shape;
+  shape.batch = shape.heads = shape.rows = shape.cols = 1;
+  shape.q_block_size = q_block;
+  shape.k_block_size = k_block;
+  return choose_backward_method(shape, group, 1, head_dim, true, false, true, true);
+}
+static_assert(method_of(128, 128, 128) == BackwardMethod::kByKeys);
+static_assert(method_of(64, 64, 128) == BackwardMethod::kByKeysAndQueries);
+static_assert(method_of(1, 64, 128, 16) == BackwardMethod::kByKeysAndQueries);
+static_assert(method_of(64, 16, 96) == BackwardMethod::kByKeysAndQueries);
+static_assert(method_of(16, 16, 128, 4) == BackwardMethod::kByKeysAndQueries);
+static_assert(method_of(16, 16, 128) == BackwardMethod::kByKeys);
+static_assert(method_of(64, 64, 64) == BackwardMethod::kByKeys);
+static_assert(method_of(128, 16, 128) == BackwardMethod::kByQueries);
+static_assert(method_of(128, 64, 192) == BackwardMethod::kByKeysAndQueries);
+static_assert(method_of(64, 64, 192) == BackwardMethod::kByKeys);
+
 std::mt19937 random_bits(1);
 
 int32_t draw(int64_t low, int64_t high) {

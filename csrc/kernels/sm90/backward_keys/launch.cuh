@@ -20,7 +20,7 @@ int backward_keys_shared_bytes() {
   return static_cast<int>(sizeof(typename sm90::BackwardKeysTraits<Config>::Storage));
 }
 
-// If deterministic, run_grad_queries follows.
+// For kByKeysAndQueries, run_grad_queries follows.
 template <class Config>
 Status run_backward_keys(const BackwardParams& params, Stream stream) {
   using Traits = sm90::BackwardKeysTraits<Config>;
