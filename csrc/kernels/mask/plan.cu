@@ -73,7 +73,7 @@ struct ItemCounts {
   int32_t details[2];  // the record's masked and united; of a pair its alone, -1 for a block that does not exist
 };
 
-// The same of a pair, which is always one tile.
+// kThreads threads count the blocks of a pair, which is one tile whether its lists are alike or not.
 template <int kThreads>
 __device__ ItemCounts count_pair(const ItemGrid& grid, const uint32_t* bits, const mask::Neighbours& neighbours,
                                  int lane) {

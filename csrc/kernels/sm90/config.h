@@ -72,10 +72,10 @@ struct Sm90ForwardPairs {
   static constexpr bool kPairs = true;
   static constexpr int kCtasPerSm = 1;
   static constexpr bool kWithGeneral = false;
-  // Each of the three lists fills whole stages, so half of one is lost three times a tile.
-  static constexpr int kTileN = 64;
-  // About 192 KB with the queries. A unit uses every second stage of what it attends to alone.
-  static constexpr int kKeyStages = kHeadDim == 64 ? 8 : kHeadDim == 96 ? 6 : 4;
+  // As for tiles of 64 rows. Each of the three lists fills whole stages, which loses half of one three times a tile.
+  static constexpr int kTileN = kHeadDim <= 64 ? 128 : 64;
+  // 192 KB with the queries. A unit uses every second stage of what blocks attend to alone.
+  static constexpr int kKeyStages = kHeadDim == 64 ? 5 : kHeadDim == 96 ? 6 : 4;
   static constexpr int kValueStages = kKeyStages;
   static constexpr int kQueryBuffers = 2;
   static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;

@@ -166,13 +166,6 @@ __device__ __forceinline__ void prefetch_tensor_maps(const QueryTileArguments& a
   cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_v : &args.map_v_clipped);
 }
 
-// Stages that a slot of segments holds. With many segments a stage, a lane's worth of them each; with few, no more than
-// a tile can wait for at its start.
-template <class Traits>
-__device__ __forceinline__ int slot_stages(const QueryTileArguments& args) {
-  return min(32 >> (Traits::kTileNLog2 - args.segment_log2), Traits::kSlotStages);
-}
-
 // Lists the segments of a tile's active blocks, largest key first, as its key and value stages need them.
 template <class Traits, bool kGeneral>
 __device__ __forceinline__ void list_segments(const QueryTileArguments& args, typename Traits::Storage& storage,

@@ -220,4 +220,11 @@ struct QueryTileArguments {
   float zero;  // 0, unknown to the compiler
 };
 
+// Stages that a slot of segments holds. With many segments a stage, a lane's worth of them each; with few, no more than
+// a tile can wait for at its start.
+template <class Traits>
+__device__ __forceinline__ int slot_stages(const QueryTileArguments& args) {
+  return min(32 >> (Traits::kTileNLog2 - args.segment_log2), Traits::kSlotStages);
+}
+
 }  // namespace hbsattn::sm90
