@@ -61,10 +61,10 @@ class PairLists {
   __device__ __forceinline__ void list(const QueryTileArguments& args, typename Traits::Storage& storage,
                                        const WorkItem& item, int lane, HandOver&& hand_over) const {
     const PairOrder& order = stages.order;
-    const int stage_of_lane = lane >> segments_log2;
+    const int stage_of_lane = lane >> segments_log2, in_slot = slot_stages<Traits>(args);
     Blocks both(rows_of(args, item, kOfBoth), 0, item.col_end, storage.columns, first_words[0] & first_words[1], lane);
-    for (int listed = 0; listed < order.both; listed += Traits::kSlotStages) {
-      const int end = min(listed + Traits::kSlotStages, order.both);
+    for (int listed = 0; listed < order.both; listed += in_slot) {
+      const int end = min(listed + in_slot, order.both);
       both.expand(count_blocks(args, kOfBoth, end));
       const int stage = listed + stage_of_lane;
       hand_over(find_key(args, both.made, both.ring, kOfBoth, stage, lane), describe(kOfBoth, stage));
@@ -73,8 +73,8 @@ class PairLists {
                  lane);
     Blocks second(rows_of(args, item, kOfSecond), 0, item.col_end, storage.columns + Traits::kColumnEntries,
                   first_words[1] & ~first_words[0], lane);
-    for (int listed = 0; listed < order.count_alone(); listed += Traits::kSlotStages) {
-      const int end = min(listed + Traits::kSlotStages, order.count_alone());
+    for (int listed = 0; listed < order.count_alone(); listed += in_slot) {
+      const int end = min(listed + in_slot, order.count_alone());
       first.expand(count_blocks(args, kOfFirst, order.count_before(end, 0)));
       second.expand(count_blocks(args, kOfSecond, order.count_before(end, 1)));
       const int place = listed + stage_of_lane;
@@ -88,8 +88,6 @@ class PairLists {
 
  private:
   using Blocks = typename Traits::Blocks;
-  static_assert(Traits::kSlotStages * Traits::kGranules <= 32, "a lane for each segment of a slot");
-
   // Key blocks that a pair attends to, within what the mask has, whatever the item says.
   static __device__ __forceinline__ PairCounts count_pair(const WorkItem& item) {
     PairCounts blocks;
