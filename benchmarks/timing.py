@@ -134,7 +134,7 @@ class Timer:
     def cycles(self, launch: Callable[[], Tensor], samples: int) -> float:
         """The cycles of the SM that takes longest, by its own clock.
 
-        launch: returns int64 (thread blocks, 2), the clock of its SM at the begin and at the end of each.
+        launch: returns int64 (rows, 2), the clock of an SM where it begins and where it ends; rows of none are 0.
         """
         values = []
         for _ in range(samples):

@@ -21,6 +21,7 @@ def explain(
         {"forward": ..., "backward": ...}. On a CPU each is {"kernel": "cpu"}. On CUDA each has
 
         * kernel: as in `build_info()["kernels"]`; queries_kernel: a second one, for the gradient of q, or "".
+        * pairs_kernel: a second one of the forward, for neighbouring query blocks that turn out to attend alike, or "".
         * method: "forward"; of gradients "by_keys", "by_queries", "by_keys_and_queries", "keys_only",
           "queries_only".
         * general: whether the kernel takes its path for ragged, united or small blocks, which is slower.

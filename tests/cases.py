@@ -270,5 +270,16 @@ BACKWARD_METHODS = [
     case("by_queries", q_block=128, k_block=16, head_dim=128),
     case("by_queries_of_odd_blocks", q_block=100, k_block=7),
     case("united", q_block=16, k_block=64, mask_heads=2, pattern="alike"),
-    case("by_keys_pairs", q_block=64, k_block=64, head_dim=128, heads_q=64, heads_k=8, mask_heads=64),
+    # Some query blocks go in pairs in the forward, others do not.
+    case(
+        "by_keys_pairs",
+        q_block=64,
+        k_block=16,
+        head_dim=128,
+        heads_q=208,
+        heads_k=8,
+        mask_heads=208,
+        lens_k=(500, 37, 700),
+        density=0.9,
+    ),
 ]

@@ -51,7 +51,18 @@ CASES = [
     case("by_queries", q_block=128, k_block=16, lens_q=(300, 20), lens_k=(500, 90), head_dim=128, causal=True),
     case("by_queries_of_heads", q_block=16, k_block=7, heads_q=8, heads_k=1, mask_heads=1, head_dim=96, lens_q=(60,)),
     case("csr", source="csr", k_block=128, q_block=128, lens_q=(400,)),
-    case("pairs", pattern="alike", heads_q=64, heads_k=64, mask_heads=64, lens_q=(300,), k_block=16, causal=True),
+    case(
+        "pairs",
+        pattern="alike",
+        heads_q=208,
+        heads_k=2,
+        mask_heads=208,
+        lens_q=(300,),
+        lens_k=(900,),
+        k_block=16,
+        density=0.7,
+        causal=True,
+    ),
 ]
 
 

@@ -1,9 +1,10 @@
-"""Query blocks of 64 rows in pairs: one tile has two neighbours, reads once what both attend to, and computes of the
-rest what each does."""
+"""Query blocks of 64 rows: of two neighbours that attend alike, one tile reads once what both attend to, and computes
+of the rest what each does. Others have tiles of their own, in a kernel that runs beside that of the pairs."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -12,17 +13,21 @@ from torch import Tensor
 
 import hbsattn
 from cases import DEVICES, Case, case
-from plans import plan_items
+from plans import layout_of, plan_items
 from problems import Problem, attended_keys, build_mask, judge, make_problem, same
 
-# How a block's list and its neighbour's are alike. `mixed`: each pair another way, by turns.
-KINDS = ("alike", "near", "disjoint", "first_empty", "second_empty", "empty", "first_longer", "second_longer", "random")
-HEADS = {"heads_q": 16, "heads_k": 4, "mask_heads": 16}
+UNITED = 13  # of a WorkItem
+# How a block's list and its neighbour's are alike. `mixed`: each two another way, by turns.
+PAIRS = ("alike", "near", "first_more", "second_more")  # alike enough for a tile of both
+SINGLE = ("disjoint", "first_empty", "second_empty", "empty", "first_longer", "second_longer")
+KINDS = (*PAIRS, *SINGLE, "random")
+HEADS = {"heads_q": 64, "heads_k": 16, "mask_heads": 64}
+FEW_HEADS = {"heads_q": 4, "heads_k": 2, "mask_heads": 4}  # for the CPU, which has no pairs
 
 
 def pair_case(name: str, **changes) -> Case:
-    """Enough blocks that they come in pairs, and an odd number of them, the last of which is cut."""
-    return case(name, **{"lens_q": (64 * 16 + 23,), "density": 0.3, "head_dim": 128, **HEADS, **changes})
+    """Enough blocks that pairs are looked for, and an odd number of them, the last of which is cut."""
+    return case(name, **{"lens_q": (64 * 16 + 23,), "density": 0.6, "head_dim": 128, **HEADS, **changes})
 
 
 def relate(mask: Tensor, kind: str, generator: torch.Generator) -> Tensor:
@@ -35,6 +40,10 @@ def relate(mask: Tensor, kind: str, generator: torch.Generator) -> Tensor:
         second.copy_(left)
     elif kind == "near":
         second.copy_(left & ~few[:, 1::2] | few[:, 0::2][:, : second.shape[1]])
+    elif kind in ("first_more", "second_more"):
+        second.copy_(left)
+        more = left if kind == "first_more" else second
+        more.logical_or_(torch.rand(more.shape, generator=generator) < 0.3)
     elif kind == "disjoint":
         second.logical_and_(~left)
     elif kind in ("first_empty", "second_empty"):
@@ -67,21 +76,88 @@ def pair_problem(spec: Case, kind: str, device: str, dtype: torch.dtype) -> Prob
     problem.block_masks = make_masks(spec, kind)
     if device == "cuda":
         forward = hbsattn.explain(problem.q, problem.k, problem.v, problem.mask())["forward"]
-        assert "pairs" in forward["kernel"] and forward["tile_rows"] == 128, forward
-        assert forward["kernel"] in {kernel["name"] for kernel in hbsattn.build_info()["kernels"]}
+        assert "pairs" in forward["pairs_kernel"] and "pairs" not in forward["kernel"], forward
+        assert forward["tile_rows"] == 64
+        names = {kernel["name"] for kernel in hbsattn.build_info()["kernels"]}
+        assert {forward["kernel"], forward["pairs_kernel"]} <= names
     return problem
 
 
-def check(spec: Case, kind: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> None:
+def list_items(problem: Problem, mask: hbsattn.BlockMask) -> Tensor:
+    spec = problem.case
+    return plan_items(mask, spec.heads_q, spec.heads_k, spec.head_dim, 2, True)
+
+
+def count_tiles(items: Tensor) -> tuple[int, int]:
+    """Tiles of pairs, and those of one block, of a list."""
+    live, united = items[:, 0] >= 0, items[:, UNITED]
+    return int((live & (united == 2)).sum()), int((live & (united == 1)).sum())
+
+
+def check(spec: Case, kind: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
+    """Judges a problem; its tiles, on CUDA."""
     problem = pair_problem(spec, kind, device, dtype)
-    judge(problem, *problem.run())
+    mask = problem.mask()
+    first = problem.run(mask)
+    judge(problem, *first)
+    if device == "cpu":
+        return 0, 0
+    again = problem.run(mask)  # by a list that is there
+    assert same(first[0], again[0]) and same(first[1], again[1])
+    return count_tiles(list_items(problem, mask))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS, "mixed"])
 def test_kinds(kind: str, causal: bool, device: str):
-    check(pair_case(kind, causal=causal), kind, device, torch.float32 if device == "cpu" else torch.float16)
+    heads, dtype = (FEW_HEADS, torch.float32) if device == "cpu" else (HEADS, torch.float16)
+    pairs, single = check(pair_case(kind, causal=causal, **heads), kind, device, dtype)
+    if device == "cuda":
+        assert (pairs > 0) == (kind in PAIRS or kind == "mixed") or kind == "random"
+        assert single > 0  # the last block at least
+
+
+@pytest.mark.gpu
+def test_one_kind_alone():
+    """Either kernel has nothing to do, or neither."""
+    spec = pair_case("alone", lens_q=(64 * 16,))
+    assert check(spec, "alike") == (8 * 64, 0)
+    assert check(spec, "disjoint") == (0, 16 * 64)
+    assert check(spec, "empty") == (0, 16 * 64)
+
+
+@pytest.mark.gpu
+def test_few_pairs_among_many_blocks():
+    """More thread blocks come to the end of the list of single blocks than dead records lie before the pairs."""
+    spec = pair_case("few")
+    problem = pair_problem(spec, "disjoint", "cuda", torch.bfloat16)
+    alike = make_masks(spec, "alike")[0]
+    problem.block_masks[0][::16, 4:6] = alike[::16, 4:6]
+    mask = problem.mask()
+    judge(problem, *problem.run(mask))
+    assert count_tiles(list_items(problem, mask)) == (4, 17 * 64 - 8)
+
+
+@pytest.mark.gpu
+def test_bits_of_another_mask():
+    """Pairs that were planned may attend to nothing alike any more; calls end, and padding is nothing to attend to."""
+    problem = pair_problem(pair_case("changed", causal=True), "mixed", "cuda", torch.bfloat16)
+    mask = problem.mask()
+    items = list_items(problem, mask)
+
+    def run(bits: Tensor) -> tuple[Tensor, Tensor]:
+        call = (problem.q, problem.k, problem.v, bits, mask.sequences, layout_of(mask), True, 0.1)
+        return torch.ops.hbsattn.forward(*call, items, None, False)
+
+    before = run(mask.bits)
+    for kind in KINDS:
+        out, _ = run(build_mask(problem.case, make_masks(problem.case, kind, 1), "cuda").bits)
+        assert not out.isnan().any()
+    assert not run(torch.zeros_like(mask.bits))[0].any()
+    assert not run(torch.full_like(mask.bits, -1))[0].isnan().any()
+    after = run(mask.bits)
+    assert same(before[0], after[0]) and same(before[1], after[1])
 
 
 @pytest.mark.gpu
@@ -93,12 +169,12 @@ def test_head_dims_and_key_blocks(k_block: int, head_dim: int):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("offset", [-1100, -200, -64, -23, -1, 0, 1, 41, 63, 64, 65, 300])
+@pytest.mark.parametrize("offset", [-700, -200, -64, -23, -1, 0, 1, 41, 63, 64, 65, 300])
 def test_causal_offsets(offset: int):
     """The second block of a pair sees keys that the first does not, and either may see none."""
     for k_block in (16, 64, 256):
         spec = pair_case("offset", causal=True, k_block=k_block, density=0.7)
-        spec = dataclasses.replace(spec, lens_k=(max(spec.lens_q[0] + offset, 1),))
+        spec = dataclasses.replace(spec, lens_k=(spec.lens_q[0] + offset,))
         check(spec, "mixed")
 
 
@@ -108,35 +184,37 @@ def test_causal_offsets(offset: int):
 def test_sequences(k_block: int, causal: bool):
     """Odd and even numbers of blocks, one block, none, and ends anywhere in the first block of a pair or the second."""
     lens_q = (1, 64, 65, 0, 128, 129, 191, 192, 300, 0, 250)
-    lens_k = (100, 64, 500, 70, 0, 129, 63, 1000, 17, 0, 251)
-    spec = pair_case(
-        "sequences", lens_q=lens_q, lens_k=lens_k, k_block=k_block, causal=causal, heads_q=32, mask_heads=32
-    )
-    check(spec, "mixed")
+    lens_k = (100, 64, 900, 70, 0, 700, 63, 1000, 17, 0, 751)
+    spec = pair_case("sequences", lens_q=lens_q, lens_k=lens_k, k_block=k_block, causal=causal)
+    assert min(check(spec, "mixed")) > 0
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["contiguous", "heads_first"])
 def test_batches(layout: str):
-    check(pair_case("batch", lens_q=(300,) * 5, lens_k=(410,) * 5, packed=False, layout=layout, causal=True), "mixed")
+    spec = pair_case("batch", lens_q=(300,) * 5, lens_k=(810,) * 5, packed=False, layout=layout, causal=True)
+    assert min(check(spec, "mixed")) > 0
 
 
 @pytest.mark.gpu
 def test_heads_that_share_tiles():
     """Blocks that have 64 rows over the heads that share them."""
     for q_block, group in ((32, 2), (16, 4)):
-        heads = {"heads_q": 16 * group, "heads_k": 16, "mask_heads": 16}
-        spec = pair_case("shared", q_block=q_block, lens_q=(q_block * 17 - 5,), k_block=32, causal=True, **heads)
-        check(spec, "mixed")
-        check(spec, "near")
+        heads = {"heads_q": 64 * group, "heads_k": 64, "mask_heads": 64}
+        lens = {"lens_q": (q_block * 17 - 5,), "lens_k": (800,)}
+        spec = pair_case("shared", q_block=q_block, k_block=32, causal=True, **heads, **lens)
+        assert min(check(spec, "mixed")) > 0
+        assert min(check(spec, "near")) > 0
 
 
 @pytest.mark.gpu
 def test_long_lists():
-    """Columns of several chunks, of which one row has few and the other many."""
-    spec = pair_case("long", lens_q=(64 * 5,), lens_k=(16 * 1100,), k_block=16, density=0.1, heads_q=64, mask_heads=64)
-    for kind in ("mixed", "first_longer", "second_longer"):
-        check(spec, kind)
+    """Columns of several chunks, more of which one row has alone than the other."""
+    heads = {"heads_q": 512, "heads_k": 4, "mask_heads": 512}
+    spec = pair_case("long", lens_q=(65,), lens_k=(16 * 1030,), k_block=16, density=0.4, head_dim=64, **heads)
+    for kind in ("first_more", "second_more"):
+        pairs, _ = check(spec, kind)
+        assert pairs == 512
 
 
 @pytest.mark.gpu
@@ -144,7 +222,7 @@ def test_long_lists():
 @pytest.mark.parametrize("k_block", [16, 64, 256])
 def test_unattended_keys_stay_outside(k_block: int, value: float):
     """Also those of active blocks that causality hides from every query of the blocks that are active with them."""
-    for kind in ("mixed", "disjoint"):
+    for kind in ("mixed", "first_more"):
         problem = pair_problem(pair_case("poison", causal=True, k_block=k_block), kind, "cuda", torch.float16)
         keep = torch.cat(attended_keys(problem, blocks_alone=False))[..., None].cuda()
         for x in (problem.k, problem.v):
@@ -162,40 +240,70 @@ def test_bitwise_repeatable():
         assert same(first[0], again[0]) and same(first[1], again[1])
 
 
+def pays(both: int, alone: list[int], k_block: int) -> bool:
+    """pays_to_pair of csrc/plan/pairs.h."""
+    return (5 * both - sum(alone) - 5 * abs(alone[0] - alone[1])) * k_block > 5 * 288
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("lens", [(64 * 16 + 23,), (64 * 40, 64 * 41 + 1, 0, 100), (64 * 400,)])
+@pytest.mark.parametrize("lens", [(64 * 16 + 23,), (64 * 40, 64 * 41 + 1, 0, 100), (64 * 100,)])
 def test_plan(lens: tuple[int, ...]):
-    """Every block is in one tile, which counts what both attend to and what each does alone."""
-    spec = pair_case("plan", lens_q=lens, causal=True)
+    """Every block is in one tile. Pairs are first, and count what both attend to and what each does alone; the others
+    last; between them lie no fewer dead records than pairs."""
+    heads = 64 if len(lens) == 1 else 16
+    spec = pair_case("plan", lens_q=lens, causal=True, heads_q=heads, heads_k=4, mask_heads=heads)
     masks = make_masks(spec, "mixed")
     mask = build_mask(spec, masks, "cuda")
-    items = plan_items(mask, 16, 4, 128, 2, True).cpu()
-    live = int((items[:, 0] >= 0).sum())
-    assert bool((items[live:, 0] == -1).all())
-    got = {tuple(item) for item in items[:live][:, [0, 1, 2, 3, 5, 6, 13, 14, 15]].tolist()}
+    items = plan_items(mask, spec.heads_q, 4, 128, 2, True).cpu()
+    pairs, single = count_tiles(items)
+    assert bool((items[:pairs, UNITED] == 2).all()) and bool((items[len(items) - single :, UNITED] == 1).all())
+    assert bool((items[pairs : len(items) - single, 0] == -1).all()) and 2 * pairs + single <= len(items)
+    for part in (items[:pairs], items[len(items) - single :].flip(0)):
+        check_sections(part)
+    live = items[items[:, 0] >= 0]
+    got = {tuple(item) for item in live[:, [0, 1, 2, 3, 5, 6, 13, 14, 15]].tolist()}
     want, row_begin = set(), 0
     for b, block_mask in enumerate(masks):
         rows, cols = spec.blocks(b)
-        # What some query of each block sees.
+        # What some query of each block sees; all queries of a block see the columns before its own.
         last = torch.minimum(torch.arange(1, rows + 1) * 64, torch.tensor(spec.lens_q[b])) - 1
         visible = block_mask & (torch.arange(cols) * 64 <= last[:, None])
-        for head in range(16):
+        own = visible.diagonal(dim1=1, dim2=2).long()
+        counts = visible.sum(-1)
+        both = (visible[:, 0 : rows - 1] & visible[:, 1:]).sum(-1)  # of each block and the next
+        counts, both, own = counts.tolist(), both.tolist(), own.tolist()
+        for head in range(spec.heads_q):
             for row in range(0, rows, 2):
-                united = min(2, rows - row)
-                first, second = visible[head, row], visible[head, row + 1] if united > 1 else torch.zeros(cols).bool()
-                both, alone = int((first & second).sum()), [int((first & ~second).sum()), int((second & ~first).sum())]
                 bit_row = head * mask.rows + row_begin + row
-                want.add((bit_row, b, head, 64 * row, 2 * both + sum(alone), 0, united, *alone))
+                first, second = counts[head][row], counts[head][row + 1] if row + 1 < rows else 0
+                common = both[head][row] if row + 1 < rows else 0
+                alone = [first - common, second - common]
+                if row + 1 < rows and pays(common, alone, 64):
+                    want.add((bit_row, b, head, 64 * row, first + second, 0, 2, *alone))
+                    continue
+                for i, count in enumerate([first, second][: rows - row]):
+                    want.add((bit_row + i, b, head, 64 * (row + i), count, own[head][row + i], 1, 0, 0))
         row_begin += rows
-    assert want <= got and live == len(got)
-    assert not any(any(item[4:6]) or any(item[7:]) for item in got - want), "a tile of no block has something to attend"
+    assert pairs > 0 and single > 0
+    assert want <= got and pairs + single == len(got)
+    assert not any(item[4] for item in got - want), "a tile of no block has something to attend"
+
+
+def check_sections(items: Tensor) -> None:
+    """A part of a list, in the order in which it is taken: sections of blocks that follow each other, in which weights
+    never grow."""
+    blocks, weights = items[:, 0], items[:, 5]
+    begins = [0, *((weights[1:] > weights[:-1]).nonzero().flatten() + 1).tolist(), len(items)]
+    for begin, end in itertools.pairwise(begins):
+        assert begin == 0 or int(blocks[begin:end].min()) > int(blocks[:begin].max())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lens_q": (64 * 16,), "mask_heads": 16},  # fewer blocks than keep two on each multiprocessor
+        {"lens_q": (64 * 15,)},  # too few blocks for a second kernel
+        {"lens_k": (250,)},  # too few keys
         {"k_block": 75},
         {"q_block": 60},
         {"head_dim": 192},
@@ -207,5 +315,5 @@ def test_what_has_no_pairs(changes: dict):
     spec = pair_case("other", **changes)
     problem = make_problem(spec, "cuda", torch.bfloat16)
     forward = hbsattn.explain(problem.q, problem.k, problem.v, problem.mask())["forward"]
-    assert "pairs" not in forward["kernel"]
+    assert forward["pairs_kernel"] == ""
     judge(problem, *problem.run())

@@ -14,7 +14,8 @@
 namespace hbsattn {
 namespace {
 
-constexpr size_t kWorkspaceBytes = 16;  // the ticket of the persistent CTAs
+constexpr size_t kWorkspaceBytes = 16;
+static_assert(kForwardTickets * sizeof(int32_t) <= kWorkspaceBytes);
 
 // Calls run(Config{}) for the kernel of a key.
 template <class Table, class Run>
@@ -68,6 +69,23 @@ const char* name_of(BackwardMethod method) {
       return "queries_only";
   }
   return "unknown";
+}
+
+// Whether a forward call looks for pairs of query blocks.
+bool takes_pairs(const ForwardParams& problem) {
+  return shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads, false)
+      .pairs;
+}
+
+// The kernels of a forward call in the order in which they run.
+template <class Run>
+Status dispatch_forward(const ForwardParams& params, const KernelKey& key, Run&& run) {
+  if (takes_pairs(params)) {
+    KernelKey pairs;
+    HBSATTN_RETURN_IF_ERROR(select_pairs(params, &pairs));
+    HBSATTN_RETURN_IF_ERROR(dispatch<Sm90ForwardKernels>(pairs, "forward", run));
+  }
+  return dispatch<Sm90ForwardKernels>(key, "forward", run);
 }
 
 // The parts of an explanation about tiles of queries, and about those of keys.
@@ -177,8 +195,8 @@ Status forward(const ForwardParams& params, Stream stream) {
   if (params.mask.shape.batch == 0 || params.rows_q == 0) return Status::Ok();
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
   HBSATTN_RETURN_IF_ERROR(check_addressable(params));
-  return dispatch<Sm90ForwardKernels>(
-      key, "forward", [&](auto config) { return kernels::run_forward<decltype(config)>(params, stream); });
+  return dispatch_forward(params, key,
+                          [&](auto config) { return kernels::run_forward<decltype(config)>(params, stream); });
 }
 
 BackwardLists backward_lists(const BackwardParams& params) {
@@ -244,9 +262,10 @@ Status explain(const ForwardParams& params, Explanation* explanation) {
   HBSATTN_RETURN_IF_ERROR(select_forward(params, &key));
   explanation->method = "forward";
   explain_queries(params, false, explanation);
-  return dispatch<Sm90ForwardKernels>(key, "forward", [&](auto config) {
-    explanation->kernel = name_kernel<decltype(config)>("forward", "m");
-    explanation->stage_rows = decltype(config)::kTileN;
+  return dispatch_forward(params, key, [&](auto config) {
+    using Config = decltype(config);
+    (Config::kPairs ? explanation->pairs_kernel : explanation->kernel) = name_kernel<Config>("forward", "m");
+    explanation->stage_rows = Config::kTileN;
     return Status::Ok();
   });
 }

@@ -71,7 +71,7 @@ Status refuse_head_dim(int head_dim, int largest, const char* where) {
 KernelTiles query_tiles(const ForwardParams& problem, bool for_backward) {
   const TileShape tiles = shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
                                       problem.pack_heads, for_backward);
-  return {tiles.tile_rows, tiles.pairs};
+  return {tiles.tile_rows};
 }
 
 KernelTiles backward_tiles(const BackwardParams& params) {
@@ -211,6 +211,11 @@ Status select_forward(const ForwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_keys(params));
   const KernelTiles tiles = query_tiles(params, false);
   return select(params, find_head_dims<Sm90ForwardKernels>(params, tiles), tiles, " on CUDA", key);
+}
+
+Status select_pairs(const ForwardParams& params, KernelKey* key) {
+  constexpr KernelTiles kTiles{kPairRows, true};
+  return select(params, find_head_dims<Sm90ForwardKernels>(params, kTiles), kTiles, " on CUDA", key);
 }
 
 int choose_backward_head_dim(const BackwardParams& params) { return find_backward_head_dims(params).chosen; }

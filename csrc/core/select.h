@@ -30,6 +30,7 @@ Status check_device();
 
 // Chooses the kernel of a valid problem.
 Status select_forward(const ForwardParams& params, KernelKey* key);
+Status select_pairs(const ForwardParams& params, KernelKey* key);  // of a call that takes pairs, beside the other
 Status select_backward(const BackwardParams& params, KernelKey* key);
 Status select_grad_queries(const BackwardParams& params, KernelKey* key);  // of a deterministic call, beside the other
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "hbsattn/params.h"
+#include "plan/pairs.h"
 
 namespace hbsattn {
 
@@ -48,16 +49,17 @@ constexpr int32_t count_united_blocks(int64_t block_rows, int32_t tile_rows) {
   return block_rows % kGranule == 0 && tile_rows % block_rows == 0 ? static_cast<int32_t>(tile_rows / block_rows) : 1;
 }
 
-// Whether the forward takes query blocks in pairs: neighbours of 64 rows each, one for each of two consumer warpgroups
-// of a tile of 128, which reads once what both attend to and computes of the rest what each does. Their kernel is for
-// key blocks of whole granules and for boxes of one head. A pair takes as long as two tiles on one multiprocessor, so
-// there must be enough for all of them, two blocks for each of a Hopper card's 132; and sequences of one block have no
-// pairs.
-constexpr bool takes_pairs(const MaskShape& shape, int64_t block_rows, int64_t head_groups, int32_t head_dim) {
-  constexpr int64_t kLeastBlocks = 264;
+// Whether a sequence has enough keys for pairs: the forward of others is so short that one more launch would tell.
+constexpr bool has_keys_for_pairs(int64_t k_blocks, int32_t k_block_size) { return k_blocks * k_block_size >= 1024; }
+
+// Whether the forward looks for query blocks to take in pairs: neighbours of 64 rows each, one for each of two consumer
+// warpgroups of a tile of 128, which reads once what both attend to and computes of the rest what each does. Their
+// kernel is for key blocks of whole granules and for boxes of one head. It is one more launch, whether there are such
+// pairs or not, so no sequence of few keys has any, and masks of such sequences alone do without. What else a mask has
+// does not decide: results of a sequence must not depend on what lies beside it.
+constexpr bool takes_pairs(const MaskShape& shape, int64_t block_rows, int32_t head_dim) {
   return block_rows == 64 && shape.q_block_size % kGranule == 0 && shape.k_block_size % kGranule == 0 &&
-         head_dim <= 128 && shape.rows >= 2 * int64_t{shape.batch} &&
-         shape.rows >= (kLeastBlocks + head_groups - 1) / head_groups;
+         head_dim <= 128 && has_keys_for_pairs(shape.cols, shape.k_block_size);
 }
 
 // How the query blocks of a problem are cut into tiles, for the forward or for gradients: the one place that tells
@@ -68,24 +70,27 @@ struct TileShape {
   int32_t tile_rows;
   int32_t tiles;   // of a query block
   int32_t united;  // neighbouring query blocks that one tile may hold
-  bool pairs;      // it holds two of them, if there are, and each has a consumer warpgroup and a list of its own
+  // Two neighbours that attend alike share a tile of kPairRows in a kernel of their own, in which each has a consumer
+  // warpgroup. `tile_rows` are those of all other tiles. The list has pairs first, heaviest first; the others last,
+  // heaviest last, as they are taken from its end; between them the dead, no fewer than pairs.
+  bool pairs;
 };
+
+inline constexpr int32_t kPairRows = 128;
 
 constexpr TileShape shape_tiles(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
                                 bool pack_heads, bool for_backward) {
   const int32_t packed_heads = count_packed_heads(shape, heads_q, heads_k, pack_heads);
   const int64_t block_rows = int64_t{packed_heads} * shape.q_block_size;
-  if (!for_backward && takes_pairs(shape, block_rows, heads_q / packed_heads, head_dim)) {
-    return {packed_heads, block_rows, 128, 1, 2, true};
-  }
+  const bool pairs = !for_backward && takes_pairs(shape, block_rows, head_dim);
   const int32_t tile_rows = for_backward ? choose_tile_rows(block_rows, head_dim)
                                          : choose_forward_tile_rows(block_rows, head_dim, shape.k_block_size);
   return {packed_heads,
           block_rows,
           tile_rows,
           static_cast<int32_t>((block_rows + tile_rows - 1) / tile_rows),
-          count_united_blocks(block_rows, tile_rows),
-          false};
+          pairs ? 2 : count_united_blocks(block_rows, tile_rows),
+          pairs};
 }
 
 // Rows of the tiles of the backward pass: how the key blocks of a problem are cut, the one place that tells.

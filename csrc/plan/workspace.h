@@ -55,6 +55,9 @@ constexpr BackwardMethod choose_backward_method(const BackwardParams& params) {
                                 params.needs_k || params.needs_v);
 }
 
+// Ints of a forward's workspace: the tickets of the persistent CTAs of up to two kernels.
+inline constexpr int64_t kForwardTickets = 2;
+
 // What the backward pass keeps in its workspace: for each query row, in chunks, its log-sum-exp and the dot product of
 // output and output gradient, and, by keys, its gradient in float32. Byte offsets.
 struct BackwardWorkspace {

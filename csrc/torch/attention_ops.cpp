@@ -123,7 +123,8 @@ ThreeTensors plan_and_forward(const Call& call) {
   return {out, lse, items};
 }
 
-// The forward, and the clock of its multiprocessor where each CTA begins and ends: (CTAs, 2).
+// The forward, and the clock of each multiprocessor where its first CTA begins and its last one ends, in the row of its
+// number: (2 x multiprocessors, 2). The others are 0.
 ThreeTensors profile_forward(const Call& call, const Tensor& items) {
   const at::Device device = call.q.device();
   const c10::DeviceGuard guard(device);

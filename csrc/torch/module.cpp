@@ -85,6 +85,7 @@ py::dict to_dict(const hbsattn::Explanation& explanation) {
   entry["method"] = explanation.method;
   entry["kernel"] = explanation.kernel;
   entry["queries_kernel"] = explanation.queries_kernel;
+  entry["pairs_kernel"] = explanation.pairs_kernel;
   entry["general"] = explanation.general;
   entry["tile_rows"] = explanation.tile_rows;
   entry["stage_rows"] = explanation.stage_rows;

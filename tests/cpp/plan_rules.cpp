@@ -111,8 +111,8 @@ int check_lengths(int rounds) {
       if (items < 0 || items > most) return fail("tiles of queries", problem, items, most);
       const TileShape tiles = shape_tiles(problem.shape, problem.heads_q, problem.heads_k, problem.head_dim,
                                           problem.pack_heads, for_backward);
-      const bool may_have_pairs = !for_backward && tiles.block_rows == 64 && problem.head_dim <= 128 && items >= 264;
-      if (tiles.pairs && (!may_have_pairs || tiles.tile_rows != 128 || tiles.tiles != 1 || tiles.united != 2)) {
+      const bool may_have_pairs = !for_backward && tiles.block_rows == 64 && problem.head_dim <= 128 && items >= 1024;
+      if (tiles.pairs && (!may_have_pairs || tiles.tile_rows != 64 || tiles.tiles != 1 || tiles.united != 2)) {
         return fail("tiles of pairs", problem, tiles.tile_rows, items);
       }
     }
@@ -335,7 +335,7 @@ int check_empty_tiles(int rounds) {
 
 // The order of a pair's stages: each once, those of an owner in order, and what is said of any place.
 int check_pair_order() {
-  constexpr int32_t kMost = 40, kMostBetween = 2;
+  constexpr int32_t kMost = 40, kMostBetween = 1;
   for (int32_t round = 0; round < 3 * kMost * kMost; ++round) {
     const PairOrder order{round % 3, {round / 3 % kMost, round / 3 / kMost}};
     std::vector<int32_t> owners(static_cast<size_t>(order.stages()), -1);
@@ -362,6 +362,30 @@ int check_pair_order() {
     if (!good) {
       std::printf("FAILED: the order of a pair's stages: %d of both, %d and %d alone\n", order.both, order.alone[0],
                   order.alone[1]);
+      return 1;
+    }
+  }
+  return 0;
+}
+
+// Which pairs have a tile: those that attend to much alike, whichever of the two blocks is called the first.
+int check_paying_pairs(int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    const auto k_block_size = static_cast<int32_t>(choose<int64_t>({16 * draw(1, 16), 16 * (1 + draw_size(1 << 26))}));
+    const int64_t cols = std::min(draw_size((1 << 26) - 1), ((int64_t{1} << 32) - 1) / k_block_size);
+    const auto both = static_cast<int32_t>(draw(0, cols)), first = static_cast<int32_t>(draw(0, cols - both));
+    const auto second = static_cast<int32_t>(draw(0, cols - both - first));
+    const bool pays = pays_to_pair({both, {first, second}}, k_block_size);
+    const int64_t keys = int64_t{both} * k_block_size;
+    bool good = pays == pays_to_pair({both, {second, first}}, k_block_size);
+    good = good && (!pays || keys > kPairKeys) && (!pays || 5 * both > first + second);
+    good = good && pays_to_pair({both, {0, 0}}, k_block_size) == (keys > kPairKeys);
+    // More alike never pays less.
+    good =
+        good && (!pays || first == 0 || second == 0 || pays_to_pair({both + 1, {first - 1, second - 1}}, k_block_size));
+    if (!good) {
+      std::printf("FAILED: whether a pair pays: %d of both, %d and %d alone, of %d keys\n", both, first, second,
+                  k_block_size);
       return 1;
     }
   }
@@ -433,7 +457,7 @@ int check_rules(int rounds) {
 }  // namespace
 
 int main() {
-  if (check_rules(100000) || check_pair_order()) return 1;
+  if (check_rules(100000) || check_pair_order() || check_paying_pairs(100000)) return 1;
   if (check_lengths(1000000) || check_key_places(20000, true) || check_key_places(20000, false)) return 1;
   if (check_places_of_rows(20000)) return 1;
   return check_empty_tiles(1000);

@@ -55,6 +55,20 @@ MUTANTS = [
         PAIRS,
     ),
     Mutant(
+        "the_kernel_of_single_blocks_goes_on_into_pairs",
+        QUERY_TILES,
+        "args.item_step < 0 && item.united > 1",
+        "false",
+        PAIRS,
+    ),
+    Mutant(
+        "dead_records_over_those_of_pairs",
+        "kernels/mask/*.cuh",
+        "place -= last_place.before;",
+        "place -= 0;",
+        ("tests/test_pairs.py", "-k", "test_plan"),
+    ),
+    Mutant(
         "masks_of_a_pair_s_second_block_for_both",
         QUERY_TILES,
         "clean_ends[owner == kOfSecond ? 1 : 0]",

@@ -134,6 +134,7 @@ HBSATTN_API BuildInfo build_info();
 struct Explanation {
   std::string kernel;          // as in KernelInfo::name
   std::string queries_kernel;  // of a backward that computes grad_q by a second kernel; otherwise empty
+  std::string pairs_kernel;    // of a forward that takes query blocks which attend alike in pairs; otherwise empty
   std::string method;          // "forward"; of gradients: "by_keys", "by_queries", "by_keys_and_queries", "keys_only",
                                // "queries_only", or "none" where none is needed
   bool general = false;        // the kernels that keep queries take the path for ragged, united or small blocks

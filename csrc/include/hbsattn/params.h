@@ -110,8 +110,8 @@ struct PackParams {
 // One stationary tile of the forward kernel: up to 64 or 128 "virtual rows" of one query block. When `packed_heads`
 // query heads share the mask, virtual row v of a query block stands for row v % q_block_size of head v / q_block_size.
 // Small neighbouring blocks of a sequence that attend alike may be united: one tile has the rows of all, one after
-// another, and reads each key block that any of them is active with. Blocks of 64 rows come in pairs, whether they
-// attend alike or not: one tile has both, and each computes what it attends to (TileShape::pairs).
+// another, and reads each key block that any of them is active with. Where blocks of 64 rows may come in pairs
+// (TileShape::pairs), so do neighbours that attend alike: one tile has both, and each computes what it attends to.
 struct alignas(64) WorkItem {
   int32_t bit_row;    // row of the bit matrix over all heads: mask head * rows + row; of the first block, if united
   int32_t sequence;   // batch index
@@ -127,7 +127,7 @@ struct alignas(64) WorkItem {
   int32_t k_len;
   int32_t diagonal;
   int32_t united;    // query blocks of the tile. 0: a dead item, as the tile of another has this block, or the tile no
-                     // query; such items end the list, and their bit_row is -1
+                     // query; such items end the list, or part it (TileShape::pairs), and their bit_row is -1
   int32_t alone[2];  // of a pair, the key blocks that one of its blocks is active with and the other not; otherwise 0
 };
 
@@ -231,7 +231,9 @@ struct ForwardParams {
   void* workspace = nullptr;  // device, forward_workspace_size() bytes; not shared by concurrent calls
   // plan_items has cleared the workspace (PlanParams::workspace), and no call has used it since.
   bool workspace_is_clear = false;
-  int64_t* cycles = nullptr;  // optional, (2 x multiprocessors, 2): SM clock at the start and end of each CTA
+  // Optional, (2 x multiprocessors, 2), of zeros: the clock of each SM at the start of its first CTA and the end of its
+  // last one, in the row of the SM's number.
+  int64_t* cycles = nullptr;
 };
 
 // Gradients of forward(). `problem` is that of the forward call, with its results in `out` and `lse`; its workspace and

@@ -1,12 +1,14 @@
 #pragma once
 
 // Puts a work list in order: heaviest items first, within sections whose data fit the L2 cache. Items that would hold
-// up the end may go before all sections; items that have no tile end the list.
+// up the end may go before all sections; items that have no tile end the list, or lie before those that are taken from
+// its end.
 
 #include <algorithm>
 
 #include "kernels/common/launch.cuh"
 #include "plan/layout.h"
+#include "plan/workspace.h"
 
 namespace hbsattn::kernels {
 
@@ -69,8 +71,14 @@ struct OrderArguments {
   const int32_t* weights;
   const int32_t* live;
   const int32_t* heavy;
+  const int32_t* last;
   PackedRecord* items;
-  int32_t* ticket;  // cleared as well; null: there is none
+  int32_t* tickets;  // kForwardTickets, cleared as well; null: there are none
+
+  __device__ void clear_tickets() const {
+    if (tickets == nullptr || blockIdx.x > 0 || threadIdx.x >= kForwardTickets) return;
+    tickets[threadIdx.x] = 0;
+  }
 };
 
 // What a CTA ranks: up to kOrderItems items of one section.
@@ -97,9 +105,11 @@ __device__ inline void write_dead(const OrderArguments& args, int64_t end) {
   args.items[place].parts[lane] = make_int4(lane == 0 ? -1 : 0, 0, 0, 0);
 }
 
+inline constexpr int32_t kNoWeight = INT32_MIN;  // lighter than any
+
 // Of `count` weights, those of items from `first` on, how many go before that of item `mine`: heavier ones, and equal
-// ones of earlier items. kThreads threads count them together; each returns its share. Behind the last weight are -1,
-// up to a multiple of four: as light as an item without a tile, but later than any.
+// ones of earlier items. kThreads threads count them together; each returns its share. Behind the last weight are
+// kNoWeight, up to a multiple of four.
 template <int kThreads>
 __device__ int count_before(const int4* weights, int first, int count, int weight, int mine, int lane) {
   int before = 0;
@@ -124,9 +134,10 @@ __device__ int add_lanes(int value) {
 
 // Ranks kOrderItems items of one section, by the number of its items that are heavier, or as heavy and earlier, and
 // writes their records where they belong: list.make_record(index, weight). Weights are 0 or more; -1 is an item without
-// a tile. Those go to the end of the list, section by section. `live` counts the others of each section; null: all have
-// a tile, or there is one section. `heavy` counts the items of each section, its heaviest, that go before all sections,
-// where `list` says, and in parts; null: none do.
+// a tile. Those go to the end of the list, section by section. Still lighter ones lie behind them: their list is read
+// from its end, so that the lightest comes first. `live` counts items of each section that weigh 0 or more, `last`
+// those below -1; null: all have a tile, or there is one section. `heavy` counts the items of each section, its
+// heaviest, that go before all sections, where `list` says, and in parts; null: none do.
 template <class List>
 __global__ void __launch_bounds__(kOrderThreads) order_items_kernel(const List list, const OrderArguments args) {
   __shared__ int4 weights[kChunk / 4];
@@ -135,7 +146,7 @@ __global__ void __launch_bounds__(kOrderThreads) order_items_kernel(const List l
   const int mine = first_mine + threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
   wait_for_earlier_kernels();
-  if (args.ticket != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *args.ticket = 0;
+  args.clear_tickets();
   if (section >= args.sections) {
     int64_t end = args.num_items;  // of what is ranked
     if constexpr (List::kHeavyFirst) {
@@ -150,7 +161,7 @@ __global__ void __launch_bounds__(kOrderThreads) order_items_kernel(const List l
   for (int first = 0; first < count; first += kChunk) {
     __syncthreads();
     for (int i = threadIdx.x; i < kChunk; i += kOrderThreads) {
-      reinterpret_cast<int32_t*>(weights)[i] = first + i < count ? args.weights[begin + first + i] : -1;
+      reinterpret_cast<int32_t*>(weights)[i] = first + i < count ? args.weights[begin + first + i] : kNoWeight;
     }
     __syncthreads();
     rank += count_before<kLanes>(weights, first, mask::smaller(kChunk, count - first), weight, mine, lane);
@@ -163,6 +174,15 @@ __global__ void __launch_bounds__(kOrderThreads) order_items_kernel(const List l
       place = live_place.before + rank;
     } else {
       place = live_place.all + (begin - live_place.before) + rank - live_place.here;
+    }
+    if (args.last != nullptr) {
+      const KindPlace last_place(args.last, section, args.sections, lane);
+      const int from_end = count - 1 - rank;
+      if (from_end < last_place.here) {
+        place = args.num_items - 1 - last_place.before - from_end;
+      } else if (rank >= live_place.here) {
+        place -= last_place.before;
+      }
     }
   }
   int parts = 1;

@@ -69,23 +69,23 @@ __device__ UnitedCounts count_united(const ItemGrid& grid, const uint32_t* bits,
 
 // What is known of an item, for the lists.
 struct ItemCounts {
-  int32_t blocks;      // of the record; what items are put in order by. -1: the item is dead
-  int32_t details[2];  // the record's masked and united; of a pair its alone, -1 for a block that does not exist
+  int32_t weight;      // blocks of the record, by which items are put in order; -1: the item is dead
+  int32_t details[2];  // the record's masked and united; of a pair its alone
 };
 
-// kThreads threads count the blocks of a pair, which is one tile whether its lists are alike or not.
+// The weight of a tile that is taken from the list's end, by its blocks, and back.
+__device__ int32_t weigh_last(int32_t blocks) { return -2 - blocks; }
+
+// kThreads threads count the blocks of a pair, whose second block has the item `last`.
 template <int kThreads>
-__device__ ItemCounts count_pair(const ItemGrid& grid, const uint32_t* bits, const mask::Neighbours& neighbours,
-                                 int lane) {
-  const Item last = mask::make_item(grid, neighbours.first + neighbours.count - 1);
+__device__ PairCounts count_pair(const ItemGrid& grid, const uint32_t* bits, const Item& last, int lane) {
   const int64_t words = grid.shape.words();
   const uint32_t* second = bits + last.record.bit_row * words;
-  const uint32_t* first = second - (neighbours.count - 1) * words;
+  const uint32_t* first = second - words;
   PairCounts counts{};
   for (int word = lane; 32 * word < last.record.col_end; word += kThreads) {
     const uint32_t visible = mask::bits_before(last.record.col_end, word);
-    const uint32_t of_first = first[word] & visible;
-    const uint32_t of_second = neighbours.count > 1 ? second[word] & visible : 0;
+    const uint32_t of_first = first[word] & visible, of_second = second[word] & visible;
     counts.both += __popc(of_first & of_second);
     counts.alone[0] += __popc(of_first & ~of_second);
     counts.alone[1] += __popc(of_second & ~of_first);
@@ -96,24 +96,30 @@ __device__ ItemCounts count_pair(const ItemGrid& grid, const uint32_t* bits, con
     counts.alone[0] += __shfl_xor_sync(~0u, counts.alone[0], delta);
     counts.alone[1] += __shfl_xor_sync(~0u, counts.alone[1], delta);
   }
-  return {counts.weight(), {counts.alone[0], neighbours.count > 1 ? counts.alone[1] : -1}};
+  return counts;
 }
 
-// kThreads threads count the blocks of one item. The first of united items gets the blocks of all, the others are dead,
-// and so are tiles without queries of blocks that have several. Each item decides for itself, so that every item is
-// decided, whatever the table of sequences says.
+// kThreads threads count the blocks of one item. The first of united items, or of a pair, gets the blocks of all, the
+// others are dead, and so are tiles without queries of blocks that have several. Each item decides for itself, so that
+// every item is decided, whatever the table of sequences says.
 template <int kThreads>
 __device__ ItemCounts count_item(const ItemGrid& grid, const uint32_t* bits, int64_t index, int lane) {
   constexpr ItemCounts kDead{-1, {}};
   if (grid.united > 1) {
     const mask::Neighbours neighbours = mask::find_neighbours(grid, index);
-    if (grid.pairs) {
-      // All lanes of a warp count, or none.
-      return index == neighbours.first ? count_pair<kThreads>(grid, bits, neighbours, lane) : kDead;
-    }
-    const UnitedCounts united = count_united<kThreads>(grid, bits, neighbours, lane);
-    if (united.pays) {
-      return index == neighbours.first ? ItemCounts{united.blocks, {united.blocks, neighbours.count}} : kDead;
+    const bool first = index == neighbours.first;
+    if (!grid.pairs) {
+      const UnitedCounts united = count_united<kThreads>(grid, bits, neighbours, lane);
+      if (united.pays) return first ? ItemCounts{united.blocks, {united.blocks, neighbours.count}} : kDead;
+    } else if (neighbours.count > 1) {
+      const int32_t k_block_size = grid.shape.k_block_size;
+      const Item last = mask::make_item(grid, neighbours.first + 1);
+      if (has_keys_for_pairs(mask::ceil_div(last.record.k_len, k_block_size), k_block_size)) {
+        const PairCounts pair = count_pair<kThreads>(grid, bits, last, lane);
+        if (pays_to_pair(pair, k_block_size)) {
+          return first ? ItemCounts{pair.weight(), {pair.alone[0], pair.alone[1]}} : kDead;
+        }
+      }
     }
   }
 
@@ -131,14 +137,15 @@ __device__ ItemCounts count_item(const ItemGrid& grid, const uint32_t* bits, int
     all += __shfl_xor_sync(~0u, all, delta);
     clean += __shfl_xor_sync(~0u, clean, delta);
   }
-  return {all, {all - clean, 1}};
+  return {grid.pairs ? weigh_last(all) : all, {all - clean, 1}};
 }
 
-// Counts the blocks of each item and, if `live` is not null, the items of each section that are not dead.
+// Counts the blocks of each item and, if `live` is not null, the items of each section that are not dead; behind those
+// counts, where there may be pairs, the tiles that are taken from the list's end.
 template <int kThreads>
 __global__ void __launch_bounds__(kCountThreads)
     count_blocks_kernel(const ItemGrid grid, const uint32_t* bits, int64_t num_items, int32_t section_items,
-                        int32_t* blocks, int32_t* details, int32_t* live) {
+                        int32_t sections, int32_t* weights, int32_t* details, int32_t* live) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
   const int64_t index = (int64_t{blockIdx.x} * kCountThreads + threadIdx.x) / kThreads;
@@ -147,31 +154,32 @@ __global__ void __launch_bounds__(kCountThreads)
   ItemCounts counts{-1, {}};
   if (exists) counts = count_item<kThreads>(grid, bits, index, lane);
   if (exists && lane == 0) {
-    blocks[index] = counts.blocks;
+    weights[index] = counts.weight;
     details[index] = counts.details[0];
     details[num_items + index] = counts.details[1];
   }
   if (live == nullptr) return;
-  // One addition for all items of a warp that are of one section.
-  const int32_t section = exists ? static_cast<int32_t>(index) / section_items : -1;
-  const unsigned some = __ballot_sync(~0u, lane == 0 && counts.blocks >= 0);
-  const unsigned mine = some & __match_any_sync(~0u, section);
-  if (mine != 0 && threadIdx.x % 32 == __ffs(mine) - 1) atomicAdd(live + section, __popc(mine));
+  // One addition for all items of a warp that have one counter.
+  int32_t counter = -1;
+  if (counts.weight != -1) counter = static_cast<int32_t>(index) / section_items + (counts.weight < 0 ? sections : 0);
+  const unsigned some = __ballot_sync(~0u, lane == 0 && counter >= 0);
+  const unsigned mine = some & __match_any_sync(~0u, counter);
+  if (mine != 0 && threadIdx.x % 32 == __ffs(mine) - 1) atomicAdd(live + counter, __popc(mine));
 }
 
 // The record of an item of the list.
 __device__ PackedRecord make_item_record(const ItemGrid& grid, int64_t index, ItemCounts counts) {
   WorkItem record = mask::make_item(grid, index).record;
-  if (counts.blocks < 0) {
+  if (counts.weight == -1) {
     record.bit_row = -1;
     record.united = 0;
-  } else if (grid.pairs) {
-    record.blocks = counts.blocks;
-    record.united = counts.details[1] < 0 ? 1 : 2;
+  } else if (grid.pairs && counts.weight >= 0) {
+    record.blocks = counts.weight;
+    record.united = 2;
     record.alone[0] = counts.details[0];
-    record.alone[1] = mask::larger(counts.details[1], 0);
+    record.alone[1] = counts.details[1];
   } else {
-    record.blocks = counts.blocks;
+    record.blocks = grid.pairs ? weigh_last(counts.weight) : counts.weight;
     record.masked = counts.details[0];
     record.united = counts.details[1];
   }
@@ -211,16 +219,16 @@ __global__ void __launch_bounds__(kShortThreads)
   const OrderPlace own(args);
   const int number = threadIdx.x / kShortLanes, lane = threadIdx.x % kShortLanes;
   wait_for_earlier_kernels();
-  if (args.ticket != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *args.ticket = 0;
+  args.clear_tickets();
   if (own.section >= args.sections) {
     write_dead(args, args.num_items);
     return;
   }
   for (int i = threadIdx.x; i < mask::ceil_div(own.count, 4) * 4; i += kShortThreads) {
-    int32_t weight = -1;
+    int32_t weight = kNoWeight;
     if (i < own.count) {
       const ItemCounts counts = count_item<1>(grid, bits, own.begin + i, 0);
-      weight = counts.blocks;
+      weight = counts.weight;
       const int in_cta = i - own.first;
       if (in_cta >= 0 && in_cta < kOrderItems) records[in_cta] = make_item_record(grid, own.begin + i, counts);
     }
@@ -250,8 +258,8 @@ Status plan_items(const PlanParams& params, Stream stream) {
       count_query_items(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, params.for_backward);
   if (num_items == 0) {
     if (params.workspace != nullptr) {
-      HBSATTN_RETURN_IF_ERROR(
-          cuda_status(cudaMemsetAsync(params.workspace, 0, sizeof(int32_t), stream), "cudaMemsetAsync"));
+      HBSATTN_RETURN_IF_ERROR(cuda_status(
+          cudaMemsetAsync(params.workspace, 0, kForwardTickets * sizeof(int32_t), stream), "cudaMemsetAsync"));
     }
     return write_dead_list(params.items, params.num_items, stream);
   }
@@ -263,8 +271,8 @@ Status plan_items(const PlanParams& params, Stream stream) {
                       tiles.tiles,
                       tiles.united,
                       tiles.pairs};
-  int32_t* blocks = static_cast<int32_t*>(params.scratch);
-  int32_t* details = blocks + num_items;
+  int32_t* weights = static_cast<int32_t*>(params.scratch);
+  int32_t* details = weights + num_items;
   const bool some_dead = tiles.united > 1 || tiles.tiles > 1;
   const int32_t section_items = count_section_items(params, tiles, num_items, some_dead);
   // The dead items of a section are its last ones: nobody has to count them where there is one section.
@@ -273,23 +281,28 @@ Status plan_items(const PlanParams& params, Stream stream) {
   order.num_items = num_items;
   order.room = params.num_items;
   order.section_items = section_items;
-  order.weights = blocks;
+  order.weights = weights;
   order.live = live;
   order.items = reinterpret_cast<PackedRecord*>(params.items);
-  order.ticket = static_cast<int32_t*>(params.workspace);
+  order.tickets = static_cast<int32_t*>(params.workspace);
   const int64_t order_ctas = cut_list(order);
   if (has_short_sections(grid, order, order_ctas)) {
     return launch("the launch of plan_short_sections", plan_short_sections_kernel, static_cast<unsigned>(order_ctas),
                   kShortThreads, 0, stream, grid, params.mask.bits, order);
   }
-  if (live != nullptr) HBSATTN_RETURN_IF_ERROR(clear_counters(live, order.sections, stream));
+  if (live != nullptr) {
+    // A section has at least two items, so that both counters of each fit behind the details.
+    if (tiles.pairs) order.last = live + order.sections;
+    HBSATTN_RETURN_IF_ERROR(clear_counters(live, (tiles.pairs ? 2 : 1) * int64_t{order.sections}, stream));
+  }
 
   // Up to eight words, 32 bytes, come in one sector: more threads would only wait for each other.
   const int threads = shape.words() <= 8 ? 1 : 32;
   const auto count_ctas = static_cast<unsigned>(mask::ceil_div(num_items * threads, kCountThreads));
-  HBSATTN_RETURN_IF_ERROR(
-      launch("the launch of count_blocks", threads == 1 ? count_blocks_kernel<1> : count_blocks_kernel<32>, count_ctas,
-             kCountThreads, 0, stream, grid, params.mask.bits, num_items, section_items, blocks, details, live));
+  HBSATTN_RETURN_IF_ERROR(launch("the launch of count_blocks",
+                                 threads == 1 ? count_blocks_kernel<1> : count_blocks_kernel<32>, count_ctas,
+                                 kCountThreads, 0, stream, grid, params.mask.bits, num_items, section_items,
+                                 order.sections, weights, details, live));
   return order_items(ItemList{grid, details, num_items}, order, stream);
 }
 

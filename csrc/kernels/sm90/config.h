@@ -61,21 +61,30 @@ struct Sm90Forward {
 };
 
 // A forward kernel for sm_90a, up to head dim 128. A CTA owns a pair of query blocks of 64 rows, one for each consumer
-// warpgroup, and streams first the keys that both attend to, then those of each. As tiles of 64 rows, two CTAs of which
-// share a multiprocessor, but what both attend to comes once.
+// warpgroup, and streams first the keys that both attend to, then those of each. The plan chooses pairs that attend
+// alike (pays_to_pair); the kernel of tiles of 64 rows takes the others.
 template <DType kDType_, int kHeadDim_>
 struct Sm90ForwardPairs {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
-  static constexpr int kTileM = 128;
+  static constexpr int kTileM = kPairRows;
   static constexpr int kTileRows = kTileM;
   static constexpr bool kPairs = true;
   static constexpr int kCtasPerSm = 1;
   static constexpr bool kWithGeneral = false;
-  // As for tiles of 64 rows. Each of the three lists fills whole stages, which loses half of one three times a tile.
-  static constexpr int kTileN = kHeadDim <= 64 ? 128 : 64;
+#ifndef HBSATTN_TRY_N
+#define HBSATTN_TRY_N 64
+#endif
+#ifndef HBSATTN_TRY_TURNS
+#define HBSATTN_TRY_TURNS false
+#endif
+  // As for tiles of 64 rows. Each of the three lists fills whole stages, so half of one is lost for each that is not
+  // empty.
+  static constexpr int kTileN = kHeadDim <= 64 ? 128 : HBSATTN_TRY_N;
+  // Whether warpgroups take turns at the tensor cores in what both attend to.
+  static constexpr bool kTurns = HBSATTN_TRY_TURNS;
   // 192 KB with the queries. A unit uses every second stage of what blocks attend to alone.
-  static constexpr int kKeyStages = kHeadDim == 64 ? 5 : kHeadDim == 96 ? 6 : 4;
+  static constexpr int kKeyStages = kHeadDim == 64 ? 5 : (kHeadDim == 96 ? 6 : 4) * 64 / kTileN;
   static constexpr int kValueStages = kKeyStages;
   static constexpr int kQueryBuffers = 2;
   static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;

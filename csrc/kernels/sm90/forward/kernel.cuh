@@ -75,6 +75,21 @@ __device__ __forceinline__ void run_consumer(const QueryTileArguments& args, typ
   }
 }
 
+// Records the clock of this multiprocessor, where its first CTA begins or its last one ends. Numbers of multiprocessors
+// may have gaps.
+__device__ __forceinline__ void record_cycles(const QueryTileArguments& args, bool end) {
+  int number;
+  asm volatile("mov.u32 %0, %smid;" : "=r"(number));
+  if (number >= args.cycle_rows) return;
+  unsigned long long* row = args.cycles + 2 * number;
+  const auto now = static_cast<unsigned long long>(clock64());
+  if (end) {
+    atomicMax(row + 1, now);
+  } else {
+    atomicCAS(row, 0ull, now);
+  }
+}
+
 // A persistent CTA: four producer warps and one to three consumer warpgroups, which meet at the barriers of Storage
 // only. kGeneral: for ragged blocks, boxes of several heads and united blocks, which the fast path has no code for.
 template <class Config, bool kGeneral>
@@ -88,8 +103,9 @@ __global__ void __launch_bounds__(QueryTileTraits<Config>::kThreads, Config::kCt
     init_barriers<Traits, kGeneral>(storage);
     prefetch_tensor_maps(args);
   }
-  wait_for_earlier_kernels();
-  if (args.cycles != nullptr && threadIdx.x == 0) args.cycles[2 * blockIdx.x] = clock64();
+  // The kernel of pairs has waited before it let this one start, and has none of its rows: both run side by side.
+  if (args.item_step > 0) wait_for_earlier_kernels();
+  if (args.cycles != nullptr && threadIdx.x == 0) record_cycles(args, false);
   __syncthreads();
 
   const int warpgroup = uniform(threadIdx.x / 128);
@@ -99,7 +115,7 @@ __global__ void __launch_bounds__(QueryTileTraits<Config>::kThreads, Config::kCt
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
     run_consumer<Traits, kGeneral>(args, storage, warpgroup - 1, warp % 4, lane);
-    if (args.cycles != nullptr && threadIdx.x == 128) args.cycles[2 * blockIdx.x + 1] = clock64();
+    if (args.cycles != nullptr && threadIdx.x == 128) record_cycles(args, true);
   }
 }
 

@@ -2,6 +2,8 @@
 
 #include "kernels/sm90/forward/kernel.cuh"
 #include "kernels/sm90/query_tiles/launch.cuh"
+#include "plan/lists.h"
+#include "plan/workspace.h"
 
 namespace hbsattn::kernels {
 
@@ -10,13 +12,36 @@ int forward_shared_bytes() {
   return static_cast<int>(sizeof(typename sm90::QueryTileTraits<Config>::Storage));
 }
 
+// Of a list that has pairs, the kernel of pairs, which runs first, takes its part, and that of tiles of 64 rows its
+// own.
+template <class Config>
+void choose_part(const ForwardParams& params, sm90::QueryTileArguments& args) {
+  args.num_items = static_cast<int>(
+      count_query_items(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, false));
+  if constexpr (Config::kPairs) {
+    args.sequences = nullptr;  // the other writes rows of nobody
+  } else {
+    args.items += args.num_items - 1;
+    args.item_step = -1;
+    ++args.ticket;
+  }
+}
+
 template <class Config>
 Status run_forward(const ForwardParams& params, Stream stream) {
   using Traits = sm90::QueryTileTraits<Config>;
   sm90::QueryTileArguments args{};
   bool general = false;
   HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(params, false, args, general));
-  args.cycles = reinterpret_cast<long long*>(params.cycles);
+  const bool pairs =
+      shape_tiles(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, false).pairs;
+  if (pairs) choose_part<Config>(params, args);
+  if (params.cycles != nullptr) {
+    int device_capability = 0, multiprocessors = 0;
+    HBSATTN_RETURN_IF_ERROR(current_device(&device_capability, &multiprocessors));
+    args.cycles = reinterpret_cast<unsigned long long*>(params.cycles);
+    args.cycle_rows = 2 * multiprocessors;
+  }
   auto* kernel = sm90::forward_kernel<Config, false>;
   if constexpr (Config::kWithGeneral) {
     if (general) kernel = sm90::forward_kernel<Config, true>;
@@ -27,9 +52,11 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   int ctas = 0;
   HBSATTN_RETURN_IF_ERROR(count_ctas(args, Config::kCtasPerSm, &ctas));
   // By a memset: it costs less than a kernel of its own. Behind the kernels of a plan, it would keep this one from
-  // starting before they end.
-  if (!params.workspace_is_clear && args.num_items > ctas) {
-    HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.ticket, 0, sizeof(int), stream), "cudaMemsetAsync"));
+  // starting before they end. Pairs come first, and it clears the ticket of the other kernel, too.
+  const bool first = pairs == Config::kPairs;
+  if (!params.workspace_is_clear && first && (pairs || args.num_items > ctas)) {
+    HBSATTN_RETURN_IF_ERROR(
+        cuda_status(cudaMemsetAsync(args.ticket, 0, kForwardTickets * sizeof(int), stream), "cudaMemsetAsync"));
   }
   return launch("the launch of the forward kernel", kernel, ctas, Traits::kThreads, forward_shared_bytes<Config>(),
                 stream, args);

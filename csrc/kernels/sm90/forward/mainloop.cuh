@@ -52,8 +52,13 @@ struct ForwardMainloop {
   // Registers hold the scores of two stages beside such a short output. No turns then: no warpgroup waits for its
   // scores.
   static constexpr bool kAhead = kPaced && Traits::kUnits == 2 && !Traits::kPairs;
-  // Those of a pair have as many steps only in what both attend to, and could take turns there.
-  static constexpr bool kTakesTurns = !kAhead && !Traits::kPairs;
+  static constexpr bool takes_turns() {
+    if constexpr (Traits::kPairs) {
+      return Traits::Config::kTurns;
+    } else {
+      return !kAhead;
+    }
+  }
 
   using Scores =
       decltype(cute::partition_fragment_C(MmaQK{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<Traits::kTileN>>{}));
@@ -67,7 +72,7 @@ struct ForwardMainloop {
   Storage& storage;
   const int unit;  // which consumer warpgroup
   const int lane;
-  const Turn<kTakesTurns ? Traits::kUnits : 1> turn;
+  const Turn<takes_turns() ? Traits::kUnits : 1> turn;
   // The stages' barriers, which begin with `unread`. Opaque: recomputing the address in the loop costs issue slots and
   // moves the wait for the second product to a worse place.
   const uint32_t barriers;
@@ -317,6 +322,7 @@ struct ForwardMainloop {
 #pragma unroll 1
     while (true) {
       const int stages = pair.order.stages_of(owner), masked = pair.masked_of(owner);
+      // The units have as many steps in what both attend to, and only there.
       const bool in_turn = owner == kOfBoth;
 #pragma unroll 1
       for (; stage < masked; ++stage) {

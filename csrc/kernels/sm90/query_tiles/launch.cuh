@@ -77,6 +77,7 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   args.bits = params.mask.bits;
   args.items = params.items;
   args.num_items = static_cast<int>(params.num_items);
+  args.item_step = 1;
   args.ticket = static_cast<int*>(params.workspace);
   args.out = params.out.data;
   args.out_batch_stride = view_of(params, params.out).batch_stride;

@@ -305,7 +305,9 @@ __device__ __forceinline__ void run_tile_warp(const QueryTileArguments& args, ty
   while (true) {
     WorkItem item{};
     item.bit_row = -1;
-    if (work < args.num_items) item = args.items[work];
+    if (work < args.num_items) item = args.items[work * args.item_step];
+    // A list that has pairs also has other tiles: either kernel ends where the records of the other begin.
+    if (Traits::kPairs ? item.united < 2 : args.item_step < 0 && item.united > 1) item.bit_row = -1;
     clamp_item<kSeveralBlocks<Traits, kGeneral>, Traits::kPairs>(args, item);
     if constexpr (Traits::kPairs) {
       announce_pair<Traits>(args, storage, slot, segment_slot, item, lane);
@@ -326,6 +328,8 @@ __device__ __forceinline__ void run_tile_warp(const QueryTileArguments& args, ty
   }
   // The consumers still compute the last tile.
   if (args.sequences != nullptr) write_gaps<Traits>(args, lane);
+  // Nobody has waited yet for the kernel of pairs, and who waits for this kernel waits for both.
+  if (args.item_step < 0) wait_for_earlier_kernels();
 }
 
 // What goes into the next stages, one segment a lane, so that a stage costs few instructions: those of these warps take
@@ -520,6 +524,7 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
         if (kKeys && planned + stage == tile.stages - Traits::kTileLead - 1 && lane == 0) {
           mbarrier_arrive(&storage.tile_wanted);
         }
+        if (!kClearsLate) full_when_cleared = filled;
         if (tail_vectors > 0 && (!kClearsLate || planned + stage > 0)) clear_stage();
         full_when_cleared = filled;
         ring.advance();

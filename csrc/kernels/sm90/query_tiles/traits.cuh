@@ -70,8 +70,9 @@ struct TileSlot {
   PairStages pair;    // if tiles have pairs; masked_stages is not used then
 };
 
-template <class Config>
+template <class Config_>
 struct QueryTileTraits {
+  using Config = Config_;
   using Element = std::conditional_t<Config::kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kTileN = Config::kTileN;
@@ -185,8 +186,10 @@ struct QueryTileArguments {
   const uint32_t* bits;
   const WorkItem* items;
   int num_items;
-  int* ticket;        // not read where every item has a CTA
-  long long* cycles;  // optional
+  int item_step;  // to the next record. -1: behind pairs, the list is read from its end, at which `items` points
+  int* ticket;    // not read where every item has a CTA
+  unsigned long long* cycles;  // optional, cycle_rows x 2
+  int cycle_rows;
 
   void* out;
   int64_t out_batch_stride, out_row_stride, out_head_stride;  // elements
