@@ -54,9 +54,9 @@ CASES = [
     case(
         "pairs",
         pattern="alike",
-        heads_q=208,
+        heads_q=8,
         heads_k=2,
-        mask_heads=208,
+        mask_heads=8,
         lens_q=(300,),
         lens_k=(900,),
         k_block=16,

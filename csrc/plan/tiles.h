@@ -50,7 +50,7 @@ constexpr int32_t count_united_blocks(int64_t block_rows, int32_t tile_rows) {
 }
 
 // Whether a sequence has enough keys for pairs: the forward of others is so short that one more launch would tell.
-constexpr bool has_keys_for_pairs(int64_t k_blocks, int32_t k_block_size) { return k_blocks * k_block_size >= 1024; }
+constexpr bool has_keys_for_pairs(int64_t k_blocks, int32_t k_block_size) { return k_blocks * k_block_size >= 512; }
 
 // Whether the forward looks for query blocks to take in pairs: neighbours of 64 rows each, one for each of two consumer
 // warpgroups of a tile of 128, which reads once what both attend to and computes of the rest what each does. Their

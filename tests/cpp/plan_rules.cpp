@@ -111,7 +111,8 @@ int check_lengths(int rounds) {
       if (items < 0 || items > most) return fail("tiles of queries", problem, items, most);
       const TileShape tiles = shape_tiles(problem.shape, problem.heads_q, problem.heads_k, problem.head_dim,
                                           problem.pack_heads, for_backward);
-      const bool may_have_pairs = !for_backward && tiles.block_rows == 64 && problem.head_dim <= 128 && items >= 1024;
+      const bool may_have_pairs = !for_backward && tiles.block_rows == 64 && problem.head_dim <= 128 &&
+                                  problem.shape.cols * problem.shape.k_block_size >= 512;
       if (tiles.pairs && (!may_have_pairs || tiles.tile_rows != 64 || tiles.tiles != 1 || tiles.united != 2)) {
         return fail("tiles of pairs", problem, tiles.tile_rows, items);
       }
