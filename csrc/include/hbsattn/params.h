@@ -132,7 +132,7 @@ struct alignas(64) WorkItem {
 };
 
 // The work list of one mask for one (heads_q, heads_k, head_dim, element size): a record per tile, heaviest first
-// within sections whose keys and values fit the L2 cache.
+// within sections whose keys and values fit the L2 cache; where there may be pairs, in two parts (TileShape::pairs).
 struct PlanParams {
   MaskView mask;
   int32_t heads_q = 0;

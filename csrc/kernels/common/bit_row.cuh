@@ -28,12 +28,11 @@ struct BitRows {
 // Two rows, of which those columns are active that both have, but each counts as its complement if so told.
 struct PairRows {
   const uint32_t* first;
-  const uint32_t* second;            // null: a row of zeros
+  const uint32_t* second;
   uint32_t flip_first, flip_second;  // ~0: the complement
 
   __device__ __forceinline__ uint32_t word(int index) const {
-    const uint32_t of_first = __ldg(first + index), of_second = second == nullptr ? 0 : __ldg(second + index);
-    return (of_first ^ flip_first) & (of_second ^ flip_second);
+    return (__ldg(first + index) ^ flip_first) & (__ldg(second + index) ^ flip_second);
   }
 };
 

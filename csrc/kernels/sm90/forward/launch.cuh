@@ -12,8 +12,7 @@ int forward_shared_bytes() {
   return static_cast<int>(sizeof(typename sm90::QueryTileTraits<Config>::Storage));
 }
 
-// Of a list that has pairs, the kernel of pairs, which runs first, takes its part, and that of tiles of 64 rows its
-// own.
+// Of a list that has pairs, the kernel of pairs, which runs first, takes the front, and that of other tiles the end.
 template <class Config>
 void choose_part(const ForwardParams& params, sm90::QueryTileArguments& args) {
   args.num_items = static_cast<int>(

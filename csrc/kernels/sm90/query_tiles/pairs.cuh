@@ -21,12 +21,9 @@ class PairLists {
     first_words[0] = first_words[1] = 0;
     if (item.bit_row >= 0 && item.blocks > 0) {
       const int chunk = Blocks::first_chunk(item.col_end);
-      PairRows rows = rows_of(args, item, kOfFirst);
-      const uint32_t* second = rows.second;
-      rows.second = nullptr;
-      first_words[0] = Blocks::load(rows, 0, item.col_end, chunk, lane);
-      rows.first = second;
-      if (second != nullptr) first_words[1] = Blocks::load(rows, 0, item.col_end, chunk, lane);
+      const PairRows rows = rows_of(args, item, kOfBoth);
+      first_words[0] = Blocks::load({rows.first, rows.first, 0, 0}, 0, item.col_end, chunk, lane);
+      first_words[1] = Blocks::load({rows.second, rows.second, 0, 0}, 0, item.col_end, chunk, lane);
     }
 
     // Columns before these need no element masks, which a block's first query decides.
@@ -100,8 +97,7 @@ class PairLists {
 
   static __device__ __forceinline__ PairRows rows_of(const QueryTileArguments& args, const WorkItem& item, int owner) {
     const uint32_t* first = args.bits + static_cast<int64_t>(max(item.bit_row, 0)) * args.row_words;
-    return {first, item.united > 1 ? first + args.row_words : nullptr, owner == kOfSecond ? ~0u : 0u,
-            owner == kOfFirst ? ~0u : 0u};
+    return {first, first + args.row_words, owner == kOfSecond ? ~0u : 0u, owner == kOfFirst ? ~0u : 0u};
   }
 
   // An owner's columns from `clean_end` on, or more.

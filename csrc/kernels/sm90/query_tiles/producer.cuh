@@ -92,6 +92,8 @@ __device__ __forceinline__ void clamp_item(const QueryTileArguments& args, WorkI
   const auto cols = static_cast<int>(args.mask.cols);
   item.col_end = clamp(item.col_end, 0, cols);
   if constexpr (kPairs) {
+    // Both rows are of one mask head.
+    if (item.bit_row % rows == rows - 1) --item.bit_row;
     // Key blocks that one or the other is active with are no more than the mask has; `blocks` counts some twice.
     item.alone[0] = clamp(item.alone[0], 0, cols);
     item.alone[1] = clamp(item.alone[1], 0, cols - item.alone[0]);
