@@ -72,19 +72,12 @@ struct Sm90ForwardPairs {
   static constexpr bool kPairs = true;
   static constexpr int kCtasPerSm = 1;
   static constexpr bool kWithGeneral = false;
-#ifndef HBSATTN_TRY_N
-#define HBSATTN_TRY_N 64
-#endif
-#ifndef HBSATTN_TRY_TURNS
-#define HBSATTN_TRY_TURNS false
-#endif
-  // As for tiles of 64 rows. Each of the three lists fills whole stages, so half of one is lost for each that is not
-  // empty.
-  static constexpr int kTileN = kHeadDim <= 64 ? 128 : HBSATTN_TRY_N;
+  // Each of the three lists fills whole stages, so half of one is lost for each that is not empty.
+  static constexpr int kTileN = 128;
   // Whether warpgroups take turns at the tensor cores in what both attend to.
-  static constexpr bool kTurns = HBSATTN_TRY_TURNS;
+  static constexpr bool kTurns = true;
   // 192 KB with the queries. A unit uses every second stage of what blocks attend to alone.
-  static constexpr int kKeyStages = kHeadDim == 64 ? 5 : (kHeadDim == 96 ? 6 : 4) * 64 / kTileN;
+  static constexpr int kKeyStages = kHeadDim == 64 ? 5 : kHeadDim == 96 ? 3 : 2;
   static constexpr int kValueStages = kKeyStages;
   static constexpr int kQueryBuffers = 2;
   static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;
