@@ -72,12 +72,13 @@ struct Sm90ForwardPairs {
   static constexpr bool kPairs = true;
   static constexpr int kCtasPerSm = 1;
   static constexpr bool kWithGeneral = false;
-  // Each of the three lists fills whole stages, so half of one is lost for each that is not empty.
-  static constexpr int kTileN = 128;
+  // Each of the three lists fills whole stages, so half of one is lost for each that is not empty. At head dim 96, the
+  // loop over stages of 128 keys spills.
+  static constexpr int kTileN = kHeadDim == 96 ? 64 : 128;
   // Whether warpgroups take turns at the tensor cores in what both attend to.
-  static constexpr bool kTurns = true;
+  static constexpr bool kTurns = kTileN == 128;
   // 192 KB with the queries. A unit uses every second stage of what blocks attend to alone.
-  static constexpr int kKeyStages = kHeadDim == 64 ? 5 : kHeadDim == 96 ? 3 : 2;
+  static constexpr int kKeyStages = kHeadDim == 64 ? 5 : kHeadDim == 96 ? 6 : 2;
   static constexpr int kValueStages = kKeyStages;
   static constexpr int kQueryBuffers = 2;
   static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;
