@@ -5,6 +5,7 @@ from torch import Tensor
 
 import hbsattn._C as _C
 from hbsattn._checks import check_bool, check_is_tensor
+from hbsattn._ops import ops
 from hbsattn.mask import BlockMask, check_is_mask
 
 
@@ -39,6 +40,9 @@ def explain(
     check_is_tensor("v", v)
     mask._check_use(q, k, q.shape, k.shape)
     check_bool("deterministic", deterministic)
+    if mask._lists is None:  # whose bits may take too much memory
+        scale = 1.0  # which changes nothing here
+        ops.check_forward.default(q, k, v, mask._kept_bits(), mask.sequences, mask._layout, True, scale)
     if q.device.type == "cpu":
         return {"forward": {"kernel": "cpu"}, "backward": {"kernel": "cpu"}}
     cols, q_block, k_block, causal = mask._layout

@@ -505,7 +505,8 @@ def check_is_mask(value: object) -> None:
     elif type_name(value).startswith("torch.nn.attention.flex_attention."):
         hint = (
             ": hbsattn.BlockMask.from_indices(mask.full_kv_num_blocks, mask.full_kv_indices, *mask.BLOCK_SIZE, "
-            "seqlen_q=..., seqlen_k=...) makes one of the full blocks of FlexAttention's"
+            "seqlen_q=..., seqlen_k=...) makes one of the full blocks of FlexAttention's, and leaves out its partial "
+            "ones (mask.kv_num_blocks), such as those of a causal diagonal"
         )
     raise TypeError(f"mask is a {type_name(value)}; expected a BlockMask of hbsattn{hint}")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hbsattn
-from cases import case
+from cases import DEVICES, case
 from gradients import leaves
 from plans import plan_items
 from problems import make_problem
@@ -18,6 +18,16 @@ def test_on_a_cpu():
     assert told == {"forward": {"kernel": "cpu"}, "backward": {"kernel": "cpu"}}
     with pytest.raises(TypeError, match="mask is a NoneType"):
         hbsattn.explain(problem.q, problem.k, problem.v, None)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_does_not_fit(device: str):
+    """As the call itself."""
+    problem = make_problem(case("refused", head_dim=64), device, torch.float16)
+    with pytest.raises(ValueError, match="v has"):
+        hbsattn.explain(problem.q, problem.k, problem.v[:-1], problem.mask())
+    with pytest.raises(TypeError, match="dtype"):
+        hbsattn.explain(*(x.int() for x in (problem.q, problem.k, problem.v)), problem.mask())
 
 
 @pytest.mark.gpu

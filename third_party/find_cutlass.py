@@ -63,7 +63,7 @@ def find_cutlass() -> Cutlass:
                 "  a checkout here:    git clone --depth 1 -b v4.2.0 https://github.com/NVIDIA/cutlass "
                 "third_party/cutlass\n"
                 "  one elsewhere:      export HBSATTN_CUTLASS_DIR=/path/to/cutlass\n"
-                "To build without CUDA, set HBSATTN_CUDA=OFF."
+                "To build without CUDA, set HBSATTN_CUDA=OFF (for CMake, -DHBSATTN_CUDA=OFF)."
             )
     version = _version(include)
     if version < MINIMUM_VERSION:
