@@ -22,19 +22,20 @@ def by_name(x: object) -> str | None:
 # Groups of heads whose queries outgrow the L2 cache, or that would if their blocks were full: several tiles add up the
 # gradients of the same keys.
 GROUP = {"heads_q": 8, "heads_k": 1, "mask_heads": 1}
+WIDE_BLOCK = 8208  # above head dim 128, blocks that fill tiles of 128 have no sets
 FEW = {**GROUP, "q_block": 8192, "lens_q": (100, 37), "lens_k": (300, 70)}
 SETS_OF_HEADS = [
     case("shared", lens_q=(4200,), q_block=128, k_block=128, head_dim=128, density=0.1, **GROUP),
-    case("causal", lens_q=(4200,), q_block=64, k_block=64, head_dim=128, density=0.1, causal=True, **GROUP),
+    case("causal", lens_q=(4200,), q_block=64, k_block=128, head_dim=128, density=0.1, causal=True, **GROUP),
     case("in_parts", pattern="one_column", lens_q=(4200,), q_block=128, k_block=128, head_dim=128, **GROUP),
     case("wide", lens_q=(2600,), q_block=80, k_block=48, head_dim=256, density=0.1, **GROUP),
     case("own_masks", k_block=16, head_dim=128, **{**FEW, "mask_heads": 8}),
-    case("two_key_heads", k_block=64, head_dim=128, **{**FEW, "heads_q": 16, "heads_k": 2, "mask_heads": 2}),
+    case("two_key_heads", k_block=128, head_dim=128, **{**FEW, "heads_q": 16, "heads_k": 2, "mask_heads": 2}),
     case("padded_head_dim", k_block=100, head_dim=120, causal=True, **FEW),
-    case("copied_head_dim", k_block=64, head_dim=100, **{**FEW, "q_block": 23040}),  # as 104: 1 head a tile, not 2
+    case("copied_head_dim", k_block=128, head_dim=100, **{**FEW, "q_block": 23040}),  # as 104: 1 head a tile, not 2
     case("batched", k_block=80, head_dim=96, packed=False, **{**FEW, "lens_q": (90, 90), "lens_k": (200, 200)}),
     case("head_dim_64", k_block=128, head_dim=64, **{**FEW, "q_block": 16384}),
-    case("head_dim_192", k_block=32, head_dim=192, causal=True, **FEW),
+    case("head_dim_192", k_block=32, head_dim=192, causal=True, **{**FEW, "q_block": WIDE_BLOCK}),
     case("views", k_block=128, head_dim=128, layout="padded", **FEW),
 ]
 
@@ -58,7 +59,7 @@ def test_sets_of_heads(spec: Case, dtype: torch.dtype):
 def test_sets_of_heads_again_and_again():
     """More tiles than run at once, several sequences, every run another order: the sums are those of all sets."""
     lens = (700, 130, 1, 517)
-    spec = case("again", lens_q=lens, k_block=64, head_dim=128, causal=True, density=0.5, **{**GROUP, "q_block": 8192})
+    spec = case("again", lens_q=lens, k_block=128, head_dim=128, causal=True, density=0.5, **{**GROUP, "q_block": 8192})
     problem = make_problem(dataclasses.replace(spec, heads_q=64, heads_k=8, mask_heads=8), "cuda", torch.float16)
     mask = problem.mask()
     first = differentiate(problem, mask=mask)
@@ -73,13 +74,13 @@ def test_sets_of_heads_again_and_again():
 @pytest.mark.parametrize("lie", [(0, 337, 0, 337), (0, 128, 64, 192), (337, 200, 100, 0), (0, 0, 0, 337)])
 def test_lying_lengths_of_sets(lie: tuple[int, ...], head_dim: int):
     """Sequences that share keys: gradients mean nothing, but they come, and inputs stay."""
-    spec = case("lies", lens_q=(100, 37, 200), k_block=64, head_dim=head_dim, **{**GROUP, "q_block": 8192})
+    spec = case("lies", lens_q=(100, 37, 200), k_block=128, head_dim=head_dim, **{**GROUP, "q_block": WIDE_BLOCK})
     problem = make_problem(spec, "cuda", torch.bfloat16)
     before = [x.clone() for x in (problem.q, problem.k, problem.v)]
     lens = torch.tensor(lie, dtype=torch.int32, device="cuda")
-    columns = sum(-(-n // 64) for n in spec.lens_q)
+    columns = sum(-(-n // 128) for n in spec.lens_q)
     block_mask = torch.ones((1, 3, columns), dtype=torch.bool, device="cuda")
-    mask = hbsattn.BlockMask.from_dense(block_mask, 8192, 64, cu_seqlens_q=lens, cu_seqlens_k=lens)
+    mask = hbsattn.BlockMask.from_dense(block_mask, WIDE_BLOCK, 128, cu_seqlens_q=lens, cu_seqlens_k=lens)
     assert tile_heads(spec, mask, head_dim) < 8
     inputs = leaves(problem)
     grads = torch.autograd.grad(attend(*inputs, mask).sum(), inputs)
@@ -94,7 +95,7 @@ def test_lying_lengths_of_sets(lie: tuple[int, ...], head_dim: int):
 def test_neighbours_of_sets(head_dim: int, causal: bool):
     """A sequence of NaN between two others, whose tiles end in it."""
     lens = (100, 61, 70)
-    blocks = {**GROUP, "q_block": 8192, "k_block": 64, "density": 1.0}
+    blocks = {**GROUP, "q_block": WIDE_BLOCK, "k_block": 128, "density": 1.0}
     spec = case("neighbours", lens_q=lens, head_dim=head_dim, causal=causal, **blocks)
     problem = make_problem(spec, "cuda", torch.bfloat16)
     mask = problem.mask()

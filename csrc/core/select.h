@@ -32,7 +32,7 @@ Status check_device();
 Status select_forward(const ForwardParams& params, KernelKey* key);
 Status select_pairs(const ForwardParams& params, KernelKey* key);  // of a call that takes pairs, beside the other
 Status select_backward(const BackwardParams& params, KernelKey* key);
-Status select_grad_queries(const BackwardParams& params, KernelKey* key);  // of a deterministic call, beside the other
+Status select_grad_queries(const BackwardParams& params, KernelKey* key);  // of kByKeysAndQueries, beside the other
 
 // Whether a backward has anything to compute.
 inline bool needs_any(const BackwardParams& params) { return params.needs_q || params.needs_k || params.needs_v; }

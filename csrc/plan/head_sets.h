@@ -25,6 +25,17 @@ constexpr int64_t count_query_bytes(const MaskShape& shape, int32_t head_dim, in
 
 inline constexpr int32_t kElementSize = 2;  // bytes, of every dtype that kernels are compiled for
 
+// Whether two kernels take less time for gradients than one that adds up those of queries in global memory, though they
+// compute seven products instead of five, and whichever heads share tiles. Tiles of 64 keys add as much as L2 takes at
+// two thirds of the tensor cores' rate: the two took 0.5 to 0.98 of the time (H100; H200 0.72 to 0.96), but at head dim
+// 64, where exponentials take as long as products and two kernels have them twice (up to 1.11). Above head dim 128 they
+// take 0.82 to 0.88, if query blocks fill their tiles of 128 rows, and up to 1.17 if not (H200).
+constexpr bool prefers_two_kernels(const MaskShape& shape, int32_t head_dim) {
+  if (shape.k_block_size % kGranule != 0) return false;  // not measured
+  if (head_dim > 128) return shape.q_block_size % 128 == 0;
+  return head_dim > 64 && shape.k_block_size >= 64 && shape_key_tiles(shape, head_dim).tile_keys == 64;
+}
+
 // Query heads that one tile of the backward pass streams: those that read its key head, so that the gradients of its
 // keys never leave registers. Where the queries of that many outgrow L2 before they are used again, as many as fit, and
 // the tiles of a key head pass on the sum of what they have: the sums of four or more heads take less than half the
@@ -32,7 +43,8 @@ inline constexpr int32_t kElementSize = 2;  // bytes, of every dtype that kernel
 constexpr int32_t count_tile_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
                                    int32_t element_size, bool deterministic, const DevicePolicy& policy) {
   const int32_t group = heads_q / heads_k;
-  if (deterministic || group < 4 || shape.batch < 1) return group;
+  // Without sums of queries, whole groups are faster (GQA 8, H100: 1.57 ms where sets took 2.07).
+  if (deterministic || group < 4 || shape.batch < 1 || prefers_two_kernels(shape, head_dim)) return group;
   const int64_t of_head = count_query_bytes(shape, head_dim, element_size);
   if (of_head <= policy.together_bytes() / group) return group;
   const int64_t running = policy.running_keys() * count_row_bytes(head_dim, element_size);

@@ -49,8 +49,9 @@ constexpr int32_t count_united_blocks(int64_t block_rows, int32_t tile_rows) {
   return block_rows % kGranule == 0 && tile_rows % block_rows == 0 ? static_cast<int32_t>(tile_rows / block_rows) : 1;
 }
 
-// Whether a sequence has enough keys for pairs: the forward of others is so short that one more launch would tell.
-constexpr bool has_keys_for_pairs(int64_t k_blocks, int32_t k_block_size) { return k_blocks * k_block_size >= 512; }
+// Whether a sequence has enough keys for pairs: the forward of others is so short that one more launch would tell. One
+// that a single block holds has none: how long such blocks are taken to be depends on what else a mask has.
+constexpr bool has_keys_for_pairs(int64_t keys, int32_t k_block_size) { return keys >= 512 && keys > k_block_size; }
 
 // Whether the forward looks for query blocks to take in pairs: neighbours of 64 rows each, one for each of two consumer
 // warpgroups of a tile of 128, which reads once what both attend to and computes of the rest what each does. Their
@@ -59,7 +60,7 @@ constexpr bool has_keys_for_pairs(int64_t k_blocks, int32_t k_block_size) { retu
 // does not decide: results of a sequence must not depend on what lies beside it.
 constexpr bool takes_pairs(const MaskShape& shape, int64_t block_rows, int32_t head_dim) {
   return block_rows == 64 && shape.q_block_size % kGranule == 0 && shape.k_block_size % kGranule == 0 &&
-         head_dim <= 128 && has_keys_for_pairs(shape.cols, shape.k_block_size);
+         head_dim <= 128 && shape.rows > 1 && has_keys_for_pairs(shape.cols * shape.k_block_size, shape.k_block_size);
 }
 
 // How the query blocks of a problem are cut into tiles, for the forward or for gradients: the one place that tells

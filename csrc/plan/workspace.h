@@ -20,18 +20,6 @@ enum class BackwardMethod {
   kQueriesOnly,       // the latter alone
 };
 
-// Whether two kernels take less time than one that adds up the gradients of queries in global memory, though they
-// compute seven products instead of five. Tiles of 64 keys add as much as L2 takes at two thirds of the tensor cores'
-// rate: the two took 0.5 to 0.98 of the time (H100; H200 0.72 to 0.96), but for small query blocks against keys in
-// units of less than 64, and at head dim 64, where exponentials take as long as products and two kernels have them
-// twice (up to 1.33). Above head dim 128 they take 0.82 to 0.88, if query blocks fill their tiles of 128 rows, and up
-// to 1.17 if not (H200).
-constexpr bool prefers_two_kernels(const MaskShape& shape, int64_t block_rows, int32_t head_dim) {
-  if (head_dim > 128) return block_rows % 128 == 0;
-  return head_dim > 64 && shape_key_tiles(shape, head_dim).tile_keys == 64 &&
-         (shape.k_block_size >= 64 || block_rows >= 64);
-}
-
 // Tiles of keys compute scores of whole tiles. Where several key blocks share one, tiles of queries compute only those
 // that are wanted; as many additions to global memory as tiles of 64 keys need make them slower else.
 constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t heads_q, int32_t heads_k,
@@ -44,8 +32,10 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
   if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return BackwardMethod::kByKeys;
   const TileShape tiles = shape_tiles(shape, heads_q, heads_k, head_dim, pack_heads, true);
   if (head_dim <= 128 && shape.k_block_size < 64 && tiles.tile_rows == 128) return BackwardMethod::kByQueries;
-  return prefers_two_kernels(shape, tiles.block_rows, head_dim) ? BackwardMethod::kByKeysAndQueries
-                                                                : BackwardMethod::kByKeys;
+  // Key blocks that share tiles of 64 with full tiles of queries, too (H200, 64x16: 0.72 to 0.85 of the time).
+  const bool shared = shape.k_block_size < 64 && shape.k_block_size % kGranule == 0 && tiles.block_rows >= 64;
+  const bool two_kernels = prefers_two_kernels(shape, head_dim) || (head_dim <= 128 && shared);
+  return two_kernels ? BackwardMethod::kByKeysAndQueries : BackwardMethod::kByKeys;
 }
 
 constexpr BackwardMethod choose_backward_method(const BackwardParams& params) {

@@ -30,7 +30,9 @@ static_assert(method_of(16, 16, 128, 4) == BackwardMethod::kByKeysAndQueries);
 static_assert(method_of(16, 16, 128) == BackwardMethod::kByKeys);
 static_assert(method_of(64, 64, 64) == BackwardMethod::kByKeys);
 static_assert(method_of(128, 16, 128) == BackwardMethod::kByQueries);
+static_assert(method_of(64, 16, 64) == BackwardMethod::kByKeysAndQueries);
 static_assert(method_of(128, 64, 192) == BackwardMethod::kByKeysAndQueries);
+static_assert(method_of(128, 150, 96) == BackwardMethod::kByKeys);
 static_assert(method_of(64, 64, 192) == BackwardMethod::kByKeys);
 
 std::mt19937 random_bits(1);

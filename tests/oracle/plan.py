@@ -127,10 +127,20 @@ def count_query_bytes(batch: int, rows: int, q_block_size: int, head_dim: int, e
     return of_sequence * count_row_bytes(head_dim, element_size)
 
 
+def prefers_two_kernels(q_block_size: int, k_block_size: int, head_dim: int) -> bool:
+    """Whether gradients come by two kernels where they may vary, too, and whichever heads share tiles."""
+    if k_block_size % 16 != 0:
+        return False
+    if head_dim > 128:
+        return q_block_size % 128 == 0
+    return head_dim > 64 and k_block_size >= 64 and choose_tile_rows(k_block_size, head_dim) == 64
+
+
 def count_tile_heads(
     batch: int,
     rows: int,
     q_block_size: int,
+    k_block_size: int,
     heads_q: int,
     heads_k: int,
     head_dim: int,
@@ -140,7 +150,7 @@ def count_tile_heads(
 ) -> int:
     """Query heads that one tile of the backward pass streams."""
     group = heads_q // heads_k
-    if deterministic or group < 4 or batch == 0:
+    if deterministic or group < 4 or batch == 0 or prefers_two_kernels(q_block_size, k_block_size, head_dim):
         return group
     card = this_card()
     of_head = count_query_bytes(batch, rows, q_block_size, head_dim, element_size)

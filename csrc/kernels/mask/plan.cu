@@ -114,7 +114,7 @@ __device__ ItemCounts count_item(const ItemGrid& grid, const uint32_t* bits, int
     } else if (neighbours.count > 1) {
       const int32_t k_block_size = grid.shape.k_block_size;
       const Item last = mask::make_item(grid, neighbours.first + 1);
-      if (has_keys_for_pairs(mask::ceil_div(last.record.k_len, k_block_size), k_block_size)) {
+      if (has_keys_for_pairs(last.record.k_len, k_block_size)) {
         const PairCounts pair = count_pair<kThreads>(grid, bits, last, lane);
         if (pays_to_pair(pair, k_block_size)) {
           return first ? ItemCounts{pair.weight(), {pair.alone[0], pair.alone[1]}} : kDead;

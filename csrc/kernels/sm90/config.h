@@ -75,8 +75,6 @@ struct Sm90ForwardPairs {
   // Each of the three lists fills whole stages, so half of one is lost for each that is not empty. At head dim 96, the
   // loop over stages of 128 keys spills.
   static constexpr int kTileN = kHeadDim == 96 ? 64 : 128;
-  // Whether warpgroups take turns at the tensor cores in what both attend to.
-  static constexpr bool kTurns = kTileN == 128;
   // 192 KB with the queries. A unit uses every second stage of what blocks attend to alone.
   static constexpr int kKeyStages = kHeadDim == 64 ? 5 : kHeadDim == 96 ? 6 : 2;
   static constexpr int kValueStages = kKeyStages;

@@ -103,8 +103,7 @@ __global__ void __launch_bounds__(QueryTileTraits<Config>::kThreads, Config::kCt
     init_barriers<Traits, kGeneral>(storage);
     prefetch_tensor_maps(args);
   }
-  // The kernel of pairs has waited before it let this one start, and has none of its rows: both run side by side.
-  if (args.item_step > 0) wait_for_earlier_kernels();
+  wait_for_earlier_kernels();
   if (args.cycles != nullptr && threadIdx.x == 0) record_cycles(args, false);
   __syncthreads();
 
@@ -115,7 +114,7 @@ __global__ void __launch_bounds__(QueryTileTraits<Config>::kThreads, Config::kCt
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
     run_consumer<Traits, kGeneral>(args, storage, warpgroup - 1, warp % 4, lane);
-    if (args.cycles != nullptr && threadIdx.x == 128) record_cycles(args, true);
+    if (args.cycles != nullptr && threadIdx.x % 128 == 0) record_cycles(args, true);
   }
 }
 

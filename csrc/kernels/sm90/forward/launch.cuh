@@ -53,7 +53,7 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   // By a memset: it costs less than a kernel of its own. Behind the kernels of a plan, it would keep this one from
   // starting before they end. Pairs come first, and it clears the ticket of the other kernel, too.
   const bool first = pairs == Config::kPairs;
-  if (!params.workspace_is_clear && first && (pairs || args.num_items > ctas)) {
+  if (!params.workspace_is_clear && first && args.num_items > ctas) {
     HBSATTN_RETURN_IF_ERROR(
         cuda_status(cudaMemsetAsync(args.ticket, 0, kForwardTickets * sizeof(int), stream), "cudaMemsetAsync"));
   }

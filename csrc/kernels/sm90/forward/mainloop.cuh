@@ -52,13 +52,8 @@ struct ForwardMainloop {
   // Registers hold the scores of two stages beside such a short output. No turns then: no warpgroup waits for its
   // scores.
   static constexpr bool kAhead = kPaced && Traits::kUnits == 2 && !Traits::kPairs;
-  static constexpr bool takes_turns() {
-    if constexpr (Traits::kPairs) {
-      return Traits::Config::kTurns;
-    } else {
-      return !kAhead;
-    }
-  }
+  // Nor for pairs, whose warpgroups have unequal numbers of stages: in those of both, turns bring nothing.
+  static constexpr bool kTakesTurns = !kAhead && !Traits::kPairs;
 
   using Scores =
       decltype(cute::partition_fragment_C(MmaQK{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<Traits::kTileN>>{}));
@@ -72,7 +67,7 @@ struct ForwardMainloop {
   Storage& storage;
   const int unit;  // which consumer warpgroup
   const int lane;
-  const Turn<takes_turns() ? Traits::kUnits : 1> turn;
+  const Turn<kTakesTurns ? Traits::kUnits : 1> turn;
   // The stages' barriers, which begin with `unread`. Opaque: recomputing the address in the loop costs issue slots and
   // moves the wait for the second product to a worse place.
   const uint32_t barriers;
@@ -204,13 +199,13 @@ struct ForwardMainloop {
   // Scores of the next stage while the tensor cores also multiply the last one's probabilities with its values.
   template <bool kMasked>
   __device__ __forceinline__ void step(Scores& scores, Probabilities& probabilities, const Limits& limits,
-                                       int query_index, bool accumulate, bool in_turn = true) {
+                                       int query_index, bool accumulate) {
     mbarrier_wait(keys_full(), key_stage.parity);
-    if (in_turn) turn.take();
+    turn.take();
     issue_scores(scores, query_index);
     mbarrier_wait(values_full(), value_stage.parity);
     issue_values(probabilities, accumulate);
-    if (in_turn) turn.pass();
+    turn.pass();
 
     cute::warpgroup_wait<1>();
     cute::warpgroup_fence_operand(scores);
@@ -322,18 +317,16 @@ struct ForwardMainloop {
 #pragma unroll 1
     while (true) {
       const int stages = pair.order.stages_of(owner), masked = pair.masked_of(owner);
-      // The units have as many steps in what both attend to, and only there.
-      const bool in_turn = owner == kOfBoth;
 #pragma unroll 1
       for (; stage < masked; ++stage) {
         move_to(stage);
-        step<true>(scores, probabilities, limits, query_index, accumulate, in_turn);
+        step<true>(scores, probabilities, limits, query_index, accumulate);
         accumulate = true;
       }
 #pragma unroll 1
       for (; stage < stages; ++stage) {
         move_to(stage);
-        step<false>(scores, probabilities, limits, query_index, accumulate, in_turn);
+        step<false>(scores, probabilities, limits, query_index, accumulate);
         accumulate = true;
       }
       if (owner == own) break;

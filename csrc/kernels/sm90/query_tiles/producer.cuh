@@ -330,8 +330,6 @@ __device__ __forceinline__ void run_tile_warp(const QueryTileArguments& args, ty
   }
   // The consumers still compute the last tile.
   if (args.sequences != nullptr) write_gaps<Traits>(args, lane);
-  // Nobody has waited yet for the kernel of pairs, and who waits for this kernel waits for both.
-  if (args.item_step < 0) wait_for_earlier_kernels();
 }
 
 // What goes into the next stages, one segment a lane, so that a stage costs few instructions: those of these warps take
