@@ -51,7 +51,8 @@ def block_sparse_attention(
     may reach gradients of all keys in active blocks.
 
     Rows of packed tensors that no sequence covers get 0, here as in the result, and -inf in lse. Results of a sequence
-    do not depend on what lies beside it. Under autocast, q, k and v are cast as PyTorch's own attention casts them.
+    do not depend on what lies beside it, but in their last bits where blocks are longer than the mask's longest
+    sequence, as which they are taken then. Under autocast, q, k and v are cast as PyTorch's own attention casts them.
 
     A NaN or infinity in v may reach queries that do not attend to its key, if they share a tile with one that does:
     queries of the same block, or of neighbouring blocks. In k it reaches results only of queries that attend to it, but
