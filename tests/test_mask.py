@@ -41,7 +41,7 @@ SPECS = [
     case("31_columns", lens_q=(20,), lens_k=(16 * 31,), k_block=16),
     case("32_columns", lens_q=(20,), lens_k=(16 * 32,), k_block=16),
     case("33_columns", lens_q=(20,), lens_k=(16 * 33,), k_block=16),
-    case("100_columns", lens_q=(20, 300), lens_k=(16 * 100, 16 * 64), k_block=16, causal=True),
+    case("100_columns", q_block=48, lens_q=(20, 300), lens_k=(16 * 100, 16 * 64), k_block=16, causal=True),
     case("one_row_blocks", lens_q=(5, 9), lens_k=(7, 3), q_block=1, k_block=1, causal=True),
     case("odd_blocks", lens_q=(50, 99), lens_k=(70, 31), q_block=7, k_block=13, causal=True),
     case("one_head", mask_heads=1),

@@ -77,15 +77,15 @@ bool takes_pairs(const ForwardParams& problem) {
       .pairs;
 }
 
-// The kernels of a forward call in the order in which they run.
+// The kernels of a forward call in the order in which they run. Behind the kernel of pairs, and be there none, the
+// other takes up to 4% longer.
 template <class Run>
 Status dispatch_forward(const ForwardParams& params, const KernelKey& key, Run&& run) {
-  if (takes_pairs(params)) {
-    KernelKey pairs;
-    HBSATTN_RETURN_IF_ERROR(select_pairs(params, &pairs));
-    HBSATTN_RETURN_IF_ERROR(dispatch<Sm90ForwardKernels>(pairs, "forward", run));
-  }
-  return dispatch<Sm90ForwardKernels>(key, "forward", run);
+  HBSATTN_RETURN_IF_ERROR(dispatch<Sm90ForwardKernels>(key, "forward", run));
+  if (!takes_pairs(params)) return Status::Ok();
+  KernelKey pairs;
+  HBSATTN_RETURN_IF_ERROR(select_pairs(params, &pairs));
+  return dispatch<Sm90ForwardKernels>(pairs, "forward", run);
 }
 
 // The parts of an explanation about tiles of queries, and about those of keys.
@@ -265,7 +265,7 @@ Status explain(const ForwardParams& params, Explanation* explanation) {
   return dispatch_forward(params, key, [&](auto config) {
     using Config = decltype(config);
     (Config::kPairs ? explanation->pairs_kernel : explanation->kernel) = name_kernel<Config>("forward", "m");
-    explanation->stage_rows = Config::kTileN;
+    if (!Config::kPairs) explanation->stage_rows = Config::kTileN;
     return Status::Ok();
   });
 }

@@ -12,17 +12,17 @@ int forward_shared_bytes() {
   return static_cast<int>(sizeof(typename sm90::QueryTileTraits<Config>::Storage));
 }
 
-// Of a list that has pairs, the kernel of pairs, which runs first, takes the front, and that of other tiles the end.
+// Of a list that has pairs, the kernel of pairs, which runs last, takes the front, and that of other tiles the end.
 template <class Config>
 void choose_part(const ForwardParams& params, sm90::QueryTileArguments& args) {
   args.num_items = static_cast<int>(
       count_query_items(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, false));
   if constexpr (Config::kPairs) {
     args.sequences = nullptr;  // the other writes rows of nobody
+    ++args.ticket;
   } else {
     args.items += args.num_items - 1;
     args.item_step = -1;
-    ++args.ticket;
   }
 }
 
@@ -51,9 +51,8 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   int ctas = 0;
   HBSATTN_RETURN_IF_ERROR(count_ctas(args, Config::kCtasPerSm, &ctas));
   // By a memset: it costs less than a kernel of its own. Behind the kernels of a plan, it would keep this one from
-  // starting before they end. Pairs come first, and it clears the ticket of the other kernel, too.
-  const bool first = pairs == Config::kPairs;
-  if (!params.workspace_is_clear && first && args.num_items > ctas) {
+  // starting before they end. It clears the ticket of pairs, too.
+  if (!params.workspace_is_clear && !Config::kPairs && (pairs || args.num_items > ctas)) {
     HBSATTN_RETURN_IF_ERROR(
         cuda_status(cudaMemsetAsync(args.ticket, 0, kForwardTickets * sizeof(int), stream), "cudaMemsetAsync"));
   }
