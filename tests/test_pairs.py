@@ -245,7 +245,8 @@ def test_bitwise_repeatable():
 
 def pays(both: int, alone: list[int], k_block: int) -> bool:
     """pays_to_pair of csrc/plan/pairs.h."""
-    return (5 * both - sum(alone) - 5 * abs(alone[0] - alone[1])) * k_block > 5 * 288
+    gain = 5 * both - sum(alone) - 5 * abs(alone[0] - alone[1])
+    return both >= sum(alone) and gain * k_block > 5 * 288
 
 
 @pytest.mark.gpu

@@ -379,7 +379,7 @@ int check_paying_pairs(int rounds) {
     const bool pays = pays_to_pair({both, {first, second}}, k_block_size);
     const int64_t keys = int64_t{both} * k_block_size;
     bool good = pays == pays_to_pair({both, {second, first}}, k_block_size);
-    good = good && (!pays || keys > kPairKeys) && (!pays || 5 * both > first + second);
+    good = good && (!pays || (keys > kPairKeys && int64_t{both} >= int64_t{first} + second));
     good = good && pays_to_pair({both, {0, 0}}, k_block_size) == (keys > kPairKeys);
     // More alike never pays less.
     good =
