@@ -77,8 +77,7 @@ bool takes_pairs(const ForwardParams& problem) {
       .pairs;
 }
 
-// The kernels of a forward call in the order in which they run. Behind the kernel of pairs, and be there none, the
-// other takes up to 4% longer.
+// The kernels of a forward call in the order in which they run.
 template <class Run>
 Status dispatch_forward(const ForwardParams& params, const KernelKey& key, Run&& run) {
   HBSATTN_RETURN_IF_ERROR(dispatch<Sm90ForwardKernels>(key, "forward", run));
