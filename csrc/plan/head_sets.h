@@ -27,9 +27,9 @@ inline constexpr int32_t kElementSize = 2;  // bytes, of every dtype that kernel
 
 // Whether two kernels take less time for gradients than one that adds up those of queries in global memory, though they
 // compute seven products instead of five, and whichever heads share tiles. Tiles of 64 keys add as much as L2 takes at
-// two thirds of the tensor cores' rate: the two took 0.5 to 0.98 of the time (H100; H200 0.72 to 0.96), but at head dim
-// 64, where exponentials take as long as products and two kernels have them twice (up to 1.11). Above head dim 128 they
-// take 0.82 to 0.88, if query blocks fill their tiles of 128 rows, and up to 1.17 if not (H200).
+// two thirds of the tensor cores' rate: the two took 0.49 to 0.87 of the time (H100; H200 0.82 to 0.96), but at head
+// dim 64, where exponentials take as long as products and two kernels have them twice (up to 1.11). Above head dim 128
+// they take 0.82 to 0.88, if query blocks fill their tiles of 128 rows, and up to 1.17 if not (H200).
 constexpr bool prefers_two_kernels(const MaskShape& shape, int32_t head_dim) {
   if (shape.k_block_size % kGranule != 0) return false;  // not measured
   if (head_dim > 128) return shape.q_block_size % 128 == 0;

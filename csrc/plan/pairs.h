@@ -57,7 +57,7 @@ struct PairCounts {
 // both attend to runs at a fifth more than the rate of such tiles, the rest at a fourteenth less, as a stage of it is
 // computed by one of two warpgroups; what one attends to beyond the other's share leaves the other idle; and a pair's
 // start, which no other CTA hides, takes what kPairKeys that both attend to gain. Two thirds of the lists are to be
-// alike: a few pairs that are so by chance would run by themselves, behind all other tiles, for 20 to 30 us.
+// alike, so that no pairs are so by chance: a few would run by themselves, behind all other tiles.
 inline constexpr int64_t kPairKeys = 288;
 
 constexpr bool pays_to_pair(const PairCounts& blocks, int32_t k_block_size) {

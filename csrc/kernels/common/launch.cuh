@@ -13,8 +13,7 @@ namespace hbsattn {
 // kernel that `launch` starts call this, and none touches global memory before: neither reads, as what it reads may
 // still be written, nor writes, as what it overwrites may still be read. What needs no global memory, such as barriers
 // and prefetches of tensor maps in the arguments, comes before. A kernel that never waited would be complete before
-// those before it are, and the next would not wait for these. One kernel calls it last instead: the forward's that runs
-// beside that of pairs, which had waited before it let it start.
+// those before it are, and the next would not wait for these.
 __device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Lets the next kernel's CTAs start where there is room, once all CTAs of this one have called this, by any thread, or
