@@ -179,6 +179,63 @@ CASES += [
     case("batched_odd", q_block=20, k_block=24, packed=False, lens_q=(90, 90), lens_k=(95, 95), head_dim=192),
 ]
 
+# Heads that tiles of keys stream as one: of 8 or more heads that share a mask, the largest power of two.
+CASES += [
+    case("stack_of_16", q_block=1, heads_q=32, heads_k=2, mask_heads=2, head_dim=128, causal=True, density=0.3),
+    case(
+        "stack_of_16_batched",
+        q_block=1,
+        k_block=128,
+        heads_q=16,
+        heads_k=1,
+        mask_heads=1,
+        head_dim=128,
+        packed=False,
+        lens_q=(70, 70),
+        lens_k=(300, 300),
+        causal=True,
+    ),
+    case("stack_of_8", q_block=2, k_block=32, heads_q=16, heads_k=2, mask_heads=2, layout="heads_first"),
+    case("stacks_of_8_of_24", q_block=6, k_block=48, heads_q=24, heads_k=1, mask_heads=1, head_dim=96, causal=True),
+    case("stacks_of_own_masks", q_block=4, heads_q=32, heads_k=2, mask_heads=4, head_dim=72, causal=True),
+    case(
+        "stack_of_long_blocks",
+        q_block=100,
+        k_block=128,
+        heads_q=8,
+        heads_k=1,
+        mask_heads=1,
+        head_dim=128,
+        lens_q=(250, 103),
+        lens_k=(300, 120),
+        causal=True,
+    ),
+    case("stack_of_128", q_block=1, k_block=64, heads_q=128, heads_k=1, mask_heads=1, lens_q=(30, 9), head_dim=40),
+    case("stack_wide", q_block=3, k_block=100, heads_q=16, heads_k=1, mask_heads=1, head_dim=256, causal=True),
+    case(
+        "stack_of_zero_length",
+        q_block=1,
+        heads_q=16,
+        heads_k=1,
+        mask_heads=1,
+        lens_q=(0, 70, 0, 50, 33, 0),
+        lens_k=(40, 70, 0, 0, 90, 0),
+        causal=True,
+        layout="padded",
+    ),
+    case(
+        "stack_in_parts",
+        q_block=1,
+        heads_q=16,
+        heads_k=1,
+        mask_heads=1,
+        lens_q=(3000,),
+        lens_k=(400,),
+        pattern="one_column",
+        head_dim=64,
+    ),
+]
+
 
 def block_size_pairs() -> list[Case]:
     """Every q block beside every k block; the other properties take turns."""
@@ -267,6 +324,7 @@ BACKWARD_METHODS = [
     case("by_keys_of_64", q_block=64, k_block=64),
     case("by_keys_wide", q_block=64, k_block=48, head_dim=256),
     case("by_keys_of_sets", q_block=8192, k_block=128, heads_q=8, heads_k=1, mask_heads=1, head_dim=128),
+    case("by_keys_of_stacks", q_block=1, k_block=64, heads_q=16, heads_k=1, mask_heads=1, head_dim=128),
     case("by_queries", q_block=128, k_block=16, head_dim=128),
     case("by_queries_of_odd_blocks", q_block=100, k_block=7),
     case("united", q_block=16, k_block=64, mask_heads=2, pattern="alike"),

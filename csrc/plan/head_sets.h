@@ -1,10 +1,12 @@
 #pragma once
 
-// How many query heads a tile of keys streams, and what tiles that run at the same time may take of the L2 cache.
+// Which query heads a tile of keys streams together, how many it streams, and what tiles that run at the same time may
+// take of the L2 cache.
 
 #include <cstdint>
 
 #include "hbsattn/params.h"
+#include "plan/mask_heads.h"
 #include "plan/policy.h"
 #include "plan/tiles.h"
 
@@ -23,15 +25,33 @@ constexpr int64_t count_query_bytes(const MaskShape& shape, int32_t head_dim, in
   return (rows < kMostRows ? rows : kMostRows) * count_row_bytes(head_dim, element_size);
 }
 
+// Query heads whose rows follow one another where tiles of keys stream them: of each query those of all heads of such a
+// stack, then those of the next query. Blocks of few queries fill granules then, and are looked up once for all heads.
+// These share a key head and a mask; a box has 8 of them; `stack * row + head` is below 2^30, for queries and keys.
+constexpr int32_t count_stacked_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k) {
+  if (shape.q_block_size % kGranule == 0 || shape.heads < 1 || heads_k < 1 || heads_q % heads_k != 0) return 1;
+  const int32_t group = heads_q / heads_k, of_mask = count_heads_of_mask(shape, heads_q);
+  const int32_t alike = of_mask % group == 0 ? group : group % of_mask == 0 ? of_mask : 1;
+  const int32_t stack = alike & -alike;
+  constexpr int64_t kMostRows = int64_t{1} << 30;
+  const int64_t queries = shape.rows * shape.q_block_size, keys = shape.cols * shape.k_block_size;
+  const bool fits = stack % 8 == 0 && int64_t{stack} * shape.q_block_size % kGranule == 0 && queries > 0 &&
+                    queries <= kMostRows / stack && keys <= kMostRows / stack;
+  return fits ? stack : 1;
+}
+
 inline constexpr int32_t kElementSize = 2;  // bytes, of every dtype that kernels are compiled for
 
 // Whether two kernels take less time for gradients than one that adds up those of queries in global memory, though they
 // compute seven products instead of five, and whichever heads share tiles. Tiles of 64 keys add as much as L2 takes at
 // two thirds of the tensor cores' rate: the two took 0.49 to 0.87 of the time (H100; H200 0.82 to 0.96), but at head
 // dim 64, where exponentials take as long as products and two kernels have them twice (up to 1.11). Above head dim 128
-// they take 0.82 to 0.88, if query blocks fill their tiles of 128 rows, and up to 1.17 if not (H200).
-constexpr bool prefers_two_kernels(const MaskShape& shape, int32_t head_dim) {
+// they take 0.82 to 0.88, if query blocks fill their tiles of 128 rows, and up to 1.17 if not (H200). Blocks that are
+// short even over stacked heads fill tiles of keys, but no tiles of queries.
+constexpr bool prefers_two_kernels(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim) {
   if (shape.k_block_size % kGranule != 0) return false;  // not measured
+  const int32_t stack = count_stacked_heads(shape, heads_q, heads_k);
+  if (stack > 1 && stack * shape.q_block_size < 64) return false;
   if (head_dim > 128) return shape.q_block_size % 128 == 0;
   return head_dim > 64 && shape.k_block_size >= 64 && shape_key_tiles(shape, head_dim).tile_keys == 64;
 }
@@ -44,13 +64,15 @@ constexpr int32_t count_tile_heads(const MaskShape& shape, int32_t heads_q, int3
                                    int32_t element_size, bool deterministic, const DevicePolicy& policy) {
   const int32_t group = heads_q / heads_k;
   // Without sums of queries, whole groups are faster (GQA 8, H100: 1.57 ms where sets took 2.07).
-  if (deterministic || group < 4 || shape.batch < 1 || prefers_two_kernels(shape, head_dim)) return group;
+  if (deterministic || group < 4 || shape.batch < 1) return group;
+  if (prefers_two_kernels(shape, heads_q, heads_k, head_dim)) return group;
   const int64_t of_head = count_query_bytes(shape, head_dim, element_size);
   if (of_head <= policy.together_bytes() / group) return group;
   const int64_t running = policy.running_keys() * count_row_bytes(head_dim, element_size);
   const int64_t fit = policy.running_bytes() / (of_head > running ? of_head : running) / (shape.causal ? 2 : 1);
+  const int32_t stack = count_stacked_heads(shape, heads_q, heads_k);
   int32_t heads = group;
-  while (heads > 1 && (heads > fit || group % heads != 0)) --heads;
+  while (heads > stack && (heads > fit || group % heads != 0)) heads -= stack;
   return heads;
 }
 

@@ -34,7 +34,7 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
   if (head_dim <= 128 && shape.k_block_size < 64 && tiles.tile_rows == 128) return BackwardMethod::kByQueries;
   // Key blocks that share tiles of 64 with full tiles of queries, too (H200, 64x16: 0.72 to 0.85 of the time).
   const bool shared = shape.k_block_size < 64 && shape.k_block_size % kGranule == 0 && tiles.block_rows >= 64;
-  const bool two_kernels = prefers_two_kernels(shape, head_dim) || (head_dim <= 128 && shared);
+  const bool two_kernels = prefers_two_kernels(shape, heads_q, heads_k, head_dim) || (head_dim <= 128 && shared);
   return two_kernels ? BackwardMethod::kByKeysAndQueries : BackwardMethod::kByKeys;
 }
 
@@ -52,17 +52,18 @@ inline constexpr int64_t kForwardTickets = 2;
 // output and output gradient, and, by keys, its gradient in float32. Byte offsets.
 struct BackwardWorkspace {
   QueryChunks chunks;
-  int64_t rows;          // of a head's chunks
+  int64_t stacks;        // of query heads, see QueryChunks
+  int64_t rows;          // of a stack's chunks
   int64_t tickets;       // of the persistent CTAs of up to kTickets kernels, and behind them a counter for each
                          // warpgroup's half of each slot
   int64_t set_counters;  // (heads_k, batch * rows_k), twice above head dim 128, if sets of heads pass sums on
-  int64_t sums;          // that tiles add to: by keys, (heads_q, chunks) of 16 x padded head_dim floats, in the
+  int64_t sums;          // that tiles add to: by keys, (stacks, chunks) of 16 x padded head_dim floats, in the
                          // order of accumulators; by queries, (2, heads_k, batch * rows_k, padded head_dim) floats
   int64_t zeroed;        // bytes from `tickets` on that are to be 0, a multiple of 16
-  int64_t statistics;  // two arrays (heads_q, rows) of float, each followed by kPaddingRows for rows that do not exist
-  int64_t parts;       // gradients of keys and values in parts of tiles, slot after slot
-  int64_t slots;       // that there is room for
-  int64_t set_sums;    // (heads_k, batch * rows_k, 2 x padded head_dim) floats, if sets of heads pass sums on
+  int64_t statistics;    // two arrays (stacks, rows) of float, each followed by kPaddingRows for rows that do not exist
+  int64_t parts;         // gradients of keys and values in parts of tiles, slot after slot
+  int64_t slots;         // that there is room for
+  int64_t set_sums;      // (heads_k, batch * rows_k, 2 x padded head_dim) floats, if sets of heads pass sums on
   int64_t bytes;
 
   static constexpr int64_t kTickets = 2;
@@ -91,14 +92,15 @@ constexpr BackwardWorkspace lay_out_backward(const BackwardParams& params, int32
   BackwardWorkspace workspace{};
   workspace.chunks = chunk_queries(problem);
   workspace.slots = slots;
+  workspace.stacks = workspace.chunks.count_stacks(problem.heads_q);
   workspace.rows = workspace.chunks.count * kGranule;
-  const int64_t query_bytes = 4 * problem.heads_q * workspace.rows * padded_head_dim;
+  const int64_t query_bytes = 4 * workspace.stacks * workspace.rows * padded_head_dim;
   workspace.set_counters = workspace.tickets + align(4 * (BackwardWorkspace::kTickets + 2 * slots));
   workspace.sums = workspace.set_counters + align(passes_sets ? 4 * keys * (padded_head_dim > 128 ? 2 : 1) : 0);
   workspace.zeroed = workspace.sums + (by_queries ? key_bytes : by_keys ? query_bytes : 0);
   workspace.statistics = align(workspace.zeroed);
   workspace.parts =
-      workspace.statistics + align(2 * 4 * (problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows));
+      workspace.statistics + align(2 * 4 * (workspace.stacks * workspace.rows + BackwardWorkspace::kPaddingRows));
   workspace.set_sums = workspace.parts + align(slots * 2 * 4 * tiles.tile_keys * padded_head_dim);
   workspace.bytes = workspace.set_sums + (passes_sets ? key_bytes : 0);
   return workspace;

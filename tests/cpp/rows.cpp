@@ -24,7 +24,24 @@ constexpr BackwardMethod method_of(int32_t q_block, int32_t k_block, int32_t hea
 }
 static_assert(method_of(128, 128, 128) == BackwardMethod::kByKeys);
 static_assert(method_of(64, 64, 128) == BackwardMethod::kByKeysAndQueries);
-static_assert(method_of(1, 64, 128, 16) == BackwardMethod::kByKeysAndQueries);
+static_assert(method_of(1, 64, 128, 16) == BackwardMethod::kByKeys);
+static_assert(method_of(1, 64, 128, 4) == BackwardMethod::kByKeysAndQueries);
+static_assert(method_of(4, 64, 128, 16) == BackwardMethod::kByKeysAndQueries);
+
+// Heads that are streamed as one, by the heads that share a key head and the masks that these have.
+constexpr int32_t stack_of(int32_t q_block, int32_t group, int32_t masks, int64_t rows = 1) {
+  MaskShape shape;
+  shape.batch = shape.cols = 1;
+  shape.heads = masks;
+  shape.rows = rows;
+  shape.q_block_size = q_block;
+  shape.k_block_size = 64;
+  return count_stacked_heads(shape, group, 1);
+}
+static_assert(stack_of(1, 16, 1) == 16 && stack_of(1, 32, 2) == 16 && stack_of(1, 24, 1) == 1);
+static_assert(stack_of(2, 24, 1) == 8 && stack_of(2, 8, 1) == 8 && stack_of(1, 8, 1) == 1 && stack_of(4, 4, 1) == 1);
+static_assert(stack_of(16, 16, 1) == 1 && stack_of(100, 8, 1) == 8 && stack_of(1, 16, 16) == 1);
+static_assert(stack_of(1, 16, 1, 1 << 26) == 16 && stack_of(1, 16, 1, (1 << 26) + 1) == 1);
 static_assert(method_of(64, 16, 96) == BackwardMethod::kByKeysAndQueries);
 static_assert(method_of(16, 16, 128, 4) == BackwardMethod::kByKeysAndQueries);
 static_assert(method_of(16, 16, 128) == BackwardMethod::kByKeys);
@@ -62,7 +79,9 @@ Table make_table() {
   shape.q_block_size = blocks[draw(0, 8)];
   shape.k_block_size = blocks[draw(0, 8)];
   problem.packed = draw(0, 3) > 0;
-  problem.heads_q = problem.heads_k = shape.heads = 1;
+  const int32_t groups[] = {1, 4, 8, 16, 24};
+  problem.heads_q = groups[draw(0, 4)];
+  problem.heads_k = shape.heads = 1;
   problem.head_dim = 64;
   const int32_t longest = draw(1, 200);
   std::vector<int32_t> cu_q{draw(0, 3) == 0 ? draw(0, 40) : 0}, cu_k{draw(0, 3) == 0 ? draw(0, 40) : 0};
@@ -156,9 +175,11 @@ void check_chunks(const Table& table) {
   const ForwardParams& problem = table.problem;
   const MaskShape& shape = problem.mask.shape;
   const QueryChunks chunks = chunk_queries(problem);
-  if (shape.q_block_size % kGranule == 0) {
-    const int64_t runs = problem.packed ? 1 : shape.batch, segment = segment_rows(shape.q_block_size);
-    check(chunks.count <= (runs * (problem.rows_q / segment + 1) + shape.batch) * (segment / kGranule),
+  const int32_t heads = 1 << chunks.stack_log2;
+  check(heads == count_stacked_heads(shape, problem.heads_q, problem.heads_k), "a stack has the heads that it has");
+  if (chunks.per_block == 0) {
+    const int64_t runs = problem.packed ? 1 : shape.batch, segment = segment_rows(heads * shape.q_block_size);
+    check(chunks.count <= (runs * (heads * problem.rows_q / segment + 1) + shape.batch) * (segment / kGranule),
           "hardly more chunks than segments need");
     for (int32_t b = 0; b < shape.batch; ++b) {
       check(chunks.first(b, problem.packed ? table.sequences[b].q_begin : 0) % chunks.per_segment == 0,
@@ -170,19 +191,23 @@ void check_chunks(const Table& table) {
     const mask::RowPlace place = mask::locate_row(shape, table.sequences.data(), bit_row);
     if (!place.used) continue;
     const int64_t begin = place.block * shape.q_block_size;
-    for (int64_t query = begin; query < begin + shape.q_block_size && query < place.sequence.q_len; ++query) {
-      const int64_t position = chunks.per_block > 0
-                                   ? bit_row * chunks.per_block * kGranule + query - begin
-                                   : int64_t{chunks.first(place.index, place.sequence.q_begin)} * kGranule + query;
+    const int64_t end = mask::smaller<int64_t>(begin + shape.q_block_size, place.sequence.q_len);
+    for (int64_t row = begin * heads; row < end * heads; ++row) {
+      const int64_t query = row / heads;
+      const auto head = static_cast<int32_t>(row % heads);
+      const int64_t first = int64_t{chunks.first(place.index, place.sequence.q_begin)} * kGranule;
+      const int64_t position = chunks.per_block > 0 ? bit_row * chunks.per_block * kGranule + query - begin
+                                                    : first + chunks.row_of_query(static_cast<int32_t>(query), head);
       check(position >= 0 && position < chunks.count * kGranule, "chunks lie in the workspace");
       check(++seen[position] == 1, "no two queries share a place");
       const QueryPlace found =
           locate_query(shape, table.sequences.data(), chunks, problem.rows_q, static_cast<int32_t>(position / kGranule),
                        static_cast<int32_t>(position % kGranule));
-      check(found.exists && found.sequence == place.index && found.row == place.sequence.q_begin + query,
+      check(found.exists && found.sequence == place.index && found.row == place.sequence.q_begin + query &&
+                found.head == head,
             "a chunk's row is found again");
       // What a chunk holds behind the end of a sequence does not exist.
-      if (query + 1 == place.sequence.q_len && (position + 1) % kGranule != 0) {
+      if (row + 1 == int64_t{place.sequence.q_len} * heads && (position + 1) % kGranule != 0) {
         check(!locate_query(shape, table.sequences.data(), chunks, problem.rows_q,
                             static_cast<int32_t>(position / kGranule), static_cast<int32_t>((position + 1) % kGranule))
                    .exists,
@@ -211,6 +236,7 @@ void check_lies(Table& table) {
       const QueryPlace found = locate_query(shape, table.sequences.data(), chunks, problem.rows_q, chunk, row);
       check(!found.exists || (found.row >= 0 && found.row < problem.rows_q), "rows lie in the tensor");
       check(found.sequence >= 0 && found.sequence < shape.batch, "sequences lie in the batch");
+      check(found.head >= 0 && found.head < 1 << chunks.stack_log2, "heads lie in the stack");
     }
   }
   // As kernels cut what an item says.
@@ -218,7 +244,8 @@ void check_lies(Table& table) {
     const int64_t q_begin = mask::clamp<int64_t>(table.sequences[index].q_begin, 0, problem.rows_q);
     const int64_t q_len = mask::clamp<int64_t>(table.sequences[index].q_len, 0, problem.rows_q - q_begin);
     const int64_t first = chunks.first(index, static_cast<int32_t>(q_begin));
-    check(q_len == 0 || (first >= 0 && first + (q_len - 1) / kGranule < chunks.count), "chunks lie in the workspace");
+    const int64_t last = first + ((q_len << chunks.stack_log2) - 1) / kGranule;
+    check(q_len == 0 || (first >= 0 && last < chunks.count), "chunks lie in the workspace");
   }
 }
 
@@ -237,6 +264,12 @@ void check_size() {
   problem.head_dim = 128;
   const BackwardWorkspace workspace = lay_out_backward(params, 128, BackwardMethod::kByKeys, DevicePolicy{});
   check(workspace.rows == 4096 * 8 + 4096 * 64, "sums of short sequences are padded to segments, not to blocks");
+  // Blocks of one query are not padded at all, where heads share their mask.
+  shape.rows = 4096 * 8;
+  shape.q_block_size = 1;
+  problem.heads_q = 16;
+  const BackwardWorkspace stacked = lay_out_backward(params, 128, BackwardMethod::kByKeys, DevicePolicy{});
+  check(stacked.stacks == 1 && stacked.rows == (4096 * 8 + 4096) * 16, "a stack of heads fills chunks");
 }
 
 }  // namespace

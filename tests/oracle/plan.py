@@ -7,6 +7,7 @@ sequence. `sequences` is int32 (batch, 7) with the columns below.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -127,9 +128,20 @@ def count_query_bytes(batch: int, rows: int, q_block_size: int, head_dim: int, e
     return of_sequence * count_row_bytes(head_dim, element_size)
 
 
-def prefers_two_kernels(q_block_size: int, k_block_size: int, head_dim: int) -> bool:
+def count_stacked_heads(mask_heads: int, q_block_size: int, heads_q: int, heads_k: int) -> int:
+    """Query heads whose rows tiles of keys stream as one, of a problem of fewer than 2**26 tokens."""
+    group, of_mask = heads_q // heads_k, heads_q // mask_heads
+    alike = math.gcd(group, of_mask) if max(group, of_mask) % min(group, of_mask) == 0 else 1
+    stack = alike & -alike
+    return stack if q_block_size % 16 != 0 and stack >= 8 and stack * q_block_size % 16 == 0 else 1
+
+
+def prefers_two_kernels(
+    mask_heads: int, q_block_size: int, k_block_size: int, heads_q: int, heads_k: int, head_dim: int
+) -> bool:
     """Whether gradients come by two kernels where they may vary, too, and whichever heads share tiles."""
-    if k_block_size % 16 != 0:
+    stack = count_stacked_heads(mask_heads, q_block_size, heads_q, heads_k)
+    if k_block_size % 16 != 0 or (stack > 1 and stack * q_block_size < 64):
         return False
     if head_dim > 128:
         return q_block_size % 128 == 0
@@ -139,6 +151,7 @@ def prefers_two_kernels(q_block_size: int, k_block_size: int, head_dim: int) -> 
 def count_tile_heads(
     batch: int,
     rows: int,
+    mask_heads: int,
     q_block_size: int,
     k_block_size: int,
     heads_q: int,
@@ -150,15 +163,19 @@ def count_tile_heads(
 ) -> int:
     """Query heads that one tile of the backward pass streams."""
     group = heads_q // heads_k
-    if deterministic or group < 4 or batch == 0 or prefers_two_kernels(q_block_size, k_block_size, head_dim):
+    if deterministic or group < 4 or batch == 0:
         return group
+    if prefers_two_kernels(mask_heads, q_block_size, k_block_size, heads_q, heads_k, head_dim):
+        return group
+    stack = count_stacked_heads(mask_heads, q_block_size, heads_q, heads_k)
     card = this_card()
     of_head = count_query_bytes(batch, rows, q_block_size, head_dim, element_size)
     if of_head <= card.together_bytes // group:
         return group
     running = card.running_keys * count_row_bytes(head_dim, element_size)
     fit = card.running_bytes // max(of_head, running) // (2 if causal else 1)
-    return max(heads for heads in range(1, group + 1) if group % heads == 0 and (heads == 1 or heads <= fit))
+    stacks = range(stack, group + 1, stack)
+    return max(heads for heads in stacks if group % heads == 0 and (heads == stack or heads <= fit))
 
 
 class KeyPlaces(NamedTuple):

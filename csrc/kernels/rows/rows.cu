@@ -38,6 +38,10 @@ __device__ QueryPlace locate(const RowArguments& args, int chunk, int row_in_chu
   return locate_query(args.shape, args.sequences, args.workspace.chunks, args.rows_q, chunk, row_in_chunk);
 }
 
+__device__ int head_of(const RowArguments& args, int stack, const QueryPlace& place) {
+  return (stack << args.workspace.chunks.stack_log2) + place.head;
+}
+
 template <class Element>
 __device__ Element* address(const TensorView& view, const QueryPlace& place, int head) {
   return static_cast<Element*>(view.data) + place.sequence * view.batch_stride + place.row * view.row_stride +
@@ -63,7 +67,7 @@ __device__ float dot(const uint4& a, const uint4& b) {
   return sum;
 }
 
-// A CTA has a chunk of 16 rows of one head, a thread up to kVectors vectors of 8 columns of a row.
+// A CTA has a chunk of 16 rows of one stack of heads, a thread up to kVectors vectors of 8 columns of a row.
 template <class Element, int kVectors>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const RowArguments args) {
   let_next_kernel_start();
@@ -73,10 +77,11 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Row
     args.cleared[i] = make_uint4(0, 0, 0, 0);
   }
   // The first heads last, which find their rows in the L2 cache then.
-  const int chunk = blockIdx.x, head = static_cast<int>(gridDim.y - 1 - blockIdx.y);
+  const int chunk = blockIdx.x, stack = static_cast<int>(gridDim.y - 1 - blockIdx.y);
   const int row = threadIdx.x / kRowThreads, lane = threadIdx.x % kRowThreads;
-  const int64_t head_row = head * args.workspace.rows + int64_t{chunk} * kGranule;
+  const int64_t stack_row = stack * args.workspace.rows + int64_t{chunk} * kGranule;
   const QueryPlace place = locate(args, chunk, row);
+  const int head = head_of(args, stack, place);
   uint4 out[kVectors] = {}, grad_out[kVectors] = {};
   float lse = -INFINITY, grad_lse = 0.f;
   if (place.exists) {
@@ -102,23 +107,27 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Row
   for (int step = kRowThreads / 2; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
   if (lane == 0) {
     // The weights of a row with nothing to attend become exp(s - inf) = 0.
-    args.lse[head_row + row] = lse == -INFINITY ? INFINITY : lse * static_cast<float>(M_LOG2E);
-    args.delta[head_row + row] = lse == -INFINITY ? 0.f : delta - grad_lse;
+    args.lse[stack_row + row] = lse == -INFINITY ? INFINITY : lse * static_cast<float>(M_LOG2E);
+    args.delta[stack_row + row] = lse == -INFINITY ? 0.f : delta - grad_lse;
   }
-  if (chunk == 0 && head == 0 && threadIdx.x < BackwardWorkspace::kPaddingRows) {
-    args.lse[args.heads_q * args.workspace.rows + threadIdx.x] = INFINITY;
-    args.delta[args.heads_q * args.workspace.rows + threadIdx.x] = 0.f;
+  if (chunk == 0 && stack == 0 && threadIdx.x < BackwardWorkspace::kPaddingRows) {
+    const int64_t padding = args.workspace.stacks * args.workspace.rows + threadIdx.x;
+    args.lse[padding] = INFINITY;
+    args.delta[padding] = 0.f;
   }
 }
 
 // Queries that belong to no chunk, as no tile has them.
-__device__ void write_gaps(const RowArguments& args, int head, int lane) {
-  auto* grad_q = static_cast<uint16_t*>(args.grad_q.data) + head * args.grad_q.head_stride;
+__device__ void write_gaps(const RowArguments& args, int stack, int lane) {
+  const int stack_log2 = args.workspace.chunks.stack_log2;
+  auto* grad_q = static_cast<uint16_t*>(args.grad_q.data) + (stack << stack_log2) * args.grad_q.head_stride;
   const auto rows = static_cast<int32_t>(args.rows_q);
   visit_gaps(
       args.shape.batch, static_cast<int>(blockIdx.x), mask::smaller<int>(gridDim.x, kGapCtas), lane,
       [&](int index) { return find_query_gap(args.shape, args.sequences, index, rows); },
-      [&](int row) { clear_row(grad_q + row * args.grad_q.row_stride, 0, 1, args.head_dim, lane); });
+      [&](int row) {
+        clear_row(grad_q + row * args.grad_q.row_stride, args.grad_q.head_stride, 1 << stack_log2, args.head_dim, lane);
+      });
 }
 
 // A warp has 32 columns of a chunk. In the workspace, four floats belong to the lane of an accumulator: two columns of
@@ -130,12 +139,12 @@ __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const Ro
   const int parts = args.padded_head_dim / 32;
   const auto warp = static_cast<int>(blockIdx.x * kFinishWarps + threadIdx.x / 32);
   // The last heads first, whose sums are still in the L2 cache.
-  const int head = static_cast<int>(gridDim.y - 1 - blockIdx.y);
+  const int stack = static_cast<int>(gridDim.y - 1 - blockIdx.y);
   const int chunk = warp / parts, part = warp - chunk * parts, lane = threadIdx.x % 32;
-  if (args.packed && blockIdx.x < kGapCtas && threadIdx.x < 32) write_gaps(args, head, lane);
+  if (args.packed && blockIdx.x < kGapCtas && threadIdx.x < 32) write_gaps(args, stack, lane);
   if (chunk >= chunks) return;
-  const int64_t head_row = head * args.workspace.rows + int64_t{chunk} * kGranule;
-  const auto* sums = reinterpret_cast<const float4*>(args.grad_q_sum + head_row * args.padded_head_dim) + part * 128;
+  const int64_t stack_row = stack * args.workspace.rows + int64_t{chunk} * kGranule;
+  const auto* sums = reinterpret_cast<const float4*>(args.grad_q_sum + stack_row * args.padded_head_dim) + part * 128;
   uint32_t columns[2][4];
 #pragma unroll
   for (int group = 0; group < 4; ++group) {
@@ -149,7 +158,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const Ro
     transpose_quad(columns[i], lane);
     const QueryPlace place = locate(args, chunk, lane / 4 + 8 * i);
     if (place.exists && column < args.head_dim) {
-      *reinterpret_cast<uint4*>(address<Element>(args.grad_q, place, head) + column) =
+      *reinterpret_cast<uint4*>(address<Element>(args.grad_q, place, head_of(args, stack, place)) + column) =
           make_uint4(columns[i][0], columns[i][1], columns[i][2], columns[i][3]);
     }
   }
@@ -174,7 +183,7 @@ Status visit_dtype(DType dtype, Visitor&& visit) {
 RowArguments row_arguments(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim) {
   const ForwardParams& problem = params.problem;
   auto* bytes = static_cast<uint8_t*>(params.workspace);
-  const int64_t array = problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows;
+  const int64_t array = workspace.stacks * workspace.rows + BackwardWorkspace::kPaddingRows;
   auto* lse = reinterpret_cast<float*>(bytes + workspace.statistics);
   return {problem.mask.shape,
           problem.mask.sequences,
@@ -239,7 +248,7 @@ Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& works
     // The memory is faster at writing that many by themselves than among the reads of the kernel.
     HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.cleared, 0, workspace.zeroed, stream), "cudaMemsetAsync"));
   }
-  const dim3 grid(static_cast<unsigned>(workspace.chunks.count), static_cast<unsigned>(args.heads_q));
+  const dim3 grid(static_cast<unsigned>(workspace.chunks.count), static_cast<unsigned>(workspace.stacks));
   return visit_dtype(params.problem.dtype, [&](auto element) {
     using Element = decltype(element);
     auto* kernel = args.head_dim <= 64    ? prepare_rows_kernel<Element, 1>
@@ -276,7 +285,7 @@ Status finish_rows(const BackwardParams& params, const BackwardWorkspace& worksp
   const RowArguments args = row_arguments(params, workspace, padded_head_dim);
   const int64_t chunks = workspace.chunks.count;
   const dim3 grid(static_cast<unsigned>(mask::ceil_div(chunks * (padded_head_dim / 32), kFinishWarps)),
-                  static_cast<unsigned>(args.heads_q));
+                  static_cast<unsigned>(workspace.stacks));
   return visit_dtype(params.problem.dtype, [&](auto element) {
     return launch("the launch of finish_rows", finish_rows_kernel<decltype(element)>, grid, 32 * kFinishWarps, 0,
                   stream, args, static_cast<int>(chunks));

@@ -69,15 +69,25 @@ Status encode_rows(const MatrixRows& tensor, int chunk, int box_rows, int box_he
       {static_cast<cuuint32_t>(chunk), static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_heads)}, map);
 }
 
-Status encode_whole_rows(const MatrixRows& tensor, int chunk, int chunks, int box_rows, CUtensorMap* map) {
+Status encode_whole_rows(const MatrixRows& tensor, int chunk, int chunks, int box_rows, CUtensorMap* map,
+                         int box_heads) {
   const cuuint64_t row = tensor.row_stride * kElementSize, head = tensor.head_stride * kElementSize;
   const cuuint64_t columns = chunk, groups = box_rows / 8;
-  return encode<5>(
-      tensor,
-      {columns, static_cast<cuuint64_t>(tensor.rows), static_cast<cuuint64_t>(chunks), groups,
-       static_cast<cuuint64_t>(tensor.heads)},
-      {row, columns * kElementSize, 8 * row, head},
-      {static_cast<cuuint32_t>(chunk), 8, static_cast<cuuint32_t>(chunks), static_cast<cuuint32_t>(groups), 1}, map);
+  return encode<5>(tensor,
+                   {columns, static_cast<cuuint64_t>(tensor.rows), static_cast<cuuint64_t>(chunks), groups,
+                    static_cast<cuuint64_t>(tensor.heads)},
+                   {row, columns * kElementSize, 8 * row, head},
+                   {static_cast<cuuint32_t>(chunk), 8, static_cast<cuuint32_t>(chunks), static_cast<cuuint32_t>(groups),
+                    static_cast<cuuint32_t>(box_heads)},
+                   map);
+}
+
+Status encode_eight_rows(const MatrixRows& tensor, int chunk, CUtensorMap* map) {
+  const cuuint64_t row = tensor.row_stride * kElementSize, head = tensor.head_stride * kElementSize;
+  return encode<5>(tensor,
+                   {static_cast<cuuint64_t>(tensor.head_dim), static_cast<cuuint64_t>(tensor.rows), 1, 1,
+                    static_cast<cuuint64_t>(tensor.heads)},
+                   {row, row, row, head}, {static_cast<cuuint32_t>(chunk), 8, 1, 1, 1}, map);
 }
 
 Status encode_clipped_rows(const MatrixRows& tensor, int chunk, CUtensorMap* map) {

@@ -27,9 +27,13 @@ struct MatrixRows {
 Status encode_rows(const MatrixRows& tensor, int chunk, int box_rows, int box_heads, CUtensorMap* map);
 
 // (columns of a chunk, rows, chunks, groups of 8 rows, heads) with a box of `box_rows` whole rows of `chunks` chunks,
-// which arrive as [group of 8][chunk][8][columns]. Columns past head_dim are what follows in memory. Needs
-// box_rows % 8 == 0.
-Status encode_whole_rows(const MatrixRows& tensor, int chunk, int chunks, int box_rows, CUtensorMap* map);
+// of `box_heads` heads, which arrive as [head][group of 8][chunk][8][columns]. Columns past head_dim are what follows
+// in memory. Needs box_rows % 8 == 0.
+Status encode_whole_rows(const MatrixRows& tensor, int chunk, int chunks, int box_rows, CUtensorMap* map,
+                         int box_heads = 1);
+
+// (head_dim, rows, 1, 1, heads) with a box of a chunk of 8 rows of a head. Columns from head_dim on read as zeros.
+Status encode_eight_rows(const MatrixRows& tensor, int chunk, CUtensorMap* map);
 
 // 8 rows of a chunk of a run of rows that may end anywhere; rows past the end read as zeros although the tensor goes
 // on. A box that starts `r` rows into a run of `n` rows that begins at row `b` has the coordinates

@@ -22,4 +22,9 @@ inline RowsOfTensor rows_of(const TensorView& view, const ForwardParams& params,
           static_cast<int>(span.batch_heads)};
 }
 
+// The heads of each row as rows, and the rows as heads.
+inline MatrixRows exchange_rows_and_heads(const MatrixRows& matrix) {
+  return {matrix.data, matrix.heads, matrix.head_stride, matrix.rows, matrix.row_stride, matrix.head_dim, matrix.dtype};
+}
+
 }  // namespace hbsattn::kernels

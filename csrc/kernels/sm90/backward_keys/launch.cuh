@@ -36,17 +36,28 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
 
   sm90::BackwardKeysArguments args{};
   static_assert(Config::kTileM == kMostSegmentRows);
-  const int segment = shape.q_block_size % kGranule == 0 ? segment_rows(shape.q_block_size) : kGranule;
-  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(q.matrix, Config::kChunkColumns, &args.map_q_clipped));
-  HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(grad_out.matrix, Config::kChunkColumns, &args.map_grad_out_clipped));
+  const int stack = 1 << workspace.chunks.stack_log2;
+  const bool by_position = workspace.chunks.per_block == 0;
+  const int segment = by_position ? workspace.chunks.per_segment * kGranule : kGranule;
+  const auto encode_clipped_queries = [&](const RowsOfTensor& tensor, CUtensorMap* map) {
+    return stack > 1 ? encode_eight_rows(exchange_rows_and_heads(tensor.matrix), Config::kChunkColumns, map)
+                     : encode_clipped_rows(tensor.matrix, Config::kChunkColumns, map);
+  };
+  HBSATTN_RETURN_IF_ERROR(encode_clipped_queries(q, &args.map_q_clipped));
+  HBSATTN_RETURN_IF_ERROR(encode_clipped_queries(grad_out, &args.map_grad_out_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, Config::kChunkColumns, &args.map_k_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, Config::kChunkColumns, &args.map_v_clipped));
   // Whole rows would take columns past head_dim from the next head.
   args.whole_rows = problem.head_dim == Config::kHeadDim;
   if (args.whole_rows) {
-    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(q.matrix, Config::kChunkColumns, Traits::kChunks, segment, &args.map_q));
-    HBSATTN_RETURN_IF_ERROR(
-        encode_whole_rows(grad_out.matrix, Config::kChunkColumns, Traits::kChunks, segment, &args.map_grad_out));
+    const auto encode_queries = [&](const RowsOfTensor& tensor, CUtensorMap* map) {
+      const int heads = std::min(stack, segment);
+      return stack > 1 ? encode_whole_rows(exchange_rows_and_heads(tensor.matrix), Config::kChunkColumns,
+                                           Traits::kChunks, heads, map, segment / heads)
+                       : encode_whole_rows(tensor.matrix, Config::kChunkColumns, Traits::kChunks, segment, map);
+    };
+    HBSATTN_RETURN_IF_ERROR(encode_queries(q, &args.map_q));
+    HBSATTN_RETURN_IF_ERROR(encode_queries(grad_out, &args.map_grad_out));
     HBSATTN_RETURN_IF_ERROR(
         encode_whole_rows(k.matrix, Config::kChunkColumns, Traits::kChunks, Config::kTileN, &args.map_k));
     HBSATTN_RETURN_IF_ERROR(
@@ -87,10 +98,10 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.part_sums = reinterpret_cast<float4*>(bytes + workspace.parts);
   args.slots = static_cast<int>(workspace.slots);
   args.lse = reinterpret_cast<float*>(bytes + workspace.statistics);
-  args.delta = args.lse + problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows;
+  args.delta = args.lse + workspace.stacks * workspace.rows + BackwardWorkspace::kPaddingRows;
   args.grad_q = reinterpret_cast<float*>(bytes + workspace.sums);
   args.chunks = workspace.chunks;
-  args.padding_chunk = static_cast<int>(problem.heads_q * workspace.chunks.count);
+  args.padding_chunk = static_cast<int>(workspace.stacks * workspace.chunks.count);
   args.rows_q = static_cast<int>(problem.rows_q);
   args.rows_k = static_cast<int>(problem.rows_k);
   args.q_batch_rows = q.batch_rows;
@@ -111,8 +122,8 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.set_counters = reinterpret_cast<uint32_t*>(bytes + workspace.set_counters);
   args.heads_of_mask = count_heads_of_mask(shape, problem.heads_q);
   // Blocks may be longer than all sequences.
-  const int64_t block_queries = std::min<int64_t>(shape.q_block_size, problem.rows_q);
-  args.segments_per_block = static_cast<int>((block_queries + segment - 1) / segment);
+  const int64_t block_rows = std::min<int64_t>(shape.q_block_size, problem.rows_q) * stack;
+  args.segments_per_block = static_cast<int>((block_rows + segment - 1) / segment);
   while ((1 << args.segment_log2) < segment) ++args.segment_log2;
   args.scale = problem.softmax_scale;
   args.scale_log2 = static_cast<float>(problem.softmax_scale * M_LOG2E);

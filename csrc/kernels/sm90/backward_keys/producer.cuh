@@ -140,15 +140,15 @@ __device__ __forceinline__ void load_keys(const BackwardKeysArguments& args, con
 
 // What goes into the next stages, one segment a lane.
 struct QueryPlan {
-  int query;   // first of this lane's segment, in the sequence; -1: none
-  int end;     // queries of the segment end here
+  int query;   // first of this lane's segment, in the sequence; of stacked heads, row of the stack; -1: none
+  int end;     // those of the segment end here
   int chunk;   // of the workspace, where the segment's rows begin
   int with;    // united key blocks that are active with it, one bit each
   bool whole;  // it ends with its last row
   bool clean;  // every key of the tile sees every query of it
 };
 
-template <class Traits>
+template <class Traits, bool kStacked>
 __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& args, const KeyItem& item,
                                                   const ColumnBits& bits, const typename Traits::Blocks& blocks,
                                                   int head, int position, bool exists) {
@@ -160,11 +160,12 @@ __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& a
   const int row = blocks.column(entry), block = row - item.row_begin;
   const int in_block = segment << args.segment_log2, rows = 1 << args.segment_log2;
   QueryPlan plan;
-  plan.query = block * args.mask.q_block_size + in_block;
-  plan.end = min((block + 1) * args.mask.q_block_size, item.q_len);
+  const int stack_log2 = kStacked ? args.chunks.stack_log2 : 0;
+  plan.query = (block * args.mask.q_block_size << stack_log2) + in_block;
+  plan.end = min((block + 1) * args.mask.q_block_size, item.q_len) << stack_log2;
   if (plan.query >= plan.end) return kNone;
-  plan.chunk = head * static_cast<int>(args.chunks.count);
-  if (args.chunks.per_block > 0) {
+  plan.chunk = (kStacked ? args.chunks.stack_of_head(head) : head) * static_cast<int>(args.chunks.count);
+  if (!kStacked && args.chunks.per_block > 0) {
     plan.chunk += row * args.chunks.per_block + in_block / kGranule;
   } else {
     plan.chunk += args.chunks.first(item.sequence, item.q_begin) + plan.query / kGranule;
@@ -173,11 +174,11 @@ __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& a
   plan.whole = args.whole_rows && plan.query + rows <= plan.end;
   const int last_key = item.first_key + item.keys - 1;
   plan.clean = item.keys == Traits::kTileN && plan.with == (1 << item.united) - 1 &&
-               rule_of(args.mask, item).is_clean(plan.query, last_key);
+               rule_of(args.mask, item).is_clean(plan.query >> stack_log2, last_key);
   return plan;
 }
 
-template <class Traits>
+template <class Traits, bool kStacked>
 __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, typename Traits::Storage& storage,
                                            const KeyItem& item, const QueryPlan& plan, int head, int stage_of_plan,
                                            int stage, int lane) {
@@ -224,11 +225,19 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
   if ((whole & lanes) == lanes && args.whole_rows) {
     if (mine) {
       const int offset = row * (Traits::kChunks * Traits::kChunkBytes);
-      const int q_row = plan.query < 0 ? 1 << 30 : q_begin + plan.query;
-      const int grad_out_row = plan.query < 0 ? 1 << 30 : grad_out_begin + plan.query;
-      cute::SM90_TMA_LOAD_5D::copy(&args.map_q, full, kGradKeepInL2, queries + offset, 0, q_row, 0, 0, head);
-      cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out, full, kGradKeepInL2, grad_out + offset, 0, grad_out_row, 0, 0,
-                                   head);
+      const int query = kStacked ? plan.query >> args.chunks.stack_log2 : plan.query;
+      const int q_row = plan.query < 0 ? 1 << 30 : q_begin + query;
+      const int grad_out_row = plan.query < 0 ? 1 << 30 : grad_out_begin + query;
+      if constexpr (kStacked) {
+        const int first_head = head + args.chunks.head_of_row(plan.query);
+        cute::SM90_TMA_LOAD_5D::copy(&args.map_q, full, kGradKeepInL2, queries + offset, 0, first_head, 0, 0, q_row);
+        cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out, full, kGradKeepInL2, grad_out + offset, 0, first_head, 0, 0,
+                                     grad_out_row);
+      } else {
+        cute::SM90_TMA_LOAD_5D::copy(&args.map_q, full, kGradKeepInL2, queries + offset, 0, q_row, 0, 0, head);
+        cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out, full, kGradKeepInL2, grad_out + offset, 0, grad_out_row, 0, 0,
+                                     head);
+      }
     }
   } else {
     constexpr int kBoxes = Traits::kTileM / 8 * Traits::kChunks;  // of 8 rows and one chunk
@@ -239,7 +248,18 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
       const int first = __shfl_sync(0xffffffffu, plan.query, source), end = __shfl_sync(0xffffffffu, plan.end, source);
       const int from_end = first < 0 ? 0 : max(end - first - row_in_segment(box_row), 0);
       const int column = box % Traits::kChunks * Traits::kChunkColumns;
-      if (box < kBoxes) {
+      if constexpr (kStacked) {
+        // Heads of one query, as all of these 8 rows are.
+        const int stack_row = first + row_in_segment(box_row), query = stack_row >> args.chunks.stack_log2;
+        const int first_head = head + args.chunks.head_of_row(stack_row);
+        if (box < kBoxes) {
+          cute::SM90_TMA_LOAD_5D::copy(&args.map_q_clipped, full, kGradKeepInL2, queries + box * Traits::kAtomBytes,
+                                       column, first_head, 0, 0, from_end == 0 ? 1 << 30 : q_begin + query);
+          cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out_clipped, full, kGradKeepInL2,
+                                       grad_out + box * Traits::kAtomBytes, column, first_head, 0, 0,
+                                       from_end == 0 ? 1 << 30 : grad_out_begin + query);
+        }
+      } else if (box < kBoxes) {
         cute::SM90_TMA_LOAD_5D::copy(&args.map_q_clipped, full, kGradKeepInL2, queries + box * Traits::kAtomBytes,
                                      column, kRunEnd - from_end, int{kRunEnd}, q_begin + end, head);
         cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out_clipped, full, kGradKeepInL2,
@@ -280,7 +300,7 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
     const bool last = item.column < 0;
     int stages = 0;  // over all heads
     const int first_head = item.head_set * args.tile_heads;
-    for (int head = first_head; !last && head < first_head + args.tile_heads; ++head) {
+    for (int head = first_head; !last && head < first_head + args.tile_heads; head += 1 << args.chunks.stack_log2) {
       stages += segments.count_stages(segments.count(ColumnBits(args, item, head), lane));
     }
     mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
@@ -307,8 +327,9 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
   }
 }
 
-// Streams the queries of each tile through the ring of stages.
-template <class Traits>
+// Streams the queries of each tile through the ring of stages. kStacked: the rows of several heads are one
+// (QueryChunks::stack_log2).
+template <class Traits, bool kStacked>
 __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args, typename Traits::Storage& storage,
                                                int lane) {
   const Segments<Traits> all_segments(args);
@@ -324,8 +345,9 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
     // Stages of this part of the tile, counted from the head at hand on.
     int begin = tile.first_stage, end = begin + tile.stages;
     if (end - begin <= Traits::kTileLead && lane == 0) mbarrier_arrive(&storage.tile_wanted);
-    const int first_head = item.head_set * args.tile_heads, last_head = first_head + args.tile_heads - 1;
-    for (int head = first_head; end > 0; ++head) {
+    const int heads = kStacked ? 1 << args.chunks.stack_log2 : 1;
+    const int first_head = item.head_set * args.tile_heads, last_head = first_head + args.tile_heads - heads;
+    for (int head = first_head; end > 0; head += heads) {
       const ColumnBits bits(args, item, head);
       const int segments = all_segments.count(bits, lane);
       int stages = all_segments.count_stages(segments);
@@ -340,13 +362,13 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
           const int first_segment = planned << segments_log2;
           const int end_segment = min(min(planned + plan_stages, end_of_head) << segments_log2, segments);
           blocks.expand(args.segments_per_block.div(end_segment + args.segments_per_block.divisor - 1));
-          const QueryPlan plan = plan_queries<Traits>(args, item, bits, blocks, head, first_segment + lane,
-                                                      first_segment + lane < end_segment);
+          const QueryPlan plan = plan_queries<Traits, kStacked>(args, item, bits, blocks, head, first_segment + lane,
+                                                                first_segment + lane < end_segment);
           __syncwarp();
 #pragma unroll 1
           for (int stage = 0; stage < min(plan_stages, end_of_head - planned); ++stage) {
             mbarrier_wait(&storage.empty[ring.index], ring.parity);
-            load_stage<Traits>(args, storage, item, plan, head, stage, ring.index, lane);
+            load_stage<Traits, kStacked>(args, storage, item, plan, head, stage, ring.index, lane);
             if (planned + stage == end - Traits::kTileLead - 1 && lane == 0) mbarrier_arrive(&storage.tile_wanted);
             ring.advance();
           }

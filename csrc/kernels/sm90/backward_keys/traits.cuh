@@ -24,7 +24,7 @@ inline constexpr int kUnitKeys = 64;  // keys of one consumer warpgroup
 template <int kGranules>
 struct StageInfo {
   int masked;              // whether some key of the tile must not see some query of the stage
-  int queries[kGranules];  // first query, in the sequence, of each granule
+  int queries[kGranules];  // first query, in the sequence, of each granule; of stacked heads, row of the stack
   int with[kGranules];     // united key blocks that are active with it, one bit each
   int chunks[kGranules];   // of the workspace, where its gradient is added up; -1: the granule is padding
 };
@@ -169,12 +169,14 @@ struct BackwardKeysTraits {
 // What the kernel gets, by value. Coordinates of batched tensors are batch * *_batch_rows + row and
 // batch * *_batch_heads + head.
 struct BackwardKeysArguments {
-  // Whole rows: (columns of a chunk, rows, chunks, groups of 8 rows, heads), box of one segment.
+  // Whole rows: (columns of a chunk, rows, chunks, groups of 8 rows, heads), box of one segment. Of stacked heads these
+  // are the rows, and queries the heads.
   CUtensorMap map_q, map_grad_out;
   CUtensorMap map_k, map_v;            // the same, box of a tile
   CUtensorMap map_grad_k, map_grad_v;  // (head_dim, rows, heads), box of a chunk of 16 rows
   int grad_k_batch_rows, grad_v_batch_rows, grad_k_batch_heads, grad_v_batch_heads;
-  // 8 rows of a chunk that end at any row, see tensor_map.h: (head_dim, rows before the end, wrap, end, heads).
+  // 8 rows of a chunk that end at any row, see tensor_map.h: (head_dim, rows before the end, wrap, end, heads). Those
+  // of stacked heads: 8 heads of a query, (head_dim, heads, 1, 1, queries).
   CUtensorMap map_q_clipped, map_grad_out_clipped, map_k_clipped, map_v_clipped;
 
   MaskShape mask;
@@ -193,7 +195,7 @@ struct BackwardKeysArguments {
   int64_t grad_k_batch_stride, grad_k_row_stride, grad_k_head_stride;  // elements
   int64_t grad_v_batch_stride, grad_v_row_stride, grad_v_head_stride;
 
-  float* lse;    // (heads_q, chunks, 16), and rows for padding
+  float* lse;    // (stacks, chunks, 16), and rows for padding
   float* delta;  // the same
   float* grad_q;
   QueryChunks chunks;
@@ -213,7 +215,7 @@ struct BackwardKeysArguments {
   int64_t all_rows_k;  // over the batch
   int sum_batch_rows;  // between batch entries; 0 when packed
   int heads_of_mask;   // query heads that share a mask
-  int segment_log2;    // a segment is the largest power of two rows, up to kTileM, that divides q_block_size
+  int segment_log2;    // a segment is the largest power of two rows, up to kTileM, that divides a block's, over a stack
   cutlass::FastDivmod segments_per_block;
   bool whole_rows;  // these maps can be used; otherwise all rows come through the clipped maps
   float scale, scale_log2;

@@ -31,7 +31,7 @@ Status set_query_arguments(const BackwardParams& params, const BackwardWorkspace
   args.grad_out_batch_heads = grad_out.batch_heads;
   args.query_bytes *= 2;
   args.statistics_lse = reinterpret_cast<const float*>(bytes + workspace.statistics);
-  args.delta = args.statistics_lse + problem.heads_q * workspace.rows + BackwardWorkspace::kPaddingRows;
+  args.delta = args.statistics_lse + workspace.stacks * workspace.rows + BackwardWorkspace::kPaddingRows;
   args.chunks = workspace.chunks;
   return Status::Ok();
 }
