@@ -197,7 +197,7 @@ CASES += [
     ),
     case("stack_of_8", q_block=2, k_block=32, heads_q=16, heads_k=2, mask_heads=2, layout="heads_first"),
     case("stacks_of_8_of_24", q_block=6, k_block=48, heads_q=24, heads_k=1, mask_heads=1, head_dim=96, causal=True),
-    case("stacks_of_own_masks", q_block=4, heads_q=32, heads_k=2, mask_heads=4, head_dim=72, causal=True),
+    case("stack_of_one_mask", q_block=4, heads_q=32, heads_k=2, mask_heads=1, head_dim=72, causal=True),
     case(
         "stack_of_long_blocks",
         q_block=100,

@@ -30,9 +30,8 @@ constexpr int64_t count_query_bytes(const MaskShape& shape, int32_t head_dim, in
 // These share a key head and a mask; a box has 8 of them; `stack * row + head` is below 2^30, for queries and keys.
 constexpr int32_t count_stacked_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k) {
   if (shape.q_block_size % kGranule == 0 || shape.heads < 1 || heads_k < 1 || heads_q % heads_k != 0) return 1;
-  const int32_t group = heads_q / heads_k, of_mask = count_heads_of_mask(shape, heads_q);
-  const int32_t alike = of_mask % group == 0 ? group : group % of_mask == 0 ? of_mask : 1;
-  const int32_t stack = alike & -alike;
+  const int32_t group = heads_q / heads_k, stack = group & -group;
+  if (count_heads_of_mask(shape, heads_q) % group != 0) return 1;
   constexpr int64_t kMostRows = int64_t{1} << 30;
   const int64_t queries = shape.rows * shape.q_block_size, keys = shape.cols * shape.k_block_size;
   const bool fits = stack % 8 == 0 && int64_t{stack} * shape.q_block_size % kGranule == 0 && queries > 0 &&

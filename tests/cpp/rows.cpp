@@ -38,7 +38,7 @@ constexpr int32_t stack_of(int32_t q_block, int32_t group, int32_t masks, int64_
   shape.k_block_size = 64;
   return count_stacked_heads(shape, group, 1);
 }
-static_assert(stack_of(1, 16, 1) == 16 && stack_of(1, 32, 2) == 16 && stack_of(1, 24, 1) == 1);
+static_assert(stack_of(1, 16, 1) == 16 && stack_of(1, 32, 2) == 1 && stack_of(1, 24, 1) == 1);
 static_assert(stack_of(2, 24, 1) == 8 && stack_of(2, 8, 1) == 8 && stack_of(1, 8, 1) == 1 && stack_of(4, 4, 1) == 1);
 static_assert(stack_of(16, 16, 1) == 1 && stack_of(100, 8, 1) == 8 && stack_of(1, 16, 16) == 1);
 static_assert(stack_of(1, 16, 1, 1 << 26) == 16 && stack_of(1, 16, 1, (1 << 26) + 1) == 1);

@@ -7,7 +7,6 @@ sequence. `sequences` is int32 (batch, 7) with the columns below.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -130,10 +129,10 @@ def count_query_bytes(batch: int, rows: int, q_block_size: int, head_dim: int, e
 
 def count_stacked_heads(mask_heads: int, q_block_size: int, heads_q: int, heads_k: int) -> int:
     """Query heads whose rows tiles of keys stream as one, of a problem of fewer than 2**26 tokens."""
-    group, of_mask = heads_q // heads_k, heads_q // mask_heads
-    alike = math.gcd(group, of_mask) if max(group, of_mask) % min(group, of_mask) == 0 else 1
-    stack = alike & -alike
-    return stack if q_block_size % 16 != 0 and stack >= 8 and stack * q_block_size % 16 == 0 else 1
+    group = heads_q // heads_k
+    stack = group & -group
+    shares = (heads_q // mask_heads) % group == 0
+    return stack if shares and q_block_size % 16 != 0 and stack >= 8 and stack * q_block_size % 16 == 0 else 1
 
 
 def prefers_two_kernels(
