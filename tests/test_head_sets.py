@@ -1,4 +1,4 @@
-"""Gradients where tiles of several sets of query heads have the same keys, and pass sums on."""
+"""Gradients where tiles of several sets of queries have the same keys, and pass sums on."""
 
 from __future__ import annotations
 
@@ -49,6 +49,34 @@ def test_sets_of_heads(spec: Case, dtype: torch.dtype):
     assert tile_heads(spec, mask, spec.head_dim) < spec.heads_q // spec.heads_k
     if spec.name == "in_parts":
         assert int(plan_lines(spec, mask, spec.head_dim)[:, 14].max()) > 1
+    judge_gradients(problem, differentiate(problem, mask=mask))
+    first, again = (differentiate(problem, mask=mask, deterministic=True) for _ in range(2))
+    judge_gradients(problem, first)
+    assert all(same(x, y) for x, y in zip(first, again, strict=True))
+
+
+# Stacks of heads whose queries outgrow it: tiles go through each sequence window by window.
+STACK = {"heads_q": 16, "heads_k": 1, "mask_heads": 1, "q_block": 1, "head_dim": 128}
+WINDOWS = [
+    case("tokens", lens_q=(6000, 130), causal=True, density=0.2, **STACK),
+    case("two_key_heads", lens_q=(1500,) * 2, packed=False, density=0.1, **{**STACK, "heads_q": 64, "heads_k": 2}),
+    case("in_parts", lens_q=(6000,), lens_k=(700,), pattern="one_column", k_block=128, **STACK),
+    case("wide", lens_q=(3000, 40), lens_k=(500, 70), k_block=48, density=0.3, **{**STACK, "head_dim": 256}),
+    case("without_queries", lens_q=(100, 37), lens_k=(300, 70), k_block=128, **{**STACK, "q_block": 8200}),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", WINDOWS, ids=by_name)
+def test_windows_of_queries(spec: Case, dtype: torch.dtype):
+    problem = make_problem(spec, "cuda", dtype)
+    mask = problem.mask()
+    lines = plan_lines(spec, mask, spec.head_dim)
+    assert tile_heads(spec, mask, spec.head_dim) == spec.heads_q // spec.heads_k
+    assert int(lines[:, 2].max()) >= spec.heads_k
+    if spec.name == "in_parts":
+        assert int(lines[:, 14].max()) > 1
     judge_gradients(problem, differentiate(problem, mask=mask))
     first, again = (differentiate(problem, mask=mask, deterministic=True) for _ in range(2))
     judge_gradients(problem, first)

@@ -74,7 +74,7 @@ def key_tiles(k_block: int, head_dim: int) -> tuple[int, int, int]:
 
 def tile_heads(spec: Case, mask: hbsattn.BlockMask, head_dim: int, deterministic: bool = False) -> int:
     """Query heads that a tile streams."""
-    blocks = (mask.batch, mask.rows, spec.mask_heads, spec.q_block, spec.k_block)
+    blocks = (mask.batch, mask.rows, mask.cols, spec.mask_heads, spec.q_block, spec.k_block)
     heads = (spec.heads_q, spec.heads_k, head_dim)
     return oracle.count_tile_heads(*blocks, *heads, 2, spec.causal, deterministic)
 

@@ -41,6 +41,15 @@ constexpr int32_t count_stacked_heads(const MaskShape& shape, int32_t heads_q, i
 
 inline constexpr int32_t kElementSize = 2;  // bytes, of every dtype that kernels are compiled for
 
+// Whether queries have so few keys that passes over the sums of their gradients take longer than two more products:
+// with 128x128 blocks, all true and causal, two kernels took 0.92 of the time at 512 keys, 1.0 at 1024 (H200). Where
+// there are few queries in all, it is launches that take the time.
+constexpr bool has_few_keys(const MaskShape& shape) {
+  constexpr int64_t kManyQueries = 16384;
+  const int64_t keys = shape.cols * shape.k_block_size, queries = shape.rows * shape.q_block_size;
+  return keys <= (shape.causal ? 512 : 256) && queries >= kManyQueries && shape.q_block_size % 64 == 0;
+}
+
 // Whether two kernels take less time for gradients than one that adds up those of queries in global memory, though they
 // compute seven products instead of five, and whichever heads share tiles. Tiles of 64 keys add as much as L2 takes at
 // two thirds of the tensor cores' rate: the two took 0.49 to 0.87 of the time (H100; H200 0.82 to 0.96), but at head
@@ -52,7 +61,8 @@ constexpr bool prefers_two_kernels(const MaskShape& shape, int32_t heads_q, int3
   const int32_t stack = count_stacked_heads(shape, heads_q, heads_k);
   if (stack > 1 && stack * shape.q_block_size < 64) return false;
   if (head_dim > 128) return shape.q_block_size % 128 == 0;
-  return head_dim > 64 && shape.k_block_size >= 64 && shape_key_tiles(shape, head_dim).tile_keys == 64;
+  if (head_dim <= 64 || shape.k_block_size < 64) return false;
+  return shape_key_tiles(shape, head_dim).tile_keys == 64 || has_few_keys(shape);
 }
 
 // Query heads that one tile of the backward pass streams: those that read its key head, so that the gradients of its
@@ -73,6 +83,31 @@ constexpr int32_t count_tile_heads(const MaskShape& shape, int32_t heads_q, int3
   int32_t heads = group;
   while (heads > stack && (heads > fit || group % heads != 0)) heads -= stack;
   return heads;
+}
+
+// How the queries that read a key head are cut into sets, of which each has tiles of its own.
+struct QuerySets {
+  int32_t tile_heads;     // query heads of a set
+  int32_t windows;        // runs of query blocks of a sequence; a set has one of them
+  int32_t window_blocks;  // of a run; the last goes on to the end of the sequence
+
+  constexpr int32_t count(int32_t heads) const { return heads / tile_heads * windows; }
+  constexpr int32_t first_head(int32_t set) const { return set / windows * tile_heads; }
+};
+
+// Queries of a stack outgrow L2, and cannot be cut by heads. Tiles that run at the same time would be at different ones
+// (token rows, 16 heads, s 32768: sums of dQ left and came back 24 times), so they go through the sequence window by
+// window. No more windows than heads: work lists have room for that many sets.
+constexpr QuerySets cut_queries(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
+                                int32_t element_size, bool deterministic, const DevicePolicy& policy) {
+  const int32_t heads = count_tile_heads(shape, heads_q, heads_k, head_dim, element_size, deterministic, policy);
+  const bool two_kernels = deterministic || prefers_two_kernels(shape, heads_q, heads_k, head_dim);
+  if (two_kernels || shape.batch < 1 || count_stacked_heads(shape, heads_q, heads_k) == 1) return {heads, 1, 0};
+  const int64_t bytes = heads * count_query_bytes(shape, head_dim, element_size);
+  const int64_t wanted = (bytes - 1) / policy.running_bytes() + 1;
+  const int32_t windows = static_cast<int32_t>(wanted < heads ? wanted : heads);
+  const int64_t blocks = shape.rows / shape.batch;
+  return {heads, windows, static_cast<int32_t>((blocks + windows - 1) / windows)};
 }
 
 // Parts of tiles that the backward pass has room for: 10 MB of float32 gradients of keys and values. As many items may

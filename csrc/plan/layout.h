@@ -75,23 +75,30 @@ constexpr RowPlace locate_in_sequence(const MaskShape& shape, int32_t index, con
   return {index, sequence, block, block >= 0 && block * shape.q_block_size < sequence.q_len};
 }
 
-constexpr RowPlace locate_row(const MaskShape& shape, const Sequence* sequences, int64_t row) {
-  if (shape.batch == 0) return {0, {}, row, false};
-  // The last sequence that begins at or before the row: one without blocks begins where the next one does. Each step
-  // cuts what is left into eight, as loads that do not depend on each other take no longer than one.
+// The last of `count` sequences, one or more, for which begins(index) holds; it holds for the first, and up to some
+// one. Each step cuts what is left into eight, as loads that do not depend on each other take no longer than one.
+template <class Begins>
+constexpr int32_t find_last_sequence(int32_t count, Begins&& begins) {
   constexpr int32_t kPieces = 8;
-  int32_t first = 0, end = shape.batch;
+  int32_t first = 0, end = count;
   while (end - first > 1) {
     const int32_t piece = (end - first - 1) / kPieces + 1;
     int32_t behind = 0;
     for (int32_t i = 1; i < kPieces; ++i) {
       const int32_t next = first + i * piece;
-      if (next < end && sequences[next].row_begin <= row) ++behind;
+      if (next < end && begins(next)) ++behind;
     }
     first += behind * piece;
     end = smaller(first + piece, end);
   }
-  return locate_in_sequence(shape, first, sequences[first], row);
+  return first;
+}
+
+constexpr RowPlace locate_row(const MaskShape& shape, const Sequence* sequences, int64_t row) {
+  if (shape.batch == 0) return {0, {}, row, false};
+  // One without blocks begins where the next one does.
+  const int32_t index = find_last_sequence(shape.batch, [&](int32_t b) { return sequences[b].row_begin <= row; });
+  return locate_in_sequence(shape, index, sequences[index], row);
 }
 
 // A table of sequences that all have the same lengths, as numbers.
@@ -253,33 +260,40 @@ constexpr RowRange find_rows(const MaskShape& shape, int32_t row_begin, int32_t 
   return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
 }
 
-// The work list of the backward pass before it is put in order: sets of query heads, groups of united columns of all
+// Of a sequence's rows, those that a set has.
+constexpr RowRange cut_rows(const RowRange& rows, const QuerySets& sets, int32_t set) {
+  const int32_t window = set % sets.windows;
+  const int32_t begin = smaller(rows.begin + window * sets.window_blocks, rows.end);
+  return {begin, window + 1 == sets.windows ? rows.end : smaller(begin + sets.window_blocks, rows.end)};
+}
+
+// The work list of the backward pass before it is put in order: sets of queries, groups of united columns of all
 // sequences (KeyListShape), tiles of a group.
 struct KeyGrid {
   MaskShape shape;
   const Sequence* sequences;
   KeyTileShape tiles;
   KeyListShape list;
-  int32_t tile_heads;     // query heads of a set
+  QuerySets sets;
   int32_t heads_of_mask;  // query heads that share a mask
   int32_t units;          // DevicePolicy::units
 };
 
-constexpr KeyGrid make_key_grid(const KeyPlanParams& params, int32_t tile_heads, const DevicePolicy& policy) {
+constexpr KeyGrid make_key_grid(const KeyPlanParams& params, const QuerySets& sets, const DevicePolicy& policy) {
   const MaskShape& shape = params.mask.shape;
   const KeyTileShape tiles = shape_key_tiles(shape, params.head_dim);
   return {shape,         params.mask.sequences,
           tiles,         shape_key_list(shape, tiles, params.rows_k, params.packed),
-          tile_heads,    count_heads_of_mask(shape, params.heads_q),
+          sets,          count_heads_of_mask(shape, params.heads_q),
           policy.units()};
 }
 
-// Masks that a set of query heads has. The first is that of the first head.
+// Masks that the heads of a set have. The first is that of the first head.
 constexpr int32_t count_mask_heads(const KeyGrid& grid) {
-  return count_masks_of_heads(grid.tile_heads, grid.heads_of_mask);
+  return count_masks_of_heads(grid.sets.tile_heads, grid.heads_of_mask);
 }
-constexpr int32_t first_mask_head(const KeyGrid& grid, int32_t head_set) {
-  return mask_of_head(head_set * grid.tile_heads, grid.heads_of_mask);
+constexpr int32_t first_mask_head(const KeyGrid& grid, int32_t query_set) {
+  return mask_of_head(grid.sets.first_head(query_set), grid.heads_of_mask);
 }
 
 // Groups of united columns before those of sequence b. Ascends with b where the table is honest.
@@ -292,16 +306,7 @@ constexpr int64_t groups_before(const KeyGrid& grid, int64_t b) {
 // The last sequence whose groups begin at this one or before. Where the table lies, some sequence.
 constexpr int32_t find_sequence_of_group(const KeyGrid& grid, int32_t group) {
   if (!grid.list.packed) return group / static_cast<int32_t>(grid.list.groups_of_sequence);
-  int32_t first = 0, end = grid.shape.batch;
-  while (end - first > 1) {
-    const int32_t middle = first + (end - first) / 2;
-    if (groups_before(grid, middle) <= group) {
-      first = middle;
-    } else {
-      end = middle;
-    }
-  }
-  return first;
+  return find_last_sequence(grid.shape.batch, [&](int32_t b) { return groups_before(grid, b) <= group; });
 }
 
 // Without what is active. A place that no tile of its sequence falls on, or whose tile has no keys, has column -1.
@@ -317,7 +322,7 @@ constexpr KeyItem make_key_item(const KeyGrid& grid, int64_t index) {
   KeyItem item{};
   item.column = -1;
   item.sequence = find_sequence_of_group(grid, group);
-  item.head_set = line / groups;
+  item.query_set = line / groups;
   const Sequence& sequence = grid.sequences[item.sequence];
   item.row_begin = sequence.row_begin;
   item.q_begin = sequence.q_begin;

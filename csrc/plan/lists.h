@@ -32,7 +32,7 @@ constexpr int64_t max_items(const MaskShape& shape, int32_t heads_q, int32_t hea
   return multiply_items(multiply_items(heads_q / packed_heads, shape.rows), tiles);
 }
 
-// The places of tiles of keys, for one set of query heads: for each sequence, groups of united key blocks, and for each
+// The places of tiles of keys, for one set of queries: for each sequence, groups of united key blocks, and for each
 // group its tiles.
 //
 // In batched tensors every sequence has as many groups. In packed ones, those of a sequence begin at
@@ -61,7 +61,7 @@ constexpr KeyListShape shape_key_list(const MaskShape& shape, const KeyTileShape
 
 // The work list of tiles of keys.
 struct KeyListSize {
-  int32_t tile_heads;  // query heads of a tile
+  QuerySets sets;
   int64_t tiles;
   int64_t slots;  // for parts of tiles; as many items may follow the tiles
 
@@ -73,16 +73,16 @@ constexpr KeyListSize size_key_list(const MaskShape& shape, int32_t heads_q, int
                                     int32_t element_size, bool deterministic, int64_t rows_k, bool packed,
                                     const DevicePolicy& policy) {
   const KeyTileShape tiles = shape_key_tiles(shape, head_dim);
-  const int32_t tile_heads = count_tile_heads(shape, heads_q, heads_k, head_dim, element_size, deterministic, policy);
-  const int32_t head_sets = heads_q / tile_heads;
+  const QuerySets sets = cut_queries(shape, heads_q, heads_k, head_dim, element_size, deterministic, policy);
+  const int32_t count = sets.count(heads_q);
   const int64_t groups = shape_key_list(shape, tiles, rows_k, packed).groups;
-  const int64_t longest = multiply_items(multiply_items(head_sets, shape.batch), tiles.count(shape));
-  return {tile_heads, multiply_items(multiply_items(head_sets, groups), tiles.tiles),
+  const int64_t longest = multiply_items(multiply_items(count, shape.batch), tiles.count(shape));
+  return {sets, multiply_items(multiply_items(count, groups), tiles.tiles),
           count_part_slots(longest, tiles.tile_keys, head_dim)};
 }
 
-// At least as many as size_key_list says, for every head dim, in both modes and on every card: a set of heads is at
-// least one head, a tile at least 64 keys.
+// At least as many as size_key_list says, for every head dim, in both modes and on every card: there are no more sets
+// than heads, and a tile has at least 64 keys.
 constexpr int64_t max_key_items(const MaskShape& shape, int32_t heads_q, int64_t rows_k, bool packed) {
   constexpr int64_t kMostSlots = 512;
   static_assert(count_part_slots(INT64_MAX, 64, 1) <= kMostSlots);

@@ -150,20 +150,11 @@ constexpr QueryPlace locate_query(const MaskShape& shape, const Sequence* sequen
     index = static_cast<int32_t>(number / chunks.per_sequence);
     query = static_cast<int64_t>(number - static_cast<uint32_t>(index) * chunks.per_sequence) * kGranule + row_in_chunk;
   } else {
-    // The last sequence that begins at or before the chunk.
-    int32_t end = shape.batch;
     const auto first = [&](int32_t sequence) {
       const int64_t begin = mask::clamp<int64_t>(sequences[sequence].q_begin, 0, rows_q);
       return chunks.first(sequence, static_cast<int32_t>(begin));
     };
-    while (end - index > 1) {
-      const int32_t middle = index + (end - index) / 2;
-      if (first(middle) <= chunk) {
-        index = middle;
-      } else {
-        end = middle;
-      }
-    }
+    index = mask::find_last_sequence(shape.batch, [&](int32_t b) { return first(b) <= chunk; });
     query = (int64_t{chunk} - first(index)) * kGranule + row_in_chunk;
   }
   const int32_t head = chunks.head_of_row(query);

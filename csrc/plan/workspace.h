@@ -56,14 +56,14 @@ struct BackwardWorkspace {
   int64_t rows;          // of a stack's chunks
   int64_t tickets;       // of the persistent CTAs of up to kTickets kernels, and behind them a counter for each
                          // warpgroup's half of each slot
-  int64_t set_counters;  // (heads_k, batch * rows_k), twice above head dim 128, if sets of heads pass sums on
+  int64_t set_counters;  // (heads_k, batch * rows_k), twice above head dim 128, if sets of queries pass sums on
   int64_t sums;          // that tiles add to: by keys, (stacks, chunks) of 16 x padded head_dim floats, in the
                          // order of accumulators; by queries, (2, heads_k, batch * rows_k, padded head_dim) floats
   int64_t zeroed;        // bytes from `tickets` on that are to be 0, a multiple of 16
   int64_t statistics;    // two arrays (stacks, rows) of float, each followed by kPaddingRows for rows that do not exist
   int64_t parts;         // gradients of keys and values in parts of tiles, slot after slot
   int64_t slots;         // that there is room for
-  int64_t set_sums;      // (heads_k, batch * rows_k, 2 x padded head_dim) floats, if sets of heads pass sums on
+  int64_t set_sums;      // (heads_k, batch * rows_k, 2 x padded head_dim) floats, if sets of queries pass sums on
   int64_t bytes;
 
   static constexpr int64_t kTickets = 2;
@@ -82,10 +82,10 @@ constexpr BackwardWorkspace lay_out_backward(const BackwardParams& params, int32
   const KeyTileShape tiles = shape_key_tiles(shape, problem.head_dim);
   const bool by_keys = method == BackwardMethod::kByKeys, by_queries = method == BackwardMethod::kByQueries;
   const bool key_tiles = !by_queries && method != BackwardMethod::kQueriesOnly;
-  const int32_t tile_heads = count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize,
-                                              params.deterministic, policy);
-  const bool passes_sets = key_tiles && tile_heads < problem.heads_q / problem.heads_k;
-  const int64_t all_tiles = int64_t{problem.heads_q / tile_heads} * shape.batch * tiles.count(shape);
+  const QuerySets sets = cut_queries(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize,
+                                     params.deterministic, policy);
+  const bool passes_sets = key_tiles && sets.count(problem.heads_q) > problem.heads_k;
+  const int64_t all_tiles = int64_t{sets.count(problem.heads_q)} * shape.batch * tiles.count(shape);
   const int64_t keys = problem.heads_k * problem.rows_k * (problem.packed ? 1 : shape.batch);
   const int64_t key_bytes = 2 * 4 * keys * padded_head_dim;
   const int64_t slots = key_tiles ? count_part_slots(all_tiles, tiles.tile_keys, problem.head_dim) : 0;

@@ -121,7 +121,8 @@ int check_lengths(int rounds) {
     const int64_t most_keys = max_key_items(problem.shape, problem.heads_q, problem.rows_k, problem.packed);
     if (size.items() < 0 || size.items() > most_keys) return fail("tiles of keys", problem, size.items(), most_keys);
     const KeyListSize longer = size_list(problem, problem.rows_k + draw_size(INT32_MAX - problem.rows_k));
-    if (longer.tiles < size.tiles || longer.slots != size.slots || longer.tile_heads != size.tile_heads) {
+    if (longer.tiles < size.tiles || longer.slots != size.slots ||
+        longer.sets.count(problem.heads_q) != size.sets.count(problem.heads_q)) {
       return fail("a list for more keys", problem, longer.tiles, size.tiles);
     }
   }
@@ -144,7 +145,7 @@ Table draw_table(bool honest) {
   problem = draw_problem();
   MaskShape& shape = problem.shape;
   problem.heads_k = static_cast<int32_t>(draw(1, 2));
-  problem.heads_q = problem.heads_k * static_cast<int32_t>(draw(1, 5));
+  problem.heads_q = problem.heads_k * static_cast<int32_t>(choose({draw(1, 5), int64_t{8}, int64_t{16}}));
   shape.heads = choose({1, problem.heads_k, problem.heads_q});
   shape.batch = static_cast<int32_t>(draw(1, choose({1, 4, 40})));
   shape.q_block_size = static_cast<int32_t>(choose({draw(1, 300), 16 * draw(1, 10)}));
@@ -194,11 +195,11 @@ Table draw_table(bool honest) {
 }
 
 // The tiles that hold keys, from the definition.
-std::set<Tile> expected_tiles(const Table& table, int32_t head_sets) {
+std::set<Tile> expected_tiles(const Table& table, int32_t query_sets) {
   const MaskShape& shape = table.params.mask.shape;
   const KeyTileShape tiles = shape_key_tiles(shape, table.params.head_dim);
   std::set<Tile> expected;
-  for (int32_t set = 0; set < head_sets; ++set) {
+  for (int32_t set = 0; set < query_sets; ++set) {
     for (int32_t b = 0; b < shape.batch; ++b) {
       const int32_t k_len = table.sequences[b].k_len;
       // Every key belongs to the tile that begins at or before it, where united blocks begin or in one block.
@@ -221,13 +222,13 @@ int check_key_places(int rounds, bool honest) {
     const MaskShape& shape = table.params.mask.shape;
     if (shape.cols == 0) continue;  // no list
     const KeyListSize size = size_list(table.problem, table.problem.rows_k);
-    const mask::KeyGrid grid = mask::make_key_grid(table.params, size.tile_heads, table.problem.policy);
-    const int32_t head_sets = table.params.heads_q / size.tile_heads;
+    const mask::KeyGrid grid = mask::make_key_grid(table.params, size.sets, table.problem.policy);
+    const int32_t query_sets = size.sets.count(table.params.heads_q);
     std::set<Tile> got;
     for (int64_t place = 0; place < size.tiles; ++place) {
       const KeyItem item = mask::make_key_item(grid, place);
-      if (item.sequence < 0 || item.sequence >= shape.batch || item.head_set < 0 || item.head_set >= head_sets) {
-        return fail("a place outside the table", table.problem, item.sequence, item.head_set);
+      if (item.sequence < 0 || item.sequence >= shape.batch || item.query_set < 0 || item.query_set >= query_sets) {
+        return fail("a place outside the table", table.problem, item.sequence, item.query_set);
       }
       if (item.column < 0) continue;
       if (item.united < 1 || item.column + item.united > shape.cols || item.keys < 1 ||
@@ -235,18 +236,50 @@ int check_key_places(int rounds, bool honest) {
           item.column != item.first_key / shape.k_block_size) {
         return fail("a tile outside its sequence", table.problem, item.column, item.keys);
       }
-      if (!got.insert({item.head_set, item.sequence, item.first_key, item.keys, item.united}).second) {
+      if (!got.insert({item.query_set, item.sequence, item.first_key, item.keys, item.united}).second) {
         return fail("a tile that the list has twice", table.problem, item.sequence, item.first_key);
       }
     }
-    if (honest && got != expected_tiles(table, head_sets)) {
+    if (honest && got != expected_tiles(table, query_sets)) {
       return fail("tiles of the list", table.problem, static_cast<int64_t>(got.size()), size.tiles);
     }
-    if (!table.problem.packed && size.tiles != head_sets * shape.batch * grid.tiles.count(shape)) {
+    if (!table.problem.packed && size.tiles != query_sets * shape.batch * grid.tiles.count(shape)) {
       return fail("places of batched tensors", table.problem, size.tiles, grid.tiles.count(shape));
     }
   }
   return 0;
+}
+
+// The sets of a key head have every query block of a sequence once for each head that reads it, whatever a table says.
+int check_query_sets(int rounds) {
+  int cut = 0;
+  for (int round = 0; round < rounds; ++round) {
+    Table table = draw_table(draw(0, 3) != 0);
+    Problem& problem = table.problem;
+    if (draw(0, 1) == 0) problem.policy.l2_bytes = draw(1, 1 << 20);  // where few queries outgrow it
+    const MaskShape& shape = problem.shape;
+    const QuerySets sets = size_list(problem, problem.rows_k).sets;
+    const int32_t count = sets.count(problem.heads_q);
+    if (sets.windows > 1) ++cut;
+    if (sets.windows < 1 || count > problem.heads_q || problem.heads_q / problem.heads_k % sets.tile_heads != 0 ||
+        sets.tile_heads % count_stacked_heads(shape, problem.heads_q, problem.heads_k) != 0) {
+      return fail("sets of queries", problem, sets.tile_heads, sets.windows);
+    }
+    for (const Sequence& sequence : table.sequences) {
+      const mask::RowRange rows = mask::find_rows(shape, sequence.row_begin, sequence.q_len);
+      int32_t next = rows.begin;
+      for (int32_t set = 0; set < count; ++set) {
+        const mask::RowRange mine = mask::cut_rows(rows, sets, set);
+        if (set % sets.windows == 0) next = rows.begin;
+        if (sets.first_head(set) != set / sets.windows * sets.tile_heads || mine.begin != next || mine.end < next ||
+            (set % sets.windows == sets.windows - 1 && mine.end != rows.end)) {
+          return fail("windows of a sequence", problem, mine.begin, mine.end);
+        }
+        next = mine.end;
+      }
+    }
+  }
+  return cut < rounds / 100 ? fail("windows are hardly tested", Problem{}, cut, rounds) : 0;
 }
 
 // Rows belong to the last sequence that begins at or before them, whatever way they are looked for.
@@ -460,6 +493,6 @@ int check_rules(int rounds) {
 int main() {
   if (check_rules(100000) || check_pair_order() || check_paying_pairs(100000)) return 1;
   if (check_lengths(1000000) || check_key_places(20000, true) || check_key_places(20000, false)) return 1;
-  if (check_places_of_rows(20000)) return 1;
+  if (check_query_sets(20000) || check_places_of_rows(20000)) return 1;
   return check_empty_tiles(1000);
 }

@@ -15,14 +15,17 @@ namespace {
 using namespace hbsattn;
 
 // How gradients that may vary are computed, by block sizes, head dim and the heads that share a mask and a key head.
-constexpr BackwardMethod method_of(int32_t q_block, int32_t k_block, int32_t head_dim, int32_t group = 1) {
+constexpr BackwardMethod method_of(int32_t q_block, int32_t k_block, int32_t head_dim, int32_t group = 1,
+                                   int64_t rows = 1) {
   MaskShape shape;
-  shape.batch = shape.heads = shape.rows = shape.cols = 1;
+  shape.batch = shape.heads = shape.cols = 1;
+  shape.rows = rows;
   shape.q_block_size = q_block;
   shape.k_block_size = k_block;
   return choose_backward_method(shape, group, 1, head_dim, true, false, true, true);
 }
 static_assert(method_of(128, 128, 128) == BackwardMethod::kByKeys);
+static_assert(method_of(128, 128, 128, 1, 128) == BackwardMethod::kByKeysAndQueries);  // of many short sequences
 static_assert(method_of(64, 64, 128) == BackwardMethod::kByKeysAndQueries);
 static_assert(method_of(1, 64, 128, 16) == BackwardMethod::kByKeys);
 static_assert(method_of(1, 64, 128, 4) == BackwardMethod::kByKeysAndQueries);
@@ -161,7 +164,7 @@ void check_gaps(const Table& table) {
   plan.rows_k = problem.rows_k;
   const KeyListSize size = size_key_list(shape, 1, 1, plan.head_dim, plan.element_size, plan.deterministic, plan.rows_k,
                                          plan.packed, DevicePolicy{});
-  const mask::KeyGrid grid = mask::make_key_grid(plan, size.tile_heads, DevicePolicy{});
+  const mask::KeyGrid grid = mask::make_key_grid(plan, size.sets, DevicePolicy{});
   for (int64_t index = 0; shape.cols > 0 && index < size.tiles; ++index) {
     const KeyItem item = mask::make_key_item(grid, index);
     for (int32_t key = 0; item.column >= 0 && key < item.keys; ++key) ++of_k[item.k_begin + item.first_key + key];

@@ -136,7 +136,7 @@ def count_stacked_heads(mask_heads: int, q_block_size: int, heads_q: int, heads_
 
 
 def prefers_two_kernels(
-    mask_heads: int, q_block_size: int, k_block_size: int, heads_q: int, heads_k: int, head_dim: int
+    mask_heads: int, q_block_size: int, k_block_size: int, heads_q: int, heads_k: int, head_dim: int, few_keys: bool
 ) -> bool:
     """Whether gradients come by two kernels where they may vary, too, and whichever heads share tiles."""
     stack = count_stacked_heads(mask_heads, q_block_size, heads_q, heads_k)
@@ -144,12 +144,14 @@ def prefers_two_kernels(
         return False
     if head_dim > 128:
         return q_block_size % 128 == 0
-    return head_dim > 64 and k_block_size >= 64 and choose_tile_rows(k_block_size, head_dim) == 64
+    short = choose_tile_rows(k_block_size, head_dim) == 64 or (few_keys and q_block_size % 64 == 0)
+    return head_dim > 64 and k_block_size >= 64 and short
 
 
 def count_tile_heads(
     batch: int,
     rows: int,
+    cols: int,
     mask_heads: int,
     q_block_size: int,
     k_block_size: int,
@@ -164,7 +166,8 @@ def count_tile_heads(
     group = heads_q // heads_k
     if deterministic or group < 4 or batch == 0:
         return group
-    if prefers_two_kernels(mask_heads, q_block_size, k_block_size, heads_q, heads_k, head_dim):
+    few_keys = cols * k_block_size <= (512 if causal else 256) and rows * q_block_size >= 16384
+    if prefers_two_kernels(mask_heads, q_block_size, k_block_size, heads_q, heads_k, head_dim, few_keys):
         return group
     stack = count_stacked_heads(mask_heads, q_block_size, heads_q, heads_k)
     card = this_card()

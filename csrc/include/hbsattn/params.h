@@ -155,13 +155,14 @@ struct TransposeParams {
   uint32_t* columns = nullptr;  // out, (heads, cols, row_words)
 };
 
-// One stationary tile of the backward kernel: up to 64 or 128 keys of one key block and key head, and the query heads
-// that it streams. Where blocks are smaller, neighbouring blocks share a tile, which then streams each query block that
-// is active with any of them.
+// One stationary tile of the backward kernel: up to 64 or 128 keys of one key block and key head, and the set of
+// queries that it streams. Where blocks are smaller, neighbouring blocks share a tile, which then streams each query
+// block that is active with any of them.
 struct alignas(64) KeyItem {
   int32_t column;     // key block, in its sequence; the first, if united. -1: no tile; such items end the list
   int32_t sequence;   // batch index
-  int32_t head_set;   // of the query heads, cut into sets of equal size that read one key head each
+  int32_t query_set;  // of the queries, cut into sets that read one key head each: by heads, and by windows of each
+                      // sequence
   int32_t first_key;  // of the tile, in its sequence
   int32_t keys;       // of the tile; fewer than its rows where its blocks or the sequence end before
   int32_t united;     // key blocks of the tile

@@ -15,12 +15,13 @@ using mask::KeyGrid;
 constexpr int kCountWarps = 4;
 constexpr int kHeavyThreads = 256;
 
-// Items of a section: those of as many sequences and sets of heads as have queries, output gradients and sums of query
-// gradients that fit.
+// Items of a section: those of as many sequences and sets as have queries, output gradients and sums of query gradients
+// that fit.
 int32_t count_section_items(const KeyPlanParams& params, const KeyGrid& grid, int64_t section_bytes,
                             int64_t num_items) {
-  const int64_t bytes = count_query_bytes(params.mask.shape, params.head_dim, params.element_size) * grid.tile_heads;
-  const int64_t pairs = std::max<int64_t>(section_bytes / bytes, 1);
+  const int64_t bytes =
+      count_query_bytes(params.mask.shape, params.head_dim, params.element_size) * grid.sets.tile_heads;
+  const int64_t pairs = std::max<int64_t>(section_bytes / (bytes / grid.sets.windows), 1);
   const int64_t of_pair = mask::ceil_div(grid.list.groups, grid.shape.batch) * grid.tiles.tiles;
   // Not so few that adding up the live items of all sections takes longer than ranking.
   return limit_section_items(std::max(pairs * of_pair, mask::ceil_div(num_items, kSectionItems)), num_items);
@@ -58,14 +59,15 @@ __global__ void __launch_bounds__(32 * kCountWarps)
     return;
   }
 
-  const mask::RowRange rows = mask::find_rows(grid.shape, item.row_begin, item.q_len);
+  const mask::RowRange of_sequence = mask::find_rows(grid.shape, item.row_begin, item.q_len);
+  const mask::RowRange rows = mask::cut_rows(of_sequence, grid.sets, item.query_set);
   const auto end_word = static_cast<int>(mask::ceil_div(rows.end, 32));
   const int64_t row_words = grid.shape.row_words();
   int count = 0;
   uint32_t active_columns = 0;
   const int mask_heads = mask::count_mask_heads(grid);
   for (int head = 0; head < mask_heads; ++head) {
-    const int64_t mask_head = mask::first_mask_head(grid, item.head_set) + head;
+    const int64_t mask_head = mask::first_mask_head(grid, item.query_set) + head;
     const uint32_t* column = columns + (mask_head * grid.shape.cols + item.column) * row_words;
     for (int word = rows.begin / 32 + lane; word < end_word; word += 32) {
       const uint32_t inside = mask::bits_before(rows.end, word) & ~mask::bits_before(rows.begin, word);
@@ -84,7 +86,7 @@ __global__ void __launch_bounds__(32 * kCountWarps)
     active_columns |= __shfl_xor_sync(~0u, active_columns, delta);
   }
   if (lane == 0) {
-    blocks[index] = count * (grid.tile_heads / mask_heads);
+    blocks[index] = count * (grid.sets.tile_heads / mask_heads);
     active[index] = static_cast<int32_t>(active_columns);
     atomicAdd(live + static_cast<int32_t>(index) / section_items, 1);
     atomicAdd(&totals->weight, static_cast<unsigned long long>(blocks[index]));
@@ -150,7 +152,7 @@ struct KeyItemList {
         record.slot = places[index].slot;
       }
     }
-    return {make_int4(record.column, record.sequence, record.head_set, record.first_key),
+    return {make_int4(record.column, record.sequence, record.query_set, record.first_key),
             make_int4(record.keys, record.united, record.active, record.blocks),
             make_int4(record.row_begin, record.q_begin, record.q_len, record.k_begin),
             make_int4(record.diagonal, record.part, record.parts, record.slot)};
@@ -167,7 +169,7 @@ Status plan_keys(const KeyPlanParams& params, Stream stream) {
   if (shape.batch == 0 || shape.cols == 0) return write_dead_list(params.items, params.num_items, stream);
   const KeyListSize size = size_key_list(shape, params.heads_q, params.heads_k, params.head_dim, params.element_size,
                                          params.deterministic, params.rows_k, params.packed, policy);
-  const KeyGrid grid = mask::make_key_grid(params, size.tile_heads, policy);
+  const KeyGrid grid = mask::make_key_grid(params, size.sets, policy);
   const int32_t section_items = count_section_items(params, grid, policy.section_bytes(), size.tiles);
   const int64_t sections = mask::ceil_div(size.tiles, section_items);
   auto* totals = static_cast<Totals*>(params.scratch);

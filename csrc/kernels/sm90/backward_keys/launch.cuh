@@ -113,9 +113,9 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.head_dim = problem.head_dim;
   args.heads_k = problem.heads_k;
   args.united = shape_key_tiles(shape, problem.head_dim).united;
-  args.tile_heads = count_tile_heads(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize,
-                                     params.deterministic, policy);
-  args.sets_per_key_head = problem.heads_q / problem.heads_k / args.tile_heads;
+  args.sets = cut_queries(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, params.deterministic,
+                          policy);
+  args.sets_per_key_head = args.sets.count(problem.heads_q) / problem.heads_k;
   args.all_rows_k = problem.rows_k * (problem.packed ? 1 : shape.batch);
   args.sum_batch_rows = problem.packed ? 0 : static_cast<int>(problem.rows_k);
   args.set_sums = reinterpret_cast<float*>(bytes + workspace.set_sums);

@@ -34,7 +34,7 @@ __device__ __forceinline__ KeyItem read_item(const BackwardKeysArguments& args, 
   const auto cols = static_cast<int>(args.mask.cols);
   item.column = min(item.column, cols - 1);
   item.sequence = clamp(item.sequence, 0, args.mask.batch - 1);
-  item.head_set = clamp(item.head_set, 0, args.heads_k * args.sets_per_key_head - 1);
+  item.query_set = clamp(item.query_set, 0, args.heads_k * args.sets_per_key_head - 1);
   item.united = clamp(item.united, 1, min(args.united, cols - item.column));
   item.row_begin = clamp(item.row_begin, 0, static_cast<int>(args.mask.rows));
   item.q_begin = clamp(item.q_begin, 0, args.rows_q);
@@ -60,14 +60,16 @@ __device__ __forceinline__ void prefetch_tensor_maps(const BackwardKeysArguments
 // The bits of the query blocks that attend to a tile from one query head.
 struct ColumnBits {
   BitRows rows;
-  mask::RowRange blocks;  // the sequence's query blocks
+  mask::RowRange blocks;  // the sequence's query blocks that the item's set has
 
   __device__ __forceinline__ ColumnBits(const BackwardKeysArguments& args, const KeyItem& item, int head)
       : rows{args.columns +
                  (static_cast<int64_t>(mask_of_head(head, args.heads_of_mask)) * args.mask.cols + item.column) *
                      args.row_words,
              item.united, args.row_words},
-        blocks(mask::find_rows(args.mask, item.row_begin, item.q_len)) {}
+        blocks(mask::find_rows(args.mask, item.row_begin, item.q_len)) {
+    if (args.sets.windows > 1) blocks = mask::cut_rows(blocks, args.sets, item.query_set);
+  }
 
   template <class Blocks>
   __device__ __forceinline__ uint32_t load(int chunk, int lane) const {
@@ -92,8 +94,8 @@ __device__ __forceinline__ int count_seen_keys(const BackwardKeysArguments& args
                                                int lane) {
   if (!args.mask.causal) return item.active >> block & 1 ? item.keys : 0;
   int last_row = -1;
-  const int first_head = item.head_set * args.tile_heads;
-  for (int head = first_head; head < first_head + args.tile_heads; head += args.heads_of_mask) {
+  const int first_head = args.sets.first_head(item.query_set);
+  for (int head = first_head; head < first_head + args.sets.tile_heads; head += args.heads_of_mask) {
     const ColumnBits bits(args, item, head);
     const uint32_t* column = bits.rows.first + static_cast<int64_t>(block) * bits.rows.words;
     const auto [begin, end] = bits.blocks;
@@ -118,7 +120,7 @@ __device__ __forceinline__ void load_keys(const BackwardKeysArguments& args, con
                                           int batch_heads, typename Traits::Element* keys, uint64_t* full, int lane) {
   if (lane == 0) mbarrier_arrive_expect(full, Traits::kKeyBytes);
   __syncwarp();
-  const int head = item.head_set / args.sets_per_key_head + item.sequence * batch_heads;
+  const int head = item.query_set / args.sets_per_key_head + item.sequence * batch_heads;
   const int begin = item.k_begin + item.first_key + item.sequence * batch_rows;
   if (whole) {
     if (lane == 0) cute::SM90_TMA_LOAD_5D::copy(&map, full, kGradPassThroughL2, keys, 0, begin, 0, 0, head);
@@ -299,8 +301,8 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
     const KeyItem item = read_item<Traits>(args, work);
     const bool last = item.column < 0;
     int stages = 0;  // over all heads
-    const int first_head = item.head_set * args.tile_heads;
-    for (int head = first_head; !last && head < first_head + args.tile_heads; head += 1 << args.chunks.stack_log2) {
+    const int first_head = args.sets.first_head(item.query_set), end_head = first_head + args.sets.tile_heads;
+    for (int head = first_head; !last && head < end_head; head += 1 << args.chunks.stack_log2) {
       stages += segments.count_stages(segments.count(ColumnBits(args, item, head), lane));
     }
     mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
@@ -346,7 +348,7 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
     int begin = tile.first_stage, end = begin + tile.stages;
     if (end - begin <= Traits::kTileLead && lane == 0) mbarrier_arrive(&storage.tile_wanted);
     const int heads = kStacked ? 1 << args.chunks.stack_log2 : 1;
-    const int first_head = item.head_set * args.tile_heads, last_head = first_head + args.tile_heads - heads;
+    const int first_head = args.sets.first_head(item.query_set), last_head = first_head + args.sets.tile_heads - heads;
     for (int head = first_head; end > 0; head += heads) {
       const ColumnBits bits(args, item, head);
       const int segments = all_segments.count(bits, lane);

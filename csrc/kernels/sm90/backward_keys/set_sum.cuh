@@ -30,7 +30,7 @@ struct SetSum {
 
   __device__ __forceinline__ SetSum(const BackwardKeysArguments& args, const KeyItem& item, int unit, int warp_key)
       : rows(uniform(item.keys) - warp_key), sets(args.sets_per_key_head) {
-    const int64_t head = item.head_set / args.sets_per_key_head;
+    const int64_t head = item.query_set / args.sets_per_key_head;
     const int64_t row = head * args.all_rows_k + int64_t{item.sequence} * args.sum_batch_rows + item.k_begin +
                         item.first_key + warp_key;
     counter = args.set_counters + (Traits::kWide ? row * Traits::kUnits + unit : row);

@@ -140,7 +140,7 @@ __device__ __forceinline__ void leave_keys(const BackwardKeysArguments& args, ty
     const SetSum<Traits> sum(args, item, unit, warp_key);
     if (!sum.add(lane, grad_keys, grad_values)) return;
   }
-  const int head = item.head_set / args.sets_per_key_head;
+  const int head = item.query_set / args.sets_per_key_head;
   if constexpr (Traits::kSendsKeys) {
     // The copy engine would overwrite rows of the next sequence.
     if (warp_key + kGranule <= uniform(item.keys)) {

@@ -207,8 +207,8 @@ struct BackwardKeysArguments {
   int head_dim;
   int heads_k;
   int united;             // key blocks that a tile may unite
-  int tile_heads;         // query heads that a tile streams
-  int sets_per_key_head;  // sets of that many query heads; if more than one, their tiles of the same keys pass on:
+  QuerySets sets;         // a tile streams the queries of one
+  int sets_per_key_head;  // if more than one, their tiles of the same keys pass on:
   float* set_sums;        // (heads_k, all_rows_k, 2 x head dim of the kernel), see SetSum
   // (heads_k, all_rows_k, warps that share a row), of which those of each warp's first row count.
   uint32_t* set_counters;
