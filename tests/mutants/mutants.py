@@ -38,6 +38,7 @@ GRADIENTS = ("tests/test_backward.py", "-k", f"test_cases and {HALF} and (packed
 HOSTILE = ("tests/test_hostile.py", "-k", "lengths_are_cut and not wide")
 PAIRS = ("tests/test_pairs.py", "-k", "test_kinds and cuda")
 SETS = ("tests/test_head_sets.py", "-k", "test_sets_of_heads and dtype1 and (shared or own_masks or two_key_heads)")
+WINDOWS = ("tests/test_head_sets.py", "-k", "test_windows_of_queries and dtype1 and tokens")
 
 MUTANTS = [
     Mutant(
@@ -53,6 +54,27 @@ MUTANTS = [
         "const int own = kOfFirst + unit;",
         "const int own = kOfSecond - unit;",
         PAIRS,
+    ),
+    Mutant(
+        "limits_of_a_stack_in_queries",
+        BACKWARD_KEYS,
+        "(first_query << args.chunks.stack_log2)",
+        "(first_query)",
+        WINDOWS,
+    ),
+    Mutant(
+        "windows_leave_out_a_block",
+        "plan/*.h",
+        "smaller(begin + sets.window_blocks, rows.end)",
+        "smaller(begin + sets.window_blocks - 1, rows.end)",
+        WINDOWS,
+    ),
+    Mutant(
+        "statistics_of_a_stack_s_first_head",
+        "kernels/sm90/grad_queries/*.cuh",
+        "args.chunks.row_of_query(place.row, place.head)",
+        "args.chunks.row_of_query(place.row, 0)",
+        WINDOWS,
     ),
     Mutant(
         "the_kernel_of_single_blocks_goes_on_into_pairs",
