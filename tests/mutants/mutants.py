@@ -179,8 +179,8 @@ MUTANTS = [
     Mutant(
         "statistics_of_padding",
         "kernels/rows/rows.cu",
-        "args.lse[args.heads_q * args.workspace.rows + threadIdx.x] = INFINITY;",
-        "args.lse[args.heads_q * args.workspace.rows + threadIdx.x] = -INFINITY;",
+        "args.lse[padding] = INFINITY;",
+        "args.lse[padding] = -INFINITY;",
         GRADIENTS,
     ),
     Mutant(
