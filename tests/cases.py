@@ -179,7 +179,7 @@ CASES += [
     case("batched_odd", q_block=20, k_block=24, packed=False, lens_q=(90, 90), lens_k=(95, 95), head_dim=192),
 ]
 
-# Heads that tiles of keys stream as one: of 8 or more heads that share a mask, the largest power of two.
+# Heads that tiles of keys stream as one, with and without rows of padding.
 CASES += [
     case("stack_of_16", q_block=1, heads_q=32, heads_k=2, mask_heads=2, head_dim=128, causal=True, density=0.3),
     case(
@@ -197,6 +197,10 @@ CASES += [
     ),
     case("stack_of_8", q_block=2, k_block=32, heads_q=16, heads_k=2, mask_heads=2, layout="heads_first"),
     case("stacks_of_8_of_24", q_block=6, k_block=48, heads_q=24, heads_k=1, mask_heads=1, head_dim=96, causal=True),
+    case("stack_of_2", q_block=1, heads_q=8, heads_k=4, mask_heads=4, head_dim=128, causal=True, layout="padded"),
+    case("stack_of_4", q_block=6, k_block=128, heads_q=8, heads_k=2, mask_heads=2, head_dim=128, causal=True),
+    case("stack_of_8_batched", q_block=3, heads_q=8, heads_k=1, mask_heads=1, packed=False, lens_q=(50, 50)),
+    case("stack_of_24", q_block=1, heads_q=24, heads_k=1, mask_heads=1, head_dim=128, lens_q=(40, 1, 9)),
     case("stack_of_one_mask", q_block=4, heads_q=32, heads_k=2, mask_heads=1, head_dim=72, causal=True),
     case(
         "stack_of_long_blocks",

@@ -119,13 +119,13 @@ Status check_backward_sizes(const ForwardParams& problem) {
   }
   constexpr int64_t kChunkLimit = (int64_t{1} << 31) - 1, kHeadChunkLimit = int64_t{1} << 28;
   const QueryChunks chunks = chunk_queries(problem);
-  const int64_t stacks = chunks.count_stacks(problem.heads_q);
-  const bool fits = problem.rows_q < (int64_t{1} << 30 >> chunks.stack_log2);
+  const int64_t stacks = problem.heads_q / chunks.stack.heads;
+  const bool fits = problem.rows_q < (int64_t{1} << 30 >> chunks.stack.rows_log2);
   if (fits && chunks.count < kHeadChunkLimit && stacks * chunks.count < kChunkLimit) return Status::Ok();
   return Status::NotSupported("q has " + std::to_string(problem.rows_q) + " rows, which take " +
                               std::to_string(chunks.count) + " chunks of 16 in blocks of " +
                               std::to_string(problem.mask.shape.q_block_size) + " over " +
-                              std::to_string(1 << chunks.stack_log2) + " heads, " + std::to_string(stacks) +
+                              std::to_string(chunks.stack.heads) + " heads, " + std::to_string(stacks) +
                               " times; expected fewer than 2^28 chunks, 2^31 - 1 in all, and 2^30 rows over these "
                               "heads for gradients on CUDA");
 }

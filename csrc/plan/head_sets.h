@@ -26,17 +26,33 @@ constexpr int64_t count_query_bytes(const MaskShape& shape, int32_t head_dim, in
 }
 
 // Query heads whose rows follow one another where tiles of keys stream them: of each query those of all heads of such a
-// stack, then those of the next query. Blocks of few queries fill granules then, and are looked up once for all heads.
-// These share a key head and a mask; a box has 8 of them; `stack * row + head` is below 2^30, for queries and keys.
-constexpr int32_t count_stacked_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k) {
-  if (shape.q_block_size % kGranule == 0 || shape.heads < 1 || heads_k < 1 || heads_q % heads_k != 0) return 1;
-  const int32_t group = heads_q / heads_k, stack = group & -group;
-  if (count_heads_of_mask(shape, heads_q) % group != 0) return 1;
+// stack, then those of the next query.
+struct HeadStack {
+  int32_t heads;
+  int32_t rows_log2;  // rows that a query has; those behind the last head do not exist
+
+  constexpr int32_t rows() const { return 1 << rows_log2; }
+};
+
+// Blocks of few queries fill granules as stacks, and are looked up once for all heads, which share a key head and a
+// mask. A box has 8 heads of a query: if these heads, or as many as the largest power of two that divides their number,
+// come in eights, no row is padding; other groups are one stack with padding, where that is less than what blocks of
+// one head need. `rows() * row + head` is below 2^30, for queries and keys.
+constexpr HeadStack stack_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k) {
+  constexpr HeadStack kNone{1, 0};
+  const int64_t block = shape.q_block_size;
+  if (block % kGranule == 0 || shape.heads < 1 || heads_k < 1 || heads_q % heads_k != 0) return kNone;
+  const int32_t group = heads_q / heads_k, power = group & -group;
+  if (group == 1 || group > 1024 || count_heads_of_mask(shape, heads_q) % group != 0) return kNone;
+  const bool exact = power % 8 == 0 && power * block % kGranule == 0;
+  HeadStack stack{exact ? power : group, 3};
+  while (stack.rows() < stack.heads || stack.rows() * block % kGranule != 0) ++stack.rows_log2;
   constexpr int64_t kMostRows = int64_t{1} << 30;
-  const int64_t queries = shape.rows * shape.q_block_size, keys = shape.cols * shape.k_block_size;
-  const bool fits = stack % 8 == 0 && int64_t{stack} * shape.q_block_size % kGranule == 0 && queries > 0 &&
-                    queries <= kMostRows / stack && keys <= kMostRows / stack;
-  return fits ? stack : 1;
+  const int64_t padded = (block + kGranule - 1) / kGranule * kGranule;
+  const int64_t queries = shape.rows * block, keys = shape.cols * shape.k_block_size;
+  const bool pays = stack.rows() * block * (group / stack.heads) < group * padded;
+  const bool fits = queries > 0 && queries <= kMostRows / stack.rows() && keys <= kMostRows / stack.rows();
+  return pays && fits ? stack : kNone;
 }
 
 inline constexpr int32_t kElementSize = 2;  // bytes, of every dtype that kernels are compiled for
@@ -58,8 +74,8 @@ constexpr bool has_few_keys(const MaskShape& shape) {
 // short even over stacked heads fill tiles of keys, but no tiles of queries.
 constexpr bool prefers_two_kernels(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim) {
   if (shape.k_block_size % kGranule != 0) return false;  // not measured
-  const int32_t stack = count_stacked_heads(shape, heads_q, heads_k);
-  if (stack > 1 && stack * shape.q_block_size < 64) return false;
+  const int32_t stack = stack_heads(shape, heads_q, heads_k).heads;
+  if (stack > 1 && int64_t{stack} * shape.q_block_size < 64) return false;
   if (head_dim > 128) return shape.q_block_size % 128 == 0;
   if (head_dim <= 64 || shape.k_block_size < 64) return false;
   return shape_key_tiles(shape, head_dim).tile_keys == 64 || has_few_keys(shape);
@@ -79,7 +95,7 @@ constexpr int32_t count_tile_heads(const MaskShape& shape, int32_t heads_q, int3
   if (of_head <= policy.together_bytes() / group) return group;
   const int64_t running = policy.running_keys() * count_row_bytes(head_dim, element_size);
   const int64_t fit = policy.running_bytes() / (of_head > running ? of_head : running) / (shape.causal ? 2 : 1);
-  const int32_t stack = count_stacked_heads(shape, heads_q, heads_k);
+  const int32_t stack = stack_heads(shape, heads_q, heads_k).heads;
   int32_t heads = group;
   while (heads > stack && (heads > fit || group % heads != 0)) heads -= stack;
   return heads;
@@ -102,8 +118,9 @@ constexpr QuerySets cut_queries(const MaskShape& shape, int32_t heads_q, int32_t
                                 int32_t element_size, bool deterministic, const DevicePolicy& policy) {
   const int32_t heads = count_tile_heads(shape, heads_q, heads_k, head_dim, element_size, deterministic, policy);
   const bool two_kernels = deterministic || prefers_two_kernels(shape, heads_q, heads_k, head_dim);
-  if (two_kernels || shape.batch < 1 || count_stacked_heads(shape, heads_q, heads_k) == 1) return {heads, 1, 0};
-  const int64_t bytes = heads * count_query_bytes(shape, head_dim, element_size);
+  const HeadStack stack = stack_heads(shape, heads_q, heads_k);
+  if (two_kernels || shape.batch < 1 || stack.heads == 1) return {heads, 1, 0};
+  const int64_t bytes = heads / stack.heads * stack.rows() * count_query_bytes(shape, head_dim, element_size);
   const int64_t wanted = (bytes - 1) / policy.running_bytes() + 1;
   const int32_t windows = static_cast<int32_t>(wanted < heads ? wanted : heads);
   const int64_t blocks = shape.rows / shape.batch;

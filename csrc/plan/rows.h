@@ -79,7 +79,7 @@ constexpr int32_t segment_rows(int32_t q_block_size) {
 }
 
 // How the workspace of the backward pass holds query rows: in chunks of 16, none of which has rows of two blocks or
-// sequences. The heads of a stack (count_stacked_heads) are one: its row `stack * q + i` is query q of its head i.
+// sequences. The heads of a stack (HeadStack) are one: its row `stack.rows() * q + i` is query q of its head i.
 // Where blocks, over their stack, are whole granules, a row's chunk follows from its position, so that a stack has
 // hardly more chunks than its tensor, whatever the size of blocks; the chunks of a segment are one sequence's. Other
 // blocks are padded to whole chunks, block by block.
@@ -88,40 +88,36 @@ struct QueryChunks {
   int32_t per_block;     // 0: rows lie by position
   int32_t per_sequence;  // by position, of a batch entry; 0: packed
   int32_t per_segment;   // by position
-  int32_t stack_log2;    // heads of a stack
+  HeadStack stack;
 
   // By position: that of a sequence's first row; those of its other rows follow. Packed sequences begin at least one
   // segment behind the last of the one before, because they begin behind its last row.
   constexpr int32_t first(int32_t sequence, int32_t q_begin) const {
     if (per_sequence > 0) return sequence * per_sequence;
-    return ((q_begin << stack_log2) / (kGranule * per_segment) + sequence) * per_segment;
+    return ((q_begin << stack.rows_log2) / (kGranule * per_segment) + sequence) * per_segment;
   }
 
-  constexpr int64_t count_stacks(int64_t heads) const { return heads >> stack_log2; }
-  constexpr int32_t stack_of_head(int32_t head) const { return head >> stack_log2; }
   constexpr int32_t row_of_query(int32_t query, int32_t head) const {
-    return (query << stack_log2) | head_of_row(head);
+    return (query << stack.rows_log2) + head % stack.heads;
   }
-  // In its stack.
-  constexpr int32_t head_of_row(int64_t row) const { return static_cast<int32_t>(row & ((1 << stack_log2) - 1)); }
+  // In its stack; from `stack.heads` on, none.
+  constexpr int32_t head_of_row(int64_t row) const { return static_cast<int32_t>(row & (stack.rows() - 1)); }
 };
 
 constexpr QueryChunks chunk_queries(const ForwardParams& problem) {
   const MaskShape& shape = problem.mask.shape;
-  const int32_t stack = count_stacked_heads(shape, problem.heads_q, problem.heads_k);
-  if (stack == 1 && shape.q_block_size % kGranule != 0) {
+  const HeadStack stack = stack_heads(shape, problem.heads_q, problem.heads_k);
+  if (stack.heads == 1 && shape.q_block_size % kGranule != 0) {
     // Blocks may be longer than all sequences.
     const int64_t rows = mask::smaller<int64_t>(shape.q_block_size, problem.rows_q);
     const int64_t per_block = mask::larger<int64_t>(mask::ceil_div(rows, kGranule), 1);
-    return {shape.rows * per_block, static_cast<int32_t>(per_block), 0, 1, 0};
+    return {shape.rows * per_block, static_cast<int32_t>(per_block), 0, 1, stack};
   }
-  int32_t stack_log2 = 0;
-  while ((1 << stack_log2) < stack) ++stack_log2;
-  const int32_t rows = segment_rows(stack * shape.q_block_size), per_segment = rows / kGranule;
-  const int64_t rows_q = stack * problem.rows_q;
-  if (problem.packed) return {(rows_q / rows + shape.batch) * per_segment, 0, 0, per_segment, stack_log2};
+  const int32_t rows = segment_rows(stack.rows() * shape.q_block_size), per_segment = rows / kGranule;
+  const int64_t rows_q = stack.rows() * problem.rows_q;
+  if (problem.packed) return {(rows_q / rows + shape.batch) * per_segment, 0, 0, per_segment, stack};
   const int64_t per_sequence = mask::larger<int64_t>(mask::ceil_div(rows_q, rows), 1) * per_segment;
-  return {shape.batch * per_sequence, 0, static_cast<int32_t>(per_sequence), per_segment, stack_log2};
+  return {shape.batch * per_sequence, 0, static_cast<int32_t>(per_sequence), per_segment, stack};
 }
 
 // The query of a chunk's row.
@@ -129,7 +125,7 @@ struct QueryPlace {
   bool exists;
   int32_t sequence;
   int64_t row;   // of the sequence's batch entry
-  int32_t head;  // of the stack
+  int32_t head;  // in the stack
 };
 
 constexpr QueryPlace locate_query(const MaskShape& shape, const Sequence* sequences, const QueryChunks& chunks,
@@ -158,10 +154,11 @@ constexpr QueryPlace locate_query(const MaskShape& shape, const Sequence* sequen
     query = (int64_t{chunk} - first(index)) * kGranule + row_in_chunk;
   }
   const int32_t head = chunks.head_of_row(query);
-  query >>= chunks.stack_log2;
+  query >>= chunks.stack.rows_log2;
   const Sequence& sequence = sequences[index];
   const int64_t row = mask::clamp<int64_t>(sequence.q_begin, 0, rows_q) + query;
-  return {in_block && query >= 0 && query < sequence.q_len && row < rows_q, index, row, head};
+  const bool exists = in_block && head < chunks.stack.heads && query >= 0 && query < sequence.q_len && row < rows_q;
+  return {exists, index, row, head};
 }
 
 }  // namespace hbsattn

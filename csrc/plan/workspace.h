@@ -92,7 +92,7 @@ constexpr BackwardWorkspace lay_out_backward(const BackwardParams& params, int32
   BackwardWorkspace workspace{};
   workspace.chunks = chunk_queries(problem);
   workspace.slots = slots;
-  workspace.stacks = workspace.chunks.count_stacks(problem.heads_q);
+  workspace.stacks = problem.heads_q / workspace.chunks.stack.heads;
   workspace.rows = workspace.chunks.count * kGranule;
   const int64_t query_bytes = 4 * workspace.stacks * workspace.rows * padded_head_dim;
   workspace.set_counters = workspace.tickets + align(4 * (BackwardWorkspace::kTickets + 2 * slots));

@@ -262,7 +262,7 @@ int check_query_sets(int rounds) {
     const int32_t count = sets.count(problem.heads_q);
     if (sets.windows > 1) ++cut;
     if (sets.windows < 1 || count > problem.heads_q || problem.heads_q / problem.heads_k % sets.tile_heads != 0 ||
-        sets.tile_heads % count_stacked_heads(shape, problem.heads_q, problem.heads_k) != 0) {
+        sets.tile_heads % stack_heads(shape, problem.heads_q, problem.heads_k).heads != 0) {
       return fail("sets of queries", problem, sets.tile_heads, sets.windows);
     }
     for (const Sequence& sequence : table.sequences) {

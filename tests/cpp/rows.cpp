@@ -28,32 +28,28 @@ static_assert(method_of(128, 128, 128) == BackwardMethod::kByKeys);
 static_assert(method_of(128, 128, 128, 1, 128) == BackwardMethod::kByKeysAndQueries);  // of many short sequences
 static_assert(method_of(64, 64, 128) == BackwardMethod::kByKeysAndQueries);
 static_assert(method_of(1, 64, 128, 16) == BackwardMethod::kByKeys);
-static_assert(method_of(1, 64, 128, 4) == BackwardMethod::kByKeysAndQueries);
+static_assert(method_of(1, 64, 128, 4) == BackwardMethod::kByKeys);
+static_assert(method_of(1, 64, 128) == BackwardMethod::kByKeysAndQueries);
 static_assert(method_of(4, 64, 128, 16) == BackwardMethod::kByKeysAndQueries);
 
-// Heads that are streamed as one, by the heads that share a key head and the masks that these have.
-constexpr int32_t stack_of(int32_t q_block, int32_t group, int32_t masks, int64_t rows = 1) {
+// Heads that are streamed as one, and the rows that each query has then, by the heads that share a key head and the
+// masks that these have.
+constexpr bool stacks(int32_t q_block, int32_t group, int32_t masks, int32_t heads, int32_t rows, int64_t blocks = 1) {
   MaskShape shape;
   shape.batch = shape.cols = 1;
   shape.heads = masks;
-  shape.rows = rows;
+  shape.rows = blocks;
   shape.q_block_size = q_block;
   shape.k_block_size = 64;
-  return count_stacked_heads(shape, group, 1);
+  const HeadStack stack = stack_heads(shape, group, 1);
+  return stack.heads == heads && stack.rows() == rows;
 }
-static_assert(stack_of(1, 16, 1) == 16 && stack_of(1, 32, 2) == 1 && stack_of(1, 24, 1) == 1);
-static_assert(stack_of(2, 24, 1) == 8 && stack_of(2, 8, 1) == 8 && stack_of(1, 8, 1) == 1 && stack_of(4, 4, 1) == 1);
-static_assert(stack_of(16, 16, 1) == 1 && stack_of(100, 8, 1) == 8 && stack_of(1, 16, 16) == 1);
-static_assert(stack_of(1, 16, 1, 1 << 26) == 16 && stack_of(1, 16, 1, (1 << 26) + 1) == 1);
-static_assert(method_of(64, 16, 96) == BackwardMethod::kByKeysAndQueries);
-static_assert(method_of(16, 16, 128, 4) == BackwardMethod::kByKeysAndQueries);
-static_assert(method_of(16, 16, 128) == BackwardMethod::kByKeys);
-static_assert(method_of(64, 64, 64) == BackwardMethod::kByKeys);
-static_assert(method_of(128, 16, 128) == BackwardMethod::kByQueries);
-static_assert(method_of(64, 16, 64) == BackwardMethod::kByKeysAndQueries);
-static_assert(method_of(128, 64, 192) == BackwardMethod::kByKeysAndQueries);
-static_assert(method_of(128, 150, 96) == BackwardMethod::kByKeys);
-static_assert(method_of(64, 64, 192) == BackwardMethod::kByKeys);
+static_assert(stacks(1, 16, 1, 16, 16) && stacks(1, 64, 1, 64, 64) && stacks(2, 8, 1, 8, 8) && stacks(100, 8, 1, 8, 8));
+static_assert(stacks(2, 24, 1, 8, 8) && stacks(1, 24, 1, 24, 32) && stacks(1, 12, 1, 12, 16));
+static_assert(stacks(1, 8, 1, 8, 16) && stacks(1, 2, 1, 2, 16) && stacks(2, 4, 1, 4, 8) && stacks(6, 4, 1, 4, 8));
+static_assert(stacks(1, 1, 1, 1, 1) && stacks(16, 16, 1, 1, 1) && stacks(1, 16, 16, 1, 1) && stacks(1, 32, 2, 1, 1));
+static_assert(stacks(5, 4, 1, 1, 1) && stacks(9, 2, 1, 1, 1));  // would take more rows
+static_assert(stacks(1, 16, 1, 16, 16, 1 << 26) && stacks(1, 16, 1, 1, 1, (1 << 26) + 1));
 
 std::mt19937 random_bits(1);
 
@@ -82,8 +78,8 @@ Table make_table() {
   shape.q_block_size = blocks[draw(0, 8)];
   shape.k_block_size = blocks[draw(0, 8)];
   problem.packed = draw(0, 3) > 0;
-  const int32_t groups[] = {1, 4, 8, 16, 24};
-  problem.heads_q = groups[draw(0, 4)];
+  const int32_t groups[] = {1, 2, 4, 8, 12, 16, 24};
+  problem.heads_q = groups[draw(0, 6)];
   problem.heads_k = shape.heads = 1;
   problem.head_dim = 64;
   const int32_t longest = draw(1, 200);
@@ -178,11 +174,12 @@ void check_chunks(const Table& table) {
   const ForwardParams& problem = table.problem;
   const MaskShape& shape = problem.mask.shape;
   const QueryChunks chunks = chunk_queries(problem);
-  const int32_t heads = 1 << chunks.stack_log2;
-  check(heads == count_stacked_heads(shape, problem.heads_q, problem.heads_k), "a stack has the heads that it has");
+  const int32_t heads = chunks.stack.heads;
   if (chunks.per_block == 0) {
-    const int64_t runs = problem.packed ? 1 : shape.batch, segment = segment_rows(heads * shape.q_block_size);
-    check(chunks.count <= (runs * (heads * problem.rows_q / segment + 1) + shape.batch) * (segment / kGranule),
+    const int64_t runs = problem.packed ? 1 : shape.batch,
+                  segment = segment_rows(chunks.stack.rows() * shape.q_block_size);
+    check(chunks.count <=
+              (runs * (chunks.stack.rows() * problem.rows_q / segment + 1) + shape.batch) * (segment / kGranule),
           "hardly more chunks than segments need");
     for (int32_t b = 0; b < shape.batch; ++b) {
       check(chunks.first(b, problem.packed ? table.sequences[b].q_begin : 0) % chunks.per_segment == 0,
@@ -239,7 +236,7 @@ void check_lies(Table& table) {
       const QueryPlace found = locate_query(shape, table.sequences.data(), chunks, problem.rows_q, chunk, row);
       check(!found.exists || (found.row >= 0 && found.row < problem.rows_q), "rows lie in the tensor");
       check(found.sequence >= 0 && found.sequence < shape.batch, "sequences lie in the batch");
-      check(found.head >= 0 && found.head < 1 << chunks.stack_log2, "heads lie in the stack");
+      check(found.head >= 0 && (!found.exists || found.head < chunks.stack.heads), "heads lie in the stack");
     }
   }
   // As kernels cut what an item says.
@@ -247,7 +244,7 @@ void check_lies(Table& table) {
     const int64_t q_begin = mask::clamp<int64_t>(table.sequences[index].q_begin, 0, problem.rows_q);
     const int64_t q_len = mask::clamp<int64_t>(table.sequences[index].q_len, 0, problem.rows_q - q_begin);
     const int64_t first = chunks.first(index, static_cast<int32_t>(q_begin));
-    const int64_t last = first + ((q_len << chunks.stack_log2) - 1) / kGranule;
+    const int64_t last = first + ((q_len << chunks.stack.rows_log2) - 1) / kGranule;
     check(q_len == 0 || (first >= 0 && last < chunks.count), "chunks lie in the workspace");
   }
 }

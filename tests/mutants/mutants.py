@@ -58,7 +58,7 @@ MUTANTS = [
     Mutant(
         "limits_of_a_stack_in_queries",
         BACKWARD_KEYS,
-        "(first_query << args.chunks.stack_log2)",
+        "(first_query << args.chunks.stack.rows_log2)",
         "(first_query)",
         WINDOWS,
     ),

@@ -130,9 +130,14 @@ def count_query_bytes(batch: int, rows: int, q_block_size: int, head_dim: int, e
 def count_stacked_heads(mask_heads: int, q_block_size: int, heads_q: int, heads_k: int) -> int:
     """Query heads whose rows tiles of keys stream as one, of a problem of fewer than 2**26 tokens."""
     group = heads_q // heads_k
-    stack = group & -group
-    shares = (heads_q // mask_heads) % group == 0
-    return stack if shares and q_block_size % 16 != 0 and stack >= 8 and stack * q_block_size % 16 == 0 else 1
+    if group == 1 or q_block_size % 16 == 0 or (heads_q // mask_heads) % group != 0:
+        return 1
+    power = group & -group
+    heads = power if power % 8 == 0 and power * q_block_size % 16 == 0 else group
+    rows = 8
+    while rows < heads or rows * q_block_size % 16 != 0:
+        rows *= 2
+    return heads if rows * q_block_size * (group // heads) < group * 16 * ceil_div(q_block_size, 16) else 1
 
 
 def prefers_two_kernels(

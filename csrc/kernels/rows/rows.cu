@@ -39,7 +39,7 @@ __device__ QueryPlace locate(const RowArguments& args, int chunk, int row_in_chu
 }
 
 __device__ int head_of(const RowArguments& args, int stack, const QueryPlace& place) {
-  return (stack << args.workspace.chunks.stack_log2) + place.head;
+  return stack * args.workspace.chunks.stack.heads + place.head;
 }
 
 template <class Element>
@@ -119,14 +119,14 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Row
 
 // Queries that belong to no chunk, as no tile has them.
 __device__ void write_gaps(const RowArguments& args, int stack, int lane) {
-  const int stack_log2 = args.workspace.chunks.stack_log2;
-  auto* grad_q = static_cast<uint16_t*>(args.grad_q.data) + (stack << stack_log2) * args.grad_q.head_stride;
+  const int heads = args.workspace.chunks.stack.heads;
+  auto* grad_q = static_cast<uint16_t*>(args.grad_q.data) + int64_t{stack} * heads * args.grad_q.head_stride;
   const auto rows = static_cast<int32_t>(args.rows_q);
   visit_gaps(
       args.shape.batch, static_cast<int>(blockIdx.x), mask::smaller<int>(gridDim.x, kGapCtas), lane,
       [&](int index) { return find_query_gap(args.shape, args.sequences, index, rows); },
       [&](int row) {
-        clear_row(grad_q + row * args.grad_q.row_stride, args.grad_q.head_stride, 1 << stack_log2, args.head_dim, lane);
+        clear_row(grad_q + row * args.grad_q.row_stride, args.grad_q.head_stride, heads, args.head_dim, lane);
       });
 }
 

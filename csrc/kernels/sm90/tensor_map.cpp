@@ -82,12 +82,12 @@ Status encode_whole_rows(const MatrixRows& tensor, int chunk, int chunks, int bo
                    map);
 }
 
-Status encode_eight_rows(const MatrixRows& tensor, int chunk, CUtensorMap* map) {
+Status encode_eight_heads(const MatrixRows& tensor, int chunk, int group, CUtensorMap* map) {
   const cuuint64_t row = tensor.row_stride * kElementSize, head = tensor.head_stride * kElementSize;
   return encode<5>(tensor,
-                   {static_cast<cuuint64_t>(tensor.head_dim), static_cast<cuuint64_t>(tensor.rows), 1, 1,
-                    static_cast<cuuint64_t>(tensor.heads)},
-                   {row, row, row, head}, {static_cast<cuuint32_t>(chunk), 8, 1, 1, 1}, map);
+                   {static_cast<cuuint64_t>(tensor.head_dim), static_cast<cuuint64_t>(group),
+                    static_cast<cuuint64_t>(tensor.heads / group), 1, static_cast<cuuint64_t>(tensor.rows)},
+                   {head, group * head, row, row}, {static_cast<cuuint32_t>(chunk), 8, 1, 1, 1}, map);
 }
 
 Status encode_clipped_rows(const MatrixRows& tensor, int chunk, CUtensorMap* map) {

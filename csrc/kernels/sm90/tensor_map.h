@@ -32,8 +32,9 @@ Status encode_rows(const MatrixRows& tensor, int chunk, int box_rows, int box_he
 Status encode_whole_rows(const MatrixRows& tensor, int chunk, int chunks, int box_rows, CUtensorMap* map,
                          int box_heads = 1);
 
-// (head_dim, rows, 1, 1, heads) with a box of a chunk of 8 rows of a head. Columns from head_dim on read as zeros.
-Status encode_eight_rows(const MatrixRows& tensor, int chunk, CUtensorMap* map);
+// (head_dim, heads of a group, groups, 1, rows) with a box of a chunk of 8 heads of a row. Columns from head_dim on and
+// heads of the next group read as zeros.
+Status encode_eight_heads(const MatrixRows& tensor, int chunk, int group, CUtensorMap* map);
 
 // 8 rows of a chunk of a run of rows that may end anywhere; rows past the end read as zeros although the tensor goes
 // on. A box that starts `r` rows into a run of `n` rows that begins at row `b` has the coordinates

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(BackwardKeysTraits<Config>::kThreads, Config::
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
-    if (warp == 0 && args.chunks.stack_log2 > 0) {
+    if (warp == 0 && args.chunks.stack.heads > 1) {
       run_query_warp<Traits, true>(args, storage, lane);
     } else if (warp == 0) {
       run_query_warp<Traits, false>(args, storage, lane);

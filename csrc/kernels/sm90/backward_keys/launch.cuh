@@ -36,12 +36,12 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
 
   sm90::BackwardKeysArguments args{};
   static_assert(Config::kTileM == kMostSegmentRows);
-  const int stack = 1 << workspace.chunks.stack_log2;
+  const HeadStack stack = workspace.chunks.stack;
   const bool by_position = workspace.chunks.per_block == 0;
   const int segment = by_position ? workspace.chunks.per_segment * kGranule : kGranule;
   const auto encode_clipped_queries = [&](const RowsOfTensor& tensor, CUtensorMap* map) {
-    return stack > 1 ? encode_eight_rows(exchange_rows_and_heads(tensor.matrix), Config::kChunkColumns, map)
-                     : encode_clipped_rows(tensor.matrix, Config::kChunkColumns, map);
+    return stack.heads > 1 ? encode_eight_heads(tensor.matrix, Config::kChunkColumns, stack.heads, map)
+                           : encode_clipped_rows(tensor.matrix, Config::kChunkColumns, map);
   };
   HBSATTN_RETURN_IF_ERROR(encode_clipped_queries(q, &args.map_q_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_queries(grad_out, &args.map_grad_out_clipped));
@@ -49,15 +49,19 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, Config::kChunkColumns, &args.map_v_clipped));
   // Whole rows would take columns past head_dim from the next head.
   args.whole_rows = problem.head_dim == Config::kHeadDim;
-  if (args.whole_rows) {
+  // Heads of a stack with padding come by clipped boxes.
+  args.whole_queries = args.whole_rows && stack.heads % stack.rows() == 0;
+  if (args.whole_queries) {
     const auto encode_queries = [&](const RowsOfTensor& tensor, CUtensorMap* map) {
-      const int heads = std::min(stack, segment);
-      return stack > 1 ? encode_whole_rows(exchange_rows_and_heads(tensor.matrix), Config::kChunkColumns,
-                                           Traits::kChunks, heads, map, segment / heads)
-                       : encode_whole_rows(tensor.matrix, Config::kChunkColumns, Traits::kChunks, segment, map);
+      const int heads = std::min(stack.heads, segment);
+      return stack.heads > 1 ? encode_whole_rows(exchange_rows_and_heads(tensor.matrix), Config::kChunkColumns,
+                                                 Traits::kChunks, heads, map, segment / heads)
+                             : encode_whole_rows(tensor.matrix, Config::kChunkColumns, Traits::kChunks, segment, map);
     };
     HBSATTN_RETURN_IF_ERROR(encode_queries(q, &args.map_q));
     HBSATTN_RETURN_IF_ERROR(encode_queries(grad_out, &args.map_grad_out));
+  }
+  if (args.whole_rows) {
     HBSATTN_RETURN_IF_ERROR(
         encode_whole_rows(k.matrix, Config::kChunkColumns, Traits::kChunks, Config::kTileN, &args.map_k));
     HBSATTN_RETURN_IF_ERROR(
@@ -122,7 +126,7 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.set_counters = reinterpret_cast<uint32_t*>(bytes + workspace.set_counters);
   args.heads_of_mask = count_heads_of_mask(shape, problem.heads_q);
   // Blocks may be longer than all sequences.
-  const int64_t block_rows = std::min<int64_t>(shape.q_block_size, problem.rows_q) * stack;
+  const int64_t block_rows = std::min<int64_t>(shape.q_block_size, problem.rows_q) * stack.rows();
   args.segments_per_block = static_cast<int>((block_rows + segment - 1) / segment);
   while ((1 << args.segment_log2) < segment) ++args.segment_log2;
   args.scale = problem.softmax_scale;

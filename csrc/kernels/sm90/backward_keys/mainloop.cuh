@@ -37,7 +37,8 @@ struct QueryLimits {
       const int in_tile = warp_key + lane / 4 + 8 * row;
       // In rows of the stack, as infos have them.
       const int first_query = rule_of(args.mask, item).first_query(item.first_key + in_tile);
-      const int first_row = args.mask.causal ? (first_query << args.chunks.stack_log2) - 2 * (lane & 3) : first_query;
+      const int first_row =
+          args.mask.causal ? (first_query << args.chunks.stack.rows_log2) - 2 * (lane & 3) : first_query;
       value[row] = in_tile >= item.keys ? INT_MAX : first_row;
     }
   }

@@ -51,8 +51,8 @@ __device__ __forceinline__ KeyItem read_item(const BackwardKeysArguments& args, 
 
 // Of the tensor maps that a launch uses, those that are read first.
 __device__ __forceinline__ void prefetch_tensor_maps(const BackwardKeysArguments& args) {
-  cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_q : &args.map_q_clipped);
-  cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_grad_out : &args.map_grad_out_clipped);
+  cute::prefetch_tma_descriptor(args.whole_queries ? &args.map_q : &args.map_q_clipped);
+  cute::prefetch_tma_descriptor(args.whole_queries ? &args.map_grad_out : &args.map_grad_out_clipped);
   cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_k : &args.map_k_clipped);
   cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_v : &args.map_v_clipped);
 }
@@ -153,7 +153,7 @@ struct QueryPlan {
 template <class Traits, bool kStacked>
 __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& args, const KeyItem& item,
                                                   const ColumnBits& bits, const typename Traits::Blocks& blocks,
-                                                  int head, int position, bool exists) {
+                                                  int stack, int position, bool exists) {
   constexpr QueryPlan kNone{-1, 0, -1, 0, true, false};
   int entry, from_end;
   args.segments_per_block(entry, from_end, position);
@@ -162,18 +162,18 @@ __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& a
   const int row = blocks.column(entry), block = row - item.row_begin;
   const int in_block = segment << args.segment_log2, rows = 1 << args.segment_log2;
   QueryPlan plan;
-  const int stack_log2 = kStacked ? args.chunks.stack_log2 : 0;
+  const int stack_log2 = kStacked ? args.chunks.stack.rows_log2 : 0;
   plan.query = (block * args.mask.q_block_size << stack_log2) + in_block;
   plan.end = min((block + 1) * args.mask.q_block_size, item.q_len) << stack_log2;
   if (plan.query >= plan.end) return kNone;
-  plan.chunk = (kStacked ? args.chunks.stack_of_head(head) : head) * static_cast<int>(args.chunks.count);
+  plan.chunk = stack * static_cast<int>(args.chunks.count);
   if (!kStacked && args.chunks.per_block > 0) {
     plan.chunk += row * args.chunks.per_block + in_block / kGranule;
   } else {
     plan.chunk += args.chunks.first(item.sequence, item.q_begin) + plan.query / kGranule;
   }
   plan.with = item.united > 1 ? bits.rows.with(row) : 1;
-  plan.whole = args.whole_rows && plan.query + rows <= plan.end;
+  plan.whole = args.whole_queries && plan.query + rows <= plan.end;
   const int last_key = item.first_key + item.keys - 1;
   plan.clean = item.keys == Traits::kTileN && plan.with == (1 << item.united) - 1 &&
                rule_of(args.mask, item).is_clean(plan.query >> stack_log2, last_key);
@@ -182,7 +182,7 @@ __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& a
 
 template <class Traits, bool kStacked>
 __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, typename Traits::Storage& storage,
-                                           const KeyItem& item, const QueryPlan& plan, int head, int stage_of_plan,
+                                           const KeyItem& item, const QueryPlan& plan, int stack, int stage_of_plan,
                                            int stage, int lane) {
   const int segments_log2 = Traits::kTileMLog2 - args.segment_log2;
   const int first_lane = stage_of_plan << segments_log2;
@@ -224,21 +224,21 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
     cute::SM90_BULK_COPY_G2S::copy(args.lse + chunk * kGranule, full, &storage.lse[stage][row], bytes);
     cute::SM90_BULK_COPY_G2S::copy(args.delta + chunk * kGranule, full, &storage.delta[stage][row], bytes);
   }
-  if ((whole & lanes) == lanes && args.whole_rows) {
+  if ((whole & lanes) == lanes && args.whole_queries) {
     if (mine) {
       const int offset = row * (Traits::kChunks * Traits::kChunkBytes);
-      const int query = kStacked ? plan.query >> args.chunks.stack_log2 : plan.query;
+      const int query = kStacked ? plan.query >> args.chunks.stack.rows_log2 : plan.query;
       const int q_row = plan.query < 0 ? 1 << 30 : q_begin + query;
       const int grad_out_row = plan.query < 0 ? 1 << 30 : grad_out_begin + query;
       if constexpr (kStacked) {
-        const int first_head = head + args.chunks.head_of_row(plan.query);
+        const int first_head = stack * args.chunks.stack.heads + args.chunks.head_of_row(plan.query);
         cute::SM90_TMA_LOAD_5D::copy(&args.map_q, full, kGradKeepInL2, queries + offset, 0, first_head, 0, 0, q_row);
         cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out, full, kGradKeepInL2, grad_out + offset, 0, first_head, 0, 0,
                                      grad_out_row);
       } else {
-        cute::SM90_TMA_LOAD_5D::copy(&args.map_q, full, kGradKeepInL2, queries + offset, 0, q_row, 0, 0, head);
+        cute::SM90_TMA_LOAD_5D::copy(&args.map_q, full, kGradKeepInL2, queries + offset, 0, q_row, 0, 0, stack);
         cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out, full, kGradKeepInL2, grad_out + offset, 0, grad_out_row, 0, 0,
-                                     head);
+                                     stack);
       }
     }
   } else {
@@ -252,21 +252,21 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
       const int column = box % Traits::kChunks * Traits::kChunkColumns;
       if constexpr (kStacked) {
         // Heads of one query, as all of these 8 rows are.
-        const int stack_row = first + row_in_segment(box_row), query = stack_row >> args.chunks.stack_log2;
-        const int first_head = head + args.chunks.head_of_row(stack_row);
+        const int stack_row = first + row_in_segment(box_row), query = stack_row >> args.chunks.stack.rows_log2;
+        const int first_head = args.chunks.head_of_row(stack_row);
         if (box < kBoxes) {
           cute::SM90_TMA_LOAD_5D::copy(&args.map_q_clipped, full, kGradKeepInL2, queries + box * Traits::kAtomBytes,
-                                       column, first_head, 0, 0, from_end == 0 ? 1 << 30 : q_begin + query);
+                                       column, first_head, stack, 0, from_end == 0 ? 1 << 30 : q_begin + query);
           cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out_clipped, full, kGradKeepInL2,
-                                       grad_out + box * Traits::kAtomBytes, column, first_head, 0, 0,
+                                       grad_out + box * Traits::kAtomBytes, column, first_head, stack, 0,
                                        from_end == 0 ? 1 << 30 : grad_out_begin + query);
         }
       } else if (box < kBoxes) {
         cute::SM90_TMA_LOAD_5D::copy(&args.map_q_clipped, full, kGradKeepInL2, queries + box * Traits::kAtomBytes,
-                                     column, kRunEnd - from_end, int{kRunEnd}, q_begin + end, head);
+                                     column, kRunEnd - from_end, int{kRunEnd}, q_begin + end, stack);
         cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out_clipped, full, kGradKeepInL2,
                                      grad_out + box * Traits::kAtomBytes, column, kRunEnd - from_end, int{kRunEnd},
-                                     grad_out_begin + end, head);
+                                     grad_out_begin + end, stack);
       }
     }
   }
@@ -302,7 +302,7 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
     const bool last = item.column < 0;
     int stages = 0;  // over all heads
     const int first_head = args.sets.first_head(item.query_set), end_head = first_head + args.sets.tile_heads;
-    for (int head = first_head; !last && head < end_head; head += 1 << args.chunks.stack_log2) {
+    for (int head = first_head; !last && head < end_head; head += args.chunks.stack.heads) {
       stages += segments.count_stages(segments.count(ColumnBits(args, item, head), lane));
     }
     mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
@@ -329,8 +329,7 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
   }
 }
 
-// Streams the queries of each tile through the ring of stages. kStacked: the rows of several heads are one
-// (QueryChunks::stack_log2).
+// Streams the queries of each tile through the ring of stages. kStacked: the rows of several heads are one (HeadStack).
 template <class Traits, bool kStacked>
 __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args, typename Traits::Storage& storage,
                                                int lane) {
@@ -347,14 +346,16 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
     // Stages of this part of the tile, counted from the head at hand on.
     int begin = tile.first_stage, end = begin + tile.stages;
     if (end - begin <= Traits::kTileLead && lane == 0) mbarrier_arrive(&storage.tile_wanted);
-    const int heads = kStacked ? 1 << args.chunks.stack_log2 : 1;
-    const int first_head = args.sets.first_head(item.query_set), last_head = first_head + args.sets.tile_heads - heads;
-    for (int head = first_head; end > 0; head += heads) {
-      const ColumnBits bits(args, item, head);
+    // Each head is a stack of its own where they are not stacked.
+    const int heads = kStacked ? args.chunks.stack.heads : 1;
+    const int first_stack = args.sets.first_head(item.query_set) / heads;
+    const int last_stack = first_stack + args.sets.tile_heads / heads - 1;
+    for (int stack = first_stack; end > 0; ++stack) {
+      const ColumnBits bits(args, item, stack * heads);
       const int segments = all_segments.count(bits, lane);
       int stages = all_segments.count_stages(segments);
       // As many as were announced: what is missing, as bits were changed since, comes as padding behind the last head.
-      if (head == last_head) stages = max(stages, end);
+      if (stack == last_stack) stages = max(stages, end);
       const int end_of_head = min(end, stages);
       if (begin < end_of_head) {
         const int chunk = Traits::Blocks::first_chunk(bits.blocks.end);
@@ -364,13 +365,13 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
           const int first_segment = planned << segments_log2;
           const int end_segment = min(min(planned + plan_stages, end_of_head) << segments_log2, segments);
           blocks.expand(args.segments_per_block.div(end_segment + args.segments_per_block.divisor - 1));
-          const QueryPlan plan = plan_queries<Traits, kStacked>(args, item, bits, blocks, head, first_segment + lane,
+          const QueryPlan plan = plan_queries<Traits, kStacked>(args, item, bits, blocks, stack, first_segment + lane,
                                                                 first_segment + lane < end_segment);
           __syncwarp();
 #pragma unroll 1
           for (int stage = 0; stage < min(plan_stages, end_of_head - planned); ++stage) {
             mbarrier_wait(&storage.empty[ring.index], ring.parity);
-            load_stage<Traits, kStacked>(args, storage, item, plan, head, stage, ring.index, lane);
+            load_stage<Traits, kStacked>(args, storage, item, plan, stack, stage, ring.index, lane);
             if (planned + stage == end - Traits::kTileLead - 1 && lane == 0) mbarrier_arrive(&storage.tile_wanted);
             ring.advance();
           }

@@ -176,7 +176,7 @@ struct BackwardKeysArguments {
   CUtensorMap map_grad_k, map_grad_v;  // (head_dim, rows, heads), box of a chunk of 16 rows
   int grad_k_batch_rows, grad_v_batch_rows, grad_k_batch_heads, grad_v_batch_heads;
   // 8 rows of a chunk that end at any row, see tensor_map.h: (head_dim, rows before the end, wrap, end, heads). Those
-  // of stacked heads: 8 heads of a query, (head_dim, heads, 1, 1, queries).
+  // of stacked heads: 8 heads of a query, (head_dim, heads of a stack, stacks, 1, queries).
   CUtensorMap map_q_clipped, map_grad_out_clipped, map_k_clipped, map_v_clipped;
 
   MaskShape mask;
@@ -217,7 +217,8 @@ struct BackwardKeysArguments {
   int heads_of_mask;   // query heads that share a mask
   int segment_log2;    // a segment is the largest power of two rows, up to kTileM, that divides a block's, over a stack
   cutlass::FastDivmod segments_per_block;
-  bool whole_rows;  // these maps can be used; otherwise all rows come through the clipped maps
+  bool whole_rows;     // maps of whole rows can be used; otherwise all rows come through the clipped maps
+  bool whole_queries;  // the same for queries
   float scale, scale_log2;
 };
 

@@ -29,7 +29,7 @@ struct RowStatistics {
       statistics.lse[row] = INFINITY;
       statistics.delta[row] = 0.f;
       if (place.count <= 0) continue;
-      int64_t chunk = args.chunks.stack_of_head(place.head) * args.chunks.count;
+      int64_t chunk = place.head / args.chunks.stack.heads * args.chunks.count;
       int in_chunks = args.chunks.row_of_query(place.row, place.head);
       if (args.chunks.per_block == 0) {
         chunk += args.chunks.first(item.sequence, item.q_begin);
