@@ -28,7 +28,7 @@ def explain(
         * general: whether the kernel takes its path for ragged, united or small blocks, which is slower.
         * tile_rows: queries that a thread block keeps, or keys, where gradients go by keys; stage_rows: what it streams
           past them at a time.
-        * tile_heads: query heads that share a tile; by keys, that a tile streams one after another.
+        * tile_heads: query heads that share a tile; by keys, that a tile streams.
         * num_items, num_key_items: lengths of the work lists that the call reads, tiles without work included.
 
     Raises:

@@ -23,6 +23,7 @@ def by_name(x: object) -> str | None:
 # gradients of the same keys.
 GROUP = {"heads_q": 8, "heads_k": 1, "mask_heads": 1}
 WIDE_BLOCK = 8208  # above head dim 128, blocks that fill tiles of 128 have no sets
+STACKED_BLOCK = 8202  # heads are streamed as one
 FEW = {**GROUP, "q_block": 8192, "lens_q": (100, 37), "lens_k": (300, 70)}
 SETS_OF_HEADS = [
     case("shared", lens_q=(4200,), q_block=128, k_block=128, head_dim=128, density=0.1, **GROUP),
@@ -33,7 +34,7 @@ SETS_OF_HEADS = [
     case("two_key_heads", k_block=128, head_dim=128, **{**FEW, "heads_q": 16, "heads_k": 2, "mask_heads": 2}),
     case("padded_head_dim", k_block=100, head_dim=120, causal=True, **FEW),
     case("copied_head_dim", k_block=128, head_dim=100, **{**FEW, "q_block": 23040}),  # as 104: 1 head a tile, not 2
-    case("batched", k_block=80, head_dim=96, packed=False, **{**FEW, "lens_q": (90, 90), "lens_k": (200, 200)}),
+    case("batched", k_block=80, head_dim=96, packed=False, **{**FEW, "lens_q": (90, 90), "lens_k": (300, 300)}),
     case("head_dim_64", k_block=128, head_dim=64, **{**FEW, "q_block": 16384}),
     case("head_dim_192", k_block=32, head_dim=192, causal=True, **{**FEW, "q_block": WIDE_BLOCK}),
     case("views", k_block=128, head_dim=128, layout="padded", **FEW),
@@ -62,7 +63,7 @@ WINDOWS = [
     case("two_key_heads", lens_q=(1500,) * 2, packed=False, density=0.1, **{**STACK, "heads_q": 64, "heads_k": 2}),
     case("in_parts", lens_q=(6000,), lens_k=(700,), pattern="one_column", k_block=128, **STACK),
     case("wide", lens_q=(3000, 40), lens_k=(500, 70), k_block=48, density=0.3, **{**STACK, "head_dim": 256}),
-    case("without_queries", lens_q=(100, 37), lens_k=(300, 70), k_block=128, **{**STACK, "q_block": 8200}),
+    case("long_blocks", lens_q=(600, 600, 60), k_block=128, **{**STACK, "q_block": 200, "heads_q": 128}),
 ]
 
 
@@ -99,17 +100,18 @@ def test_sets_of_heads_again_and_again():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("q_block", [WIDE_BLOCK, STACKED_BLOCK])
 @pytest.mark.parametrize("lie", [(0, 337, 0, 337), (0, 128, 64, 192), (337, 200, 100, 0), (0, 0, 0, 337)])
-def test_lying_lengths_of_sets(lie: tuple[int, ...], head_dim: int):
+def test_lying_lengths_of_sets(lie: tuple[int, ...], q_block: int, head_dim: int):
     """Sequences that share keys: gradients mean nothing, but they come, and inputs stay."""
-    spec = case("lies", lens_q=(100, 37, 200), k_block=128, head_dim=head_dim, **{**GROUP, "q_block": WIDE_BLOCK})
+    spec = case("lies", lens_q=(100, 37, 200), k_block=128, head_dim=head_dim, **{**GROUP, "q_block": q_block})
     problem = make_problem(spec, "cuda", torch.bfloat16)
     before = [x.clone() for x in (problem.q, problem.k, problem.v)]
     lens = torch.tensor(lie, dtype=torch.int32, device="cuda")
     columns = sum(-(-n // 128) for n in spec.lens_q)
     block_mask = torch.ones((1, 3, columns), dtype=torch.bool, device="cuda")
-    mask = hbsattn.BlockMask.from_dense(block_mask, WIDE_BLOCK, 128, cu_seqlens_q=lens, cu_seqlens_k=lens)
-    assert tile_heads(spec, mask, head_dim) < 8
+    mask = hbsattn.BlockMask.from_dense(block_mask, q_block, 128, cu_seqlens_q=lens, cu_seqlens_k=lens)
+    assert (tile_heads(spec, mask, head_dim) < 8) == (q_block == WIDE_BLOCK)
     inputs = leaves(problem)
     grads = torch.autograd.grad(attend(*inputs, mask).sum(), inputs)
     torch.cuda.synchronize()
@@ -120,14 +122,15 @@ def test_lying_lengths_of_sets(lie: tuple[int, ...], head_dim: int):
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [128, 256])
-def test_neighbours_of_sets(head_dim: int, causal: bool):
+@pytest.mark.parametrize("q_block", [WIDE_BLOCK, STACKED_BLOCK])
+def test_neighbours_of_sets(q_block: int, head_dim: int, causal: bool):
     """A sequence of NaN between two others, whose tiles end in it."""
     lens = (100, 61, 70)
-    blocks = {**GROUP, "q_block": WIDE_BLOCK, "k_block": 128, "density": 1.0}
+    blocks = {**GROUP, "q_block": q_block, "k_block": 128, "density": 1.0}
     spec = case("neighbours", lens_q=lens, head_dim=head_dim, causal=causal, **blocks)
     problem = make_problem(spec, "cuda", torch.bfloat16)
     mask = problem.mask()
-    assert tile_heads(spec, mask, head_dim) < 8
+    assert (tile_heads(spec, mask, head_dim) < 8) == (q_block == WIDE_BLOCK)
     clean = differentiate(problem, mask=mask)
     poisoned = slice(lens[0], lens[0] + lens[1])
     for x in (problem.q, problem.k, problem.v):

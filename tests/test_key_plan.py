@@ -52,7 +52,7 @@ SPECS += [
 class KeyItem:
     column: int
     sequence: int
-    head_set: int
+    query_set: int
     first_key: int
     keys: int
     united: int
@@ -72,11 +72,15 @@ def key_tiles(k_block: int, head_dim: int) -> tuple[int, int, int]:
     return tile, -(-k_block // tile), united
 
 
-def tile_heads(spec: Case, mask: hbsattn.BlockMask, head_dim: int, deterministic: bool = False) -> int:
-    """Query heads that a tile streams."""
+def cut_queries(spec: Case, mask: hbsattn.BlockMask, head_dim: int, deterministic: bool = False) -> oracle.QuerySets:
     blocks = (mask.batch, mask.rows, mask.cols, spec.mask_heads, spec.q_block, spec.k_block)
     heads = (spec.heads_q, spec.heads_k, head_dim)
-    return oracle.count_tile_heads(*blocks, *heads, 2, spec.causal, deterministic)
+    return oracle.cut_queries(*blocks, *heads, 2, spec.causal, deterministic)
+
+
+def tile_heads(spec: Case, mask: hbsattn.BlockMask, head_dim: int, deterministic: bool = False) -> int:
+    """Query heads that a tile streams."""
+    return cut_queries(spec, mask, head_dim, deterministic).tile_heads
 
 
 def plan_lines(
@@ -102,8 +106,8 @@ def plan(
     """The tiles of the list in its order; those that do not exist end it."""
     items = plan_lines(spec, mask, head_dim, sequences, deterministic)
     tile_keys, tiles, united = key_tiles(spec.k_block, head_dim)
-    head_sets = spec.heads_q // tile_heads(spec, mask, head_dim, deterministic)
-    count = head_sets * mask.batch * -(-mask.cols // united) * tiles
+    query_sets = cut_queries(spec, mask, head_dim, deterministic).count(spec.heads_q)
+    count = query_sets * mask.batch * -(-mask.cols // united) * tiles
     slots = min(count, (10 << 20) // (8 * tile_keys * -(-head_dim // 64) * 64))
     assert items.dtype == torch.int32 and items.device == mask.bits.device
     lines = items.tolist()
@@ -125,8 +129,8 @@ def plan(
 
 
 def is_heavy(item: KeyItem, items: list[KeyItem]) -> bool:
-    total = sum(other.blocks for other in items)
-    return item.blocks * len(items) > 3 * total and item.blocks * 4096 > total
+    total, working = sum(other.blocks for other in items), sum(other.blocks > 0 for other in items)
+    return item.blocks * working > 3 * total and item.blocks * 4096 > total
 
 
 def check_order(got: list[KeyItem], sections: list[list[KeyItem]]) -> None:
@@ -141,32 +145,33 @@ def check_order(got: list[KeyItem], sections: list[list[KeyItem]]) -> None:
 def in_sections(
     spec: Case, mask: hbsattn.BlockMask, head_dim: int, items: list[KeyItem], deterministic: bool = False
 ) -> list[list[KeyItem]]:
-    """Items of all sequences and sets of heads as the list has them in sections, before they are put in order."""
-    heads = tile_heads(spec, mask, head_dim, deterministic)
-    set_bytes = oracle.count_query_bytes(max(mask.batch, 1), mask.rows, mask._q_block, head_dim, 2) * heads
+    """Items of all sequences and sets of queries as the list has them in sections, before they are put in order."""
+    sets = cut_queries(spec, mask, head_dim, deterministic)
+    of_head = oracle.count_query_bytes(max(mask.batch, 1), mask.rows, mask._q_block, head_dim, 2)
+    set_bytes = of_head * sets.tile_heads // sets.windows
     rows_k = sum(spec.keys) if spec.packed else max(spec.keys, default=0)
-    shape = (mask.batch, mask.cols, mask._k_block, spec.heads_q // heads, head_dim, set_bytes, rows_k, spec.packed)
+    shape = (mask.batch, mask.cols, mask._k_block, sets.count(spec.heads_q), head_dim, set_bytes, rows_k, spec.packed)
     places = oracle.place_keys(*shape)
     col_begin = mask.sequences[:, 5].tolist()
     tile_keys = key_tiles(mask._k_block, head_dim)[0]
     sections: dict[int, list[KeyItem]] = {}
     for item in items:
         tile = (item.first_key - item.column * mask._k_block) // tile_keys
-        place = places.find(item.head_set, item.sequence, col_begin[item.sequence], item.column, tile)
+        place = places.find(item.query_set, item.sequence, col_begin[item.sequence], item.column, tile)
         sections.setdefault(place // places.section, []).append(item)
     return [sections[key] for key in sorted(sections)]
 
 
 def expected_items(spec: Case, mask: hbsattn.BlockMask, head_dim: int, deterministic: bool = False) -> list[KeyItem]:
-    """All tiles that hold keys, in the order of sets of heads, sequences and keys."""
+    """All tiles that hold keys, in the order of sets of queries, sequences and keys."""
     tile_keys, tiles, united = key_tiles(spec.k_block, head_dim)
     rows = unpack(mask.bits, mask.cols)
-    heads = tile_heads(spec, mask, head_dim, deterministic)
+    sets = cut_queries(spec, mask, head_dim, deterministic)
     items = []
-    for head_set in range(spec.heads_q // heads):
-        masks = rows[[h * spec.mask_heads // spec.heads_q for h in range(head_set * heads, (head_set + 1) * heads)]]
+    for query_set in range(sets.count(spec.heads_q)):
+        masks = rows[[h * spec.mask_heads // spec.heads_q for h in sets.heads(query_set)]]
         for b, (q_begin, q_len, k_begin, k_len, row_begin, *_) in enumerate(mask.sequences.tolist()):
-            of_sequence = masks[:, row_begin : row_begin - (-q_len // spec.q_block)]
+            of_sequence = masks[:, row_begin : row_begin - (-q_len // spec.q_block)][:, sets.blocks(query_set)]
             for first_key in (
                 column * spec.k_block + tile * tile_keys
                 for column in range(0, mask.cols, united)
@@ -181,7 +186,7 @@ def expected_items(spec: Case, mask: hbsattn.BlockMask, head_dim: int, determini
                 active = sum(1 << i for i in range(blocks) if bits[:, :, i].any())
                 counts = (end - first_key, blocks, active, int(bits.any(-1).sum()))
                 where = (row_begin, q_begin, q_len, k_begin, k_len - q_len)
-                items.append(KeyItem(column, b, head_set, first_key, *counts, *where))
+                items.append(KeyItem(column, b, query_set, first_key, *counts, *where))
     return items
 
 
@@ -219,6 +224,16 @@ def test_plan_of_several_sections(k_block: int):
     sections = in_sections(spec, mask, 128, expected_items(spec, mask, 128))
     assert len(sections) >= 3
     check_order(plan(spec, mask, 128), sections)
+
+
+def test_plan_of_windows():
+    """Tiles of several heads whose queries outgrow the L2 cache: one for each window of each sequence."""
+    spec = case(
+        "windows", lens_q=(3000, 2600), heads_q=32, heads_k=2, mask_heads=2, q_block=1, k_block=128, density=0.1
+    )
+    mask = build_mask(spec, block_masks(spec, seed=8), "cuda", seed=8)
+    assert cut_queries(spec, mask, 128).windows > 1
+    check_order(plan(spec, mask, 128), in_sections(spec, mask, 128, expected_items(spec, mask, 128)))
 
 
 def test_parts_of_heavy_tiles():
@@ -274,7 +289,7 @@ def test_any_sequences_are_safe(k_block: int, seed: int):
     table = torch.where(torch.rand(wild.shape, generator=generator) < 0.5, wild, mild).to("cuda", torch.int32)
     tile_keys = key_tiles(k_block, 64)[0]
     live = plan(spec, mask, 64, table)
-    assert len({(item.head_set, item.sequence, item.first_key) for item in live}) == len(live)
+    assert len({(item.query_set, item.sequence, item.first_key) for item in live}) == len(live)
     for item in live:
         assert item.column >= 0 and item.united >= 1 and item.column + item.united <= mask.cols
         assert 1 <= item.keys <= tile_keys and item.first_key + item.keys <= int(table[item.sequence, 3])

@@ -122,12 +122,12 @@ Status check_backward_sizes(const ForwardParams& problem) {
   const int64_t stacks = problem.heads_q / chunks.stack.heads;
   const bool fits = problem.rows_q < (int64_t{1} << 30 >> chunks.stack.rows_log2);
   if (fits && chunks.count < kHeadChunkLimit && stacks * chunks.count < kChunkLimit) return Status::Ok();
-  return Status::NotSupported("q has " + std::to_string(problem.rows_q) + " rows, which take " +
-                              std::to_string(chunks.count) + " chunks of 16 in blocks of " +
-                              std::to_string(problem.mask.shape.q_block_size) + " over " +
-                              std::to_string(chunks.stack.heads) + " heads, " + std::to_string(stacks) +
-                              " times; expected fewer than 2^28 chunks, 2^31 - 1 in all, and 2^30 rows over these "
-                              "heads for gradients on CUDA");
+  return Status::NotSupported(
+      "q has " + std::to_string(problem.rows_q) + " rows in blocks of " +
+      std::to_string(problem.mask.shape.q_block_size) + ", which take " + std::to_string(stacks) + " times " +
+      std::to_string(chunks.count) +
+      " chunks of 16; expected fewer than 2^28 chunks, 2^31 - 1 in all, and 2^30 rows over heads that are "
+      "streamed as one for gradients on CUDA");
 }
 
 Status check_head_dim(int head_dim) {

@@ -51,7 +51,7 @@ constexpr HeadStack stack_heads(const MaskShape& shape, int32_t heads_q, int32_t
   const int64_t padded = (block + kGranule - 1) / kGranule * kGranule;
   const int64_t queries = shape.rows * block, keys = shape.cols * shape.k_block_size;
   const bool pays = stack.rows() * block * (group / stack.heads) < group * padded;
-  const bool fits = queries > 0 && queries <= kMostRows / stack.rows() && keys <= kMostRows / stack.rows();
+  const bool fits = queries > 0 && queries < kMostRows / stack.rows() && keys < kMostRows / stack.rows();
   return pays && fits ? stack : kNone;
 }
 
@@ -117,14 +117,17 @@ struct QuerySets {
 constexpr QuerySets cut_queries(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
                                 int32_t element_size, bool deterministic, const DevicePolicy& policy) {
   const int32_t heads = count_tile_heads(shape, heads_q, heads_k, head_dim, element_size, deterministic, policy);
-  const bool two_kernels = deterministic || prefers_two_kernels(shape, heads_q, heads_k, head_dim);
   const HeadStack stack = stack_heads(shape, heads_q, heads_k);
+  // Two kernels, which small key blocks have, too, if tiles of queries are full, add nothing up.
+  const bool full = shape.k_block_size < 64 && int64_t{stack.heads} * shape.q_block_size >= 64;
+  const bool two_kernels = deterministic || full || prefers_two_kernels(shape, heads_q, heads_k, head_dim);
   if (two_kernels || shape.batch < 1 || stack.heads == 1) return {heads, 1, 0};
   const int64_t bytes = heads / stack.heads * stack.rows() * count_query_bytes(shape, head_dim, element_size);
-  const int64_t wanted = (bytes - 1) / policy.running_bytes() + 1;
-  const int32_t windows = static_cast<int32_t>(wanted < heads ? wanted : heads);
-  const int64_t blocks = shape.rows / shape.batch;
-  return {heads, windows, static_cast<int32_t>((blocks + windows - 1) / windows)};
+  const int64_t wanted = (bytes - 1) / policy.running_bytes() + 1, most = wanted < heads ? wanted : heads;
+  const int64_t blocks = shape.rows > shape.batch ? shape.rows / shape.batch : 1;
+  const int64_t window_blocks = (blocks + most - 1) / most;
+  const int64_t windows = (blocks + window_blocks - 1) / window_blocks;
+  return {heads, static_cast<int32_t>(windows), static_cast<int32_t>(window_blocks)};
 }
 
 // Parts of tiles that the backward pass has room for: 10 MB of float32 gradients of keys and values. As many items may

@@ -87,14 +87,17 @@ struct QueryChunks {
   int64_t count;         // of a stack
   int32_t per_block;     // 0: rows lie by position
   int32_t per_sequence;  // by position, of a batch entry; 0: packed
-  int32_t per_segment;   // by position
+  int32_t segment_log2;  // by position: a segment's chunks
   HeadStack stack;
 
   // By position: that of a sequence's first row; those of its other rows follow. Packed sequences begin at least one
   // segment behind the last of the one before, because they begin behind its last row.
   constexpr int32_t first(int32_t sequence, int32_t q_begin) const {
     if (per_sequence > 0) return sequence * per_sequence;
-    return ((q_begin << stack.rows_log2) / (kGranule * per_segment) + sequence) * per_segment;
+    constexpr int32_t kGranuleLog2 = 4;
+    static_assert(1 << kGranuleLog2 == kGranule);
+    const int32_t segments = (q_begin << stack.rows_log2) >> (kGranuleLog2 + segment_log2);
+    return (segments + sequence) << segment_log2;
   }
 
   constexpr int32_t row_of_query(int32_t query, int32_t head) const {
@@ -111,13 +114,15 @@ constexpr QueryChunks chunk_queries(const ForwardParams& problem) {
     // Blocks may be longer than all sequences.
     const int64_t rows = mask::smaller<int64_t>(shape.q_block_size, problem.rows_q);
     const int64_t per_block = mask::larger<int64_t>(mask::ceil_div(rows, kGranule), 1);
-    return {shape.rows * per_block, static_cast<int32_t>(per_block), 0, 1, stack};
+    return {shape.rows * per_block, static_cast<int32_t>(per_block), 0, 0, stack};
   }
   const int32_t rows = segment_rows(stack.rows() * shape.q_block_size), per_segment = rows / kGranule;
+  int32_t segment_log2 = 0;
+  while ((1 << segment_log2) < per_segment) ++segment_log2;
   const int64_t rows_q = stack.rows() * problem.rows_q;
-  if (problem.packed) return {(rows_q / rows + shape.batch) * per_segment, 0, 0, per_segment, stack};
+  if (problem.packed) return {(rows_q / rows + shape.batch) * per_segment, 0, 0, segment_log2, stack};
   const int64_t per_sequence = mask::larger<int64_t>(mask::ceil_div(rows_q, rows), 1) * per_segment;
-  return {shape.batch * per_sequence, 0, static_cast<int32_t>(per_sequence), per_segment, stack};
+  return {shape.batch * per_sequence, 0, static_cast<int32_t>(per_sequence), segment_log2, stack};
 }
 
 // The query of a chunk's row.

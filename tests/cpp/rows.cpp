@@ -49,7 +49,7 @@ static_assert(stacks(2, 24, 1, 8, 8) && stacks(1, 24, 1, 24, 32) && stacks(1, 12
 static_assert(stacks(1, 8, 1, 8, 16) && stacks(1, 2, 1, 2, 16) && stacks(2, 4, 1, 4, 8) && stacks(6, 4, 1, 4, 8));
 static_assert(stacks(1, 1, 1, 1, 1) && stacks(16, 16, 1, 1, 1) && stacks(1, 16, 16, 1, 1) && stacks(1, 32, 2, 1, 1));
 static_assert(stacks(5, 4, 1, 1, 1) && stacks(9, 2, 1, 1, 1));  // would take more rows
-static_assert(stacks(1, 16, 1, 16, 16, 1 << 26) && stacks(1, 16, 1, 1, 1, (1 << 26) + 1));
+static_assert(stacks(1, 16, 1, 16, 16, (1 << 26) - 1) && stacks(1, 16, 1, 1, 1, 1 << 26));
 
 std::mt19937 random_bits(1);
 
@@ -182,7 +182,7 @@ void check_chunks(const Table& table) {
               (runs * (chunks.stack.rows() * problem.rows_q / segment + 1) + shape.batch) * (segment / kGranule),
           "hardly more chunks than segments need");
     for (int32_t b = 0; b < shape.batch; ++b) {
-      check(chunks.first(b, problem.packed ? table.sequences[b].q_begin : 0) % chunks.per_segment == 0,
+      check(chunks.first(b, problem.packed ? table.sequences[b].q_begin : 0) % (1 << chunks.segment_log2) == 0,
             "no segment has chunks of two sequences");
     }
   }

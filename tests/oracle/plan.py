@@ -129,15 +129,26 @@ def count_query_bytes(batch: int, rows: int, q_block_size: int, head_dim: int, e
 
 def count_stacked_heads(mask_heads: int, q_block_size: int, heads_q: int, heads_k: int) -> int:
     """Query heads whose rows tiles of keys stream as one, of a problem of fewer than 2**26 tokens."""
+    return stack_heads(mask_heads, q_block_size, heads_q, heads_k)[0]
+
+
+def stack_heads(mask_heads: int, q_block_size: int, heads_q: int, heads_k: int) -> tuple[int, int]:
+    """These heads, and the rows that each query has then."""
     group = heads_q // heads_k
     if group == 1 or q_block_size % 16 == 0 or (heads_q // mask_heads) % group != 0:
-        return 1
+        return 1, 1
     power = group & -group
     heads = power if power % 8 == 0 and power * q_block_size % 16 == 0 else group
     rows = 8
     while rows < heads or rows * q_block_size % 16 != 0:
         rows *= 2
-    return heads if rows * q_block_size * (group // heads) < group * 16 * ceil_div(q_block_size, 16) else 1
+    pays = rows * q_block_size * (group // heads) < group * 16 * ceil_div(q_block_size, 16)
+    return (heads, rows) if pays else (1, 1)
+
+
+def has_few_keys(rows: int, cols: int, q_block_size: int, k_block_size: int, causal: bool) -> bool:
+    """Whether all sequences are short, and many."""
+    return cols * k_block_size <= (512 if causal else 256) and rows * q_block_size >= 16384
 
 
 def prefers_two_kernels(
@@ -171,7 +182,7 @@ def count_tile_heads(
     group = heads_q // heads_k
     if deterministic or group < 4 or batch == 0:
         return group
-    few_keys = cols * k_block_size <= (512 if causal else 256) and rows * q_block_size >= 16384
+    few_keys = has_few_keys(rows, cols, q_block_size, k_block_size, causal)
     if prefers_two_kernels(mask_heads, q_block_size, k_block_size, heads_q, heads_k, head_dim, few_keys):
         return group
     stack = count_stacked_heads(mask_heads, q_block_size, heads_q, heads_k)
@@ -185,6 +196,55 @@ def count_tile_heads(
     return max(heads for heads in stacks if group % heads == 0 and (heads == stack or heads <= fit))
 
 
+class QuerySets(NamedTuple):
+    """How the queries that read a key head are cut into sets."""
+
+    tile_heads: int
+    windows: int
+    window_blocks: int
+
+    def count(self, heads_q: int) -> int:
+        return heads_q // self.tile_heads * self.windows
+
+    def heads(self, query_set: int) -> range:
+        first = query_set // self.windows * self.tile_heads
+        return range(first, first + self.tile_heads)
+
+    def blocks(self, query_set: int) -> slice:
+        """Of a sequence."""
+        window = query_set % self.windows
+        first = window * self.window_blocks
+        return slice(first, None if window + 1 == self.windows else first + self.window_blocks)
+
+
+def cut_queries(
+    batch: int,
+    rows: int,
+    cols: int,
+    mask_heads: int,
+    q_block_size: int,
+    k_block_size: int,
+    heads_q: int,
+    heads_k: int,
+    head_dim: int,
+    element_size: int,
+    causal: bool,
+    deterministic: bool,
+) -> QuerySets:
+    sizes = (q_block_size, k_block_size, heads_q, heads_k, head_dim)
+    heads = count_tile_heads(batch, rows, cols, mask_heads, *sizes, element_size, causal, deterministic)
+    stack, stack_rows = stack_heads(mask_heads, q_block_size, heads_q, heads_k)
+    adds_nothing = deterministic or (k_block_size < 64 and stack * q_block_size >= 64)
+    few_keys = has_few_keys(rows, cols, q_block_size, k_block_size, causal)
+    if adds_nothing or prefers_two_kernels(mask_heads, *sizes, few_keys) or batch == 0 or stack == 1:
+        return QuerySets(heads, 1, 0)
+    size = heads // stack * stack_rows * count_query_bytes(batch, rows, q_block_size, head_dim, element_size)
+    most = min(ceil_div(size, this_card().running_bytes), heads)
+    blocks = max(rows // batch, 1)
+    window_blocks = ceil_div(blocks, most)
+    return QuerySets(heads, ceil_div(blocks, window_blocks), window_blocks)
+
+
 class KeyPlaces(NamedTuple):
     """The places of tiles of keys before they are put in order: sets of heads, sequences, groups of blocks, tiles."""
 
@@ -194,13 +254,13 @@ class KeyPlaces(NamedTuple):
     tiles: int  # of a group
     section: int  # places that are put in order together
 
-    def find(self, head_set: int, sequence: int, col_begin: int, column: int, tile: int) -> int:
+    def find(self, query_set: int, sequence: int, col_begin: int, column: int, tile: int) -> int:
         first = sequence * self.of_sequence if self.of_sequence else col_begin // self.united + sequence
-        return (head_set * self.groups + first + column // self.united) * self.tiles + tile
+        return (query_set * self.groups + first + column // self.united) * self.tiles + tile
 
 
 def place_keys(
-    batch: int, cols: int, k_block_size: int, head_sets: int, head_dim: int, set_bytes: int, rows_k: int, packed: bool
+    batch: int, cols: int, k_block_size: int, query_sets: int, head_dim: int, set_bytes: int, rows_k: int, packed: bool
 ) -> KeyPlaces:
     """`set_bytes`: what the queries of a sequence and a set of heads take of the cache."""
     tile_keys = choose_tile_rows(k_block_size, head_dim) if head_dim <= 128 else 64
@@ -208,7 +268,7 @@ def place_keys(
     tiles = ceil_div(k_block_size, tile_keys)
     of_sequence = 0 if packed else ceil_div(cols, united)
     groups = (ceil_div(rows_k, k_block_size) + batch) // united + batch if packed else batch * of_sequence
-    places = head_sets * groups * tiles
+    places = query_sets * groups * tiles
     pairs = max(this_card().section_bytes // set_bytes, 1)
     wanted = min(max(pairs * ceil_div(groups, max(batch, 1)) * tiles, ceil_div(places, SECTION_ITEMS)), places)
     section = ceil_div(wanted, ceil_div(wanted, SECTION_ITEMS)) if wanted else 1

@@ -140,7 +140,7 @@ struct Explanation {
   bool general = false;        // the kernels that keep queries take the path for ragged, united or small blocks
   int32_t tile_rows = 0;       // query rows that a CTA keeps; by keys, keys
   int32_t stage_rows = 0;      // keys of a stage that it streams; by keys, queries
-  int32_t tile_heads = 0;      // query heads that share a tile; by keys, that a tile streams one after another
+  int32_t tile_heads = 0;      // query heads that share a tile; by keys, that a tile streams
   int64_t num_items = 0;       // lengths of the work lists that the call reads
   int64_t num_key_items = 0;
 };

@@ -27,7 +27,7 @@ int32_t count_section_items(const KeyPlanParams& params, const KeyGrid& grid, in
   return limit_section_items(std::max(pairs * of_pair, mask::ceil_div(num_items, kSectionItems)), num_items);
 }
 
-// Of all items that have a tile: their weight and number; of the heavy ones: parts, and slots given to them.
+// Of all items with work: their weight and number; of the heavy ones: parts, and slots given to them.
 struct Totals {
   unsigned long long weight, wanted_slots;
   uint32_t items;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(32 * kCountWarps)
     active[index] = static_cast<int32_t>(active_columns);
     atomicAdd(live + static_cast<int32_t>(index) / section_items, 1);
     atomicAdd(&totals->weight, static_cast<unsigned long long>(blocks[index]));
-    atomicAdd(&totals->items, 1u);
+    if (blocks[index] > 0) atomicAdd(&totals->items, 1u);
   }
 }
 

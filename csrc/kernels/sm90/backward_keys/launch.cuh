@@ -38,7 +38,7 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   static_assert(Config::kTileM == kMostSegmentRows);
   const HeadStack stack = workspace.chunks.stack;
   const bool by_position = workspace.chunks.per_block == 0;
-  const int segment = by_position ? workspace.chunks.per_segment * kGranule : kGranule;
+  const int segment = by_position ? kGranule << workspace.chunks.segment_log2 : kGranule;
   const auto encode_clipped_queries = [&](const RowsOfTensor& tensor, CUtensorMap* map) {
     return stack.heads > 1 ? encode_eight_heads(tensor.matrix, Config::kChunkColumns, stack.heads, map)
                            : encode_clipped_rows(tensor.matrix, Config::kChunkColumns, map);

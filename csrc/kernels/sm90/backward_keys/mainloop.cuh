@@ -35,10 +35,9 @@ struct QueryLimits {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int in_tile = warp_key + lane / 4 + 8 * row;
-      // In rows of the stack, as infos have them.
-      const int first_query = rule_of(args.mask, item).first_query(item.first_key + in_tile);
-      const int first_row =
-          args.mask.causal ? (first_query << args.chunks.stack.rows_log2) - 2 * (lane & 3) : first_query;
+      // In rows of the stack, as infos have them. From 0 on, where no shift overflows.
+      const int first_query = max(rule_of(args.mask, item).first_query(item.first_key + in_tile), 0);
+      const int first_row = (first_query << args.chunks.stack.rows_log2) - 2 * (lane & 3);
       value[row] = in_tile >= item.keys ? INT_MAX : first_row;
     }
   }

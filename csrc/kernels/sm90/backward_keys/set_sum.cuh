@@ -14,7 +14,7 @@ __device__ __forceinline__ int first_key_of_warp(int unit, int warp) {
   return (Traits::kWide ? 0 : unit * kUnitKeys) + warp * kGranule;
 }
 
-// How gradients of keys are summed over the sets of query heads that read them, of which each has a tile of its own:
+// How gradients of keys are summed over the sets of queries that read them, of which each has a tile of its own:
 // one warp after the other, in the order in which they come, adds what those before it have, and leaves the sum in the
 // workspace. The last keeps it.
 template <class Traits>

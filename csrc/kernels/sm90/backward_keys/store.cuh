@@ -126,7 +126,7 @@ __device__ __forceinline__ bool add_parts(const BackwardKeysArguments& args, typ
   return true;
 }
 
-// What becomes of the gradients of a tile: they are passed on to the next set of heads, or written.
+// What becomes of the gradients of a tile: they are passed on to the next set of queries, or written.
 template <class Traits, class GradKeys>
 __device__ __forceinline__ void leave_keys(const BackwardKeysArguments& args, typename Traits::Storage& storage,
                                            const KeyItem& item, int unit, int warp, int lane, GradKeys& grad_keys,

@@ -40,7 +40,7 @@ struct GradQueriesArguments : QueryTileArguments {
   CUtensorMap map_grad_out, map_grad_out_clipped;  // as map_q and map_q_clipped
   int grad_out_batch_rows, grad_out_batch_heads;
 
-  // Of all rows, in the chunks of the workspace: (heads_q, chunks, 16).
+  // Of all rows, in the chunks of the workspace: (stacks, chunks, 16).
   const float* statistics_lse;  // times log2(e); +inf: the row attends to nothing
   const float* delta;           // what each row of P o dP sums to
   QueryChunks chunks;
