@@ -61,7 +61,7 @@ STACK = {"heads_q": 16, "heads_k": 1, "mask_heads": 1, "q_block": 1, "head_dim":
 WINDOWS = [
     case("tokens", lens_q=(6000, 130), causal=True, density=0.2, **STACK),
     case("two_key_heads", lens_q=(1500,) * 2, packed=False, density=0.1, **{**STACK, "heads_q": 64, "heads_k": 2}),
-    case("in_parts", lens_q=(6000,), lens_k=(700,), pattern="one_column", k_block=128, **STACK),
+    case("in_parts", lens_q=(6000,), lens_k=(1500,), pattern="one_column", k_block=128, **STACK),
     case("wide", lens_q=(3000, 40), lens_k=(500, 70), k_block=48, density=0.3, **{**STACK, "head_dim": 256}),
     case("long_blocks", lens_q=(600, 600, 60), k_block=128, **{**STACK, "q_block": 200, "heads_q": 128}),
 ]

@@ -76,10 +76,10 @@ constexpr RowPlace locate_in_sequence(const MaskShape& shape, int32_t index, con
 }
 
 // The last of `count` sequences, one or more, for which begins(index) holds; it holds for the first, and up to some
-// one. Each step cuts what is left into eight, as loads that do not depend on each other take no longer than one.
-template <class Begins>
+// one. Each step cuts what is left into kPieces: loads that do not depend on each other take no longer than one, but
+// where many threads look for rows the time is that of instructions.
+template <int32_t kPieces, class Begins>
 constexpr int32_t find_last_sequence(int32_t count, Begins&& begins) {
-  constexpr int32_t kPieces = 8;
   int32_t first = 0, end = count;
   while (end - first > 1) {
     const int32_t piece = (end - first - 1) / kPieces + 1;
@@ -97,7 +97,7 @@ constexpr int32_t find_last_sequence(int32_t count, Begins&& begins) {
 constexpr RowPlace locate_row(const MaskShape& shape, const Sequence* sequences, int64_t row) {
   if (shape.batch == 0) return {0, {}, row, false};
   // One without blocks begins where the next one does.
-  const int32_t index = find_last_sequence(shape.batch, [&](int32_t b) { return sequences[b].row_begin <= row; });
+  const int32_t index = find_last_sequence<8>(shape.batch, [&](int32_t b) { return sequences[b].row_begin <= row; });
   return locate_in_sequence(shape, index, sequences[index], row);
 }
 
@@ -306,7 +306,7 @@ constexpr int64_t groups_before(const KeyGrid& grid, int64_t b) {
 // The last sequence whose groups begin at this one or before. Where the table lies, some sequence.
 constexpr int32_t find_sequence_of_group(const KeyGrid& grid, int32_t group) {
   if (!grid.list.packed) return group / static_cast<int32_t>(grid.list.groups_of_sequence);
-  return find_last_sequence(grid.shape.batch, [&](int32_t b) { return groups_before(grid, b) <= group; });
+  return find_last_sequence<2>(grid.shape.batch, [&](int32_t b) { return groups_before(grid, b) <= group; });
 }
 
 // Without what is active. A place that no tile of its sequence falls on, or whose tile has no keys, has column -1.

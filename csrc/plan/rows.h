@@ -155,7 +155,7 @@ constexpr QueryPlace locate_query(const MaskShape& shape, const Sequence* sequen
       const int64_t begin = mask::clamp<int64_t>(sequences[sequence].q_begin, 0, rows_q);
       return chunks.first(sequence, static_cast<int32_t>(begin));
     };
-    index = mask::find_last_sequence(shape.batch, [&](int32_t b) { return first(b) <= chunk; });
+    index = mask::find_last_sequence<2>(shape.batch, [&](int32_t b) { return first(b) <= chunk; });
     query = (int64_t{chunk} - first(index)) * kGranule + row_in_chunk;
   }
   const int32_t head = chunks.head_of_row(query);

@@ -27,13 +27,20 @@ int32_t count_section_items(const KeyPlanParams& params, const KeyGrid& grid, in
   return limit_section_items(std::max(pairs * of_pair, mask::ceil_div(num_items, kSectionItems)), num_items);
 }
 
-// Of all items with work: their weight and number; of the heavy ones: parts, and slots given to them.
+// Of all items that have a tile: their weight and numbers; of the heavy ones: parts, and slots given to them.
 struct Totals {
   unsigned long long weight, wanted_slots;
-  uint32_t items;
+  uint32_t tiles;    // of first windows
+  uint32_t working;  // items with work
   int32_t heavy_parts;
   int32_t slots;
-  int32_t unused;
+
+  // Whose mean weight tells what is heavy. Of a mask of few columns most tiles have no work, and all others are to be
+  // cut. Where columns have work in one window each, they are not: those are like tiles of one window.
+  __device__ uint32_t items(int32_t windows) const {
+    if (windows > 1 && 2 * working < tiles) return tiles * windows;
+    return tiles > working ? tiles : working;
+  }
 };
 
 // Where the parts of a heavy item go.
@@ -90,18 +97,19 @@ __global__ void __launch_bounds__(32 * kCountWarps)
     active[index] = static_cast<int32_t>(active_columns);
     atomicAdd(live + static_cast<int32_t>(index) / section_items, 1);
     atomicAdd(&totals->weight, static_cast<unsigned long long>(blocks[index]));
-    if (blocks[index] > 0) atomicAdd(&totals->items, 1u);
+    if (item.query_set % grid.sets.windows == 0) atomicAdd(&totals->tiles, 1u);
+    if (blocks[index] > 0) atomicAdd(&totals->working, 1u);
   }
 }
 
 // Counts the heavy items of each section, and the slots that the parts of all would take.
 __global__ void __launch_bounds__(kHeavyThreads)
-    count_heavy_kernel(const MaskShape shape, int32_t units, const int32_t* blocks, int64_t num_tiles,
+    count_heavy_kernel(const MaskShape shape, int32_t windows, int32_t units, const int32_t* blocks, int64_t num_tiles,
                        int32_t section_items, Totals* totals, int32_t* heavy) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
   const int64_t index = int64_t{blockIdx.x} * kHeavyThreads + threadIdx.x;
-  if (index >= num_tiles || !mask::is_heavy(units, blocks[index], totals->weight, totals->items)) return;
+  if (index >= num_tiles || !mask::is_heavy(units, blocks[index], totals->weight, totals->items(windows))) return;
   atomicAdd(heavy + static_cast<int32_t>(index) / section_items, 1);
   const int32_t parts = mask::count_parts(shape, units, blocks[index], totals->weight);
   if (parts > 1) atomicAdd(&totals->wanted_slots, static_cast<unsigned long long>(parts));
@@ -110,12 +118,12 @@ __global__ void __launch_bounds__(kHeavyThreads)
 // Gives every heavy item its place before all others, and its parts: fewer for all, if there are too few slots. How
 // many does not depend on the order in which items come here, only their places do.
 __global__ void __launch_bounds__(kHeavyThreads)
-    place_heavy_kernel(const MaskShape shape, int32_t units, const int32_t* blocks, int64_t num_tiles, int32_t slots,
-                       Totals* totals, HeavyPlace* places) {
+    place_heavy_kernel(const MaskShape shape, int32_t windows, int32_t units, const int32_t* blocks, int64_t num_tiles,
+                       int32_t slots, Totals* totals, HeavyPlace* places) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
   const int64_t index = int64_t{blockIdx.x} * kHeavyThreads + threadIdx.x;
-  if (index >= num_tiles || !mask::is_heavy(units, blocks[index], totals->weight, totals->items)) return;
+  if (index >= num_tiles || !mask::is_heavy(units, blocks[index], totals->weight, totals->items(windows))) return;
   HeavyPlace place{0, mask::count_parts(shape, units, blocks[index], totals->weight), 0};
   const auto wanted = static_cast<uint32_t>(mask::smaller<uint64_t>(totals->wanted_slots, UINT32_MAX));
   if (place.parts > 1 && wanted > static_cast<uint32_t>(slots)) {
@@ -146,7 +154,7 @@ struct KeyItemList {
     if (record.column >= 0) {
       record.active = active[index];
       record.blocks = weight;
-      if (mask::is_heavy(grid.units, weight, totals->weight, totals->items)) {
+      if (mask::is_heavy(grid.units, weight, totals->weight, totals->items(grid.sets.windows))) {
         record.part = part;
         record.parts = places[index].parts;
         record.slot = places[index].slot;
@@ -187,10 +195,11 @@ Status plan_keys(const KeyPlanParams& params, Stream stream) {
                                  active, live, totals));
   const auto heavy_ctas = static_cast<unsigned>(mask::ceil_div(size.tiles, kHeavyThreads));
   HBSATTN_RETURN_IF_ERROR(launch("the launch of count_heavy", count_heavy_kernel, heavy_ctas, kHeavyThreads, 0, stream,
-                                 shape, grid.units, blocks, size.tiles, section_items, totals, heavy));
+                                 shape, grid.sets.windows, grid.units, blocks, size.tiles, section_items, totals,
+                                 heavy));
   HBSATTN_RETURN_IF_ERROR(launch("the launch of place_heavy", place_heavy_kernel, heavy_ctas, kHeavyThreads, 0, stream,
-                                 shape, grid.units, blocks, size.tiles, static_cast<int32_t>(size.slots), totals,
-                                 places));
+                                 shape, grid.sets.windows, grid.units, blocks, size.tiles,
+                                 static_cast<int32_t>(size.slots), totals, places));
   OrderArguments order{};
   order.num_items = size.tiles;
   order.room = params.num_items;
