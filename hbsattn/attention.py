@@ -45,7 +45,7 @@ def block_sparse_attention(
     gradients are. Those of tensors that require none are not computed: with k and v frozen, or with q frozen,
     backward takes less time. On CUDA, backward allocates float32 sums, of about the size of q, besides up to 10 MB;
     for key blocks below 64, in most shapes, of the size of k and v instead; for those of 64, in most shapes, none;
-    and of k and v, too, where four or more query heads read a key head of long sequences. The first call with
+    and of k and v, too, where several query heads read a key head of long sequences. The first call with
     gradients plans the work of backward, and later ones with that mask share the plan. Weights come from the
     log-sum-exp in float32: at scores beyond 2^16 gradients lose digits. A NaN or infinity in q or in a gradient of
     out may reach gradients of all keys in active blocks.
