@@ -221,7 +221,9 @@ def test_unattended_keys_stay_outside(spec: Case, where: str, value: float, devi
 @pytest.mark.parametrize("device,dtype", cases.DEVICE_DTYPES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("q_block,k_block,head_dim", [(64, 32, 64), (64, 16, 128), (128, 16, 128), (64, 32, 256)])
+@pytest.mark.parametrize(
+    "q_block,k_block,head_dim", [(64, 32, 64), (64, 16, 128), (128, 16, 128), (32, 16, 128), (64, 32, 256)]
+)
 def test_values_that_others_attend_to(
     q_block: int, k_block: int, head_dim: int, deterministic: bool, value: float, device: str, dtype: torch.dtype
 ):

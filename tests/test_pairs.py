@@ -234,6 +234,30 @@ def test_unattended_keys_stay_outside(k_block: int, value: float):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["alike", "near"])
+def test_small_key_blocks(kind: str):
+    """A stage holds more of them than the first block sees in part: by padding, those come in two stages."""
+    pairs, _ = check(pair_case("small", k_block=16, causal=True), kind, dtype=torch.float16)
+    assert pairs > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_keys_that_the_other_block_might_see(value: float):
+    """The first block alone attends to a key block, whose end causality shows to the second alone: nobody has it."""
+    spec = pair_case("hidden", lens_q=(128,), lens_k=(1152,), k_block=256, causal=True)
+    problem = pair_problem(spec, "alike", "cuda", torch.float16)
+    problem.block_masks[0].fill_(True)
+    problem.block_masks[0][:, 1, 4] = False
+    mask = problem.mask()
+    assert count_tiles(list_items(problem, mask)) == (spec.heads_q, 0)
+    want = problem.run(mask)
+    for x in (problem.k, problem.v):
+        x[1152 - 64 :] = value
+    assert all(same(x, y) for x, y in zip(problem.run(mask), want, strict=True))
+
+
+@pytest.mark.gpu
 def test_bitwise_repeatable():
     problem = pair_problem(pair_case("repeat", causal=True), "mixed", "cuda", torch.bfloat16)
     mask = problem.mask()
