@@ -330,7 +330,7 @@ BACKWARD_METHODS = [
     case("by_keys_wide", q_block=64, k_block=48, head_dim=256),
     case("by_keys_of_sets", q_block=8192, k_block=128, heads_q=8, heads_k=1, mask_heads=1, head_dim=128),
     case("by_keys_of_stacks", q_block=1, k_block=64, heads_q=16, heads_k=1, mask_heads=1, head_dim=128),
-    case("by_keys_of_windows", q_block=200, k_block=128, heads_q=128, heads_k=1, mask_heads=1, head_dim=128),
+    case("by_keys_of_windows", q_block=296, k_block=128, heads_q=64, heads_k=1, mask_heads=1, head_dim=128),
     case("by_queries", q_block=128, k_block=16, head_dim=128),
     case("by_queries_of_odd_blocks", q_block=100, k_block=7),
     case("united", q_block=16, k_block=64, mask_heads=2, pattern="alike"),

@@ -57,7 +57,7 @@ CASES = [
         "stack_with_padding", q_block=1, heads_q=12, heads_k=2, mask_heads=2, lens_q=(50, 9), head_dim=128, causal=True
     ),
     case("stack_clipped", q_block=6, k_block=48, heads_q=16, heads_k=2, mask_heads=2, lens_q=(50, 0, 31), head_dim=72),
-    case("windows", q_block=200, k_block=128, heads_q=128, heads_k=1, mask_heads=1, lens_q=(210,), head_dim=128),
+    case("windows", q_block=296, k_block=128, heads_q=64, heads_k=1, mask_heads=1, lens_q=(310,), head_dim=128),
     case("wide_sets_of_heads", heads_q=8, heads_k=1, mask_heads=1, q_block=8208, lens_q=(70,), head_dim=256),
     case(
         "sets_in_parts",
