@@ -34,10 +34,10 @@ struct HeadStack {
   constexpr int32_t rows() const { return 1 << rows_log2; }
 };
 
-// Blocks of few queries fill granules as stacks, and are looked up once for all heads, which share a key head and a
-// mask. A box has 8 heads of a query: if these heads, or as many as the largest power of two that divides their number,
-// come in eights, no row is padding; other groups are one stack with padding, where that is less than what blocks of
-// one head need. `rows() * row + head` is below 2^30, for queries and keys.
+// Blocks of few queries fill granules as stacks, and are looked up once for all heads. The heads of a stack share a key
+// head and a mask, and boxes bring 8 of them at a time. A group of heads is cut into stacks of the largest power of two
+// that divides it, if that is 8 or more and such stacks fill granules. Others are one stack with padding, where it
+// takes fewer rows than blocks of one head. `rows() * row + head` is below 2^30, for queries and keys.
 constexpr HeadStack stack_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k) {
   constexpr HeadStack kNone{1, 0};
   const int64_t block = shape.q_block_size;
