@@ -31,7 +31,12 @@ def python_blocks() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["-m hbsattn", "benchmarks/train.py --device cpu --steps 3", "benchmarks/run.py --list"]
+    "command",
+    [
+        pytest.param("-m hbsattn", marks=pytest.mark.slow),
+        pytest.param("benchmarks/train.py --device cpu --steps 3", marks=pytest.mark.slow),
+        "benchmarks/run.py --list",
+    ],
 )
 def test_programs_run(command: str):
     """What `make demo` runs, on a GPU where there is one, and the benchmarks that need none."""
