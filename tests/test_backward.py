@@ -40,6 +40,7 @@ OTHER_CPU_DTYPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec,device,dtype", OTHER_CPU_DTYPES)
 def test_cases_in_other_dtypes(spec: Case, device: str, dtype: torch.dtype):
     problem = make_problem(spec, device, dtype)
