@@ -75,7 +75,7 @@ def key_tiles(k_block: int, head_dim: int) -> tuple[int, int, int]:
 def cut_queries(spec: Case, mask: hbsattn.BlockMask, head_dim: int, deterministic: bool = False) -> oracle.QuerySets:
     blocks = (mask.batch, mask.rows, mask.cols, spec.mask_heads, spec.q_block, spec.k_block)
     heads = (spec.heads_q, spec.heads_k, head_dim)
-    return oracle.cut_queries(*blocks, *heads, 2, spec.causal, deterministic)
+    return oracle.cut_queries(oracle.KeyProblem(*blocks, *heads, 2, spec.causal, deterministic))
 
 
 def tile_heads(spec: Case, mask: hbsattn.BlockMask, head_dim: int, deterministic: bool = False) -> int:

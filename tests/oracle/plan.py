@@ -127,13 +127,8 @@ def count_query_bytes(batch: int, rows: int, q_block_size: int, head_dim: int, e
     return of_sequence * count_row_bytes(head_dim, element_size)
 
 
-def count_stacked_heads(mask_heads: int, q_block_size: int, heads_q: int, heads_k: int) -> int:
-    """Query heads whose rows tiles of keys stream as one, of a problem of fewer than 2**26 tokens."""
-    return stack_heads(mask_heads, q_block_size, heads_q, heads_k)[0]
-
-
 def stack_heads(mask_heads: int, q_block_size: int, heads_q: int, heads_k: int) -> tuple[int, int]:
-    """These heads, and the rows that each query has then."""
+    """Query heads whose rows tiles of keys stream as one, and the rows that each query has then, below 2**26 tokens."""
     group = heads_q // heads_k
     if group == 1 or q_block_size % 16 == 0 or (heads_q // mask_heads) % group != 0:
         return 1, 1
@@ -146,52 +141,59 @@ def stack_heads(mask_heads: int, q_block_size: int, heads_q: int, heads_k: int) 
     return (heads, rows) if pays else (1, 1)
 
 
-def has_few_keys(rows: int, cols: int, q_block_size: int, k_block_size: int, causal: bool) -> bool:
+class KeyProblem(NamedTuple):
+    """What decides how tiles of keys stream queries."""
+
+    batch: int
+    rows: int
+    cols: int
+    mask_heads: int
+    q_block_size: int
+    k_block_size: int
+    heads_q: int
+    heads_k: int
+    head_dim: int
+    element_size: int
+    causal: bool
+    deterministic: bool
+
+    def stack(self) -> tuple[int, int]:
+        return stack_heads(self.mask_heads, self.q_block_size, self.heads_q, self.heads_k)
+
+    def query_bytes(self) -> int:
+        return count_query_bytes(self.batch, self.rows, self.q_block_size, self.head_dim, self.element_size)
+
+
+def has_few_keys(problem: KeyProblem) -> bool:
     """Whether all sequences are short, and many."""
-    return cols * k_block_size <= (512 if causal else 256) and rows * q_block_size >= 16384
+    many = problem.rows * problem.q_block_size >= 16384
+    return many and problem.cols * problem.k_block_size <= (512 if problem.causal else 256)
 
 
-def prefers_two_kernels(
-    mask_heads: int, q_block_size: int, k_block_size: int, heads_q: int, heads_k: int, head_dim: int, few_keys: bool
-) -> bool:
+def prefers_two_kernels(problem: KeyProblem) -> bool:
     """Whether gradients come by two kernels where they may vary, too, and whichever heads share tiles."""
-    stack = count_stacked_heads(mask_heads, q_block_size, heads_q, heads_k)
+    q_block_size, k_block_size, head_dim = problem.q_block_size, problem.k_block_size, problem.head_dim
+    stack, _ = problem.stack()
     if k_block_size % 16 != 0 or (stack > 1 and stack * q_block_size < 64):
         return False
     if head_dim > 128:
         return q_block_size % 128 == 0
-    short = choose_tile_rows(k_block_size, head_dim) == 64 or (few_keys and q_block_size % 64 == 0)
+    short = choose_tile_rows(k_block_size, head_dim) == 64 or (has_few_keys(problem) and q_block_size % 64 == 0)
     return head_dim > 64 and k_block_size >= 64 and short
 
 
-def count_tile_heads(
-    batch: int,
-    rows: int,
-    cols: int,
-    mask_heads: int,
-    q_block_size: int,
-    k_block_size: int,
-    heads_q: int,
-    heads_k: int,
-    head_dim: int,
-    element_size: int,
-    causal: bool,
-    deterministic: bool,
-) -> int:
+def count_tile_heads(problem: KeyProblem) -> int:
     """Query heads that one tile of the backward pass streams."""
-    group = heads_q // heads_k
-    if deterministic or group < 4 or batch == 0:
+    group = problem.heads_q // problem.heads_k
+    if problem.deterministic or group < 4 or problem.batch == 0 or prefers_two_kernels(problem):
         return group
-    few_keys = has_few_keys(rows, cols, q_block_size, k_block_size, causal)
-    if prefers_two_kernels(mask_heads, q_block_size, k_block_size, heads_q, heads_k, head_dim, few_keys):
-        return group
-    stack = count_stacked_heads(mask_heads, q_block_size, heads_q, heads_k)
+    stack, _ = problem.stack()
     card = this_card()
-    of_head = count_query_bytes(batch, rows, q_block_size, head_dim, element_size)
+    of_head = problem.query_bytes()
     if of_head <= card.together_bytes // group:
         return group
-    running = card.running_keys * count_row_bytes(head_dim, element_size)
-    fit = card.running_bytes // max(of_head, running) // (2 if causal else 1)
+    running = card.running_keys * count_row_bytes(problem.head_dim, problem.element_size)
+    fit = card.running_bytes // max(of_head, running) // (2 if problem.causal else 1)
     stacks = range(stack, group + 1, stack)
     return max(heads for heads in stacks if group % heads == 0 and (heads == stack or heads <= fit))
 
@@ -217,30 +219,14 @@ class QuerySets(NamedTuple):
         return slice(first, None if window + 1 == self.windows else first + self.window_blocks)
 
 
-def cut_queries(
-    batch: int,
-    rows: int,
-    cols: int,
-    mask_heads: int,
-    q_block_size: int,
-    k_block_size: int,
-    heads_q: int,
-    heads_k: int,
-    head_dim: int,
-    element_size: int,
-    causal: bool,
-    deterministic: bool,
-) -> QuerySets:
-    sizes = (q_block_size, k_block_size, heads_q, heads_k, head_dim)
-    heads = count_tile_heads(batch, rows, cols, mask_heads, *sizes, element_size, causal, deterministic)
-    stack, stack_rows = stack_heads(mask_heads, q_block_size, heads_q, heads_k)
-    adds_nothing = deterministic or (k_block_size < 64 and stack * q_block_size >= 64)
-    few_keys = has_few_keys(rows, cols, q_block_size, k_block_size, causal)
-    if adds_nothing or prefers_two_kernels(mask_heads, *sizes, few_keys) or batch == 0 or stack == 1:
+def cut_queries(problem: KeyProblem) -> QuerySets:
+    heads = count_tile_heads(problem)
+    stack, stack_rows = problem.stack()
+    adds_nothing = problem.deterministic or (problem.k_block_size < 64 and stack * problem.q_block_size >= 64)
+    if adds_nothing or prefers_two_kernels(problem) or problem.batch == 0 or stack == 1:
         return QuerySets(heads, 1, 0)
-    size = heads // stack * stack_rows * count_query_bytes(batch, rows, q_block_size, head_dim, element_size)
-    most = min(ceil_div(size, this_card().running_bytes), heads)
-    blocks = max(rows // batch, 1)
+    most = min(ceil_div(heads // stack * stack_rows * problem.query_bytes(), this_card().running_bytes), heads)
+    blocks = max(problem.rows // problem.batch, 1)
     window_blocks = ceil_div(blocks, most)
     return QuerySets(heads, ceil_div(blocks, window_blocks), window_blocks)
 
