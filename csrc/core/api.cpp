@@ -200,7 +200,7 @@ Status forward(const ForwardParams& params, Stream stream) {
 
 BackwardLists backward_lists(const BackwardParams& params) {
   if (!needs_any(params)) return {false, false};
-  const BackwardMethod method = choose_backward_method(params);
+  const BackwardMethod method = choose_backward_method(params, kernels::current_policy());
   const bool both = method == BackwardMethod::kByKeysAndQueries;
   return {both || method == BackwardMethod::kByQueries || method == BackwardMethod::kQueriesOnly,
           both || method == BackwardMethod::kByKeys || method == BackwardMethod::kKeysOnly};
@@ -214,21 +214,22 @@ size_t backward_workspace_size(const BackwardParams& params) {
   }
   const int padded_head_dim = choose_backward_head_dim(params);
   if (padded_head_dim == 0 || !needs_any(params)) return 0;
+  const DevicePolicy policy = kernels::current_policy();
   return static_cast<size_t>(
-      lay_out_backward(params, padded_head_dim, choose_backward_method(params), kernels::current_policy()).bytes);
+      lay_out_backward(params, padded_head_dim, choose_backward_method(params, policy), policy).bytes);
 }
 
 Status supported(const BackwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(validate_backward(params));
   KernelKey key;
   HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
-  const bool both = choose_backward_method(params) == BackwardMethod::kByKeysAndQueries;
+  const bool both = choose_backward_method(params, kernels::current_policy()) == BackwardMethod::kByKeysAndQueries;
   return both ? select_grad_queries(params, &key) : Status::Ok();
 }
 
 Status backward(const BackwardParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(validate_backward(params));
-  const BackwardMethod method = choose_backward_method(params);
+  const BackwardMethod method = choose_backward_method(params, kernels::current_policy());
   KernelKey key;
   KernelKey queries_key;
   HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
@@ -274,7 +275,7 @@ Status explain(const BackwardParams& params, Explanation* explanation) {
   HBSATTN_RETURN_IF_ERROR(supported(params));
   explanation->method = "none";
   if (!needs_any(params)) return Status::Ok();
-  const BackwardMethod method = choose_backward_method(params);
+  const BackwardMethod method = choose_backward_method(params, kernels::current_policy());
   const BackwardLists lists = backward_lists(params);
   explanation->method = name_of(method);
   KernelKey key;

@@ -76,7 +76,7 @@ KernelTiles query_tiles(const ForwardParams& problem, bool for_backward) {
 
 KernelTiles backward_tiles(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
-  const BackwardMethod method = choose_backward_method(params);
+  const BackwardMethod method = choose_backward_method(params, kernels::current_policy());
   return method == BackwardMethod::kByQueries || method == BackwardMethod::kQueriesOnly
              ? query_tiles(problem, true)
              : KernelTiles{shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys};
@@ -84,7 +84,7 @@ KernelTiles backward_tiles(const BackwardParams& params) {
 
 HeadDims find_backward_head_dims(const BackwardParams& params) {
   const KernelTiles tiles = backward_tiles(params);
-  switch (choose_backward_method(params)) {
+  switch (choose_backward_method(params, kernels::current_policy())) {
     case BackwardMethod::kByQueries:
       return find_head_dims<Sm90BackwardQueriesKernels>(params.problem, tiles);
     case BackwardMethod::kQueriesOnly:

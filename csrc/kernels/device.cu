@@ -26,14 +26,16 @@ Devices& devices() {
 }
 
 Status ask_runtime(int index, Device& device) {
-  int major = 0, minor = 0, multiprocessors = 0, l2_bytes = 0, shared_bytes = 0;
+  int major = 0, minor = 0, multiprocessors = 0, l2_bytes = 0, shared_bytes = 0, memory_khz = 0, memory_bits = 0;
   for (auto [value, attribute] :
        {std::pair{&major, cudaDevAttrComputeCapabilityMajor}, std::pair{&minor, cudaDevAttrComputeCapabilityMinor},
         std::pair{&multiprocessors, cudaDevAttrMultiProcessorCount}, std::pair{&l2_bytes, cudaDevAttrL2CacheSize},
-        std::pair{&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor}}) {
+        std::pair{&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+        std::pair{&memory_khz, cudaDevAttrMemoryClockRate}, std::pair{&memory_bits, cudaDevAttrGlobalMemoryBusWidth}}) {
     HBSATTN_RETURN_IF_ERROR(cuda_status(cudaDeviceGetAttribute(value, attribute, index), "cudaDeviceGetAttribute"));
   }
-  device.policy = {multiprocessors, l2_bytes, shared_bytes};
+  // Twice in each clock.
+  device.policy = {multiprocessors, l2_bytes, shared_bytes, int64_t{memory_khz} * memory_bits / 4 / 1000};
   device.capability = major * 10 + minor;
   return Status::Ok();
 }

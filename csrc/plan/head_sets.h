@@ -58,12 +58,14 @@ constexpr HeadStack stack_heads(const MaskShape& shape, int32_t heads_q, int32_t
 inline constexpr int32_t kElementSize = 2;  // bytes, of every dtype that kernels are compiled for
 
 // Whether queries have so few keys that passes over the sums of their gradients take longer than two more products:
-// with 128x128 blocks, all true and causal, two kernels took 0.92 of the time at 512 keys, 1.0 at 1024 (H200). Where
-// there are few queries in all, it is launches that take the time.
-constexpr bool has_few_keys(const MaskShape& shape) {
+// with 128x128 blocks, all true and causal, two kernels took 0.92 of the time at 512 keys, 1.0 at 1024 (H200; H100 0.92
+// at 1024). Where there are few queries in all, it is launches that take the time; blocks may be far longer than
+// sequences.
+constexpr bool has_few_keys(const MaskShape& shape, const DevicePolicy& policy) {
   constexpr int64_t kManyQueries = 16384;
-  const int64_t keys = shape.cols * shape.k_block_size, queries = shape.rows * shape.q_block_size;
-  return keys <= (shape.causal ? 512 : 256) && queries >= kManyQueries && shape.q_block_size % 64 == 0;
+  const int64_t keys = shape.cols * shape.k_block_size;
+  const int64_t queries = shape.rows * (shape.q_block_size < keys ? shape.q_block_size : keys);
+  return keys <= policy.few_keys() * (shape.causal ? 2 : 1) && queries >= kManyQueries && shape.q_block_size % 64 == 0;
 }
 
 // Whether two kernels take less time for gradients than one that adds up those of queries in global memory, though they
@@ -72,13 +74,14 @@ constexpr bool has_few_keys(const MaskShape& shape) {
 // dim 64, where exponentials take as long as products and two kernels have them twice (up to 1.11). Above head dim 128
 // they take 0.82 to 0.88, if query blocks fill their tiles of 128 rows, and up to 1.17 if not (H200). Blocks that are
 // short even over stacked heads fill tiles of keys, but no tiles of queries.
-constexpr bool prefers_two_kernels(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim) {
+constexpr bool prefers_two_kernels(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
+                                   const DevicePolicy& policy) {
   if (shape.k_block_size % kGranule != 0) return false;  // not measured
   const int32_t stack = stack_heads(shape, heads_q, heads_k).heads;
   if (stack > 1 && int64_t{stack} * shape.q_block_size < 64) return false;
   if (head_dim > 128) return shape.q_block_size % 128 == 0;
   if (head_dim <= 64 || shape.k_block_size < 64) return false;
-  return shape_key_tiles(shape, head_dim).tile_keys == 64 || has_few_keys(shape);
+  return shape_key_tiles(shape, head_dim).tile_keys == 64 || has_few_keys(shape, policy);
 }
 
 // Query heads that one tile of the backward pass streams: those that read its key head, so that the gradients of its
@@ -90,7 +93,7 @@ constexpr int32_t count_tile_heads(const MaskShape& shape, int32_t heads_q, int3
   const int32_t group = heads_q / heads_k;
   // Without sums of queries, whole groups are faster (GQA 8, H100: 1.57 ms where sets took 2.07).
   if (deterministic || group < 4 || shape.batch < 1) return group;
-  if (prefers_two_kernels(shape, heads_q, heads_k, head_dim)) return group;
+  if (prefers_two_kernels(shape, heads_q, heads_k, head_dim, policy)) return group;
   const int64_t of_head = count_query_bytes(shape, head_dim, element_size);
   if (of_head <= policy.together_bytes() / group) return group;
   const int64_t running = policy.running_keys() * count_row_bytes(head_dim, element_size);
@@ -120,7 +123,7 @@ constexpr QuerySets cut_queries(const MaskShape& shape, int32_t heads_q, int32_t
   const HeadStack stack = stack_heads(shape, heads_q, heads_k);
   // Two kernels, which small key blocks have, too, if tiles of queries are full, add nothing up.
   const bool full = shape.k_block_size < 64 && int64_t{stack.heads} * shape.q_block_size >= 64;
-  const bool two_kernels = deterministic || full || prefers_two_kernels(shape, heads_q, heads_k, head_dim);
+  const bool two_kernels = deterministic || full || prefers_two_kernels(shape, heads_q, heads_k, head_dim, policy);
   if (two_kernels || shape.batch < 1 || stack.heads == 1) return {heads, 1, 0};
   const int64_t bytes = heads / stack.heads * stack.rows() * count_query_bytes(shape, head_dim, element_size);
   const int64_t wanted = (bytes - 1) / policy.running_bytes() + 1, most = wanted < heads ? wanted : heads;

@@ -10,11 +10,12 @@ namespace hbsattn {
 
 // The limits were swept on one H200, by the times of whole forward and backward passes; its numbers are the defaults,
 // which hold where there is no device. That limits of bytes grow with the L2 cache, and those of tiles with the number
-// of multiprocessors, is a guess for other cards.
+// of multiprocessors, is a guess for other cards. few_keys() was measured on an H100, too.
 struct DevicePolicy {
   int32_t multiprocessors = 132;
   int64_t l2_bytes = int64_t{60} << 20;
   int64_t shared_bytes = int64_t{228} << 10;  // of a multiprocessor
+  int64_t memory_rate = 4'916'736;            // bytes a microsecond
 
   // What the items of a section of a work list may read and add to, so that tiles which run at the same time find it in
   // L2: 32 MB of an H200's 60. What tiles keep and write, and the far partition, take a share of the rest.
@@ -25,6 +26,10 @@ struct DevicePolicy {
 
   // What a key head's queries may take until it pays to stream fewer of its query heads: 5 MB of an H200's 60.
   constexpr int64_t together_bytes() const { return l2_bytes / 12; }
+
+  // Keys of a query up to which passes over sums of gradients, which wait for memory, take longer than two more
+  // products: 386 on an H200, by times at 256 and 512 keys. The same on an H100 says 541, where this gives 566.
+  constexpr int64_t few_keys() const { return int64_t{386} * 4'916'736 / (memory_rate > 0 ? memory_rate : 1); }
 
   // Keys of all tiles that run at the same time: two CTAs with 64 or one with 128 to each multiprocessor.
   constexpr int64_t running_keys() const { return int64_t{multiprocessors} * 128; }

@@ -24,7 +24,7 @@ enum class BackwardMethod {
 // that are wanted; as many additions to global memory as tiles of 64 keys need make them slower else.
 constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t heads_q, int32_t heads_k,
                                                 int32_t head_dim, bool pack_heads, bool deterministic, bool needs_q,
-                                                bool needs_keys) {
+                                                bool needs_keys, const DevicePolicy& policy) {
   if (!needs_keys) return BackwardMethod::kQueriesOnly;
   if (!needs_q) return BackwardMethod::kKeysOnly;
   if (deterministic) return BackwardMethod::kByKeysAndQueries;
@@ -34,15 +34,16 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
   if (head_dim <= 128 && shape.k_block_size < 64 && tiles.tile_rows == 128) return BackwardMethod::kByQueries;
   // Key blocks that share tiles of 64 with full tiles of queries, too (H200, 64x16: 0.72 to 0.85 of the time).
   const bool shared = shape.k_block_size < 64 && shape.k_block_size % kGranule == 0 && tiles.block_rows >= 64;
-  const bool two_kernels = prefers_two_kernels(shape, heads_q, heads_k, head_dim) || (head_dim <= 128 && shared);
+  const bool two_kernels =
+      prefers_two_kernels(shape, heads_q, heads_k, head_dim, policy) || (head_dim <= 128 && shared);
   return two_kernels ? BackwardMethod::kByKeysAndQueries : BackwardMethod::kByKeys;
 }
 
-constexpr BackwardMethod choose_backward_method(const BackwardParams& params) {
+constexpr BackwardMethod choose_backward_method(const BackwardParams& params, const DevicePolicy& policy) {
   const ForwardParams& problem = params.problem;
   return choose_backward_method(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
                                 problem.pack_heads, params.deterministic, params.needs_q,
-                                params.needs_k || params.needs_v);
+                                params.needs_k || params.needs_v, policy);
 }
 
 // Ints of a forward's workspace: the tickets of the persistent CTAs of up to two kernels.

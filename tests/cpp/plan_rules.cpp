@@ -80,7 +80,7 @@ Problem draw_problem() {
   shape.cols = draw_size(std::min<int64_t>((1 << 26) - 1, (int64_t{1} << 32) / shape.k_block_size - 1));
   shape.causal = draw(0, 1) == 0;
   if (draw(0, 3) != 0) {
-    problem.policy = {static_cast<int32_t>(draw(1, 300)), draw(1, 400) << 18, draw(64, 256) << 10};
+    problem.policy = {static_cast<int32_t>(draw(1, 300)), draw(1, 400) << 18, draw(64, 256) << 10, draw(1, 20'000'000)};
   }
   return problem;
 }

@@ -22,10 +22,17 @@ constexpr BackwardMethod method_of(int32_t q_block, int32_t k_block, int32_t hea
   shape.rows = rows;
   shape.q_block_size = q_block;
   shape.k_block_size = k_block;
-  return choose_backward_method(shape, group, 1, head_dim, true, false, true, true);
+  return choose_backward_method(shape, group, 1, head_dim, true, false, true, true, DevicePolicy{});
 }
 static_assert(method_of(128, 128, 128) == BackwardMethod::kByKeys);
 static_assert(method_of(128, 128, 128, 1, 128) == BackwardMethod::kByKeysAndQueries);  // of many short sequences
+// How short depends on the memory: of an H200, and of an H100.
+constexpr int64_t few_keys_at(int64_t memory_rate) {
+  DevicePolicy policy;
+  policy.memory_rate = memory_rate;
+  return policy.few_keys();
+}
+static_assert(DevicePolicy{}.few_keys() == 386 && few_keys_at(3'352'320) == 566 && few_keys_at(0) > 386);
 static_assert(method_of(64, 64, 128) == BackwardMethod::kByKeysAndQueries);
 static_assert(method_of(1, 64, 128, 16) == BackwardMethod::kByKeys);
 static_assert(method_of(1, 64, 128, 4) == BackwardMethod::kByKeys);

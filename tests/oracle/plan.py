@@ -27,6 +27,7 @@ class Card(NamedTuple):
 
     multiprocessors: int = 132
     l2_bytes: int = 60 << 20
+    memory_rate: int = 4_916_736  # bytes a microsecond
 
     @property
     def section_bytes(self) -> int:
@@ -44,12 +45,17 @@ class Card(NamedTuple):
     def running_keys(self) -> int:
         return self.multiprocessors * 128
 
+    @property
+    def few_keys(self) -> int:
+        return 386 * 4_916_736 // self.memory_rate
+
 
 def this_card() -> Card:
     if not torch.cuda.is_available():
         return Card()
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return Card(properties.multi_processor_count, properties.L2_cache_size)
+    memory_rate = properties.memory_clock_rate * properties.memory_bus_width // 4 // 1000
+    return Card(properties.multi_processor_count, properties.L2_cache_size, memory_rate)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -166,8 +172,9 @@ class KeyProblem(NamedTuple):
 
 def has_few_keys(problem: KeyProblem) -> bool:
     """Whether all sequences are short, and many."""
-    many = problem.rows * problem.q_block_size >= 16384
-    return many and problem.cols * problem.k_block_size <= (512 if problem.causal else 256)
+    keys = problem.cols * problem.k_block_size
+    many = problem.rows * min(problem.q_block_size, keys) >= 16384
+    return many and keys <= this_card().few_keys * (2 if problem.causal else 1)
 
 
 def prefers_two_kernels(problem: KeyProblem) -> bool:

@@ -31,7 +31,7 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   const RowsOfTensor k = rows_of(problem.k, problem, problem.rows_k, problem.heads_k);
   const RowsOfTensor v = rows_of(problem.v, problem, problem.rows_k, problem.heads_k);
   const DevicePolicy policy = current_policy();
-  const BackwardMethod method = choose_backward_method(params);
+  const BackwardMethod method = choose_backward_method(params, policy);
   const BackwardWorkspace workspace = lay_out_backward(params, Config::kHeadDim, method, policy);
 
   sm90::BackwardKeysArguments args{};
@@ -50,7 +50,7 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   // Whole rows would take columns past head_dim from the next head.
   args.whole_rows = problem.head_dim == Config::kHeadDim;
   // Heads of a stack with padding come by clipped boxes.
-  args.whole_queries = args.whole_rows && stack.heads % stack.rows() == 0;
+  args.whole_queries = args.whole_rows && stack.heads == stack.rows();
   if (args.whole_queries) {
     const auto encode_queries = [&](const RowsOfTensor& tensor, CUtensorMap* map) {
       const int heads = std::min(stack.heads, segment);

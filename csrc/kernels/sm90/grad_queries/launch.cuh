@@ -40,8 +40,9 @@ Status set_query_arguments(const BackwardParams& params, const BackwardWorkspace
 template <class Config>
 Status run_grad_queries(const BackwardParams& params, Stream stream) {
   using Traits = sm90::GradQueriesTraits<Config>;
-  const BackwardMethod method = choose_backward_method(params);
-  const BackwardWorkspace workspace = lay_out_backward(params, Config::kHeadDim, method, current_policy());
+  const DevicePolicy policy = current_policy();
+  const BackwardMethod method = choose_backward_method(params, policy);
+  const BackwardWorkspace workspace = lay_out_backward(params, Config::kHeadDim, method, policy);
   const bool alone = method == BackwardMethod::kQueriesOnly;
   sm90::GradQueriesArguments args{};
   bool general = false;
