@@ -26,7 +26,7 @@ struct RowArguments {
   const float* grad_lse;
   float *lse, *delta, *grad_q_sum;
   int64_t rows_q;
-  int heads_q, head_dim, padded_head_dim;
+  int heads_q, head_dim;
   bool packed;
   float scale;
   uint4* cleared;
@@ -130,36 +130,50 @@ __device__ void write_gaps(const RowArguments& args, int stack, int lane) {
       });
 }
 
-// A warp has 32 columns of a chunk. In the workspace, four floats belong to the lane of an accumulator: two columns of
-// row lane / 4 and two of the row 8 further on.
-template <class Element>
+// A warp has a chunk. In the workspace, four floats belong to the lane of an accumulator: two columns of row lane / 4
+// and two of the row 8 further on. kParts: 32 columns each.
+template <class Element, int kParts>
 __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const RowArguments args, int chunks) {
+  constexpr int kAtOnce = kParts % 4 == 0 ? 4 : kParts % 3 == 0 ? 3 : 2;  // parts that a lane holds
+  static_assert(kParts % kAtOnce == 0);
   let_next_kernel_start();
   wait_for_earlier_kernels();
-  const int parts = args.padded_head_dim / 32;
-  const auto warp = static_cast<int>(blockIdx.x * kFinishWarps + threadIdx.x / 32);
+  const auto chunk = static_cast<int>(blockIdx.x * kFinishWarps + threadIdx.x / 32);
   // The last heads first, whose sums are still in the L2 cache.
-  const int stack = static_cast<int>(gridDim.y - 1 - blockIdx.y);
-  const int chunk = warp / parts, part = warp - chunk * parts, lane = threadIdx.x % 32;
+  const int stack = static_cast<int>(gridDim.y - 1 - blockIdx.y), lane = threadIdx.x % 32;
   if (args.packed && blockIdx.x < kGapCtas && threadIdx.x < 32) write_gaps(args, stack, lane);
   if (chunk >= chunks) return;
   const int64_t stack_row = stack * args.workspace.rows + int64_t{chunk} * kGranule;
-  const auto* sums = reinterpret_cast<const float4*>(args.grad_q_sum + stack_row * args.padded_head_dim) + part * 128;
-  uint32_t columns[2][4];
-#pragma unroll
-  for (int group = 0; group < 4; ++group) {
-    const float4 sum = __ldcs(sums + group * 32 + lane);
-    columns[0][group] = pack_pair<Element>(args.scale * sum.x, args.scale * sum.y);
-    columns[1][group] = pack_pair<Element>(args.scale * sum.z, args.scale * sum.w);
-  }
-  const int column = part * 32 + lane % 4 * 8;
+  const auto* sums = reinterpret_cast<const float4*>(args.grad_q_sum + stack_row * (32 * kParts)) + lane;
+  Element* rows[2];  // null: the row does not exist
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    transpose_quad(columns[i], lane);
     const QueryPlace place = locate(args, chunk, lane / 4 + 8 * i);
-    if (place.exists && column < args.head_dim) {
-      *reinterpret_cast<uint4*>(address<Element>(args.grad_q, place, head_of(args, stack, place)) + column) =
-          make_uint4(columns[i][0], columns[i][1], columns[i][2], columns[i][3]);
+    rows[i] = place.exists ? address<Element>(args.grad_q, place, head_of(args, stack, place)) : nullptr;
+  }
+#pragma unroll
+  for (int first = 0; first < kParts; first += kAtOnce) {
+    float4 held[kAtOnce][4];
+#pragma unroll
+    for (int i = 0; i < 4 * kAtOnce; ++i) held[i / 4][i % 4] = __ldcs(sums + (4 * first + i) * 32);
+#pragma unroll
+    for (int part = 0; part < kAtOnce; ++part) {
+      uint32_t columns[2][4];
+#pragma unroll
+      for (int group = 0; group < 4; ++group) {
+        const float4& sum = held[part][group];
+        columns[0][group] = pack_pair<Element>(args.scale * sum.x, args.scale * sum.y);
+        columns[1][group] = pack_pair<Element>(args.scale * sum.z, args.scale * sum.w);
+      }
+      const int column = (first + part) * 32 + lane % 4 * 8;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        transpose_quad(columns[i], lane);
+        if (rows[i] != nullptr && column < args.head_dim) {
+          *reinterpret_cast<uint4*>(rows[i] + column) =
+              make_uint4(columns[i][0], columns[i][1], columns[i][2], columns[i][3]);
+        }
+      }
     }
   }
 }
@@ -180,7 +194,7 @@ Status visit_dtype(DType dtype, Visitor&& visit) {
                               ", for which no kernel over rows is compiled; expected float16 or bfloat16");
 }
 
-RowArguments row_arguments(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim) {
+RowArguments row_arguments(const BackwardParams& params, const BackwardWorkspace& workspace) {
   const ForwardParams& problem = params.problem;
   auto* bytes = static_cast<uint8_t*>(params.workspace);
   const int64_t array = workspace.stacks * workspace.rows + BackwardWorkspace::kPaddingRows;
@@ -199,7 +213,6 @@ RowArguments row_arguments(const BackwardParams& params, const BackwardWorkspace
           problem.rows_q,
           problem.heads_q,
           problem.head_dim,
-          padded_head_dim,
           problem.packed,
           problem.softmax_scale,
           reinterpret_cast<uint4*>(bytes + workspace.tickets),
@@ -241,7 +254,7 @@ __global__ void __launch_bounds__(kKeyRows * 256 / kVector) finish_keys_kernel(c
 }  // namespace
 
 Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, Stream stream) {
-  RowArguments args = row_arguments(params, workspace, 0);
+  RowArguments args = row_arguments(params, workspace);
   if (workspace.zeroed <= kFewBytes) {
     args.cleared_vectors = workspace.zeroed / sizeof(uint4);
   } else {
@@ -282,13 +295,18 @@ Status finish_keys(const BackwardParams& params, const BackwardWorkspace& worksp
 
 Status finish_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
                    Stream stream) {
-  const RowArguments args = row_arguments(params, workspace, padded_head_dim);
+  const RowArguments args = row_arguments(params, workspace);
   const int64_t chunks = workspace.chunks.count;
-  const dim3 grid(static_cast<unsigned>(mask::ceil_div(chunks * (padded_head_dim / 32), kFinishWarps)),
-                  static_cast<unsigned>(workspace.stacks));
+  const dim3 grid(static_cast<unsigned>(mask::ceil_div(chunks, kFinishWarps)), static_cast<unsigned>(workspace.stacks));
   return visit_dtype(params.problem.dtype, [&](auto element) {
-    return launch("the launch of finish_rows", finish_rows_kernel<decltype(element)>, grid, 32 * kFinishWarps, 0,
-                  stream, args, static_cast<int>(chunks));
+    using Element = decltype(element);
+    auto* kernel = padded_head_dim == 64    ? finish_rows_kernel<Element, 2>
+                   : padded_head_dim == 96  ? finish_rows_kernel<Element, 3>
+                   : padded_head_dim == 128 ? finish_rows_kernel<Element, 4>
+                   : padded_head_dim == 192 ? finish_rows_kernel<Element, 6>
+                                            : finish_rows_kernel<Element, 8>;
+    return launch("the launch of finish_rows", kernel, grid, 32 * kFinishWarps, 0, stream, args,
+                  static_cast<int>(chunks));
   });
 }
 
