@@ -4,6 +4,7 @@ mask = hbsattn.BlockMask.from_dense(block_mask, 128, 64, cu_seqlens_q=cu, cu_seq
 out = hbsattn.block_sparse_attention(q, k, v, mask)
 """
 
+from hbsattn import patterns
 from hbsattn._contents import set_debug
 from hbsattn._explain import explain
 from hbsattn._ops import build_info
@@ -13,4 +14,4 @@ from hbsattn.mask import BlockMask
 
 __version__ = "0.1.0"  # pyproject.toml and CMakeLists.txt read it from here
 
-__all__ = ["BlockMask", "HBSAttention", "block_sparse_attention", "build_info", "explain", "set_debug"]
+__all__ = ["BlockMask", "HBSAttention", "block_sparse_attention", "build_info", "explain", "patterns", "set_debug"]

@@ -43,7 +43,8 @@ def block_sparse_attention(
 
     Gradients flow from out and lse to q, k and v, in their dtype; what attends to nothing gets 0, whatever its own
     gradients are. Those of tensors that require none are not computed: with k and v frozen, or with q frozen,
-    backward takes less time. On CUDA, backward allocates float32 sums, of about the size of q, besides up to 10 MB;
+    backward takes less time. On CUDA, backward allocates float32 sums, of about the size of q, besides up to 10 MB,
+    or of several times that where blocks of few queries, over the heads that share a mask, are padded to 16 rows;
     for key blocks below 64, in most shapes, of the size of k and v instead; for those of 64, in most shapes, none;
     and of k and v, too, where several query heads read a key head of long sequences. The first call with
     gradients plans the work of backward, and later ones with that mask share the plan. Weights come from the
@@ -56,7 +57,7 @@ def block_sparse_attention(
 
     A NaN or infinity in v may reach queries that do not attend to its key, if they share a tile with one that does:
     queries of the same block, or of neighbouring blocks. In k it reaches results only of queries that attend to it, but
-    may reach the gradients of all queries in active blocks of its tile.
+    may reach the gradients of all queries in active blocks of its tile, and its own.
 
     Returns:
         out, shape and dtype of q; with `return_lse` (out, lse). lse holds natural logarithms in float32 (float64 for

@@ -1,7 +1,7 @@
 """BlockMask: which key blocks each query block attends to, packed into bits and planned once for many calls."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -290,6 +290,11 @@ class BlockMask:
         Returns:
             The mask itself.
         """
+        if not self._form:
+            raise ValueError(
+                "mask was made by a pattern or from other masks; expected one from a constructor, as update_ rewrites "
+                "what that took"
+            )
         kind = FORMS[self._form]
         if len(contents) != len(kind.names):
             raise TypeError(
@@ -325,6 +330,52 @@ class BlockMask:
         if not torch.compiler.is_compiling():  # the plans that a compiled program outdates are made anew when next used
             self._plans.remake(self)
         return self
+
+    def __or__(self, other: object) -> "BlockMask":
+        """The blocks that either mask has, of one place; heads as those of the mask that has more."""
+        return self._join(other, torch.bitwise_or)
+
+    def __and__(self, other: object) -> "BlockMask":
+        """The blocks that both masks have."""
+        return self._join(other, torch.bitwise_and)
+
+    def _join(self, other: object, join: Callable[[Tensor, Tensor], Tensor]) -> "BlockMask":
+        if not isinstance(other, BlockMask):
+            return NotImplemented
+        self._check_place(other)
+        heads = max(self.heads, other.heads)
+        if min(self.heads, other.heads) == 0 or heads % self.heads or heads % other.heads:
+            raise ValueError(
+                f"masks have {self.heads} and {other.heads} heads; expected one to be a multiple of the other"
+            )
+        with normal_tensors():
+            bits = (mask.bits.repeat_interleave(heads // mask.heads, dim=0) for mask in (self, other))
+            return self._with_bits(join(*bits))
+
+    def _with_bits(self, bits: Tensor) -> "BlockMask":
+        """A mask of the same place, which no constructor has made."""
+        made = {"_form": "", "_shape": (), "_counts": None, "_indices": None, "_replayed": is_capturing(self.device)}
+        return dataclasses.replace(self, _bits=bits, heads=bits.shape[0], **made)
+
+    def _check_place(self, other: "BlockMask") -> None:
+        """Refuses a mask whose bits lie otherwise."""
+        check_same_device("the other mask", other.sequences, self.device, "the first")
+        for name in (
+            "q_block_size",
+            "k_block_size",
+            "causal",
+            "packed",
+            "seqlen_q",
+            "seqlen_k",
+            "batch",
+            "rows",
+            "cols",
+        ):
+            mine, given = getattr(self, name), getattr(other, name)
+            if mine != given:
+                raise ValueError(f"{name} of the other mask is {given}; expected {mine}, that of the first")
+        if can_read(self.sequences, other.sequences) and not torch.equal(self.sequences, other.sequences):
+            raise ValueError("cu_seqlens of the other mask differ; expected those of the first")
 
     @property
     def _lead(self) -> tuple[int, ...]:

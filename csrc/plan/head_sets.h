@@ -122,7 +122,7 @@ constexpr QuerySets cut_queries(const MaskShape& shape, int32_t heads_q, int32_t
   const int32_t heads = count_tile_heads(shape, heads_q, heads_k, head_dim, element_size, deterministic, policy);
   const HeadStack stack = stack_heads(shape, heads_q, heads_k);
   // Two kernels, which small key blocks have, too, if tiles of queries are full, add nothing up.
-  const bool full = shape.k_block_size < 64 && int64_t{stack.heads} * shape.q_block_size >= 64;
+  const bool full = head_dim <= 128 && shape.k_block_size < 64 && int64_t{stack.heads} * shape.q_block_size >= 64;
   const bool two_kernels = deterministic || full || prefers_two_kernels(shape, heads_q, heads_k, head_dim, policy);
   if (two_kernels || shape.batch < 1 || stack.heads == 1) return {heads, 1, 0};
   const int64_t bytes = heads / stack.heads * stack.rows() * count_query_bytes(shape, head_dim, element_size);

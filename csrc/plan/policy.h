@@ -28,8 +28,12 @@ struct DevicePolicy {
   constexpr int64_t together_bytes() const { return l2_bytes / 12; }
 
   // Keys of a query up to which passes over sums of gradients, which wait for memory, take longer than two more
-  // products: 386 on an H200, by times at 256 and 512 keys. The same on an H100 says 541, where this gives 566.
-  constexpr int64_t few_keys() const { return int64_t{386} * 4'916'736 / (memory_rate > 0 ? memory_rate : 1); }
+  // products: 386 on an H200, by times at 256 and 512 keys. The same on an H100 says 541, where this gives 566. With
+  // fewer multiprocessors products take longer, which is a guess.
+  constexpr int64_t few_keys() const {
+    constexpr int64_t kMeasured = 386, kMultiprocessors = 132, kMemoryRate = 4'916'736;
+    return memory_rate > 0 ? kMeasured * multiprocessors * kMemoryRate / (kMultiprocessors * memory_rate) : kMeasured;
+  }
 
   // Keys of all tiles that run at the same time: two CTAs with 64 or one with 128 to each multiprocessor.
   constexpr int64_t running_keys() const { return int64_t{multiprocessors} * 128; }

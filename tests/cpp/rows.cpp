@@ -27,12 +27,14 @@ constexpr BackwardMethod method_of(int32_t q_block, int32_t k_block, int32_t hea
 static_assert(method_of(128, 128, 128) == BackwardMethod::kByKeys);
 static_assert(method_of(128, 128, 128, 1, 128) == BackwardMethod::kByKeysAndQueries);  // of many short sequences
 // How short depends on the memory: of an H200, and of an H100.
-constexpr int64_t few_keys_at(int64_t memory_rate) {
+constexpr int64_t few_keys_at(int64_t memory_rate, int32_t multiprocessors = 132) {
   DevicePolicy policy;
   policy.memory_rate = memory_rate;
+  policy.multiprocessors = multiprocessors;
   return policy.few_keys();
 }
-static_assert(DevicePolicy{}.few_keys() == 386 && few_keys_at(3'352'320) == 566 && few_keys_at(0) > 386);
+static_assert(DevicePolicy{}.few_keys() == 386 && few_keys_at(3'352'320) == 566 && few_keys_at(0) == 386);
+static_assert(few_keys_at(4'916'736 / 2, 66) == 386);  // half a card
 static_assert(method_of(64, 64, 128) == BackwardMethod::kByKeysAndQueries);
 static_assert(method_of(1, 64, 128, 16) == BackwardMethod::kByKeys);
 static_assert(method_of(1, 64, 128, 4) == BackwardMethod::kByKeys);

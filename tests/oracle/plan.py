@@ -47,7 +47,7 @@ class Card(NamedTuple):
 
     @property
     def few_keys(self) -> int:
-        return 386 * 4_916_736 // self.memory_rate
+        return 386 * self.multiprocessors * 4_916_736 // (132 * self.memory_rate)
 
 
 def this_card() -> Card:
@@ -229,7 +229,8 @@ class QuerySets(NamedTuple):
 def cut_queries(problem: KeyProblem) -> QuerySets:
     heads = count_tile_heads(problem)
     stack, stack_rows = problem.stack()
-    adds_nothing = problem.deterministic or (problem.k_block_size < 64 and stack * problem.q_block_size >= 64)
+    full = problem.head_dim <= 128 and problem.k_block_size < 64 and stack * problem.q_block_size >= 64
+    adds_nothing = problem.deterministic or full
     if adds_nothing or prefers_two_kernels(problem) or problem.batch == 0 or stack == 1:
         return QuerySets(heads, 1, 0)
     most = min(ceil_div(heads // stack * stack_rows * problem.query_bytes(), this_card().running_bytes), heads)

@@ -1,0 +1,385 @@
+"""Block masks of common patterns, made on the device from a few numbers: no dense mask in between, and no waiting.
+
+blocks = patterns.Blocks(128, 128, seqlen_q=32768, seqlen_k=32768, causal=True, device="cuda")
+mask = patterns.streaming(blocks, sink=1, local=4) | patterns.top_k(blocks, patterns.pooled_scores(blocks, q, k), 8)
+
+A query block lies at the key blocks of its own positions, counted from the end where lengths differ: query i is at key
+i + k_len - q_len. Numbers of blocks are ints, or one for each mask head: a sequence of ints, or an int tensor (heads)
+on the device. Masks of one place are joined and cut with `|` and `&`, and `select_heads` puts heads of several into
+one. They are not rewritten with `update_`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+
+import torch
+from torch import Tensor
+
+from hbsattn._checks import (
+    check_block_sizes,
+    check_bool,
+    check_device,
+    check_index,
+    check_is_tensor,
+    check_number,
+    check_same_device,
+    check_tensor,
+)
+from hbsattn._layout import DIAGONAL, Q_LEN, MaskLayout, ceil_div, locate_rows, visible_columns
+from hbsattn._placement import Lengths, Place, make_sequences, place_blocks
+from hbsattn._plans import is_capturing, normal_tensors
+from hbsattn._sources import Lists
+from hbsattn.mask import BlockMask, check_is_mask
+
+Numbers = int | Sequence[int] | Tensor
+
+UNBOUNDED = -1
+_FAR = 1 << 40  # blocks that no mask has
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The blocks that patterns choose from, with the lengths as the constructors of `BlockMask` take them.
+
+    Args:
+        q_block_size, k_block_size: queries and keys of a block.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: all four for packed tensors.
+        seqlen_q, seqlen_k: for batched tensors, `batch_size` sequences of them, by default 1.
+        causal: what lies past the diagonal is off.
+        device: of the masks; by default that of `cu_seqlens_q`, or PyTorch's.
+    """
+
+    q_block_size: int
+    k_block_size: int
+    _: KW_ONLY
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+    seqlen_q: int | None = None
+    seqlen_k: int | None = None
+    batch_size: int | None = None
+    causal: bool = False
+    device: torch.device | str | int | None = None
+    sequences: Tensor = field(init=False, repr=False)
+    _place: Place = field(init=False, repr=False)
+    _first: Tensor = field(init=False, repr=False)  # int64 (rows), the key blocks of the first and the last query
+    _last: Tensor = field(init=False, repr=False)
+    _visible: Tensor = field(init=False, repr=False)  # int64 (rows), key blocks, which are the first ones
+    _row: Tensor = field(init=False, repr=False)  # int64 (rows), query block in its sequence
+
+    def __post_init__(self) -> None:
+        sizes = check_block_sizes(self.q_block_size, self.k_block_size)
+        check_bool("causal", self.causal)
+        names = ("max_seqlen_q", "max_seqlen_k", "seqlen_q", "seqlen_k", "batch_size")
+        lengths = Lengths(self.cu_seqlens_q, self.cu_seqlens_k, *(getattr(self, name) for name in names)).check()
+        for name in names[:2] if lengths.packed else names[2:4]:
+            if getattr(lengths, name) is None:
+                raise ValueError(f"{name} is None; expected an int, for blocks of a pattern")
+        if not lengths.packed and lengths.batch_size is None:
+            lengths = lengths._replace(batch_size=1)
+        device = self.device
+        if device is None:
+            device = self.cu_seqlens_q.device if isinstance(self.cu_seqlens_q, Tensor) else torch.get_default_device()
+        device = check_device(device)
+        longest = lengths.max_seqlen_q if lengths.packed else lengths.seqlen_q
+        rows = ceil_div(longest, sizes[0])
+        with normal_tensors():
+            place = place_blocks("blocks", device, (1, 1, rows), None, lengths, *sizes)
+            sequences = make_sequences(lengths, place, device)
+            device = sequences.device  # with its index
+            sequence, row, _ = locate_rows(sequences, place.rows, place.q_block)
+            table = sequences.to(torch.int64)
+            table = table[sequence] if place.batch else table.new_zeros((place.rows, table.shape[1]))
+            first = row * place.q_block
+            last = torch.minimum(first + place.q_block, table[:, Q_LEN]) - 1
+            at = [torch.div(x + table[:, DIAGONAL], place.k_block, rounding_mode="floor") for x in (first, last)]
+            visible = visible_columns(sequences, place.rows, MaskLayout(*place.layout(self.causal)))
+        for name, value in zip(
+            ("device", "sequences", "_place", "_first", "_last", "_visible", "_row"),
+            (device, sequences, place, *at, visible, row),
+            strict=True,
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(batch, query blocks, key blocks), padded to the longest sequence: that of scores, but for their heads."""
+        place = self._place
+        return place.batch, place.row_stride, place.cols
+
+    def _mask(self, bits: Tensor) -> BlockMask:
+        """A mask of what is visible of int32 (heads, rows, words)."""
+        place = self._place
+        bits = (bits & _bits_below(self._visible, place.cols)).contiguous()
+        return BlockMask(
+            bits,
+            self.sequences,
+            self.q_block_size,
+            self.k_block_size,
+            self.causal,
+            place.batch,
+            bits.shape[0],
+            place.rows,
+            place.cols,
+            place.packed,
+            place.seqlen_q,
+            place.seqlen_k,
+            place.q_block,
+            place.k_block,
+            _replayed=is_capturing(self.device),
+        )
+
+    def _between(self, begin: Tensor, end: Tensor) -> Tensor:
+        """The bits of columns from `begin` on and before `end`, int64 (heads, rows), (heads, 1) or (rows)."""
+        cols = self._place.cols
+        bits = _bits_below(end, cols) & ~_bits_below(begin, cols)
+        return bits.expand(*bits.shape[:-2], self._place.rows, -1) if bits.dim() == 3 else bits.unsqueeze(0)
+
+    def _listed(self, counts: Tensor, columns: Tensor) -> Tensor:
+        """The bits of lists (heads, rows) and (heads, rows, width); columns that do not exist are left out."""
+        place = self._place
+        shape = (counts.shape[0], place.batch, place.row_stride)
+        lists = (counts.to(torch.int32), columns.clamp(-1, place.cols).to(torch.int32))
+        # Ops take the batch first.
+        lists = (x.reshape(*shape, *x.shape[2:]).transpose(0, 1).contiguous() for x in lists)
+        return Lists(*lists).pack(self.sequences, place.rows, place.layout(self.causal))
+
+    def _both(self, low: int, **numbers: Numbers) -> tuple[Tensor, ...]:
+        """`_numbers` of several, with as many heads each."""
+        made = {name: self._numbers(name, value, low) for name, value in numbers.items()}
+        heads = _common_heads({name: value.shape[0] for name, value in made.items()})
+        return tuple(value.expand(heads, 1) for value in made.values())
+
+    def _numbers(self, name: str, value: Numbers, low: int = 0) -> Tensor:
+        """int64 (heads, 1), or (1, 1) for one number."""
+        if isinstance(value, Tensor):
+            check_tensor(name, value, (1,), (torch.int32, torch.int64))
+            check_same_device(name, value, self.device, "blocks")
+            return value.to(torch.int64).unsqueeze(-1)
+        if not isinstance(value, Sequence):
+            return torch.full((1, 1), check_index(name, value, low), dtype=torch.int64, device=self.device)
+        numbers = torch.tensor([check_index(f"{name}[{i}]", x, low) for i, x in enumerate(value)], dtype=torch.int64)
+        if self.device.type == "cuda":  # from pageable memory, a copy would wait
+            numbers = numbers.pin_memory()
+        return numbers.to(self.device, non_blocking=True).unsqueeze(-1)
+
+
+def dense(blocks: Blocks) -> BlockMask:
+    """Every block, or with causality every block up to the diagonal."""
+    return blocks._mask(blocks._between(torch.zeros_like(blocks._visible), blocks._visible))
+
+
+def window(blocks: Blocks, left: Numbers, right: Numbers = 0) -> BlockMask:
+    """The key blocks where a query block lies, `left` before them and `right` behind; -1: all."""
+    left, right = blocks._both(UNBOUNDED, left=left, right=right)
+    begin = blocks._first - torch.where(left < 0, _FAR, left)
+    end = blocks._last + 1 + torch.where(right < 0, _FAR, right)
+    return blocks._mask(blocks._between(begin, end))
+
+
+def streaming(blocks: Blocks, sink: Numbers, local: Numbers) -> BlockMask:
+    """The first `sink` key blocks of the sequence, and the `local` blocks that end with the last one that is visible.
+
+    Known as block streaming, attention sinks with a local window, or A-shape.
+    """
+    sink, local = blocks._both(0, sink=sink, local=local)
+    visible = blocks._visible.expand(sink.shape[0], -1)
+    return blocks._mask(blocks._between(visible - local, visible) | blocks._between(torch.zeros_like(visible), sink))
+
+
+def global_blocks(blocks: Blocks, queries: Numbers, keys: Numbers) -> BlockMask:
+    """The first `queries` query blocks of a sequence and the first `keys` key blocks, each with all of the other."""
+    queries, keys = blocks._both(0, queries=queries, keys=keys)
+    end = torch.where(blocks._row < queries, _FAR, keys)
+    return blocks._mask(blocks._between(torch.zeros_like(end), end))
+
+
+def dilated(blocks: Blocks, count: int, step: Numbers) -> BlockMask:
+    """`count` key blocks, every `step`-th, from the last one on where a query block lies."""
+    count, step = check_index("count", count), blocks._numbers("step", step, 1)
+    behind = step.unsqueeze(-1) * torch.arange(count, device=blocks.device)
+    return vertical_slash(blocks, behind.new_empty((1, 0)), behind.squeeze(1))
+
+
+def vertical_slash(blocks: Blocks, vertical: Tensor, slash: Tensor) -> BlockMask:
+    """Columns, and diagonals.
+
+    Args:
+        vertical: int (heads or 1, any), key blocks that all queries attend to.
+        slash: int (heads or 1, any), how many key blocks before the last one where a query block lies.
+
+    Those that do not exist are left out.
+    """
+    for name, value in (("vertical", vertical), ("slash", slash)):
+        check_tensor(name, value, (2,), (torch.int32, torch.int64))
+        check_same_device(name, value, blocks.device, "blocks")
+    heads = _common_heads({"vertical": vertical.shape[0], "slash": slash.shape[0]})
+    rows = blocks._place.rows
+    columns = vertical.to(torch.int64).unsqueeze(1).expand(heads, rows, -1)
+    diagonals = (blocks._last.unsqueeze(-1) - slash.to(torch.int64).unsqueeze(1)).expand(heads, rows, -1)
+    listed = torch.cat((columns, diagonals), dim=-1)
+    counts = torch.full((heads, rows), listed.shape[-1], dtype=torch.int32, device=blocks.device)
+    return blocks._mask(blocks._listed(counts, listed))
+
+
+def random_blocks(blocks: Blocks, count: int, heads: int = 1, generator: torch.Generator | None = None) -> BlockMask:
+    """`count` draws for each query block among the key blocks that are visible; what is drawn twice counts once."""
+    count, heads = check_index("count", count), check_index("heads", heads, 1)
+    shape = (heads, blocks._place.rows, count)
+    drawn = torch.rand(shape, dtype=torch.float64, generator=generator, device=blocks.device)
+    listed = (drawn * blocks._visible.unsqueeze(-1)).to(torch.int64)
+    counts = torch.full(shape[:2], count, dtype=torch.int32, device=blocks.device)
+    return blocks._mask(blocks._listed(counts, listed))
+
+
+def big_bird(
+    blocks: Blocks, everywhere: int, near: int, drawn: int, heads: int = 1, generator: torch.Generator | None = None
+) -> BlockMask:
+    """BigBird (arXiv 2007.14062): `everywhere` global blocks of queries and of keys, a window of `near` blocks on each
+    side, and `drawn` random blocks.
+    """
+    parts = (window(blocks, near, near), global_blocks(blocks, everywhere, everywhere))
+    return random_blocks(blocks, drawn, heads, generator) | parts[0] | parts[1]
+
+
+def top_k(blocks: Blocks, scores: Tensor, k: Numbers) -> BlockMask:
+    """The `k` visible key blocks of each query block with the highest scores.
+
+    Args:
+        scores: float (batch or 1, heads, query blocks, key blocks), `blocks.shape` with heads, as `pooled_scores`
+            makes them. -inf never counts.
+    """
+    scores = _check_scores(blocks, scores)
+    wanted = blocks._numbers("k", k)
+    heads = _common_heads({"scores": scores.shape[0], "k": wanted.shape[0]})
+    width = scores.shape[-1]
+    if isinstance(k, int):
+        width = min(width, k)
+    found = scores.topk(width, dim=-1)
+    counts = torch.minimum((found.values > -torch.inf).sum(-1), wanted)
+    return blocks._mask(blocks._listed(counts, found.indices.expand(heads, -1, -1)))
+
+
+def top_p(blocks: Blocks, scores: Tensor, p: float) -> BlockMask:
+    """The fewest visible key blocks of each query block whose softmax of `scores` adds up to `p` or more.
+
+    Args:
+        scores: as in `top_k`.
+        p: from 0 to 1.
+    """
+    p = check_number("p", p)
+    if not 0 <= p <= 1:
+        raise ValueError(f"p is {p}; expected 0 to 1")
+    scores = _check_scores(blocks, scores)
+    weights, columns = scores.softmax(-1).nan_to_num(0).sort(dim=-1, descending=True, stable=True)
+    before = weights.cumsum(-1) - weights
+    counts = ((before < p) & (weights > 0)).sum(-1)
+    return blocks._mask(blocks._listed(counts, columns))
+
+
+def pooled_scores(blocks: Blocks, q: Tensor, k: Tensor) -> Tensor:
+    """Scores of blocks: the products of their mean query and mean key, over the square root of the head dim.
+
+    Args:
+        q, k: as `block_sparse_attention` takes them.
+
+    Returns:
+        float32 (batch, heads_q, query blocks, key blocks).
+    """
+    place = blocks._place
+    check_is_tensor("q", q)
+    check_is_tensor("k", k)
+    sides = (
+        ("q", q, place.seqlen_q, place.q_block, place.row_stride),
+        ("k", k, place.seqlen_k, place.k_block, place.cols),
+    )
+    means = []
+    for name, x, seqlen, size, count in sides:
+        check_tensor(
+            name, x, (3 if place.packed else 4,), (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        )
+        check_same_device(name, x, blocks.device, "blocks")
+        if not place.packed and x.shape[:2] != (place.batch, seqlen):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({place.batch}, {seqlen}, heads, head_dim)")
+        means.append(_mean_of_blocks(blocks, name, x, size, count))
+    mean_q, mean_k = means
+    if mean_q.shape[2] % mean_k.shape[2] != 0:
+        raise ValueError(f"q has {mean_q.shape[2]} heads; expected a multiple of the {mean_k.shape[2]} heads of k")
+    mean_k = mean_k.repeat_interleave(mean_q.shape[2] // mean_k.shape[2], dim=2)
+    return torch.einsum("bnhd,bmhd->bhnm", mean_q, mean_k) * q.shape[-1] ** -0.5
+
+
+def select_heads(masks: Sequence[BlockMask], choice: Sequence[int]) -> BlockMask:
+    """A mask with `len(choice)` heads: head h is that of `masks[choice[h]]`, or its only one.
+
+    All masks have the place of the first: lengths, block sizes, causality.
+    """
+    if not masks:
+        raise ValueError("masks is empty; expected a BlockMask or more")
+    for mask in masks:
+        check_is_mask(mask)
+        masks[0]._check_place(mask)
+    bits = []
+    for head, which in enumerate(choice):
+        which = check_index(f"choice[{head}]", which, 0, len(masks))
+        mask = masks[which]
+        if mask.heads not in (1, len(choice)):
+            raise ValueError(f"masks[{which}] has {mask.heads} heads; expected 1 or {len(choice)}, those of choice")
+        bits.append(mask.bits[head if mask.heads > 1 else 0])
+    if not bits:
+        raise ValueError("choice is empty; expected an int for each head")
+    with normal_tensors():
+        return masks[0]._with_bits(torch.stack(bits))
+
+
+def _bits_below(end: Tensor, cols: int) -> Tensor:
+    """int32 (..., words): the bits of columns before `end`, int64."""
+    words = ceil_div(cols, 32)
+    count = (end.unsqueeze(-1) - 32 * torch.arange(words, device=end.device)).clamp_(0, 32).to(torch.int32)
+    one = torch.ones((), dtype=torch.int32, device=end.device)
+    return torch.where(count == 32, -1, (one << count.clamp(max=31)) - 1)
+
+
+def _common_heads(heads: dict[str, int]) -> int:
+    most = max(heads.values())
+    for name, count in heads.items():
+        if count not in (1, most):
+            raise ValueError(f"{name} has {count} heads; expected 1 or {most}")
+    return most
+
+
+def _check_scores(blocks: Blocks, scores: Tensor) -> Tensor:
+    """(heads, rows, key blocks) with -inf where nothing is visible."""
+    check_tensor("scores", scores, (4,), (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+    check_same_device("scores", scores, blocks.device, "blocks")
+    batch, rows, cols = blocks.shape
+    if scores.shape[0] not in (1, batch) or tuple(scores.shape[2:]) != (rows, cols):
+        raise ValueError(f"scores has shape {tuple(scores.shape)}; expected ({batch} or 1, heads, {rows}, {cols})")
+    scores = scores.detach().expand(batch, -1, -1, -1).transpose(0, 1).reshape(scores.shape[1], batch * rows, cols)
+    seen = torch.arange(cols, device=scores.device) < blocks._visible.unsqueeze(-1)
+    return scores.masked_fill(~seen, -torch.inf)
+
+
+def _mean_of_blocks(blocks: Blocks, name: str, x: Tensor, size: int, count: int) -> Tensor:
+    """float32 (batch, blocks, heads, head_dim)."""
+    place = blocks._place
+    accumulated = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not place.packed:
+        padded = torch.nn.functional.pad(x.detach().to(accumulated), (0, 0, 0, 0, 0, count * size - x.shape[1]))
+        sums = padded.unflatten(1, (count, size)).sum(2)
+        number = (x.shape[1] - size * torch.arange(count, device=x.device)).clamp(1, size)
+        return (sums / number.view(1, -1, 1, 1)).float()
+    cu_seqlens = blocks.cu_seqlens_q if name == "q" else blocks.cu_seqlens_k
+    token = torch.arange(x.shape[0], device=x.device)
+    sequence = torch.searchsorted(cu_seqlens.to(torch.int64), token, right=True) - 1
+    inside = token < cu_seqlens[-1]
+    sequence = sequence.clamp(0, max(place.batch - 1, 0))
+    block = torch.div(token - cu_seqlens[sequence], size, rounding_mode="floor").clamp(0, max(count - 1, 0))
+    place_of = torch.where(inside, sequence * count + block, place.batch * count)
+    sums = x.new_zeros((place.batch * count + 1, *x.shape[1:]), dtype=accumulated)
+    sums.index_add_(0, place_of, x.detach().to(accumulated))
+    number = torch.zeros(place.batch * count + 1, dtype=accumulated, device=x.device)
+    number.index_add_(0, place_of, torch.ones_like(token, dtype=accumulated))
+    means = sums / number.clamp(min=1).view(-1, 1, 1)
+    return means[:-1].view(place.batch, count, *x.shape[1:]).float()
