@@ -62,6 +62,17 @@ def check_number(name: str, value: object) -> float:
         raise ValueError(f"{name} is {value}; expected {accepted} in the range of a float") from None
 
 
+def hint_at_flex(value: object) -> str:
+    """What to do with a mask of FlexAttention, for the end of a message; nothing if `value` is none."""
+    if not type_name(value).startswith("torch.nn.attention.flex_attention."):
+        return ""
+    return (
+        ": hbsattn.BlockMask.from_indices(mask.full_kv_num_blocks, mask.full_kv_indices, *mask.BLOCK_SIZE, "
+        "seqlen_q=..., seqlen_k=...) makes one of the full blocks of FlexAttention's, and leaves out its partial "
+        "ones (mask.kv_num_blocks), such as those of a causal diagonal"
+    )
+
+
 def check_block_sizes(q_block_size: object, k_block_size: object) -> tuple[int, int]:
     q_block_size = check_index("q_block_size", q_block_size, 1, BLOCK_LIMIT)
     return q_block_size, check_index("k_block_size", k_block_size, 1, BLOCK_LIMIT)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hbsattn._checks import check_same_device, check_tensor
+from hbsattn._checks import check_same_device, check_tensor, hint_at_flex, type_name
 from hbsattn._layout import ceil_div
 from hbsattn._ops import ops
 from hbsattn._placement import Lengths, Place, make_sequences
@@ -54,6 +54,9 @@ class Dense(_Form):
 
     @classmethod
     def check(cls, block_mask: object) -> Dense:
+        hint = "" if isinstance(block_mask, Tensor) else hint_at_flex(block_mask)
+        if hint:
+            raise TypeError(f"block_mask is a {type_name(block_mask)}; expected a Tensor of torch.bool{hint}")
         check_tensor("block_mask", block_mask, (3, 4), (torch.bool,))
         return cls(block_mask)
 

@@ -14,6 +14,7 @@ from hbsattn._checks import (
     check_device,
     check_index,
     check_same_device,
+    hint_at_flex,
     type_name,
 )
 from hbsattn._chunks import stays_lists
@@ -550,15 +551,8 @@ def check_is_mask(value: object) -> None:
     """Refuses what is no BlockMask, and says how to get one from what is often given instead."""
     if isinstance(value, BlockMask):
         return
-    hint = ""
-    if isinstance(value, Tensor):
-        hint = ": for booleans, BlockMask.from_dense makes one"
-    elif type_name(value).startswith("torch.nn.attention.flex_attention."):
-        hint = (
-            ": hbsattn.BlockMask.from_indices(mask.full_kv_num_blocks, mask.full_kv_indices, *mask.BLOCK_SIZE, "
-            "seqlen_q=..., seqlen_k=...) makes one of the full blocks of FlexAttention's, and leaves out its partial "
-            "ones (mask.kv_num_blocks), such as those of a causal diagonal"
-        )
+    is_tensor = isinstance(value, Tensor)
+    hint = ": for booleans, BlockMask.from_dense makes one" if is_tensor else hint_at_flex(value)
     raise TypeError(f"mask is a {type_name(value)}; expected a BlockMask of hbsattn{hint}")
 
 

@@ -251,7 +251,11 @@ def test_masks_of_others():
     name = r"torch\.nn\.attention\.flex_attention\.BlockMask"
     text = rf"^mask is a {name}; expected a BlockMask of hbsattn: hbsattn\.BlockMask\.from_indices\(mask\.full_kv_num"
     refused(TypeError, text, lambda: hbsattn.block_sparse_attention(x, x, x, flex))
-    refused(TypeError, rf"^block_mask is a {name}; expected", lambda: BlockMask.from_dense(flex, 32, 32))
+    refused(
+        TypeError,
+        rf"^block_mask is a {name}; expected a Tensor of torch.bool: .*from_indices",
+        lambda: BlockMask.from_dense(flex, 32, 32),
+    )
     text = "^mask is a Tensor; expected a BlockMask of hbsattn: for booleans, BlockMask.from_dense makes one"
     refused(TypeError, text, lambda: hbsattn.block_sparse_attention(x, x, x, dense(1, 1, 4, 4)))
 
