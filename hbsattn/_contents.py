@@ -57,7 +57,7 @@ def check_contents(
     """Checks lengths, and lists or rows. `lead`: as `place_blocks` has it."""
     name = source.names[0]
     if lengths.packed:
-        _check_lengths(name, lead, source.cols, lengths, q_block_size, k_block_size)
+        check_lengths(name, lead, source.cols, lengths, q_block_size, k_block_size)
     if isinstance(source, Lists):
         _check_lists(source.counts, source.indices, place, sequences)
     elif isinstance(source, Rows):
@@ -74,9 +74,10 @@ def check_total(name: str, tensor: Tensor, sequences: Tensor, begin: int, length
         )
 
 
-def _check_lengths(
+def check_lengths(
     name: str, lead: tuple[int, ...], cols: int | None, lengths: Lengths, q_block_size: int, k_block_size: int
 ) -> None:
+    """Checks cumulative lengths, which must be there."""
     flat = len(lead) == 2
     sides = (
         ("q", "query", lengths.cu_seqlens_q, lengths.max_seqlen_q, q_block_size, lead[-1]),

@@ -168,7 +168,11 @@ def last_keys(query: Tensor, diagonal: Tensor, end: Tensor, causal: bool) -> Ten
 
 def visible_columns(sequences: Tensor, rows: int, layout: MaskLayout) -> Tensor:
     """Counts the key blocks that each row of the bit matrix can see: int64 (rows); they are the first ones."""
-    sequence, block, used = locate_rows(sequences, rows, layout.q_block_size)
+    return visible_from(sequences, *locate_rows(sequences, rows, layout.q_block_size), layout)
+
+
+def visible_from(sequences: Tensor, sequence: Tensor, block: Tensor, used: Tensor, layout: MaskLayout) -> Tensor:
+    """The same for rows that `locate_rows` has located."""
     if sequences.shape[0] == 0:
         return torch.zeros_like(block)
     table = sequences.to(torch.int64)[sequence]

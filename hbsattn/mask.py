@@ -350,7 +350,9 @@ class BlockMask:
                 f"masks have {self.heads} and {other.heads} heads; expected one to be a multiple of the other"
             )
         with normal_tensors():
-            bits = (mask.bits.repeat_interleave(heads // mask.heads, dim=0) for mask in (self, other))
+            bits = (
+                m.bits.repeat_interleave(heads // m.heads, dim=0) if m.heads < heads else m.bits for m in (self, other)
+            )
             return self._with_bits(join(*bits))
 
     def _with_bits(self, bits: Tensor) -> "BlockMask":

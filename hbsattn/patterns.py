@@ -25,7 +25,8 @@ from hbsattn._checks import (
     check_same_device,
     check_tensor,
 )
-from hbsattn._layout import DIAGONAL, Q_LEN, MaskLayout, ceil_div, locate_rows, visible_columns
+from hbsattn._contents import can_read, check_lengths
+from hbsattn._layout import DIAGONAL, Q_LEN, MaskLayout, ceil_div, locate_rows, visible_from
 from hbsattn._placement import Lengths, Place, make_sequences, place_blocks
 from hbsattn._plans import is_capturing, normal_tensors
 from hbsattn._sources import Lists
@@ -35,6 +36,7 @@ Numbers = int | Sequence[int] | Tensor
 
 UNBOUNDED = -1
 _FAR = 1 << 40  # blocks that no mask has
+_PRIVATE = ("_place", "_first", "_last", "_visible", "_row", "_words", "_ones")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,9 @@ class Blocks:
     _last: Tensor = field(init=False, repr=False)
     _visible: Tensor = field(init=False, repr=False)  # int64 (rows), key blocks, which are the first ones
     _row: Tensor = field(init=False, repr=False)  # int64 (rows), query block in its sequence
+    _words: Tensor = field(init=False, repr=False)  # int64 (words), the first column of each
+    _ones: Tensor = field(init=False, repr=False)  # int32 (33), as many of the lowest bits
+    _visible_bits: Tensor = field(init=False, repr=False)  # int32 (rows, words)
 
     def __post_init__(self) -> None:
         sizes = check_block_sizes(self.q_block_size, self.k_block_size)
@@ -78,29 +83,36 @@ class Blocks:
                 raise ValueError(f"{name} is None; expected an int, for blocks of a pattern")
         if not lengths.packed and lengths.batch_size is None:
             lengths = lengths._replace(batch_size=1)
-        device = self.device
-        if device is None:
-            device = self.cu_seqlens_q.device if isinstance(self.cu_seqlens_q, Tensor) else torch.get_default_device()
-        device = check_device(device)
         longest = lengths.max_seqlen_q if lengths.packed else lengths.seqlen_q
-        rows = ceil_div(longest, sizes[0])
+        lead = (1, 1, ceil_div(longest, sizes[0]))
         with normal_tensors():
-            place = place_blocks("blocks", device, (1, 1, rows), None, lengths, *sizes)
+            device = self._find_device()
+            place = place_blocks("blocks", device, lead, None, lengths, *sizes)
+            if lengths.packed and can_read(self.cu_seqlens_q, self.cu_seqlens_k):
+                check_lengths("blocks", lead, None, lengths, *sizes)
             sequences = make_sequences(lengths, place, device)
-            device = sequences.device  # with its index
-            sequence, row, _ = locate_rows(sequences, place.rows, place.q_block)
+            located = sequence, row, _ = locate_rows(sequences, place.rows, place.q_block)
             table = sequences.to(torch.int64)
             table = table[sequence] if place.batch else table.new_zeros((place.rows, table.shape[1]))
             first = row * place.q_block
             last = torch.minimum(first + place.q_block, table[:, Q_LEN]) - 1
             at = [torch.div(x + table[:, DIAGONAL], place.k_block, rounding_mode="floor") for x in (first, last)]
-            visible = visible_columns(sequences, place.rows, MaskLayout(*place.layout(self.causal)))
-        for name, value in zip(
-            ("device", "sequences", "_place", "_first", "_last", "_visible", "_row"),
-            (device, sequences, place, *at, visible, row),
-            strict=True,
-        ):
+            visible = visible_from(sequences, *located, MaskLayout(*place.layout(self.causal)))
+            words = 32 * torch.arange(ceil_div(place.cols, 32), device=device)
+            ones = ((1 << torch.arange(33, device=device)) - 1).to(torch.int32)
+        values = (device, sequences, place, *at, visible, row, words, ones)
+        for name, value in zip(("device", "sequences", *_PRIVATE), values, strict=True):
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "_visible_bits", self._below(visible))
+
+    def _find_device(self) -> torch.device:
+        """With its number, as tensors have it."""
+        if self.device is None and isinstance(self.cu_seqlens_q, Tensor):
+            return self.cu_seqlens_q.device
+        device = torch.get_default_device() if self.device is None else check_device(self.device)
+        if device.type == "cuda" and device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        return device
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -111,7 +123,7 @@ class Blocks:
     def _mask(self, bits: Tensor) -> BlockMask:
         """A mask of what is visible of int32 (heads, rows, words)."""
         place = self._place
-        bits = (bits & _bits_below(self._visible, place.cols)).contiguous()
+        bits = bits & self._visible_bits
         return BlockMask(
             bits,
             self.sequences,
@@ -130,11 +142,9 @@ class Blocks:
             _replayed=is_capturing(self.device),
         )
 
-    def _between(self, begin: Tensor, end: Tensor) -> Tensor:
-        """The bits of columns from `begin` on and before `end`, int64 (heads, rows), (heads, 1) or (rows)."""
-        cols = self._place.cols
-        bits = _bits_below(end, cols) & ~_bits_below(begin, cols)
-        return bits.expand(*bits.shape[:-2], self._place.rows, -1) if bits.dim() == 3 else bits.unsqueeze(0)
+    def _below(self, end: Tensor) -> Tensor:
+        """int32 (..., words): the bits of columns before `end`, int64 (...)."""
+        return self._ones[(end.unsqueeze(-1) - self._words).clamp_(0, 32)]
 
     def _listed(self, counts: Tensor, columns: Tensor) -> Tensor:
         """The bits of lists (heads, rows) and (heads, rows, width); columns that do not exist are left out."""
@@ -167,7 +177,7 @@ class Blocks:
 
 def dense(blocks: Blocks) -> BlockMask:
     """Every block, or with causality every block up to the diagonal."""
-    return blocks._mask(blocks._between(torch.zeros_like(blocks._visible), blocks._visible))
+    return blocks._mask(blocks._visible_bits.unsqueeze(0))
 
 
 def window(blocks: Blocks, left: Numbers, right: Numbers = 0) -> BlockMask:
@@ -175,7 +185,7 @@ def window(blocks: Blocks, left: Numbers, right: Numbers = 0) -> BlockMask:
     left, right = blocks._both(UNBOUNDED, left=left, right=right)
     begin = blocks._first - torch.where(left < 0, _FAR, left)
     end = blocks._last + 1 + torch.where(right < 0, _FAR, right)
-    return blocks._mask(blocks._between(begin, end))
+    return blocks._mask(blocks._below(begin) ^ blocks._below(end))
 
 
 def streaming(blocks: Blocks, sink: Numbers, local: Numbers) -> BlockMask:
@@ -184,15 +194,13 @@ def streaming(blocks: Blocks, sink: Numbers, local: Numbers) -> BlockMask:
     Known as block streaming, attention sinks with a local window, or A-shape.
     """
     sink, local = blocks._both(0, sink=sink, local=local)
-    visible = blocks._visible.expand(sink.shape[0], -1)
-    return blocks._mask(blocks._between(visible - local, visible) | blocks._between(torch.zeros_like(visible), sink))
+    return blocks._mask(blocks._below(blocks._visible - local) ^ blocks._visible_bits | blocks._below(sink))
 
 
 def global_blocks(blocks: Blocks, queries: Numbers, keys: Numbers) -> BlockMask:
     """The first `queries` query blocks of a sequence and the first `keys` key blocks, each with all of the other."""
     queries, keys = blocks._both(0, queries=queries, keys=keys)
-    end = torch.where(blocks._row < queries, _FAR, keys)
-    return blocks._mask(blocks._between(torch.zeros_like(end), end))
+    return blocks._mask(blocks._below(torch.where(blocks._row < queries, _FAR, keys)))
 
 
 def dilated(blocks: Blocks, count: int, step: Numbers) -> BlockMask:
@@ -331,14 +339,6 @@ def select_heads(masks: Sequence[BlockMask], choice: Sequence[int]) -> BlockMask
         raise ValueError("choice is empty; expected an int for each head")
     with normal_tensors():
         return masks[0]._with_bits(torch.stack(bits))
-
-
-def _bits_below(end: Tensor, cols: int) -> Tensor:
-    """int32 (..., words): the bits of columns before `end`, int64."""
-    words = ceil_div(cols, 32)
-    count = (end.unsqueeze(-1) - 32 * torch.arange(words, device=end.device)).clamp_(0, 32).to(torch.int32)
-    one = torch.ones((), dtype=torch.int32, device=end.device)
-    return torch.where(count == 32, -1, (one << count.clamp(max=31)) - 1)
 
 
 def _common_heads(heads: dict[str, int]) -> int:

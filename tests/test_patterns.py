@@ -347,6 +347,14 @@ def test_errors(call: Callable[[], object], error: type[Exception], words: list[
         assert word in str(raised.value)
 
 
+@pytest.mark.parametrize("lens", [(0, 30, 20), (1, 30, 60), (0, 30, 99)])
+def test_lengths_are_checked(lens: tuple[int, ...]):
+    """On a CPU, as the constructors of masks check them."""
+    cu_seqlens = torch.tensor(lens, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"cu_seqlens_q\[|max_seqlen_q"):
+        patterns.Blocks(16, 16, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=40, max_seqlen_k=40)
+
+
 def test_masks_of_other_lengths():
     """Contents are compared where they can be read."""
     a, b = (Place((30, 70), (50, 50), 16, 16, False, True), Place((70, 30), (50, 50), 16, 16, False, True))
