@@ -7,6 +7,7 @@ out = hbsattn.block_sparse_attention(q, k, v, mask)
 from hbsattn import patterns
 from hbsattn._contents import set_debug
 from hbsattn._explain import explain
+from hbsattn._merge import merge
 from hbsattn._ops import build_info
 from hbsattn.attention import block_sparse_attention
 from hbsattn.hbsa_interface import HBSAttention
@@ -14,4 +15,13 @@ from hbsattn.mask import BlockMask
 
 __version__ = "0.1.0"  # pyproject.toml and CMakeLists.txt read it from here
 
-__all__ = ["BlockMask", "HBSAttention", "block_sparse_attention", "build_info", "explain", "patterns", "set_debug"]
+__all__ = [
+    "BlockMask",
+    "HBSAttention",
+    "block_sparse_attention",
+    "build_info",
+    "explain",
+    "merge",
+    "patterns",
+    "set_debug",
+]
