@@ -1,0 +1,179 @@
+"""Calls of other libraries beside dense attention, with the masks spelled element by element."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from hbsattn.compat import block_sparse_attn
+from hbsattn.compat.block_sparse_attn import block_sparse_attn_func, block_streaming_attn_func
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+LENGTHS = {
+    "k_longer": ((113, 300), (203, 812)),
+    "q_longer": ((512, 256), (256, 130)),
+    "odd": ((1023, 0, 40), (1024, 70, 40)),
+    "even": ((512,), (512,)),
+}
+KINDS = {
+    "dense": [0, 0, 0, 0],
+    "sparse": [1, 1, 1, 1],
+    "streaming": [-1, -1, -1, -1],
+    "mixed": [0, 1, -1, 1],
+    "named": [2, 2, 0, 1],
+}
+SINKS_AND_LOCALS = [1, 2, 0, 1, 1, 3, 2, 0]
+
+
+def allowed(kind: int, mask: Tensor | None, info: tuple[int, int], len_q: int, len_k: int, causal: bool) -> Tensor:
+    """Bool (len_q, len_k) of one head of a sequence."""
+    query, key = torch.arange(len_q).view(-1, 1), torch.arange(len_k)
+    row, col = query // 128, key // 128
+    on = torch.ones(len_q, len_k, dtype=torch.bool)
+    if kind > 0:
+        on = mask[row, col]
+    elif kind < 0:
+        sink, local = info
+        end = math.ceil(len_k / 128) + 0 * row
+        if causal:
+            end = math.ceil(max(len_k - len_q, 0) / 128) + 1 + row - max(len_q - len_k, 0) // 128
+            end = end.clamp(max=math.ceil(len_k / 128))
+        on = (col < sink) | ((col >= end - local) & (col < end))
+    return on & (key <= query + len_k - len_q) if causal else on
+
+
+def masks_of_heads(kinds: list[int]) -> list[int]:
+    ones = 0
+    found = []
+    for kind in kinds:
+        ones += kind == 1
+        found.append(ones - 1 if kind == 1 else kind - 1)
+    return found
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:
+    """Float64 (length, heads, head_dim) of one sequence; `on` is (heads, len_q, len_k)."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(~on, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)).exp()
+    return torch.einsum("hqk,khd->qhd", weights, v), lse
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("kinds", KINDS)
+def test_block_sparse_attn(kinds: str, lengths: str, causal: bool, device: str):
+    """4 query heads of 2 key heads: results, log-sum-exp and gradients."""
+    types, (lens_q, lens_k) = KINDS[kinds], LENGTHS[lengths]
+    generator = torch.Generator().manual_seed(len(kinds) + len(lengths))
+    dtype = torch.float64 if device == "cpu" else torch.bfloat16
+    q = torch.randn((sum(lens_q), 4, 32), generator=generator, dtype=torch.float64).to(dtype)
+    k, v = torch.randn((2, sum(lens_k), 2, 32), generator=generator, dtype=torch.float64).to(dtype)
+    grad = torch.randn(q.shape, generator=generator, dtype=torch.float64).to(dtype)
+    blocks = (math.ceil(max(lens_q) / 128), math.ceil(max(lens_k) / 128))
+    base = torch.rand((len(lens_q), 4, *blocks), generator=generator) < 0.5
+    cu = [torch.tensor([0, *x]).cumsum(0).to(device=device, dtype=torch.int32) for x in (lens_q, lens_k)]
+    leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
+    out, lse, no_dropout = block_sparse_attn_func(
+        *leaves,
+        *cu,
+        torch.tensor(types, dtype=torch.int32, device=device),
+        torch.tensor(SINKS_AND_LOCALS, dtype=torch.int32, device=device),
+        base.to(device),
+        max(lens_q),
+        max(lens_k),
+        0.0,
+        is_causal=causal,
+        return_attn_probs=True,
+    )
+    assert no_dropout is None
+    grads = torch.autograd.grad(out, leaves, grad.to(device))
+
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    parts, begin_q, begin_k = [], 0, 0
+    for index, (len_q, len_k) in enumerate(zip(lens_q, lens_k, strict=True)):
+        on = torch.stack(
+            [
+                allowed(kind, base[index, which], tuple(SINKS_AND_LOCALS[2 * h : 2 * h + 2]), len_q, len_k, causal)
+                for h, (kind, which) in enumerate(zip(types, masks_of_heads(types), strict=True))
+            ]
+        )
+        rows, keys = slice(begin_q, begin_q + len_q), slice(begin_k, begin_k + len_k)
+        parts.append(reference(exact[0][rows], exact[1][keys], exact[2][keys], on))
+        begin_q, begin_k = begin_q + len_q, begin_k + len_k
+    want, want_lse = torch.cat([x for x, _ in parts]), torch.cat([x for _, x in parts], dim=-1)
+    want_grads = torch.autograd.grad(want, exact, grad.double())
+    close = {"rtol": 1e-9, "atol": 1e-10} if device == "cpu" else {"rtol": 3e-2, "atol": 3e-2}
+    torch.testing.assert_close(lse.cpu().double(), want_lse, rtol=1e-4, atol=1e-4 if device == "cpu" else 1e-2)
+    for got, expected in zip((out, *grads), (want, *want_grads), strict=True):
+        torch.testing.assert_close(got.cpu().double(), expected, **close)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_block_streaming_attn(device: str):
+    """The other function is the same without masks, and causal by default."""
+    cu_seqlens = torch.tensor([0, 300, 700], dtype=torch.int32, device=device)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    q, k, v = torch.randn((3, 700, 2, 16), device=device, dtype=dtype)
+    kinds, info = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, -1], [0, 0, 1, 1]))
+    out = block_streaming_attn_func(q, k, v, cu_seqlens, cu_seqlens, kinds, info, 400, 400, 0.0)
+    same = block_sparse_attn_func(q, k, v, cu_seqlens, cu_seqlens, kinds, info, None, 400, 400, 0.0, is_causal=True)
+    assert torch.equal(out, same)
+
+
+@pytest.mark.gpu
+def test_nothing_waits():
+    cu_seqlens = torch.tensor([0, 300, 700], dtype=torch.int32, device="cuda")
+    q, k, v = torch.randn((3, 700, 2, 64), device="cuda", dtype=torch.bfloat16)
+    kinds, info = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([1, -1], [0, 0, 1, 1]))
+    base = torch.ones((2, 1, 4, 4), dtype=torch.bool, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        block_sparse_attn_func(q, k, v, cu_seqlens, cu_seqlens, kinds, info, base, 400, 400, 0.0, is_causal=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"p_dropout": 0.1}, ValueError, ["p_dropout is 0.1", "expected 0"]),
+        ({"exact_streaming": True}, ValueError, ["exact_streaming is True", "expected False"]),
+        ({"head_mask_type": torch.tensor([0, 1, 0])}, ValueError, ["head_mask_type has shape (3,)", "(2,)"]),
+        ({"head_mask_type": torch.tensor([0.0, 1.0])}, TypeError, ["head_mask_type has dtype torch.float32"]),
+        ({"head_mask_type": torch.tensor([0, -2])}, ValueError, ["head_mask_type holds -2"]),
+        ({"head_mask_type": torch.tensor([1, 1])}, ValueError, ["base_blockmask has 1 masks", "expected 2"]),
+        ({"head_mask_type": torch.tensor([3, 0])}, ValueError, ["base_blockmask has 1 masks", "expected 3"]),
+        ({"streaming_info": torch.tensor([0, 1])}, ValueError, ["streaming_info has shape (2,)", "(4,)"]),
+        ({"streaming_info": torch.tensor([0, 1, -1, 0])}, ValueError, ["streaming_info holds -1"]),
+        ({"streaming_info": None}, ValueError, ["streaming_info is None"]),
+        ({"base_blockmask": None}, ValueError, ["base_blockmask has 0 masks", "expected 1"]),
+        ({"base_blockmask": torch.ones(1, 1, 1, 2, dtype=torch.bool)}, ValueError, ["base_blockmask has shape"]),
+        ({"base_blockmask": torch.ones(1, 1, 2, 2)}, TypeError, ["base_blockmask has dtype torch.float32"]),
+        ({"max_seqlen_q_": None}, ValueError, ["max_seqlen_q is None"]),
+        ({"max_seqlen_q_": 100}, ValueError, ["max_seqlen_q is 100", "200"]),
+    ],
+)
+def test_errors(change: dict[str, object], error: type[Exception], words: list[str]):
+    q, k, v = torch.randn(3, 200, 2, 16)
+    cu_seqlens = torch.tensor([0, 200], dtype=torch.int32)
+    arguments = {
+        "head_mask_type": torch.tensor([1, -1]),
+        "streaming_info": torch.tensor([0, 0, 1, 1]),
+        "base_blockmask": torch.ones(1, 1, 2, 2, dtype=torch.bool),
+        "max_seqlen_q_": 200,
+        "max_seqlen_k_": 200,
+        "p_dropout": 0.0,
+        **change,
+    }
+    with pytest.raises(error) as raised:
+        block_sparse_attn.block_sparse_attn_func(q, k, v, cu_seqlens, cu_seqlens, **arguments)
+    for word in words:
+        assert word in str(raised.value)
