@@ -109,7 +109,8 @@ class Blocks:
         """With its number, as tensors have it."""
         if self.device is None and isinstance(self.cu_seqlens_q, Tensor):
             return self.cu_seqlens_q.device
-        device = torch.get_default_device() if self.device is None else check_device(self.device)
+        # Not torch.get_default_device(), which cannot be traced.
+        device = torch.empty(0).device if self.device is None else check_device(self.device)
         if device.type == "cuda" and device.index is None:
             return torch.device("cuda", torch.cuda.current_device())
         return device
@@ -170,7 +171,7 @@ class Blocks:
         if not isinstance(value, Sequence):
             return torch.full((1, 1), check_index(name, value, low), dtype=torch.int64, device=self.device)
         numbers = torch.tensor([check_index(f"{name}[{i}]", x, low) for i, x in enumerate(value)], dtype=torch.int64)
-        if self.device.type == "cuda":  # from pageable memory, a copy would wait
+        if self.device.type == "cuda" and not torch.compiler.is_compiling():  # from pageable memory, a copy would wait
             numbers = numbers.pin_memory()
         return numbers.to(self.device, non_blocking=True).unsqueeze(-1)
 

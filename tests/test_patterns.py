@@ -281,6 +281,21 @@ def test_attention(device: str):
     assert torch.equal(block_sparse_attention(q, k, v, mask), block_sparse_attention(q, k, v, given))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled(device: str):
+    """Patterns are made inside a graph, as masks of tensors are."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    q, k, v = torch.randn((3, 2, 200, 4, 32), device=device, dtype=dtype)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        blocks = patterns.Blocks(64, 32, seqlen_q=200, seqlen_k=200, batch_size=2, causal=True, device=q.device)
+        best = patterns.top_k(blocks, patterns.pooled_scores(blocks, q, k), 2)
+        return block_sparse_attention(q, k, v, best | patterns.streaming(blocks, 1, [1, 2, 1, 2]))
+
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v), call(q, k, v))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("place", PLACES)
 def test_nothing_waits(place: str):
