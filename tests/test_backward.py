@@ -409,7 +409,7 @@ def test_no_batch(device: str):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("group", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_gradcheck(group: int, causal: bool):
     spec = case("check", lens_q=(7, 5), lens_k=(6, 9), q_block=3, k_block=2, head_dim=4, causal=causal, density=0.6)
     spec = dataclasses.replace(spec, heads_q=2 * group, heads_k=2, mask_heads=2 * group)

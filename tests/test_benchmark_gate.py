@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import hbsattn
@@ -17,6 +18,7 @@ import hbsattn
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_gate():
     environment = {**os.environ, "PYTHONPATH": str(Path(hbsattn.__file__).parents[1])}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120)

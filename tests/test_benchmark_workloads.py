@@ -259,6 +259,7 @@ def check_gallery() -> None:
 CHECKS = [check for name, check in globals().items() if name.startswith("check_")]
 
 
+@pytest.mark.slow
 def test_workloads():
     environment = {**os.environ, "PYTHONPATH": str(Path(hbsattn.__file__).parents[1])}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=240)

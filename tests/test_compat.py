@@ -18,6 +18,7 @@ LENGTHS = {
     "odd": ((1023, 0, 40), (1024, 70, 40)),
     "even": ((512,), (512,)),
 }
+SHORT, LONG = ("k_longer", "even"), ("q_longer", "odd")
 KINDS = {
     "dense": [0, 0, 0, 0],
     "sparse": [1, 1, 1, 1],
@@ -66,7 +67,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, on: Tensor) -> tuple[Tensor, Tens
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("lengths", [*SHORT, *(pytest.param(x, marks=pytest.mark.slow) for x in LONG)])
 @pytest.mark.parametrize("kinds", KINDS)
 def test_block_sparse_attn(kinds: str, lengths: str, causal: bool, device: str):
     """4 query heads of 2 key heads: results, log-sum-exp and gradients."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import runpy
@@ -24,6 +25,16 @@ def read(name: str) -> str:
     path = ROOT / name
     assert path.is_file(), f"{name} is missing"
     return path.read_text()
+
+
+@functools.cache
+def all_files() -> set[str]:
+    """But for what builds and environments hold."""
+    names = set()
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [x for x in folders if x not in ("build", "__pycache__") and (x == ".ci" or x[0] != ".")]
+        names |= {(Path(folder) / file).relative_to(ROOT).as_posix() for file in files}
+    return names
 
 
 def python_blocks() -> list[str]:
@@ -63,14 +74,13 @@ def test_named_files_exist(document: str):
     """Files and folders in backticks or in a listing; a bare name may lie in any room."""
     text = read(document)
     code = re.findall(r"`([^`\n]+)`", text) + re.findall(r"^```[a-z]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    tracked = {p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if p.is_file() and ".git" not in p.parts}
     missing = []
     for token in {t for piece in code for t in re.findall(rf"[\w./*<>-]+\.(?:{FILE_SUFFIXES})\b(?![\w.])", piece)}:
         # Placeholders, the user's own files, and what a build makes or another project holds.
         if re.search(r"[<>]|^/|^~|://|^my_|^build/|^cuda|^torch/|^cute/|^cutlass/", token) or f"<{token}>" in text:
             continue
         pattern = re.escape(token.removeprefix("./")).replace(r"\*", "[^/]*")
-        if not any(re.search(rf"(^|/){pattern}$", name) for name in tracked):
+        if not any(re.search(rf"(^|/){pattern}$", name) for name in all_files()):
             missing.append(token)
     assert not missing, f"{document} names {sorted(missing)}, which do not exist"
 
