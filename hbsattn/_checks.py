@@ -8,6 +8,7 @@ from torch import Tensor
 
 BLOCK_LIMIT = 1 << 30  # block sizes are below
 LENGTH_LIMIT = 1 << 31  # lengths and batches are below
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def type_name(value: object) -> str:

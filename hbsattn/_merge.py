@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from hbsattn._checks import check_same_device, check_tensor
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from hbsattn._checks import FLOATS, check_same_device, check_tensor
 
 
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +23,7 @@ def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tup
     check_tensor("lse", lse, (out.dim() - 1,), FLOATS[2:])
     *lead, length, heads, _ = out.shape
     if tuple(lse.shape) != (*lead, heads, length):
-        raise ValueError(f"lse has shape {tuple(lse.shape)}; expected {(*lead, heads, length)}, as out has {out.shape}")
+        raise ValueError(f"lse has shape {tuple(lse.shape)}; expected {(*lead, heads, length)}, by the shape of out")
     for name, tensor, given in (("other_out", other_out, out), ("other_lse", other_lse, lse)):
         check_tensor(name, tensor, (given.dim(),), (given.dtype,))
         check_same_device(name, tensor, given.device, name.removeprefix("other_"))

@@ -249,6 +249,22 @@ class BlockMask:
             # After the op, which refuses what shapes tell, and is safe with any contents.
             if can_read(*source.tensors, sequences):
                 check_contents(source, lead, lengths, place, sequences, q_block_size, k_block_size)
+        made_from = (source.form, tuple(source.main.shape), *((None, None) if lists is None else lists.tensors))
+        return cls._at(place, bits, sequences, q_block_size, k_block_size, causal, source.heads, made_from)
+
+    @classmethod
+    def _at(
+        cls,
+        place: Place,
+        bits: Tensor | None,
+        sequences: Tensor,
+        q_block_size: int,
+        k_block_size: int,
+        causal: bool,
+        heads: int,
+        made_from: tuple[Any, ...] = ("", (), None, None),
+    ) -> "BlockMask":
+        """`made_from`: the fields from `_form` to `_indices`, which tell what a constructor took."""
         return cls(
             bits,
             sequences,
@@ -256,7 +272,7 @@ class BlockMask:
             k_block_size,
             causal,
             place.batch,
-            source.heads,
+            heads,
             place.rows,
             place.cols,
             place.packed,
@@ -264,11 +280,8 @@ class BlockMask:
             place.seqlen_k,
             place.q_block,
             place.k_block,
-            source.form,
-            tuple(source.main.shape),
-            None if lists is None else lists.counts,
-            None if lists is None else lists.indices,
-            is_capturing(device),
+            *made_from,
+            is_capturing(sequences.device),
         )
 
     def update_(

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from hbsattn._checks import (
+    FLOATS,
     check_block_sizes,
     check_bool,
     check_device,
     check_index,
-    check_is_tensor,
     check_number,
     check_same_device,
     check_tensor,
@@ -28,7 +28,7 @@ from hbsattn._checks import (
 from hbsattn._contents import can_read, check_lengths
 from hbsattn._layout import DIAGONAL, Q_LEN, MaskLayout, ceil_div, locate_rows, visible_from
 from hbsattn._placement import Lengths, Place, make_sequences, place_blocks
-from hbsattn._plans import is_capturing, normal_tensors
+from hbsattn._plans import normal_tensors
 from hbsattn._sources import Lists
 from hbsattn.mask import BlockMask, check_is_mask
 
@@ -123,25 +123,9 @@ class Blocks:
 
     def _mask(self, bits: Tensor) -> BlockMask:
         """A mask of what is visible of int32 (heads, rows, words)."""
-        place = self._place
         bits = bits & self._visible_bits
-        return BlockMask(
-            bits,
-            self.sequences,
-            self.q_block_size,
-            self.k_block_size,
-            self.causal,
-            place.batch,
-            bits.shape[0],
-            place.rows,
-            place.cols,
-            place.packed,
-            place.seqlen_q,
-            place.seqlen_k,
-            place.q_block,
-            place.k_block,
-            _replayed=is_capturing(self.device),
-        )
+        sizes = (self.q_block_size, self.k_block_size)
+        return BlockMask._at(self._place, bits, self.sequences, *sizes, self.causal, bits.shape[0])
 
     def _below(self, end: Tensor) -> Tensor:
         """int32 (..., words): the bits of columns before `end`, int64 (...)."""
@@ -294,20 +278,17 @@ def pooled_scores(blocks: Blocks, q: Tensor, k: Tensor) -> Tensor:
         q, k: as `block_sparse_attention` takes them.
 
     Returns:
-        float32 (batch, heads_q, query blocks, key blocks).
+        float32 (batch, heads_q, query blocks, key blocks). Of packed tensors on CUDA, last bits may vary from run to
+        run, and so may what is chosen where scores are alike.
     """
     place = blocks._place
-    check_is_tensor("q", q)
-    check_is_tensor("k", k)
     sides = (
         ("q", q, place.seqlen_q, place.q_block, place.row_stride),
         ("k", k, place.seqlen_k, place.k_block, place.cols),
     )
     means = []
     for name, x, seqlen, size, count in sides:
-        check_tensor(
-            name, x, (3 if place.packed else 4,), (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        )
+        check_tensor(name, x, (3 if place.packed else 4,), FLOATS)
         check_same_device(name, x, blocks.device, "blocks")
         if not place.packed and x.shape[:2] != (place.batch, seqlen):
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({place.batch}, {seqlen}, heads, head_dim)")
@@ -352,7 +333,7 @@ def _common_heads(heads: dict[str, int]) -> int:
 
 def _check_scores(blocks: Blocks, scores: Tensor) -> Tensor:
     """(heads, rows, key blocks) with -inf where nothing is visible."""
-    check_tensor("scores", scores, (4,), (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+    check_tensor("scores", scores, (4,), FLOATS)
     check_same_device("scores", scores, blocks.device, "blocks")
     batch, rows, cols = blocks.shape
     if scores.shape[0] not in (1, batch) or tuple(scores.shape[2:]) != (rows, cols):

@@ -110,9 +110,9 @@ def test_block_sparse_attn(kinds: str, lengths: str, causal: bool, device: str):
         begin_q, begin_k = begin_q + len_q, begin_k + len_k
     want, want_lse = torch.cat([x for x, _ in parts]), torch.cat([x for _, x in parts], dim=-1)
     want_grads = torch.autograd.grad(want, exact, grad.double())
+    # A block too many or too few is off by more; how exact kernels are is tested elsewhere.
     close = {"rtol": 1e-9, "atol": 1e-10} if device == "cpu" else {"rtol": 3e-2, "atol": 3e-2}
-    torch.testing.assert_close(lse.cpu().double(), want_lse, rtol=1e-4, atol=1e-4 if device == "cpu" else 1e-2)
-    for got, expected in zip((out, *grads), (want, *want_grads), strict=True):
+    for got, expected in zip((out, lse, *grads), (want, want_lse, *want_grads), strict=True):
         torch.testing.assert_close(got.cpu().double(), expected, **close)
 
 

@@ -20,13 +20,10 @@ def halves(device: str, packed: bool) -> tuple[BlockMask, BlockMask, BlockMask]:
     else:
         lens = {"seqlen_q": 90, "seqlen_k": 90, "batch_size": 2}
     blocks = patterns.Blocks(16, 16, **lens, causal=True, device=device)
-    far = patterns.vertical_slash(blocks, torch.ones((1, 1), dtype=torch.int32, device=device), far_none(device))
+    none = torch.empty((1, 0), dtype=torch.int32, device=device)
+    far = patterns.vertical_slash(blocks, torch.ones((1, 1), dtype=torch.int32, device=device), none)
     near = patterns.streaming(blocks, 0, [1, 0])
     return far, near._with_bits(near.bits & ~far.bits), far | near
-
-
-def far_none(device: str) -> Tensor:
-    return torch.empty((1, 0), dtype=torch.int32, device=device)
 
 
 def tensors(mask: BlockMask, dtype: torch.dtype) -> list[Tensor]:

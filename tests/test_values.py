@@ -245,6 +245,15 @@ def test_max_seqlen_k_below_the_keys(device: str):
     refused(ValueError, text, lambda: hbsattn.block_sparse_attention(x[:240], x, x, mask))
 
 
+def test_full_blocks_of_flex_attention():
+    """The README's way to take its mask."""
+    flex = create_block_mask(lambda b, h, i, j: (i // 128 + j // 128) % 3 == 0, 2, 1, 1024, 1024, device="cpu")
+    assert not flex.kv_num_blocks.any()
+    mask = BlockMask.from_indices(flex.full_kv_num_blocks, flex.full_kv_indices, *flex.BLOCK_SIZE, seqlen_k=1024)
+    block = torch.arange(8)
+    assert torch.equal(mask.to_dense(), ((block.view(-1, 1) + block) % 3 == 0).expand(2, 1, 8, 8))
+
+
 def test_masks_of_others():
     x = torch.randn(1, 256, 2, 8)
     flex = create_block_mask(lambda b, h, i, j: i >= j, 1, 1, 256, 256, device="cpu")

@@ -1,16 +1,17 @@
-"""The functions of MIT's Block-Sparse-Attention (package block_sparse_attn), with blocks of 128.
+"""Two functions of MIT's Block-Sparse-Attention (package block_sparse_attn), with blocks of 128.
 
 from hbsattn.compat.block_sparse_attn import block_sparse_attn_func
 
 Heads are dense, block-streaming or block-sparse in one call, forward and backward; nothing waits for the device, so
-head types and masks may live there. Not in this version: dropout, and streaming by tokens (`exact_streaming`).
+head types and masks may live there. Not in this version: dropout, and streaming by tokens (`exact_streaming`,
+`token_streaming_attn_func`).
 """
 
 import torch
 from torch import Tensor
 
 from hbsattn import patterns
-from hbsattn._checks import check_bool, check_is_tensor, check_number, check_same_device, check_tensor
+from hbsattn._checks import FLOATS, check_bool, check_number, check_same_device, check_tensor
 from hbsattn._contents import can_read
 from hbsattn._layout import K_LEN, Q_LEN
 from hbsattn._sources import INTEGERS, Dense
@@ -68,7 +69,7 @@ def block_sparse_attn_func(
     if check_bool("exact_streaming", exact_streaming):
         raise ValueError("exact_streaming is True; expected False: streaming by tokens is not in this version")
     check_bool("return_attn_probs", return_attn_probs)
-    check_tensor("q", q, (3,), (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+    check_tensor("q", q, (3,), FLOATS)
     blocks = patterns.Blocks(
         BLOCK,
         BLOCK,
@@ -164,7 +165,6 @@ def _streaming_bits(blocks: patterns.Blocks, streaming_info: Tensor) -> Tensor:
 
 
 def _check_ints(name: str, value: object, count: int, blocks: patterns.Blocks, what: str) -> None:
-    check_is_tensor(name, value)
     check_tensor(name, value, (1,), INTEGERS)
     check_same_device(name, value, blocks.device, "cu_seqlens_q")
     if value.shape[0] != count:
