@@ -43,14 +43,14 @@ class Ours:
     def plan(self) -> Tensor:
         """From bits to the work list, which the mask keeps after its first call."""
         mask = self.mask
-        return torch.ops.hbsattn.plan_items(mask.bits, mask.sequences, self._layout(), self._call())
+        return torch.ops.hbsattn.plan_items(mask.bits, mask.sequences, None, self._layout(), self._call())
 
     def plan_columns(self) -> Tensor:
         """From bits to what a backward needs, which the mask keeps after its first call with gradients."""
         work, mask = self._workload, self.mask
         needs = tuple(name not in work.frozen for name in "qkv")
         shape = (self._layout(), self._call(), work.seqlen, mask.packed, work.deterministic, needs)
-        return torch.ops.hbsattn.plan_backward(mask.bits, mask.sequences, *shape)
+        return torch.ops.hbsattn.plan_backward(mask.bits, mask.sequences, None, *shape)
 
     def _layout(self) -> tuple[int, int, int, int]:
         mask = self.mask
@@ -98,7 +98,8 @@ class Ours:
     def clocks(self) -> Tensor:
         """The attention kernel alone: int64 (thread blocks, 2), the SM's clock at the begin and the end of each."""
         mask = self.mask
-        call = (*self._inputs(), mask.bits, mask.sequences, self._layout(), True, self._workload.head_dim**-0.5)
+        tables = (mask.bits, mask.sequences, None)
+        call = (*self._inputs(), *tables, self._layout(), True, self._workload.head_dim**-0.5)
         return torch.ops.hbsattn.profile_forward(*call, self.items)[2]
 
 

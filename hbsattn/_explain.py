@@ -42,7 +42,8 @@ def explain(
     check_bool("deterministic", deterministic)
     if mask._lists is None:  # whose bits may take too much memory
         scale = 1.0  # which changes nothing here
-        ops.check_forward.default(q, k, v, mask._kept_bits(), mask.sequences, mask._layout, True, scale)
+        tables = (mask._kept_bits(), mask.sequences, mask._rules)
+        ops.check_forward.default(q, k, v, *tables, mask._layout, True, scale)
     if q.device.type == "cpu":
         return {"forward": {"kernel": "cpu"}, "backward": {"kernel": "cpu"}}
     cols, q_block, k_block, causal = mask._layout
@@ -57,6 +58,7 @@ def explain(
             (mask.batch, mask.heads, mask.rows, cols),
             (q_block, k_block),
             bool(causal),
+            mask._rules is not None,
             deterministic or torch.are_deterministic_algorithms_enabled(),
             needs if any(needs) else (True, True, True),
         )

@@ -1,7 +1,8 @@
 """The layout of a packed mask, in torch ops for any device, and the numbers that ops are given.
 
 ``bits`` is int32 (heads, rows, words): bit ``c % 32`` of word ``c // 32`` tells whether the query block of this row
-attends to key block ``c`` of its own sequence. ``sequences`` is int32 (batch, 7) with the columns below.
+attends to key block ``c`` of its own sequence. ``sequences`` is int32 (batch, 7) with the columns below. ``rules`` is
+int32 (heads, 4), the windows of the heads, or None: no head has one.
 """
 
 import functools
@@ -14,6 +15,8 @@ from torch import Tensor
 # Columns of the table of sequences.
 Q_BEGIN, Q_LEN, K_BEGIN, K_LEN, ROW_BEGIN, COL_BEGIN, DIAGONAL = range(7)
 SEQUENCE_INTS = 7
+RULE_INTS = 4  # of a head: left, right and sink of its window, and 0
+UNBOUNDED = -1  # a left or right, as any negative number
 ITEM_INTS = 16  # of a work item: the WorkItem, or KeyItem, of csrc/include/hbsattn/params.h
 RECORD_ROWS = 64  # queries, or keys, that a record of a work list stands for at least, where a block has as many
 PART_RECORDS = 512  # records of a work list of keys beside those of its tiles, at most
@@ -46,6 +49,7 @@ class Call(NamedTuple):
     v: Tensor
     bits: Tensor
     sequences: Tensor
+    rules: Tensor | None
     layout: Sequence[int]  # a MaskLayout
     pack_heads: bool
     softmax_scale: float
@@ -158,28 +162,103 @@ def locate_rows(sequences: Tensor, rows: int, q_block_size: int) -> tuple[Tensor
     return sequence, block, used
 
 
-def last_keys(query: Tensor, diagonal: Tensor, end: Tensor, causal: bool) -> Tensor:
-    """The last of the first `end` keys that each query may attend to, int64; negative: none.
+def words_of(words: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For `bits_below`: int64 (words), the first column of each word, and int32 (33), as many of the lowest bits."""
+    ones = ((1 << torch.arange(33, device=device)) - 1).to(torch.int32)
+    return 32 * torch.arange(words, device=device), ones
 
-    The element rule of the CPU backend and of counts: csrc/plan/rule.h is the same.
+
+def bits_below(end: Tensor, words: Tensor, ones: Tensor) -> Tensor:
+    """int32 (..., words): the bits of columns before `end`, int64 (...)."""
+    return ones[(end.unsqueeze(-1) - words).clamp_(0, 32)]
+
+
+class Reach(NamedTuple):
+    """Keys, or key blocks, that can be attended to: those from `begin` to before `end`, and those before `sink`.
+
+    int64 each, not below 0, `begin` not above `end`. Without windows only `end` is there: nothing else bounds the keys.
     """
-    return torch.minimum(query + diagonal, end - 1) if causal else (end - 1).expand(query.shape)
+
+    end: Tensor
+    begin: Tensor | None = None
+    sink: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Reach":
+        return Reach(*(None if x is None else change(x) for x in self))
+
+    def has(self, number: Tensor) -> Tensor:
+        """Whether they hold a key, or a key block. Its last dimension is one more than theirs."""
+        end, begin, sink = self.map(lambda x: x.unsqueeze(-1))
+        inside = number < end
+        return inside if begin is None else inside & (number >= begin) | (number < sink)
+
+    def to_blocks(self, size: int) -> "Reach":
+        """The blocks of `size` keys that hold one of these keys."""
+        end, begin, sink = self.map(lambda x: torch.div(x + (size - 1), size, rounding_mode="floor"))
+        if begin is None:
+            return Reach(end)
+        begin = torch.div(self.begin, size, rounding_mode="floor")
+        return Reach(torch.where(self.begin < self.end, end, begin), begin, sink)
+
+    def count(self) -> Tensor:
+        if self.begin is None:
+            return self.end
+        behind = (self.sink - self.end).clamp(min=0)
+        return self.end - self.begin + torch.minimum(self.sink, self.begin) + behind
+
+    def trim(self, bits: Tensor) -> Tensor:
+        """The bits (..., rows, words) of these key blocks, of each row."""
+        places = words_of(bits.shape[-1], bits.device)
+        end, begin, sink = self.map(lambda x: bits_below(x, *places))
+        return bits & (end if begin is None else begin ^ end | sink)
 
 
-def visible_columns(sequences: Tensor, rows: int, layout: MaskLayout) -> Tensor:
-    """Counts the key blocks that each row of the bit matrix can see: int64 (rows); they are the first ones."""
-    return visible_from(sequences, *locate_rows(sequences, rows, layout.q_block_size), layout)
+def reach_of_queries(position: Tensor, length: Tensor, causal: bool, rule: Tensor | None) -> Reach:
+    """The first `length` keys that each query may attend to: the element rule, as csrc/plan/rule.h has it.
+
+    A query's `position` is its number plus the diagonal. A `rule` is that of the queries of the last dimension: int
+    (..., 4), columns as `rules` has them.
+    """
+    end = torch.minimum(position + 1, length) if causal else length.expand(position.shape)
+    end = end.clamp(min=0)
+    if rule is None:
+        return Reach(end)
+    left, right, sink, _ = (x.unsqueeze(-1) for x in rule.to(torch.int64).unbind(-1))
+    sink = torch.minimum(sink.clamp(min=0), end)
+    end = torch.where(right < 0, end, torch.minimum(position + right + 1, end)).clamp(min=0)
+    begin = torch.where(left < 0, 0, position - left).clamp(min=0)
+    return Reach(end, torch.minimum(begin, end), sink)
 
 
-def visible_from(sequences: Tensor, sequence: Tensor, block: Tensor, used: Tensor, layout: MaskLayout) -> Tensor:
+def reach_of_run(first: Tensor, last: Tensor, length: Tensor, causal: bool, rule: Tensor | None) -> Reach:
+    """The keys that some query may attend to, from the position `first` to `last`.
+
+    Windows of neighbours overlap or touch, and those of later queries, like what they see of the sink, end no earlier.
+    """
+    reach = reach_of_queries(last, length, causal, rule)
+    return reach if rule is None else reach._replace(begin=reach_of_queries(first, length, causal, rule).begin)
+
+
+def reach_of_rows(sequences: Tensor, rows: int, layout: MaskLayout, rules: Tensor | None = None) -> Reach:
+    """The key blocks with a key that some query of each row of the bit matrix may attend to: (rows), with rules
+    (heads, rows).
+    """
+    return reach_of_located(sequences, *locate_rows(sequences, rows, layout.q_block_size), layout, rules)
+
+
+def reach_of_located(
+    sequences: Tensor, sequence: Tensor, block: Tensor, used: Tensor, layout: MaskLayout, rules: Tensor | None = None
+) -> Reach:
     """The same for rows that `locate_rows` has located."""
     if sequences.shape[0] == 0:
-        return torch.zeros_like(block)
+        none = torch.zeros_like(block)
+        return Reach(none) if rules is None else Reach(*(none.expand(*rules.shape[:-1], -1),) * 3)
     table = sequences.to(torch.int64)[sequence]
-    last_query = torch.minimum((block + 1) * layout.q_block_size, table[:, Q_LEN]) - 1
-    limit = last_keys(last_query, table[:, DIAGONAL], table[:, K_LEN], layout.causal)
-    columns = (torch.div(limit, layout.k_block_size, rounding_mode="floor") + 1).clamp_(0, layout.cols)
-    return torch.where(used, columns, 0)
+    first = block * layout.q_block_size
+    last = torch.minimum(first + layout.q_block_size, table[:, Q_LEN]) - 1
+    positions = (query + table[:, DIAGONAL] for query in (first, last))
+    keys = reach_of_run(*positions, table[:, K_LEN], bool(layout.causal), rules)
+    return keys.to_blocks(layout.k_block_size).map(lambda x: torch.where(used, x.clamp(max=layout.cols), 0))
 
 
 def _sum_clamped(last: Tensor, width: Tensor) -> Tensor:
@@ -189,9 +268,9 @@ def _sum_clamped(last: Tensor, width: Tensor) -> Tensor:
     return rising * (rising + 1) // 2 + (last - rising) * width
 
 
-def count_pairs(bits: Tensor, sequences: Tensor, layout: MaskLayout) -> int:
-    """Counts the pairs of a query and a key that attend, over all mask heads. Exact, with causality and short blocks.
-    Waits for the device. Bits without values, as in a traced program, count as all on.
+def count_pairs(bits: Tensor, sequences: Tensor, layout: MaskLayout, rules: Tensor | None = None) -> int:
+    """Counts the pairs of a query and a key that attend, over all mask heads. Exact, with causality, windows and short
+    blocks. Waits for the device. Bits without values, as in a traced program, count as all on.
     """
     heads, rows, _ = bits.shape
     if sequences.shape[0] == 0:
@@ -200,18 +279,36 @@ def count_pairs(bits: Tensor, sequences: Tensor, layout: MaskLayout) -> int:
         return heads * rows * layout.q_block_size * layout.cols * layout.k_block_size
     sequence, block, used = locate_rows(sequences, rows, layout.q_block_size)
     table = sequences.to(torch.int64)[sequence]
-    q_len, k_len = table[:, Q_LEN].unsqueeze(-1), table[:, K_LEN].unsqueeze(-1)
+    q_len, k_len, diagonal = (table[:, column].unsqueeze(-1) for column in (Q_LEN, K_LEN, DIAGONAL))
     first = (block * layout.q_block_size).unsqueeze(-1)
     last = torch.minimum(first + layout.q_block_size, q_len)
     key = torch.arange(layout.cols, device=bits.device) * layout.k_block_size
     width = (k_len - key).clamp(0, layout.k_block_size)
-    if layout.causal:
-        # How many of the block's keys a query sees, before they are cut to [0, width], is one more for the next query.
-        diagonal = table[:, DIAGONAL].unsqueeze(-1)
-        seen_before, seen_by_last = (query + diagonal - key for query in (first, last))
-        pairs = _sum_clamped(seen_by_last, width) - _sum_clamped(seen_before, width)
-    else:
-        pairs = (last - first) * width
-    pairs = torch.where(used.unsqueeze(-1), pairs, 0)
-    # One head after another: the booleans of all at once would be eight times the bits.
-    return sum(int(pairs[unpack_bits(head, layout.cols)].sum()) for head in bits)
+
+    def count_before(end: int | None, width: Tensor) -> Tensor:
+        """Pairs of each block with those of its first `width` keys that lie before the query's position plus `end`."""
+        if end is None:
+            return (last - first) * width
+        # How many of the block's keys these are, before they are cut to [0, width], is one more for the next query.
+        until_first, until_last = (query - 1 + diagonal + end - key for query in (first, last))
+        return _sum_clamped(until_last, width) - _sum_clamped(until_first, width)
+
+    def count_window(left: int, right: int, sink: int) -> Tensor:
+        """Pairs of each block, int64 (rows, cols)."""
+        end = 1 if layout.causal else right + 1 if right >= 0 else None
+        pairs = count_before(end, width)
+        sunk = (sink - key).clamp(min=0).minimum(width)
+        if left >= 0:  # all but what comes before the window, where that is no sink
+            pairs = pairs - count_before(-left, width) + count_before(-left, sunk)
+        if not layout.causal:  # and the sink behind the window
+            pairs = pairs + count_before(None, sunk) - count_before(end, sunk)
+        return torch.where(used.unsqueeze(-1), pairs, 0)
+
+    windows = [(UNBOUNDED, UNBOUNDED, 0)] * heads if rules is None else [tuple(x[:3]) for x in rules.tolist()]
+    total = 0
+    for window in set(windows):
+        pairs = count_window(*window)
+        # One head after another: the booleans of all at once would be eight times the bits.
+        of_window = (head for head, own in zip(bits, windows, strict=True) if own == window)
+        total += sum(int(pairs[unpack_bits(head, layout.cols)].sum()) for head in of_window)
+    return total

@@ -107,8 +107,8 @@ def _(indptr: Tensor, indices: Tensor, sequences: Tensor, rows: int, *layout: in
 
 
 @torch.library.register_fake("hbsattn::plan_items")
-def _(bits: Tensor, sequences: Tensor, layout: Sequence[int], heads: Sequence[int]) -> Tensor:
-    _check_devices(bits=bits, sequences=sequences)
+def _(bits: Tensor, sequences: Tensor, rules: Tensor | None, layout: Sequence[int], heads: Sequence[int]) -> Tensor:
+    _check_devices(bits=bits, sequences=sequences, rules=rules)
     return bits.new_empty((count_items(bits.shape, MaskLayout(*layout), CallShape(*heads)), ITEM_INTS))
 
 
@@ -116,6 +116,7 @@ def _(bits: Tensor, sequences: Tensor, layout: Sequence[int], heads: Sequence[in
 def _(
     bits: Tensor,
     sequences: Tensor,
+    rules: Tensor | None,
     layout: Sequence[int],
     heads: Sequence[int],
     rows_k: int,
@@ -123,7 +124,7 @@ def _(
     deterministic: bool,
     needs: Sequence[bool],
 ) -> Tensor:
-    _check_devices(bits=bits, sequences=sequences)
+    _check_devices(bits=bits, sequences=sequences, rules=rules)
     shape = (bits.shape, sequences.shape[0], MaskLayout(*layout), CallShape(*heads))
     return bits.new_empty((count_backward_plan(*shape, rows_k, packed),))
 
@@ -184,7 +185,7 @@ def _count_flops(call: Call, *own: object, **kwargs: object) -> int:
     """4 * head_dim for each pair of a query and a key that attend. A mask without values, as in a traced program, is
     counted as one of all blocks.
     """
-    pairs = count_pairs(call.bits, call.sequences, MaskLayout(*call.layout))
+    pairs = count_pairs(call.bits, call.sequences, MaskLayout(*call.layout), call.rules)
     return 4 * call.q.shape[-1] * pairs * (call.q.shape[-2] // max(call.bits.shape[0], 1))
 
 

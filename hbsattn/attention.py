@@ -103,9 +103,9 @@ def _attend(
     needs = (q.requires_grad, k.requires_grad, v.requires_grad) if torch.is_grad_enabled() else NO_GRADIENTS
     shape: Heads = (heads_q, k_shape[-2], head_dim, q.element_size(), pack_heads)
     if mask._lists is not None and needs == NO_GRADIENTS and not mask._makes_bits():
-        results = _attend_in_chunks(q, k, v, mask, (mask._layout, pack_heads, scale))
+        results = _attend_in_chunks(q, k, v, mask, (mask._rules, mask._layout, pack_heads, scale))
         return results if return_lse else results[0]
-    call = (q, k, v, mask._kept_bits(), mask.sequences, mask._layout, pack_heads, scale)  # a Call
+    call = (q, k, v, mask._kept_bits(), mask.sequences, mask._rules, mask._layout, pack_heads, scale)  # a Call
     items = backward_plan = None
     if device != "cpu":  # which needs no plans
         key = ("items", shape)
@@ -142,13 +142,13 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _plan_items(mask: BlockMask, shape: Heads) -> tuple[Tensor]:
-    return (ops.plan_items.default(mask._kept_bits(), mask.sequences, mask._layout, shape),)
+    return (ops.plan_items.default(mask._kept_bits(), mask.sequences, mask._rules, mask._layout, shape),)
 
 
 def _plan_backward(
     mask: BlockMask, shape: Heads, rows_k: int, deterministic: bool, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor]:
-    arguments = (mask._layout, shape, rows_k, mask.packed, deterministic, needs)
+    arguments = (mask._rules, mask._layout, shape, rows_k, mask.packed, deterministic, needs)
     return (ops.plan_backward.default(mask._kept_bits(), mask.sequences, *arguments),)
 
 

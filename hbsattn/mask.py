@@ -25,14 +25,17 @@ from hbsattn._layout import (
     K_LEN,
     Q_BEGIN,
     Q_LEN,
+    UNBOUNDED,
     MaskLayout,
+    Reach,
     ceil_div,
     count_blocks,
     count_pairs,
     locate_rows,
+    reach_of_rows,
     unpack_bits,
-    visible_columns,
 )
+from hbsattn._numbers import Numbers, alike, numbers_of_heads
 from hbsattn._placement import Lengths, Place, count_sequences, make_sequences, place_blocks
 from hbsattn._plans import Maker, Plan, Plans, is_capturing, normal_tensors
 from hbsattn._sources import FORMS, Dense, Lists, Rows, Source
@@ -47,7 +50,8 @@ class BlockMask:
 
     Each sequence is cut from its own start into blocks of `q_block_size` queries and `k_block_size` keys; its last
     blocks may be short. Query i attends to key j if the entry of their blocks is on and, with `causal`,
-    `j <= i + k_len - q_len`. A mask has 1 head, one for each key head, or one for each query head.
+    `j <= i + k_len - q_len`; `windowed` adds windows of tokens. A mask has 1 head, one for each key head, or one for
+    each query head.
 
     The constructors share these keywords:
 
@@ -69,8 +73,8 @@ class BlockMask:
     graphs, and rewrite it with `update_`. What is off for causality stays off in a copy with `causal=False`.
 
     Attributes:
-        bits: int32 (heads, rows, ceil(cols / 32)), trimmed to the blocks that lengths and causality leave visible. Made
-            anew each time by a mask that stays lists (`from_indices`).
+        bits: int32 (heads, rows, ceil(cols / 32)), trimmed to the blocks that lengths, causality and windows leave
+            visible. Made anew each time by a mask that stays lists (`from_indices`).
         sequences: int32 (batch, 7), where each sequence lies, and its `k_len - q_len`.
         q_block_size, k_block_size, causal: as given. Calls cut blocks far above all lengths to about the length.
         batch: sequences.
@@ -102,6 +106,7 @@ class BlockMask:
     _counts: Tensor | None = None  # lists, where there are no bits
     _indices: Tensor | None = None
     _replayed: bool = False  # whether a CUDA graph writes the contents: they may change with each replay
+    _rules: Tensor | None = None  # int32 (heads, 4), if heads have windows: left, right, sink and 0
 
     # Takes the fields in their order, or by name. A frozen dataclass's own would set them one by one, which takes as
     # long as all else that a new mask needs in Python.
@@ -120,8 +125,9 @@ class BlockMask:
                     with torch.inference_mode(False):
                         fields[name] = tensor.clone()
         # No field: a copy, or a mask with other fields, plans anew.
-        bits = fields.get("_bits")
-        fields["_plans"] = Plans((fields.get("_counts") if bits is None else bits, fields["sequences"]))
+        bits, rules = fields.get("_bits"), fields.get("_rules")
+        contents = (fields.get("_counts") if bits is None else bits, fields["sequences"])
+        fields["_plans"] = Plans(contents if rules is None else (*contents, rules))
         if is_compiling:
             for name, value in fields.items():
                 object.__setattr__(self, name, value)
@@ -306,8 +312,8 @@ class BlockMask:
         """
         if not self._form:
             raise ValueError(
-                "mask was made by a pattern or from other masks; expected one from a constructor, as update_ rewrites "
-                "what that took"
+                "mask was made by a pattern, by windowed or from other masks; expected one from a constructor, as "
+                "update_ rewrites what that took"
             )
         kind = FORMS[self._form]
         if len(contents) != len(kind.names):
@@ -346,7 +352,7 @@ class BlockMask:
         return self
 
     def __or__(self, other: object) -> "BlockMask":
-        """The blocks that either mask has, of one place; heads as those of the mask that has more."""
+        """The blocks that either mask has, of one place; heads as those of the mask that has more. Without windows."""
         return self._join(other, torch.bitwise_or)
 
     def __and__(self, other: object) -> "BlockMask":
@@ -357,6 +363,11 @@ class BlockMask:
         if not isinstance(other, BlockMask):
             return NotImplemented
         self._check_place(other)
+        if self._rules is not None or other._rules is not None:
+            raise ValueError(
+                f"{'the first' if self._rules is not None else 'the other'} mask has windows; expected masks without: "
+                "join those, and call windowed on the result"
+            )
         heads = max(self.heads, other.heads)
         if min(self.heads, other.heads) == 0 or heads % self.heads or heads % other.heads:
             raise ValueError(
@@ -368,10 +379,56 @@ class BlockMask:
             )
             return self._with_bits(join(*bits))
 
-    def _with_bits(self, bits: Tensor) -> "BlockMask":
+    def windowed(self, left: Numbers = UNBOUNDED, right: Numbers = UNBOUNDED, sink: Numbers = 0) -> "BlockMask":
+        """Returns the mask within a sliding window of tokens, which each head may have its own of.
+
+        With d = k_len - q_len of their sequence, query i attends to key j if the mask as it is lets it, causality
+        included, and
+
+            j < sink or i + d - left <= j <= i + d + right
+
+        Of `bits`, what has no such pair is off. A mask that stays lists (`from_indices`) gets bits. Nothing waits for
+        the device, and no dense mask is made.
+
+        Args:
+            left, right: tokens before and behind the query's own position; -1 is unbounded, as in FlashAttention's
+                `window_size`.
+            sink: first tokens of the sequence, which escape the window, never causality.
+
+        Each is an int, or one for each mask head: a sequence of ints, or an int32 or int64 tensor (heads) on the mask's
+        device. They have as many heads as the mask, unless it or they have 1: a mask of 1 head gets theirs.
+
+        Returns:
+            A mask for any number of calls. It is not rewritten with `update_`, joined with `|` or `&`, or given
+            another window; `patterns.select_heads` mixes its heads with others.
+
+        Raises:
+            ValueError, TypeError: for a left or right below -1, a sink below 0 (of tensors, where contents are
+                checked), another number of heads, a mask that has windows already.
+
+        Values of keys that are outside every window must be finite where they share a block with keys that are inside:
+        like those of all keys that a query does not attend to, they may reach it through their tile.
+        """
+        if self._rules is not None:
+            raise ValueError("mask has windows already; expected one without: give left, right and sink at once")
+        numbers = {
+            name: numbers_of_heads(name, value, self.device, "mask", least, read=True)
+            for name, value, least in (("left", left, UNBOUNDED), ("right", right, UNBOUNDED), ("sink", sink, 0))
+        }
+        for name, value in numbers.items():
+            if self.heads != 1 and value.shape[0] not in (1, self.heads):
+                raise ValueError(f"{name} has {value.shape[0]} heads; expected 1 or {self.heads}, those of mask")
+        with normal_tensors():
+            columns = alike(numbers)
+            largest = torch.iinfo(torch.int32).max
+            rules = torch.cat((*columns, torch.zeros_like(columns[0])), dim=1).clamp(max=largest).to(torch.int32)
+            bits = reach_of_rows(self.sequences, self.rows, MaskLayout(*self._layout), rules).trim(self.bits)
+            return self._with_bits(bits, rules.expand(bits.shape[0], -1).contiguous())
+
+    def _with_bits(self, bits: Tensor, rules: Tensor | None = None) -> "BlockMask":
         """A mask of the same place, which no constructor has made."""
         made = {"_form": "", "_shape": (), "_counts": None, "_indices": None, "_replayed": is_capturing(self.device)}
-        return dataclasses.replace(self, _bits=bits, heads=bits.shape[0], **made)
+        return dataclasses.replace(self, _bits=bits, _rules=rules, heads=bits.shape[0], **made)
 
     def _check_place(self, other: "BlockMask") -> None:
         """Refuses a mask whose bits lie otherwise."""
@@ -461,8 +518,10 @@ class BlockMask:
 
     @property
     def density(self) -> float:
-        """The share of active blocks among those that lengths and causality leave visible. Waits for the device."""
-        visible = int(self._count_visible().sum()) * self.heads
+        """The share of active blocks among those that lengths, causality and windows leave visible. Waits for the
+        device.
+        """
+        visible = int(self._reach().count().sum()) * (self.heads if self._rules is None else 1)
         active = sum(int(head.sum()) for head in self._heads())
         return active / visible if visible else 0.0
 
@@ -474,7 +533,7 @@ class BlockMask:
             if sequences is self.sequences:
                 return self
             tensors = {"sequences": sequences}
-            for name in ("_bits", "_counts", "_indices"):
+            for name in ("_bits", "_counts", "_indices", "_rules"):
                 tensor = getattr(self, name)
                 tensors[name] = None if tensor is None else tensor.to(device)
         return dataclasses.replace(self, **tensors, _replayed=is_capturing(device))
@@ -513,7 +572,7 @@ class BlockMask:
         head_dim, num_heads = check_index("head_dim", head_dim), check_index("num_heads", num_heads)
         if num_heads % max(self.heads, 1) != 0:
             raise ValueError(f"num_heads is {num_heads}; expected a multiple of the {self.heads} heads of the mask")
-        pairs = count_pairs(self.bits, self.sequences, MaskLayout(*self._layout))
+        pairs = count_pairs(self.bits, self.sequences, MaskLayout(*self._layout), self._rules)
         return 4 * head_dim * pairs * (num_heads // max(self.heads, 1))
 
     def __repr__(self) -> str:
@@ -527,9 +586,10 @@ class BlockMask:
         # On another device the density would make whoever prints a mask wait; of lists it would take all bits.
         known = type(self._bits) is Tensor and self.device.type == "cpu"
         density = f", density={self.density:.3g}" if known else ""
+        windows = "" if self._rules is None else ", windows=True"
         return (
             f"BlockMask({form}, batch={self.batch}, {lengths}heads={self.heads}, blocks of {self.q_block_size} x "
-            f"{self.k_block_size}, {blocks}, causal={self.causal}{density}, device='{self.device}')"
+            f"{self.k_block_size}, {blocks}, causal={self.causal}{windows}{density}, device='{self.device}')"
         )
 
     def _heads(self) -> Iterator[Tensor]:
@@ -537,11 +597,14 @@ class BlockMask:
 
         Trimmed: bits that others wrote may be on where nothing is visible.
         """
-        visible = torch.arange(self.cols, device=self.device) < self._count_visible().unsqueeze(-1)
-        return (unpack_bits(bits, self.cols) & visible for bits in self.bits)
+        reach = self._reach()
+        for head, bits in enumerate(self.bits):
+            own = reach if self._rules is None else Reach(*(x[head] for x in reach))
+            yield unpack_bits(own.trim(bits), self.cols)
 
-    def _count_visible(self) -> Tensor:
-        return visible_columns(self.sequences, self.rows, MaskLayout(*self._layout))
+    def _reach(self) -> Reach:
+        """The blocks that are visible in each row."""
+        return reach_of_rows(self.sequences, self.rows, MaskLayout(*self._layout), self._rules)
 
     def _check_use(self, q: Tensor, k: Tensor, q_shape: torch.Size, k_shape: torch.Size) -> None:
         """Checks tensors against the lengths that the mask was built for, which the op is not told."""
@@ -610,6 +673,6 @@ def _check_fields(given: int, named: dict[str, Any]) -> None:
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(BlockMask))
-_TENSORS = ("_bits", "sequences", "_counts", "_indices")
+_TENSORS = ("_bits", "sequences", "_counts", "_indices", "_rules")
 
 torch.serialization.add_safe_globals([BlockMask])  # for torch.load(weights_only=True)

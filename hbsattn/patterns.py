@@ -4,9 +4,10 @@ blocks = patterns.Blocks(128, 128, seqlen_q=32768, seqlen_k=32768, causal=True, 
 mask = patterns.streaming(blocks, sink=1, local=4) | patterns.top_k(blocks, patterns.pooled_scores(blocks, q, k), 8)
 
 A query block lies at the key blocks of its own positions, counted from the end where lengths differ: query i is at key
-i + k_len - q_len. Numbers of blocks are ints, or one for each mask head: a sequence of ints, or an int tensor (heads)
-on the device. Masks of one place are joined and cut with `|` and `&`, and `select_heads` puts heads of several into
-one. They are not rewritten with `update_`.
+i + k_len - q_len. Numbers of blocks, or of tokens, are ints, or one for each mask head: a sequence of ints, or an int
+tensor (heads) on the device. Masks of one place are joined and cut with `|` and `&`, unless they have windows of tokens
+(`BlockMask.windowed`, `sliding_window`, `token_streaming`), and `select_heads` puts heads of several into one, of every
+kind. They are not rewritten with `update_`.
 """
 
 from collections.abc import Sequence
@@ -26,15 +27,24 @@ from hbsattn._checks import (
     check_tensor,
 )
 from hbsattn._contents import can_read, check_lengths
-from hbsattn._layout import DIAGONAL, Q_LEN, MaskLayout, ceil_div, locate_rows, visible_from
+from hbsattn._layout import (
+    DIAGONAL,
+    Q_LEN,
+    RULE_INTS,
+    UNBOUNDED,
+    MaskLayout,
+    bits_below,
+    ceil_div,
+    locate_rows,
+    reach_of_located,
+    words_of,
+)
+from hbsattn._numbers import Numbers, alike, common_heads, numbers_of_heads
 from hbsattn._placement import Lengths, Place, make_sequences, place_blocks
 from hbsattn._plans import normal_tensors
 from hbsattn._sources import Lists
 from hbsattn.mask import BlockMask, check_is_mask
 
-Numbers = int | Sequence[int] | Tensor
-
-UNBOUNDED = -1
 _FAR = 1 << 40  # blocks that no mask has
 _PRIVATE = ("_place", "_first", "_last", "_visible", "_row", "_words", "_ones")
 
@@ -97,10 +107,9 @@ class Blocks:
             first = row * place.q_block
             last = torch.minimum(first + place.q_block, table[:, Q_LEN]) - 1
             at = [torch.div(x + table[:, DIAGONAL], place.k_block, rounding_mode="floor") for x in (first, last)]
-            visible = visible_from(sequences, *located, MaskLayout(*place.layout(self.causal)))
-            words = 32 * torch.arange(ceil_div(place.cols, 32), device=device)
-            ones = ((1 << torch.arange(33, device=device)) - 1).to(torch.int32)
-        values = (device, sequences, place, *at, visible, row, words, ones)
+            visible = reach_of_located(sequences, *located, MaskLayout(*place.layout(self.causal))).end
+            words = words_of(ceil_div(place.cols, 32), device)
+        values = (device, sequences, place, *at, visible, row, *words)
         for name, value in zip(("device", "sequences", *_PRIVATE), values, strict=True):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_visible_bits", self._below(visible))
@@ -129,7 +138,7 @@ class Blocks:
 
     def _below(self, end: Tensor) -> Tensor:
         """int32 (..., words): the bits of columns before `end`, int64 (...)."""
-        return self._ones[(end.unsqueeze(-1) - self._words).clamp_(0, 32)]
+        return bits_below(end, self._words, self._ones)
 
     def _listed(self, counts: Tensor, columns: Tensor) -> Tensor:
         """The bits of lists (heads, rows) and (heads, rows, width); columns that do not exist are left out."""
@@ -142,22 +151,10 @@ class Blocks:
 
     def _both(self, low: int, **numbers: Numbers) -> tuple[Tensor, ...]:
         """`_numbers` of several, with as many heads each."""
-        made = {name: self._numbers(name, value, low) for name, value in numbers.items()}
-        heads = _common_heads({name: value.shape[0] for name, value in made.items()})
-        return tuple(value.expand(heads, 1) for value in made.values())
+        return alike({name: self._numbers(name, value, low) for name, value in numbers.items()})
 
     def _numbers(self, name: str, value: Numbers, low: int = 0) -> Tensor:
-        """int64 (heads, 1), or (1, 1) for one number."""
-        if isinstance(value, Tensor):
-            check_tensor(name, value, (1,), (torch.int32, torch.int64))
-            check_same_device(name, value, self.device, "blocks")
-            return value.to(torch.int64).unsqueeze(-1)
-        if not isinstance(value, Sequence):
-            return torch.full((1, 1), check_index(name, value, low), dtype=torch.int64, device=self.device)
-        numbers = torch.tensor([check_index(f"{name}[{i}]", x, low) for i, x in enumerate(value)], dtype=torch.int64)
-        if self.device.type == "cuda" and not torch.compiler.is_compiling():  # from pageable memory, a copy would wait
-            numbers = numbers.pin_memory()
-        return numbers.to(self.device, non_blocking=True).unsqueeze(-1)
+        return numbers_of_heads(name, value, self.device, "blocks", low)
 
 
 def dense(blocks: Blocks) -> BlockMask:
@@ -166,7 +163,10 @@ def dense(blocks: Blocks) -> BlockMask:
 
 
 def window(blocks: Blocks, left: Numbers, right: Numbers = 0) -> BlockMask:
-    """The key blocks where a query block lies, `left` before them and `right` behind; -1: all."""
+    """The key blocks where a query block lies, `left` before them and `right` behind; -1: all.
+
+    `sliding_window` counts tokens.
+    """
     left, right = blocks._both(UNBOUNDED, left=left, right=right)
     begin = blocks._first - torch.where(left < 0, _FAR, left)
     end = blocks._last + 1 + torch.where(right < 0, _FAR, right)
@@ -176,10 +176,33 @@ def window(blocks: Blocks, left: Numbers, right: Numbers = 0) -> BlockMask:
 def streaming(blocks: Blocks, sink: Numbers, local: Numbers) -> BlockMask:
     """The first `sink` key blocks of the sequence, and the `local` blocks that end with the last one that is visible.
 
-    Known as block streaming, attention sinks with a local window, or A-shape.
+    Known as block streaming, attention sinks with a local window, or A-shape. `token_streaming` counts tokens.
     """
     sink, local = blocks._both(0, sink=sink, local=local)
     return blocks._mask(blocks._below(blocks._visible - local) ^ blocks._visible_bits | blocks._below(sink))
+
+
+def sliding_window(blocks: Blocks, left: Numbers, right: Numbers = 0) -> BlockMask:
+    """The tokens from `left` before a query's own position to `right` behind it; -1: all.
+
+    Unlike `window`, which counts whole blocks from those where a query block lies: see `BlockMask.windowed`.
+    """
+    return dense(blocks).windowed(left, right)
+
+
+def token_streaming(blocks: Blocks, sink: Numbers, local: Numbers) -> BlockMask:
+    """The first `sink` tokens of the sequence, and the `local` ones, at least 1, up to the query's own position.
+
+    Causal alone, and unlike `streaming` not of whole blocks: see `BlockMask.windowed`. Known from StreamingLLM.
+    """
+    if not blocks.causal:
+        raise ValueError("causal is False; expected True, for the blocks of token_streaming")
+    numbers = {
+        name: numbers_of_heads(name, value, blocks.device, "blocks", least, read=True)
+        for name, value, least in (("sink", sink, 0), ("local", local, 1))
+    }
+    sink, local = (value.flatten() for value in alike(numbers))
+    return dense(blocks).windowed(left=local.clamp(min=1) - 1, sink=sink)
 
 
 def global_blocks(blocks: Blocks, queries: Numbers, keys: Numbers) -> BlockMask:
@@ -207,7 +230,7 @@ def vertical_slash(blocks: Blocks, vertical: Tensor, slash: Tensor) -> BlockMask
     for name, value in (("vertical", vertical), ("slash", slash)):
         check_tensor(name, value, (2,), (torch.int32, torch.int64))
         check_same_device(name, value, blocks.device, "blocks")
-    heads = _common_heads({"vertical": vertical.shape[0], "slash": slash.shape[0]})
+    heads = common_heads({"vertical": vertical.shape[0], "slash": slash.shape[0]})
     rows = blocks._place.rows
     columns = vertical.to(torch.int64).unsqueeze(1).expand(heads, rows, -1)
     diagonals = (blocks._last.unsqueeze(-1) - slash.to(torch.int64).unsqueeze(1)).expand(heads, rows, -1)
@@ -245,7 +268,7 @@ def top_k(blocks: Blocks, scores: Tensor, k: Numbers) -> BlockMask:
     """
     scores = _check_scores(blocks, scores)
     wanted = blocks._numbers("k", k)
-    heads = _common_heads({"scores": scores.shape[0], "k": wanted.shape[0]})
+    heads = common_heads({"scores": scores.shape[0], "k": wanted.shape[0]})
     width = scores.shape[-1]
     if isinstance(k, int):
         width = min(width, k)
@@ -303,32 +326,31 @@ def pooled_scores(blocks: Blocks, q: Tensor, k: Tensor) -> Tensor:
 def select_heads(masks: Sequence[BlockMask], choice: Sequence[int]) -> BlockMask:
     """A mask with `len(choice)` heads: head h is that of `masks[choice[h]]`, or its only one.
 
-    All masks have the place of the first: lengths, block sizes, causality.
+    All masks have the place of the first: lengths, block sizes, causality. Some may have windows and others not, so one
+    call has heads of every kind: dense, block-sparse, streaming by blocks or by tokens.
     """
     if not masks:
         raise ValueError("masks is empty; expected a BlockMask or more")
     for mask in masks:
         check_is_mask(mask)
         masks[0]._check_place(mask)
-    bits = []
+    bits, rules = [], []
     for head, which in enumerate(choice):
         which = check_index(f"choice[{head}]", which, 0, len(masks))
         mask = masks[which]
         if mask.heads not in (1, len(choice)):
             raise ValueError(f"masks[{which}] has {mask.heads} heads; expected 1 or {len(choice)}, those of choice")
-        bits.append(mask.bits[head if mask.heads > 1 else 0])
+        row = head if mask.heads > 1 else 0
+        bits.append(mask.bits[row])
+        rules.append(None if mask._rules is None else mask._rules[row])
     if not bits:
         raise ValueError("choice is empty; expected an int for each head")
     with normal_tensors():
-        return masks[0]._with_bits(torch.stack(bits))
-
-
-def _common_heads(heads: dict[str, int]) -> int:
-    most = max(heads.values())
-    for name, count in heads.items():
-        if count not in (1, most):
-            raise ValueError(f"{name} has {count} heads; expected 1 or {most}")
-    return most
+        if all(rule is None for rule in rules):
+            return masks[0]._with_bits(torch.stack(bits))
+        no_window = bits[0].new_zeros(RULE_INTS)
+        no_window[:2] = UNBOUNDED
+        return masks[0]._with_bits(torch.stack(bits), torch.stack([no_window if x is None else x for x in rules]))
 
 
 def _check_scores(blocks: Blocks, scores: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def layout_of(mask: hbsattn.BlockMask) -> tuple[int, int, int, int]:
 def plan_items(mask: hbsattn.BlockMask, *call: int) -> Tensor:
     """The forward's list, dead records behind the others. `call`: heads_q, heads_k, head_dim, element size, and whether
     heads share tiles."""
-    return ops.plan_items(mask.bits, mask.sequences, layout_of(mask), call)
+    return ops.plan_items(mask.bits, mask.sequences, mask._rules, layout_of(mask), call)
 
 
 def plan_backward(
@@ -40,7 +40,8 @@ def plan_backward(
     sequences: Tensor | None = None,
 ) -> Tensor:
     table = mask.sequences if sequences is None else sequences
-    return ops.plan_backward(mask.bits, table, layout_of(mask), call, rows_k, mask.packed, deterministic, needs)
+    tables = (mask.bits, table, mask._rules)
+    return ops.plan_backward(*tables, layout_of(mask), call, rows_k, mask.packed, deterministic, needs)
 
 
 def take_apart(mask: hbsattn.BlockMask, plan: Tensor, *call: int) -> Lists:

@@ -39,12 +39,12 @@ class Call:
 
     def forward(self, bits: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v, _, _, sequences = self.inputs()
-        call = (q, k, v, bits, sequences, layout_of(self.mask), True, 0.1)
+        call = (q, k, v, bits, sequences, None, layout_of(self.mask), True, 0.1)
         return ops.forward(*call, items, None, self.deterministic)
 
     def backward(self, out: Tensor, lse: Tensor, bits: Tensor, plan: Tensor) -> list[Tensor]:
         q, k, v, grad_out, _, sequences = self.inputs()
-        call = (q, k, v, bits, sequences, layout_of(self.mask), True, 0.1)
+        call = (q, k, v, bits, sequences, None, layout_of(self.mask), True, 0.1)
         return list(ops.backward(*call, grad_out, None, out, lse, plan, self.deterministic, [True] * 3))
 
 

@@ -84,7 +84,7 @@ def op_arguments(name: str, spec: Case, device: str) -> tuple[Any, ...]:
     if name == "check_mask":
         return (mask.batch, mask.heads, *table)
     shape = (spec.heads_q, spec.heads_k, spec.head_dim, problem.q.element_size(), True)
-    tables = (mask.bits, mask.sequences, layout_of(mask))
+    tables = (mask.bits, mask.sequences, mask._rules, layout_of(mask))
     if name == "plan_items":
         return (*tables, shape)
     if name == "plan_backward":
@@ -147,8 +147,8 @@ def test_gradients_that_nobody_needs(needs: tuple[bool, bool, bool], device: str
 
 
 # What `backward` takes behind the call, by position.
-GRAD_OUT, GRAD_LSE, OUT, LSE, PLAN = range(8, 13)
-LAYOUT, SCALE = 5, 7
+GRAD_OUT, GRAD_LSE, OUT, LSE, PLAN = range(9, 14)
+RULES, LAYOUT, SCALE = 5, 6, 8
 
 # Position among the arguments, what becomes of it, and what the message says.
 BACKWARD_ERRORS: dict[str, tuple[int, Any, str]] = {
@@ -209,7 +209,7 @@ def test_plan_and_forward(spec: Case, inference: bool):
         out, lse, items = ops.plan_and_forward(*tensors)
         want = ops.forward(*plain)
     assert same(out, want[0]) and same(lse, want[1]) and not items.is_inference()
-    assert items.shape == plain[8].shape
+    assert items.shape == plain[9].shape
 
 
 @pytest.mark.gpu
@@ -441,7 +441,8 @@ def test_pack_heads_is_a_hint(device: str):
     mask = build_mask(spec, block_masks(spec, 0), device)
     for pack_heads in (True, False):
         items = plan_items(mask, 8, 2, 64, 2, pack_heads) if device == "cuda" else None
-        call = (problem.q, problem.k, problem.v, mask.bits, mask.sequences, layout_of(mask), pack_heads, 64**-0.5)
+        tables = (mask.bits, mask.sequences, None, layout_of(mask))
+        call = (problem.q, problem.k, problem.v, *tables, pack_heads, 64**-0.5)
         out, lse = ops.forward(*call, items, None)
         judge(problem, out, lse)
 

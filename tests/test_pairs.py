@@ -155,7 +155,7 @@ def test_bits_of_another_mask():
     items = list_items(problem, mask)
 
     def run(bits: Tensor) -> tuple[Tensor, Tensor]:
-        call = (problem.q, problem.k, problem.v, bits, mask.sequences, layout_of(mask), True, 0.1)
+        call = (problem.q, problem.k, problem.v, bits, mask.sequences, None, layout_of(mask), True, 0.1)
         return torch.ops.hbsattn.forward(*call, items, None, False)
 
     before = run(mask.bits)

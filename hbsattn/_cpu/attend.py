@@ -23,10 +23,12 @@ from hbsattn._layout import (
     Q_LEN,
     Call,
     MaskLayout,
+    Reach,
     ceil_div,
-    last_keys,
     locate_rows,
     mask_of_head,
+    reach_of_queries,
+    reach_of_run,
     unpack_bits,
 )
 
@@ -47,11 +49,12 @@ for _dtype in (torch.float32, torch.float64):
 class _Tiles(NamedTuple):
     """Tiles with something to attend to; int64 each, in one tensor (fields, tiles)."""
 
-    bit_row: Tensor  # in bits.flatten(0, 1)
+    bit_row: Tensor  # in the bits of tiles, (mask heads, rows, words), flattened
+    mask_head: Tensor
     first_query: Tensor  # number of the row, of the first head
     queries: Tensor  # of each head
-    first_limit: Tensor  # the last key, in the sequence, that the first query may attend to; negative: none
-    last_limit: Tensor  # the last one that the last query may attend to
+    position: Tensor  # of the first query, among the keys of the sequence
+    length: Tensor  # keys of the sequence
     first_key: Tensor  # number of the row that is the sequence's first key
     keys: Tensor  # no tile attends to more
 
@@ -61,14 +64,22 @@ class _Batch(NamedTuple):
 
     queries: Tensor  # (tiles, heads * queries): numbers of rows
     keys: Tensor  # (tiles, keys): numbers of rows, in the order of the sequence
-    clear: int  # each query attends to all keys before this position
-    hidden: Tensor  # bool (tiles, 1, queries, keys - clear): which ones of the others it does not attend to
+    rows: int  # queries of each head
+    hidden: list[tuple[slice, Tensor]]  # bool (tiles, 1, queries, some keys): which of these a query does not attend to
 
     def hide(self, scores: Tensor) -> None:
         """Makes -inf of the scores (tiles, heads * queries, keys) of what a query does not attend to."""
-        if self.clear < scores.shape[-1]:
-            of_heads = scores.unflatten(1, (-1, self.hidden.shape[2]))
-            of_heads[..., self.clear :].masked_fill_(self.hidden, -torch.inf)
+        of_heads = scores.unflatten(1, (-1, self.rows))
+        for some, hidden in self.hidden:
+            of_heads[..., some].masked_fill_(hidden, -torch.inf)
+
+
+def _find_edges(clear: Tensor) -> tuple[slice, slice]:
+    """What lies before and behind the longest run of bool (keys)."""
+    other = torch.nn.functional.pad((~clear).nonzero().flatten(), (1, 1), value=-1)
+    other[-1] = clear.shape[0]
+    longest = int(other.diff().argmax())
+    return slice(0, int(other[longest]) + 1), slice(int(other[longest + 1]), clear.shape[0])
 
 
 def _count_bits(bits: Tensor) -> Tensor:
@@ -83,7 +94,8 @@ class _Tiling:
     """The tiles of a call whose tensors are (batch, rows, heads, head_dim); batch is 1 for packed ones."""
 
     def __init__(self, call: Call) -> None:
-        self.bits, self.sequences, self.layout = call.bits, call.sequences, MaskLayout(*call.layout)
+        self.bits, self.sequences, self.rules = call.bits, call.sequences, call.rules
+        self.layout = MaskLayout(*call.layout)
         self.batch, self.rows_q, self.heads_q, self.head_dim = call.q.shape
         _, self.rows_k, self.heads_k, _ = call.k.shape
         # Numbers of the rows that do not exist.
@@ -93,8 +105,8 @@ class _Tiling:
         parts = ceil_div(self.layout.q_block_size * self.tile_heads, TILE_ROWS)
         self.tile_queries = ceil_div(self.layout.q_block_size, parts)
 
-    def _find_tiles(self) -> Tensor:
-        """Finds the fields of all tiles, those with the most keys first.
+    def _find_tiles(self) -> tuple[Tensor, Tensor]:
+        """Finds the fields of all tiles, those with the most keys first, and the bits of tiles.
 
         Lengths past the end of a tensor end there; the diagonal stays.
         """
@@ -113,42 +125,48 @@ class _Tiling:
         skipped = (torch.arange(row.shape[0]) - (tiles.cumsum(0) - tiles)[row]) * self.tile_queries
         start = start[row] + skipped
         queries = (queries[row] - skipped).clamp(max=self.tile_queries)
-        diagonal, end = table[row, DIAGONAL], torch.minimum(k_len, self.rows_k - k_begin)[row]
-        first_limit = last_keys(start, diagonal, end, layout.causal)
-        last_limit = last_keys(start + queries - 1, diagonal, end, layout.causal)
+        position = start + table[row, DIAGONAL]
+        length = torch.minimum(k_len, self.rows_k - k_begin)[row]
+        reach = reach_of_run(position, position + queries - 1, length, bool(layout.causal), self.rules)
+        bits, bit_row = self.bits, row
+        if self.rules is not None:  # of a long block, a tile may see little
+            bits, bit_row = reach.to_blocks(layout.k_block_size).trim(bits[:, row]), torch.arange(row.shape[0])
 
         head = torch.arange(0, self.heads_q, self.tile_heads).unsqueeze(-1)
         mask_head = mask_of_head(head, mask_heads, self.heads_q)
         key_head = head // (self.heads_q // self.heads_k)
         member = sequence[row] if self.batch > 1 else torch.zeros_like(row)
-        blocks = torch.stack([_count_bits(of_head) for of_head in self.bits])
+        blocks = torch.stack([_count_bits(of_head) for of_head in bits])
+        end = reach.end if reach.sink is None else torch.maximum(reach.end, reach.sink)
+        end = end.expand(mask_heads, -1)[mask_head.squeeze(-1)]
         tiles = _Tiles(
-            bit_row=mask_head * rows + row,
+            bit_row=mask_head * bits.shape[1] + bit_row,
+            mask_head=mask_head.expand(-1, row.shape[0]),
             first_query=(member * self.heads_q + head) * self.rows_q + q_begin[row] + start,
             queries=queries.expand(head.shape[0], -1),
-            first_limit=first_limit.expand(head.shape[0], -1),
-            last_limit=last_limit.expand(head.shape[0], -1),
+            position=position.expand(head.shape[0], -1),
+            length=length.expand(head.shape[0], -1),
             first_key=(member * self.heads_k + key_head) * self.rows_k + k_begin[row],
-            keys=torch.minimum(blocks[mask_head, row] * layout.k_block_size, last_limit + 1),
+            keys=torch.minimum(blocks[mask_head, bit_row] * layout.k_block_size, end),
         )
         weight = (tiles.keys * (self.tile_queries + 1) + tiles.queries).flatten()
         order = weight.argsort(descending=True, stable=True)[: int((tiles.keys > 0).sum())]
-        return torch.stack(tiles).flatten(1)[:, order]
+        return torch.stack(tiles).flatten(1)[:, order], bits.flatten(0, 1)
 
-    def _expand(self, fields: Tensor) -> _Batch:
+    def _expand(self, fields: Tensor, bits: Tensor) -> _Batch:
         """Lists the queries and keys of some tiles."""
         layout = self.layout
         tile = _Tiles(*fields.unsqueeze(-1))
         count = tile.keys.shape[0]
+        rule = None if self.rules is None else self.rules[tile.mask_head.squeeze(-1)]
         row = torch.arange(int(tile.queries.max()))
         head = torch.arange(self.tile_heads).view(-1, 1) * self.rows_q
         number = tile.first_query.unsqueeze(-1) + head + row
         numbers = torch.where((row < tile.queries).unsqueeze(1), number, self.no_query)
 
-        # The keys of one block after another, in their order, so that those that a query may attend to come first.
-        # Shorter lists end in keys that no sequence has.
+        # The keys of one block after another, in their order. Shorter lists end in keys that no sequence has.
         width = int(tile.keys.max())
-        attends = unpack_bits(self.bits.flatten(0, 1)[tile.bit_row.squeeze(-1)], layout.cols)
+        attends = unpack_bits(bits[tile.bit_row.squeeze(-1)], layout.cols)
         owner, block = attends.nonzero(as_tuple=True)
         active = torch.bincount(owner, minlength=count)
         place = torch.arange(owner.shape[0]) - (active.cumsum(0) - active)[owner]
@@ -157,28 +175,32 @@ class _Tiling:
         begin = torch.full((count, blocks), KEY_BEYOND, dtype=torch.int64)
         begin[owner[fits], place[fits]] = block[fits] * layout.k_block_size
         key = (begin.unsqueeze(-1) + torch.arange(min(layout.k_block_size, width))).flatten(1)[:, :width]
-        attended = key <= tile.last_limit
-        key_numbers = torch.where(attended, tile.first_key + key, self.no_key)
+        causal, last = bool(layout.causal), tile.queries - 1
+        of_first, of_last = (reach_of_queries(tile.position + query, tile.length, causal, rule) for query in (0, last))
+        some = Reach(of_last.end, of_first.begin, of_last.sink)
+        each = Reach(of_first.end, of_last.begin, of_first.sink)
+        key = key.clamp_(max=KEY_BEYOND).unsqueeze(1)
+        key_numbers = torch.where(some.has(key), tile.first_key.unsqueeze(-1) + key, self.no_key).squeeze(1)
 
-        clear = int((key <= tile.first_limit).sum(-1).min())
-        limit = tile.first_limit + row if layout.causal else tile.first_limit
-        limit = torch.minimum(limit, tile.last_limit).to(torch.int32)
-        key = torch.where(attended, key, KEY_BEYOND)[:, clear:].to(torch.int32)
-        hidden = key.unsqueeze(1) > limit.unsqueeze(-1)
-        return _Batch(numbers.flatten(1), key_numbers, clear, hidden.unsqueeze(1).expand(-1, -1, row.shape[0], -1))
+        edges = _find_edges(each.has(key).all(0).flatten())
+        # Rows past the tile's last query are like that one.
+        reach = reach_of_queries(tile.position + torch.minimum(row, last), tile.length, causal, rule)
+        reach, key = reach.map(lambda x: x.to(torch.int32)), key.to(torch.int32)
+        hidden = [(at, ~reach.has(key[..., at]).unsqueeze(1)) for at in edges if at.start < at.stop]
+        return _Batch(numbers.flatten(1), key_numbers, row.shape[0], hidden)
 
     def batches(self, numbers_of_key: int) -> Iterator[_Batch]:
         """Everything there is to compute, where a key of a tile takes so many numbers."""
         if self.no_key == 0 or self.no_query == 0 or self.sequences.shape[0] == 0:
             return
-        tiles = self._find_tiles()
+        tiles, bits = self._find_tiles()
         keys = _Tiles(*tiles).keys.tolist()
         done = 0
         while done < len(keys):
             end = done + max(PRODUCT_NUMBERS // (keys[done] * numbers_of_key), 1)
             # Those that are padded to more than twice their keys wait for a batch of their own.
             end = min(end, bisect_right(keys, -keys[done] / 2, key=neg))
-            yield self._expand(tiles[:, done:end])
+            yield self._expand(tiles[:, done:end], bits)
             done = end
 
 

@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
-from hbsattn._layout import COL_BEGIN, MaskLayout, locate_rows, pack_bits, visible_columns
+from hbsattn._layout import COL_BEGIN, MaskLayout, locate_rows, pack_bits, reach_of_rows
 
 
 def _pack(mask: Tensor, sequences: Tensor, layout: tuple[int, ...]) -> Tensor:
     """Trims a bool (heads, rows, cols) mask to what each row can see, and packs it."""
     rows, cols = mask.shape[1:]
-    visible = visible_columns(sequences, rows, MaskLayout(*layout))
-    return pack_bits(mask & (torch.arange(cols) < visible.unsqueeze(-1)))
+    return pack_bits(mask & reach_of_rows(sequences, rows, MaskLayout(*layout)).has(torch.arange(cols)))
 
 
 def pack_dense(block_mask: Tensor, sequences: Tensor, flat: bool, rows: int, *layout: int) -> Tensor:

@@ -1,10 +1,9 @@
-"""Two functions of MIT's Block-Sparse-Attention (package block_sparse_attn), with blocks of 128.
+"""The functions of MIT's Block-Sparse-Attention (package block_sparse_attn), with blocks of 128.
 
 from hbsattn.compat.block_sparse_attn import block_sparse_attn_func
 
-Heads are dense, block-streaming or block-sparse in one call, forward and backward; nothing waits for the device, so
-head types and masks may live there. Not in this version: dropout, and streaming by tokens (`exact_streaming`,
-`token_streaming_attn_func`).
+Heads are dense, streaming (by blocks or by tokens) or block-sparse in one call, forward and backward; nothing waits for
+the device, so head types and masks may live there. Not in this version: dropout.
 """
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from hbsattn import patterns
 from hbsattn._checks import FLOATS, check_bool, check_number, check_same_device, check_tensor
 from hbsattn._contents import can_read
-from hbsattn._layout import K_LEN, Q_LEN
+from hbsattn._layout import K_LEN, Q_LEN, UNBOUNDED
 from hbsattn._sources import INTEGERS, Dense
 from hbsattn.attention import block_sparse_attention
 from hbsattn.mask import BlockMask
@@ -51,13 +50,14 @@ def block_sparse_attn_func(
         streaming_info: int (2 * heads_q), for head h the numbers of sink and of local blocks at 2 h and 2 h + 1; None
             if no head streams. Query block r of a sequence sees the first `sink` key blocks and the `local` ones that
             end before ceil(max(len_k - len_q, 0) / 128) + 1 + r - max(len_q - len_k, 0) // 128, or, if not causal, the
-            last ones of the sequence.
+            last ones of the sequence. With `exact_streaming`: of tokens.
         base_blockmask: bool (batch or 1, masks, query blocks, key blocks), blocks of each sequence counted from its
             start; None if no head is block-sparse.
         max_seqlen_q_, max_seqlen_k_: the longest sequences, or more.
         p_dropout: 0.
         is_causal: bottom-right aligned.
-        exact_streaming: False.
+        exact_streaming: let heads stream by tokens. Query i sees the first `sink` keys, and the `local` ones, at least
+            1, that end with key i + len_k - len_q. Causal only.
 
     Returns:
         out, or with `return_attn_probs` (out, lse, None): lse is (heads_q, total_q), -inf for what attends to nothing;
@@ -66,8 +66,9 @@ def block_sparse_attn_func(
     p_dropout = check_number("p_dropout", p_dropout)
     if p_dropout != 0:
         raise ValueError(f"p_dropout is {p_dropout}; expected 0: dropout is not in this version")
-    if check_bool("exact_streaming", exact_streaming):
-        raise ValueError("exact_streaming is True; expected False: streaming by tokens is not in this version")
+    check_bool("is_causal", is_causal)
+    if check_bool("exact_streaming", exact_streaming) and not is_causal:
+        raise ValueError("exact_streaming is True; expected False, or is_causal: streaming by tokens is causal")
     check_bool("return_attn_probs", return_attn_probs)
     check_tensor("q", q, (3,), FLOATS)
     blocks = patterns.Blocks(
@@ -79,7 +80,7 @@ def block_sparse_attn_func(
         max_seqlen_k=max_seqlen_k_,
         causal=is_causal,
     )
-    mask = _mask_of_kinds(blocks, q.shape[1], head_mask_type, streaming_info, base_blockmask)
+    mask = _mask_of_kinds(blocks, q.shape[1], head_mask_type, streaming_info, base_blockmask, exact_streaming)
     options = {"softmax_scale": softmax_scale, "deterministic": deterministic}
     if not return_attn_probs:
         return block_sparse_attention(q, k, v, mask, **options)
@@ -109,16 +110,39 @@ def block_streaming_attn_func(
     return block_sparse_attn_func(q, k, v, *lengths, *kinds, *options)
 
 
+def token_streaming_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    head_mask_type: Tensor,
+    streaming_info: Tensor,
+    max_seqlen_q_: int,
+    max_seqlen_k_: int,
+    deterministic: bool = False,
+    softmax_scale: float | None = None,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`block_sparse_attn_func` without block-sparse heads and with `exact_streaming`, causal."""
+    lengths = (cu_seqlens_q, cu_seqlens_k)
+    kinds = (head_mask_type, streaming_info, None, max_seqlen_q_, max_seqlen_k_)
+    options = (0.0, deterministic, softmax_scale, True, True, return_attn_probs)
+    return block_sparse_attn_func(q, k, v, *lengths, *kinds, *options)
+
+
 def _mask_of_kinds(
     blocks: patterns.Blocks,
     heads: int,
     head_mask_type: Tensor,
     streaming_info: Tensor | None,
     base_blockmask: Tensor | None,
+    exact_streaming: bool,
 ) -> BlockMask:
     _check_ints("head_mask_type", head_mask_type, heads, blocks, "heads of q")
     if streaming_info is not None:
-        _check_ints("streaming_info", streaming_info, 2 * heads, blocks, "sink and local blocks of each head of q")
+        units = "tokens" if exact_streaming else "blocks"
+        _check_ints("streaming_info", streaming_info, 2 * heads, blocks, f"sink and local {units} of each head of q")
     if base_blockmask is not None:
         check_tensor("base_blockmask", base_blockmask, (4,), (torch.bool,))
         check_same_device("base_blockmask", base_blockmask, blocks.device, "cu_seqlens_q")
@@ -131,17 +155,25 @@ def _mask_of_kinds(
             )
         base_blockmask = base_blockmask[:, :, :rows, :cols] if given[1] > 0 else None
     if can_read(head_mask_type):
-        _check_kinds(head_mask_type, streaming_info, base_blockmask)
+        _check_kinds(head_mask_type, streaming_info, base_blockmask, exact_streaming)
     kinds = head_mask_type.to(torch.int64).view(-1, 1, 1)
     bits = torch.where(kinds == 0, blocks._visible_bits, 0)
     if streaming_info is not None:
-        bits = torch.where(kinds < 0, _streaming_bits(blocks, streaming_info), bits)
+        streaming = blocks._visible_bits if exact_streaming else _streaming_bits(blocks, streaming_info)
+        bits = torch.where(kinds < 0, streaming, bits)
     if base_blockmask is not None:
         place = blocks._place
         of_masks = Dense(base_blockmask).pack(blocks.sequences, place.rows, place.layout(blocks.causal))
         which = _masks_of_heads(head_mask_type).clamp(0, of_masks.shape[0] - 1)
         bits = torch.where(kinds > 0, of_masks[which], bits)
-    return blocks._mask(bits)
+    mask = blocks._mask(bits)
+    if streaming_info is None or not exact_streaming:
+        return mask
+    sink, local = streaming_info.to(torch.int64).view(-1, 2).unbind(1)
+    streams = head_mask_type < 0
+    return mask.windowed(
+        left=torch.where(streams, local.clamp(min=1) - 1, UNBOUNDED), sink=torch.where(streams, sink, 0)
+    )
 
 
 def _masks_of_heads(head_mask_type: Tensor) -> Tensor:
@@ -171,7 +203,9 @@ def _check_ints(name: str, value: object, count: int, blocks: patterns.Blocks, w
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected ({count},), the {what}")
 
 
-def _check_kinds(head_mask_type: Tensor, streaming_info: Tensor | None, base_blockmask: Tensor | None) -> None:
+def _check_kinds(
+    head_mask_type: Tensor, streaming_info: Tensor | None, base_blockmask: Tensor | None, exact_streaming: bool
+) -> None:
     """What the tensors hold."""
     kinds = head_mask_type.tolist()
     if min(kinds, default=0) < -1:
@@ -180,6 +214,8 @@ def _check_kinds(head_mask_type: Tensor, streaming_info: Tensor | None, base_blo
         raise ValueError("streaming_info is None; expected sink and local blocks, as a head of head_mask_type streams")
     if streaming_info is not None and streaming_info.numel() and int(streaming_info.min()) < 0:
         raise ValueError(f"streaming_info holds {int(streaming_info.min())}; expected 0 or more")
+    if exact_streaming and -1 in kinds and 0 in streaming_info[1::2][head_mask_type < 0]:
+        raise ValueError("streaming_info has 0 local tokens; expected 1 or more with exact_streaming")
     masks = 0 if base_blockmask is None else base_blockmask.shape[1]
     wanted = [int(x) + 1 for x, kind in zip(_masks_of_heads(head_mask_type), kinds, strict=True) if kind > 0]
     if max(wanted, default=0) > masks:

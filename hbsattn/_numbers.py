@@ -1,0 +1,46 @@
+"""Numbers of which each mask head may have its own: an int, a sequence of ints, or an int tensor (heads)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hbsattn._checks import LENGTH_LIMIT, check_index, check_same_device, check_tensor
+from hbsattn._contents import can_read
+
+Numbers = int | Sequence[int] | Tensor
+
+
+def numbers_of_heads(
+    name: str, value: Numbers, device: torch.device, whose: str, least: int = 0, *, read: bool = False
+) -> Tensor:
+    """int64 (heads, 1), or (1, 1) for one number.
+
+    `read`: whether to check what a tensor holds, where that can be read. Other numbers are at least `least` always.
+    """
+    if isinstance(value, Tensor):
+        check_tensor(name, value, (1,), (torch.int32, torch.int64))
+        check_same_device(name, value, device, whose)
+        if read and can_read(value) and value.numel() and int(value.min()) < least:
+            raise ValueError(f"{name} holds {int(value.min())}; expected {least} to {LENGTH_LIMIT - 1}")
+        return value.to(torch.int64).unsqueeze(-1)
+    if not isinstance(value, Sequence):
+        return torch.full((1, 1), check_index(name, value, least), dtype=torch.int64, device=device)
+    numbers = torch.tensor([check_index(f"{name}[{i}]", x, least) for i, x in enumerate(value)], dtype=torch.int64)
+    if device.type == "cuda" and not torch.compiler.is_compiling():  # from pageable memory, a copy would wait
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True).unsqueeze(-1)
+
+
+def alike(numbers: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Numbers (heads, 1), by name, with as many heads each."""
+    heads = common_heads({name: value.shape[0] for name, value in numbers.items()})
+    return tuple(value.expand(heads, 1) for value in numbers.values())
+
+
+def common_heads(heads: dict[str, int]) -> int:
+    most = max(heads.values())
+    for name, count in heads.items():
+        if count not in (1, most):
+            raise ValueError(f"{name} has {count} heads; expected 1 or {most}")
+    return most
