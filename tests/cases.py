@@ -40,6 +40,7 @@ class Case:
     source: str = "dense"  # dense, indices or csr
     values: str = "normal"  # normal, negative (very negative logits) or hidden (masked-out logits of +1e4)
     scale: float | None = None
+    windows: tuple[tuple[int, int, int], ...] = ()  # left, right and sink of each mask head, or of all
 
     @property
     def keys(self) -> tuple[int, ...]:
@@ -269,8 +270,8 @@ def block_size_pairs() -> list[Case]:
     return cases
 
 
-def random_case(seed: int, *, any_block_size: bool, max_len: int) -> Case:
-    """A case drawn at random; `any_block_size` allows block sizes off the fast path."""
+def random_case(seed: int, *, any_block_size: bool, max_len: int, windowed: bool = False) -> Case:
+    """A case drawn at random; `any_block_size` allows block sizes off the fast path, `windowed` adds windows."""
     rng = random.Random(seed)
     packed = rng.random() < 0.7
     batch = rng.randint(1, 4)
@@ -286,7 +287,7 @@ def random_case(seed: int, *, any_block_size: bool, max_len: int) -> Case:
     dims = [1, 18, 24, 32, 48, 56, 80, 88, 101, 104, 112, 120, *HEAD_DIMS]
     source = rng.choice(["dense", "dense", "indices", "csr"])
     forms = {True: ["flat"] if source == "csr" else ["flat", "batched"], False: ["batched", "shared"]}[packed]
-    return Case(
+    spec = Case(
         f"random_{seed}",
         lens_q=lens_q,
         lens_k=lens_k,
@@ -306,6 +307,12 @@ def random_case(seed: int, *, any_block_size: bool, max_len: int) -> Case:
         values=rng.choice(["normal", "normal", "hidden"]),
         scale=rng.choice([None, 0.3]),
     )
+    if not windowed:
+        return spec
+    reach = [-1, -1, 0, 1, rng.randint(0, 40), rng.randint(0, max_len), 2 * max_len]
+    sink = [0, 0, 1, rng.randint(0, 40), spec.k_block, rng.randint(0, 2 * max_len)]
+    windows = [(rng.choice(reach), rng.choice(reach), rng.choice(sink)) for _ in range(spec.mask_heads)]
+    return dataclasses.replace(spec, windows=tuple(windows[: rng.choice([1, spec.mask_heads])]))
 
 
 # Lengths that lie about tensors of HOSTILE_ROWS rows: what cumulative lengths claim.

@@ -141,6 +141,7 @@ class Problem:
             lens_q=spec.lens_q,
             lens_k=spec.keys,
             causal=spec.causal,
+            windows=spec.windows,
             scale=spec.scale,
             compute_dtype=compute_dtype,
         )
@@ -243,7 +244,24 @@ def build_mask(
     source: str | None = None,
     seed: int = 0,
 ) -> hbsattn.BlockMask:
-    """A BlockMask of the case's block masks, through the constructor that `source` names."""
+    """A BlockMask of the case's block masks, through the constructor that `source` names, with the case's windows."""
+    mask = build_blocks(spec, masks, device, form=form, source=source, seed=seed)
+    if not spec.windows:
+        return mask
+    left, right, sink = (list(x) for x in zip(*spec.windows, strict=True))
+    return mask.windowed(left, right, sink)
+
+
+def build_blocks(
+    spec: Case,
+    masks: list[Tensor],
+    device: str,
+    *,
+    form: str | None = None,
+    source: str | None = None,
+    seed: int = 0,
+) -> hbsattn.BlockMask:
+    """The same without windows."""
     form, source = form or spec.mask_form, source or spec.source
     keywords = mask_keywords(spec, device, source)
     sizes = (spec.q_block, spec.k_block)
@@ -264,7 +282,7 @@ def attended_keys(problem: Problem, *, blocks_alone: bool) -> list[Tensor]:
     spec = problem.case
     result = []
     for mask, len_q, len_k in zip(problem.block_masks, spec.lens_q, spec.keys, strict=True):
-        allowed = dense.element_mask(mask, len_q, len_k, spec.q_block, spec.k_block, spec.causal)
+        allowed = dense.element_mask(mask, len_q, len_k, spec.q_block, spec.k_block, spec.causal, spec.windows)
         keys = allowed.any(dim=1)
         if blocks_alone and len_k:
             block = torch.arange(len_k) // spec.k_block
@@ -272,7 +290,7 @@ def attended_keys(problem: Problem, *, blocks_alone: bool) -> list[Tensor]:
             for b in range(live.shape[1]):
                 live[:, b] = keys[:, block == b].any(dim=1)
             keys = live[:, block]
-        if spec.mask_heads == spec.heads_q:
+        if keys.shape[0] == spec.heads_q:  # a mask of one head has as many as its windows
             keys = keys.unflatten(0, (spec.heads_k, -1)).any(dim=1)
         result.append(keys.expand(spec.heads_k, -1).T)
     return result

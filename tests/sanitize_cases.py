@@ -17,6 +17,8 @@ from cases import BACKWARD_METHODS, HOSTILE_LENGTHS, HOSTILE_ROWS, Case, case
 from gradients import attend, differentiate, judge_gradients
 from problems import judge, make_problem
 
+# Left, right and sink of the heads: no window, one inside a block, one across blocks, and a sink that ends in a block.
+SLIDING = ((-1, -1, 0), (20, 3, 5), (100, -1, 0), (30, 0, 70))
 CASES = [
     case("packed_causal", causal=True, q_block=64, k_block=16),
     case("batched", lens_q=(150, 150), lens_k=(130, 130), packed=False, k_block=48, head_dim=128),
@@ -89,6 +91,36 @@ CASES = [
         density=0.7,
         causal=True,
     ),
+    case("sliding", q_block=128, k_block=128, lens_q=(300, 90), lens_k=(400, 80), head_dim=128, windows=SLIDING),
+    case("sliding_causal", q_block=128, k_block=128, lens_q=(300, 90), head_dim=128, windows=SLIDING, causal=True),
+    case("sliding_tiles_of_64", q_block=64, k_block=64, lens_q=(200, 90), lens_k=(170, 80), windows=SLIDING),
+    case("sliding_wide", q_block=64, k_block=48, lens_q=(150,), head_dim=256, windows=SLIDING, causal=True),
+    case("sliding_by_queries", q_block=128, k_block=16, lens_q=(300, 20), head_dim=128, windows=SLIDING, causal=True),
+    case("sliding_deterministic", q_block=128, k_block=128, lens_q=(300, 90), head_dim=128, windows=SLIDING),
+    case(
+        "sliding_stack",
+        q_block=1,
+        heads_q=32,
+        heads_k=2,
+        mask_heads=2,
+        lens_q=(50, 9),
+        lens_k=(200, 70),
+        head_dim=128,
+        windows=SLIDING[2:],
+        causal=True,
+    ),
+    case(
+        "sliding_pairs",
+        pattern="alike",
+        heads_q=8,
+        heads_k=2,
+        mask_heads=8,
+        lens_q=(300,),
+        k_block=16,
+        density=0.9,
+        windows=SLIDING * 2,
+        causal=True,
+    ),
 ]
 
 
@@ -104,7 +136,7 @@ def main() -> None:
             continue
         problem = make_problem(spec, "cuda", dtypes[number % len(dtypes)])
         out, lse = problem.run()
-        grads = differentiate(problem)
+        grads = differentiate(problem, deterministic="deterministic" in spec.name)
         torch.cuda.synchronize()
         for field in ("q", "k", "v"):
             setattr(problem, field, getattr(problem, field).cpu())

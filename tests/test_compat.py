@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from hbsattn.compat import block_sparse_attn
-from hbsattn.compat.block_sparse_attn import block_sparse_attn_func, block_streaming_attn_func
+from hbsattn.compat.block_sparse_attn import (
+    block_sparse_attn_func,
+    block_streaming_attn_func,
+    token_streaming_attn_func,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LENGTHS = {
@@ -17,8 +21,12 @@ LENGTHS = {
     "q_longer": ((512, 256), (256, 130)),
     "odd": ((1023, 0, 40), (1024, 70, 40)),
     "even": ((512,), (512,)),
+    "k_twice": ((108, 256), (256, 512)),
+    "q_twice": ((512, 113), (256, 203)),
+    "nearly": ((1023,), (1024,)),
 }
 SHORT, LONG = ("k_longer", "even"), ("q_longer", "odd")
+EXACT_SHORT, EXACT_LONG = ("q_twice",), ("k_twice", "k_longer", "odd", "nearly")
 KINDS = {
     "dense": [0, 0, 0, 0],
     "sparse": [1, 1, 1, 1],
@@ -27,15 +35,21 @@ KINDS = {
     "named": [2, 2, 0, 1],
 }
 SINKS_AND_LOCALS = [1, 2, 0, 1, 1, 3, 2, 0]
+TOKENS = {"few": [1, 3] * 4, "many": [64, 256] * 4, "of_heads": [0, 1, 130, 128, 1, 77, 9000, 5]}
 
 
-def allowed(kind: int, mask: Tensor | None, info: tuple[int, int], len_q: int, len_k: int, causal: bool) -> Tensor:
-    """Bool (len_q, len_k) of one head of a sequence."""
+def allowed(
+    kind: int, mask: Tensor | None, info: tuple[int, int], len_q: int, len_k: int, causal: bool, exact: bool = False
+) -> Tensor:
+    """Bool (len_q, len_k) of one head of a sequence. `exact`: streaming heads count tokens."""
     query, key = torch.arange(len_q).view(-1, 1), torch.arange(len_k)
     row, col = query // 128, key // 128
     on = torch.ones(len_q, len_k, dtype=torch.bool)
     if kind > 0:
         on = mask[row, col]
+    elif kind < 0 and exact:
+        sink, local = info
+        on = (key < sink) | (key > query + len_k - len_q - local)
     elif kind < 0:
         sink, local = info
         end = math.ceil(len_k / 128) + 0 * row
@@ -71,6 +85,19 @@ def reference(q: Tensor, k: Tensor, v: Tensor, on: Tensor) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("kinds", KINDS)
 def test_block_sparse_attn(kinds: str, lengths: str, causal: bool, device: str):
     """4 query heads of 2 key heads: results, log-sum-exp and gradients."""
+    check(kinds, lengths, SINKS_AND_LOCALS, causal, False, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("lengths", [*EXACT_SHORT, *(pytest.param(x, marks=pytest.mark.slow) for x in EXACT_LONG)])
+@pytest.mark.parametrize("kinds", ["streaming", "mixed"])
+def test_exact_streaming(kinds: str, lengths: str, tokens: str, device: str):
+    """The same with heads that stream by tokens, forward and, which MIT's has not, backward."""
+    check(kinds, lengths, TOKENS[tokens], True, True, device)
+
+
+def check(kinds: str, lengths: str, infos: list[int], causal: bool, exact: bool, device: str) -> None:
     types, (lens_q, lens_k) = KINDS[kinds], LENGTHS[lengths]
     generator = torch.Generator().manual_seed(len(kinds) + len(lengths))
     dtype = torch.float64 if device == "cpu" else torch.bfloat16
@@ -85,31 +112,32 @@ def test_block_sparse_attn(kinds: str, lengths: str, causal: bool, device: str):
         *leaves,
         *cu,
         torch.tensor(types, dtype=torch.int32, device=device),
-        torch.tensor(SINKS_AND_LOCALS, dtype=torch.int32, device=device),
+        torch.tensor(infos, dtype=torch.int32, device=device),
         base.to(device),
         max(lens_q),
         max(lens_k),
         0.0,
         is_causal=causal,
+        exact_streaming=exact,
         return_attn_probs=True,
     )
     assert no_dropout is None
     grads = torch.autograd.grad(out, leaves, grad.to(device))
 
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    precise = [x.double().requires_grad_() for x in (q, k, v)]
     parts, begin_q, begin_k = [], 0, 0
     for index, (len_q, len_k) in enumerate(zip(lens_q, lens_k, strict=True)):
         on = torch.stack(
             [
-                allowed(kind, base[index, which], tuple(SINKS_AND_LOCALS[2 * h : 2 * h + 2]), len_q, len_k, causal)
+                allowed(kind, base[index, which], tuple(infos[2 * h : 2 * h + 2]), len_q, len_k, causal, exact)
                 for h, (kind, which) in enumerate(zip(types, masks_of_heads(types), strict=True))
             ]
         )
         rows, keys = slice(begin_q, begin_q + len_q), slice(begin_k, begin_k + len_k)
-        parts.append(reference(exact[0][rows], exact[1][keys], exact[2][keys], on))
+        parts.append(reference(precise[0][rows], precise[1][keys], precise[2][keys], on))
         begin_q, begin_k = begin_q + len_q, begin_k + len_k
     want, want_lse = torch.cat([x for x, _ in parts]), torch.cat([x for _, x in parts], dim=-1)
-    want_grads = torch.autograd.grad(want, exact, grad.double())
+    want_grads = torch.autograd.grad(want, precise, grad.double())
     # A block too many or too few is off by more; how exact kernels are is tested elsewhere.
     close = {"rtol": 1e-9, "atol": 1e-10} if device == "cpu" else {"rtol": 3e-2, "atol": 3e-2}
     for got, expected in zip((out, lse, *grads), (want, want_lse, *want_grads), strict=True):
@@ -128,6 +156,26 @@ def test_block_streaming_attn(device: str):
     assert torch.equal(out, same)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_token_streaming_attn(device: str):
+    """Without masks, causal, and without dropout among its arguments."""
+    cu_seqlens = torch.tensor([0, 300, 700], dtype=torch.int32, device=device)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    q, k, v = torch.randn((3, 700, 2, 16), device=device, dtype=dtype)
+    kinds, info = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, -1], [0, 0, 5, 33]))
+    out, lse, _ = token_streaming_attn_func(
+        q, k, v, cu_seqlens, cu_seqlens, kinds, info, 400, 400, return_attn_probs=True
+    )
+    options = {"is_causal": True, "exact_streaming": True, "return_attn_probs": True}
+    lengths = (cu_seqlens, cu_seqlens)
+    same = block_sparse_attn_func(q, k, v, *lengths, kinds, info, None, 400, 400, 0.0, **options)
+    assert torch.equal(out, same[0]) and torch.equal(lse, same[1])
+    no_streams = torch.zeros_like(kinds)
+    options["return_attn_probs"] = False
+    dense = block_sparse_attn_func(q, k, v, *lengths, no_streams, None, None, 400, 400, 0.0, **options)
+    assert torch.equal(out[:, 0], dense[:, 0]) and not torch.equal(out[:, 1], dense[:, 1])
+
+
 @pytest.mark.gpu
 def test_nothing_waits():
     cu_seqlens = torch.tensor([0, 300, 700], dtype=torch.int32, device="cuda")
@@ -138,6 +186,7 @@ def test_nothing_waits():
     torch.cuda.set_sync_debug_mode("error")
     try:
         block_sparse_attn_func(q, k, v, cu_seqlens, cu_seqlens, kinds, info, base, 400, 400, 0.0, is_causal=True)
+        token_streaming_attn_func(q, k, v, cu_seqlens, cu_seqlens, kinds, info, 400, 400)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -146,7 +195,13 @@ def test_nothing_waits():
     ("change", "error", "words"),
     [
         ({"p_dropout": 0.1}, ValueError, ["p_dropout is 0.1", "expected 0"]),
-        ({"exact_streaming": True}, ValueError, ["exact_streaming is True", "expected False"]),
+        ({"exact_streaming": True}, ValueError, ["exact_streaming is True", "expected False", "is_causal"]),
+        (
+            {"exact_streaming": True, "is_causal": True, "streaming_info": torch.tensor([0, 0, 1, 0])},
+            ValueError,
+            ["streaming_info has 0 local tokens", "1 or more"],
+        ),
+        ({"is_causal": 1}, TypeError, ["is_causal is 1"]),
         ({"head_mask_type": torch.tensor([0, 1, 0])}, ValueError, ["head_mask_type has shape (3,)", "(2,)"]),
         ({"head_mask_type": torch.tensor([0.0, 1.0])}, TypeError, ["head_mask_type has dtype torch.float32"]),
         ({"head_mask_type": torch.tensor([0, -2])}, ValueError, ["head_mask_type holds -2"]),

@@ -13,20 +13,43 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Windows = Sequence[tuple[int, int, int]]
+
 
 def element_mask(
-    block_mask: Tensor, len_q: int, len_k: int, q_block_size: int, k_block_size: int, causal: bool
+    block_mask: Tensor,
+    len_q: int,
+    len_k: int,
+    q_block_size: int,
+    k_block_size: int,
+    causal: bool,
+    windows: Windows = (),
 ) -> Tensor:
     """Which (query, key) pairs of one sequence count.
 
-    block_mask: bool (heads, >= q blocks, >= k blocks), on any device. Returns bool (heads, len_q, len_k) there.
+    block_mask: bool (heads, >= q blocks, >= k blocks), on any device. windows: left, right and sink of each head, or
+    of all; a left or right of -1 is unbounded. Returns bool (heads, len_q, len_k) there.
     """
     query = torch.arange(len_q, device=block_mask.device)
     key = torch.arange(len_k, device=block_mask.device)
     allowed = block_mask[:, query // q_block_size][:, :, key // k_block_size]
     if causal:
         allowed = allowed & (key[None, :] <= query[:, None] + (len_k - len_q))
+    if windows:
+        inside = torch.stack([window_mask(query, key, *window) for window in windows])
+        allowed = allowed & inside
     return allowed
+
+
+def window_mask(query: Tensor, key: Tensor, left: int, right: int, sink: int) -> Tensor:
+    """Bool (len_q, len_k): what a window of tokens allows. The last query is at the last key."""
+    place = query[:, None] + (len(key) - len(query))
+    inside = torch.ones((len(query), len(key)), dtype=torch.bool, device=key.device)
+    if left >= 0:
+        inside = inside & (key >= place - left)
+    if right >= 0:
+        inside = inside & (key <= place + right)
+    return inside | (key < sink)
 
 
 def one_sequence(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,14 +107,15 @@ def attention(
     lens_q: Sequence[int],
     lens_k: Sequence[int],
     causal: bool,
+    windows: Windows = (),
     scale: float | None = None,
     compute_dtype: torch.dtype | None = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of a whole batch.
 
     q: (total_q, Hq, D) or (B, Sq, Hq, D); k, v likewise. block_masks: per sequence, bool (1 | Hk | Hq, q blocks,
-    k blocks). lens_q, lens_k: the lengths of the sequences, also for batched tensors. compute_dtype: None for the
-    dtype of q.
+    k blocks). lens_q, lens_k: the lengths of the sequences, also for batched tensors. windows: as in `element_mask`.
+    compute_dtype: None for the dtype of q.
     Returns out, shaped as q, lse (Hq, total_q) or (B, Hq, Sq), and luck, shaped as out without its last dimension (see
     `luck_of_rows`), at compute_dtype.
     """
@@ -110,7 +134,8 @@ def attention(
             continue
         rows_q = slice(begins_q[b], begins_q[b] + len_q) if packed else (b, slice(0, len_q))
         rows_k = slice(begins_k[b], begins_k[b] + len_k) if packed else (b, slice(0, len_k))
-        allowed = element_mask(block_masks[b].to(q.device), len_q, len_k, q_block_size, k_block_size, causal)
+        blocks = block_masks[b].to(q.device)
+        allowed = element_mask(blocks, len_q, len_k, q_block_size, k_block_size, causal, windows)
         tensors = (q[rows_q].to(dtype), k[rows_k].to(dtype), v[rows_k].to(dtype))
         out[rows_q], lse_b, luck[rows_q] = one_sequence(*tensors, allowed, scale)
         lse[(slice(None), rows_q) if packed else b] = lse_b
