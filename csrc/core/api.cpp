@@ -151,7 +151,7 @@ Status plan_items(const PlanParams& params, Stream stream) {
   return kernels::plan_items(params, stream);
 }
 
-size_t plan_scratch_size(int64_t num_items) { return 4 * sizeof(int32_t) * static_cast<size_t>(num_items); }
+size_t plan_scratch_size(int64_t num_items) { return 5 * sizeof(int32_t) * static_cast<size_t>(num_items); }
 
 Status transpose_mask(const TransposeParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(check_device());

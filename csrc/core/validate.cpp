@@ -47,6 +47,13 @@ Status check_pointer(const char* name, const void* pointer, int64_t elements) {
                               " elements");
 }
 
+Status check_rules(const MaskView& mask) {
+  if (!mask.shape.ruled && mask.rules != nullptr) {
+    return Status::InvalidValue("rules is a pointer; expected null, as shape.ruled is false");
+  }
+  return check_pointer("rules", mask.rules, mask.shape.ruled ? mask.shape.heads : 0);
+}
+
 Status check_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k) {
   HBSATTN_RETURN_IF_ERROR(check_range("heads_q", heads_q, 1, kInt32Limit));
   HBSATTN_RETURN_IF_ERROR(check_range("heads_k", heads_k, 1, kInt32Limit));
@@ -256,6 +263,7 @@ Status validate_plan(const PlanParams& params) {
 Status check_pointers(const PlanParams& params) {
   const MaskShape& shape = params.mask.shape;
   const int64_t items = count_items(params);
+  HBSATTN_RETURN_IF_ERROR(check_rules(params.mask));
   HBSATTN_RETURN_IF_ERROR(check_pointer("bits", params.mask.bits, shape.heads * shape.rows * shape.words()));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", params.mask.sequences, shape.batch));
   HBSATTN_RETURN_IF_ERROR(check_pointer("scratch", params.scratch, items));
@@ -323,6 +331,7 @@ Status check_pointers(const ForwardParams& params) {
   const MaskShape& shape = params.mask.shape;
   HBSATTN_RETURN_IF_ERROR(check_tensors(params));
   HBSATTN_RETURN_IF_ERROR(check_pointer("bits", params.mask.bits, shape.heads * shape.rows * shape.words()));
+  HBSATTN_RETURN_IF_ERROR(check_rules(params.mask));
   HBSATTN_RETURN_IF_ERROR(check_pointer("items", params.items, params.num_items));
   return check_pointer("workspace", params.workspace, static_cast<int64_t>(forward_workspace_size()));
 }
@@ -356,6 +365,7 @@ Status check_pointers(const BackwardParams& params) {
   if (params.needs_k) HBSATTN_RETURN_IF_ERROR(check_pointer("grad_k", params.grad_k.data, keys));
   if (params.needs_v) HBSATTN_RETURN_IF_ERROR(check_pointer("grad_v", params.grad_v.data, keys));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", problem.mask.sequences, shape.batch));
+  HBSATTN_RETURN_IF_ERROR(check_rules(problem.mask));
   const BackwardLists lists = backward_lists(params);
   if (lists.keys) {
     HBSATTN_RETURN_IF_ERROR(check_pointer("columns", params.columns, shape.heads * shape.cols * shape.row_words()));

@@ -158,11 +158,13 @@ struct ItemGrid {
   int32_t tiles;   // of one row
   int32_t united;  // neighbouring query blocks that a tile may unite, 1: none
   bool pairs;      // as in TileShape
+  const HeadRule* rules;  // null: no head has one
 };
 
 struct Item {
   WorkItem record;    // without counts of blocks
   int32_t clean_end;  // columns before this one are visible to all rows of the tile, to their last key
+  int32_t tail_end;   // but for those before this one, which a window may hide from some row
   bool has_queries;   // false: the tile lies behind the end of its sequence, or the sequence has no such block
 };
 
@@ -210,9 +212,10 @@ constexpr Item make_item(const ItemGrid& grid, int64_t index) {
   if (first > last) return item;
 
   item.has_queries = true;
-  const ElementRule<int64_t> rule = rule_of(shape, sequence);
+  const WindowRule<int64_t> rule = rule_of(shape, sequence, read_rule(grid.rules, mask_head));
   record.col_end = columns_before(shape, rule.visible_end(block_row + last, sequence.k_len));
   item.clean_end = whole_blocks(shape, rule.clean_end(block_row + first, sequence.k_len));
+  item.tail_end = columns_before(shape, rule.clean_begin(block_row + last));
   return item;
 }
 

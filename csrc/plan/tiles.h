@@ -60,7 +60,7 @@ constexpr bool has_keys_for_pairs(int64_t keys, int32_t k_block_size) { return k
 // does not decide: results of a sequence must not depend on what lies beside it.
 constexpr bool takes_pairs(const MaskShape& shape, int64_t block_rows, int32_t head_dim) {
   return block_rows == 64 && shape.q_block_size % kGranule == 0 && shape.k_block_size % kGranule == 0 &&
-         head_dim <= 128 && shape.rows > 1 && has_keys_for_pairs(shape.cols * shape.k_block_size, shape.k_block_size);
+         head_dim <= 128 && !shape.ruled && shape.rows > 1 && has_keys_for_pairs(shape.cols * shape.k_block_size, shape.k_block_size);
 }
 
 // How the query blocks of a problem are cut into tiles, for the forward or for gradients: the one place that tells
@@ -84,8 +84,10 @@ constexpr TileShape shape_tiles(const MaskShape& shape, int32_t heads_q, int32_t
   const int32_t packed_heads = count_packed_heads(shape, heads_q, heads_k, pack_heads);
   const int64_t block_rows = int64_t{packed_heads} * shape.q_block_size;
   const bool pairs = !for_backward && takes_pairs(shape, block_rows, head_dim);
-  const int32_t tile_rows = for_backward ? choose_tile_rows(block_rows, head_dim)
-                                         : choose_forward_tile_rows(block_rows, head_dim, shape.k_block_size);
+  // Rules of heads are the general kernel's, which tiles of 192 rows, and pairs, do not have.
+  const int32_t tile_rows = for_backward || shape.ruled
+                                ? choose_tile_rows(block_rows, head_dim)
+                                : choose_forward_tile_rows(block_rows, head_dim, shape.k_block_size);
   return {packed_heads,
           block_rows,
           tile_rows,

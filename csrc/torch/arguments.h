@@ -26,6 +26,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 inline constexpr int64_t kSequenceInts = sizeof(Sequence) / sizeof(int32_t);
+inline constexpr int64_t kRuleInts = sizeof(HeadRule) / sizeof(int32_t);
 inline constexpr int64_t kItemInts = sizeof(WorkItem) / sizeof(int32_t);
 inline constexpr int64_t kKeyItemInts = sizeof(KeyItem) / sizeof(int32_t);
 
@@ -70,6 +71,7 @@ struct Required {
 template <class Ints>
 struct CallArguments {
   const Tensor &q, &k, &v, &bits, &sequences;
+  const OptionalTensor& rules;
   Ints layout;
   Required<bool> pack_heads;
   Required<double> softmax_scale;
@@ -77,7 +79,7 @@ struct CallArguments {
   // `function` of all of them, and of `own` behind them.
   template <class Function, class... Own>
   auto apply(const Function& function, const Own&... own) const {
-    return function(q, k, v, bits, sequences, layout, pack_heads, softmax_scale, own...);
+    return function(q, k, v, bits, sequences, rules, layout, pack_heads, softmax_scale, own...);
   }
 };
 
@@ -110,8 +112,8 @@ struct Operator<f> {
 template <class Result, class Ints, class... Own, Result (*f)(const CallArguments<Ints>&, Own...)>
 struct Operator<f> {
   static Result run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
-                    Ints layout, bool pack_heads, double softmax_scale, Own... own) {
-    return f({q, k, v, bits, sequences, layout, pack_heads, softmax_scale}, std::forward<Own>(own)...);
+                    const OptionalTensor& rules, Ints layout, bool pack_heads, double softmax_scale, Own... own) {
+    return f({q, k, v, bits, sequences, rules, layout, pack_heads, softmax_scale}, std::forward<Own>(own)...);
   }
 };
 
@@ -143,7 +145,8 @@ inline const Sequence* read_sequences(const Tensor& sequences, at::Device device
   return static_cast<const Sequence*>(sequences.const_data_ptr());
 }
 
-inline MaskView read_mask(const Tensor& bits, const Tensor& sequences, const MaskLayout& layout, at::Device device) {
+inline MaskView read_mask(const Tensor& bits, const Tensor& sequences, const OptionalTensor& rules,
+                          const MaskLayout& layout, at::Device device) {
   check_table("bits", bits, 3, device);
   MaskView mask;
   mask.sequences = read_sequences(sequences, device);
@@ -151,6 +154,12 @@ inline MaskView read_mask(const Tensor& bits, const Tensor& sequences, const Mas
   raise_if_error(validate_mask(mask.shape));
   check_shape("bits", bits, {bits.size(0), bits.size(1), mask.shape.words()});
   mask.bits = static_cast<const uint32_t*>(bits.const_data_ptr());
+  if (rules) {
+    check_table("rules", *rules, 2, device);
+    check_shape("rules", *rules, {bits.size(0), kRuleInts});
+    mask.shape.ruled = true;
+    mask.rules = static_cast<const HeadRule*>(rules->const_data_ptr());
+  }
   return mask;
 }
 
@@ -196,7 +205,7 @@ inline ForwardParams read_problem(const Call& call) {
                     describe("k has a head_dim of ", k.size(-1), "; expected ", q.size(-1), ", that of q"));
   TORCH_CHECK_VALUE(v.sizes() == k.sizes(),
                     describe("v has shape ", v.sizes(), "; expected ", k.sizes(), ", that of k"));
-  params.mask = read_mask(call.bits, call.sequences, read_layout(call.layout), device);
+  params.mask = read_mask(call.bits, call.sequences, call.rules, read_layout(call.layout), device);
   if (!params.packed) {
     const int64_t batch = call.sequences.size(0);
     TORCH_CHECK_VALUE(q.size(0) == batch,

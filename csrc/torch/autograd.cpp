@@ -120,7 +120,8 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
                                bool deterministic) {
     const auto [out, lse] =
         call_below<differentiable_forward>("hbsattn::forward", call, items, backward_plan, deterministic);
-    context->save_for_backward({q, k, v, call.bits, call.sequences, out, lse, backward_plan.value_or(Tensor())});
+    context->save_for_backward({q, k, v, call.bits, call.sequences, out, lse, backward_plan.value_or(Tensor()),
+                                call.rules.value_or(Tensor())});
     context->saved_data["layout"] = call.layout;
     context->saved_data["pack_heads"] = call.pack_heads.value;
     context->saved_data["softmax_scale"] = call.softmax_scale.value;
@@ -136,7 +137,8 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     const std::vector<c10::SymInt> layout = data["layout"].toSymIntVector();
     const bool pack_heads = data["pack_heads"].toBool();
     const double softmax_scale = data["softmax_scale"].toDouble();
-    const TracedCall call{saved[0], saved[1], saved[2], saved[3], saved[4], layout, pack_heads, softmax_scale};
+    const OptionalTensor rules = if_defined(saved[8]);
+    const TracedCall call{saved[0], saved[1], saved[2], saved[3], saved[4], rules, layout, pack_heads, softmax_scale};
     const Tensor &out = saved[5], &lse = saved[6];
     const c10::List<bool> needed = data["needs"].toBoolList();
     const std::array<bool, 3> needs{needed[0], needed[1], needed[2]};

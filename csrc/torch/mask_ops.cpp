@@ -184,10 +184,11 @@ PlanParams make_plan(const MaskView& mask, const CallShape& heads, bool for_back
   return params;
 }
 
-Tensor plan_items_op(const Tensor& bits, const Tensor& sequences, at::IntArrayRef layout, at::IntArrayRef heads) {
+Tensor plan_items_op(const Tensor& bits, const Tensor& sequences, const OptionalTensor& rules, at::IntArrayRef layout,
+                     at::IntArrayRef heads) {
   const at::Device device = bits.device();
   const c10::DeviceGuard guard(device);
-  const MaskView mask = read_mask(bits, sequences, read_layout(layout), device);
+  const MaskView mask = read_mask(bits, sequences, rules, read_layout(layout), device);
   return make_items(make_plan(mask, read_call_shape(heads), false), device);
 }
 
@@ -206,12 +207,13 @@ BackwardParams make_problem(const PlanParams& plan, bool deterministic, const st
   return params;
 }
 
-Tensor plan_backward_op(const Tensor& bits, const Tensor& sequences, at::IntArrayRef layout, at::IntArrayRef heads,
-                        int64_t rows_k, bool packed, bool deterministic, std::array<bool, 3> needs) {
+Tensor plan_backward_op(const Tensor& bits, const Tensor& sequences, const OptionalTensor& rules,
+                        at::IntArrayRef layout, at::IntArrayRef heads, int64_t rows_k, bool packed, bool deterministic,
+                        std::array<bool, 3> needs) {
   const at::Device device = bits.device();
   const c10::DeviceGuard guard(device);
   const CallShape call = read_call_shape(heads);
-  PlanParams items = make_plan(read_mask(bits, sequences, read_layout(layout), device), call, true);
+  PlanParams items = make_plan(read_mask(bits, sequences, rules, read_layout(layout), device), call, true);
   const MaskShape& shape = items.mask.shape;
   KeyPlanParams keys;
   keys.mask = items.mask;

@@ -98,7 +98,7 @@ py::dict to_dict(const hbsattn::Explanation& explanation) {
 // `queries` and `keys`: rows and heads; `mask`: batch, heads, rows and cols; `blocks`: queries and keys of a block.
 std::pair<py::dict, py::dict> explain(const std::string& dtype, bool packed, std::array<int64_t, 2> queries,
                                       std::array<int64_t, 2> keys, int32_t head_dim, std::array<int64_t, 4> mask,
-                                      std::array<int32_t, 2> blocks, bool causal, bool deterministic,
+                                      std::array<int32_t, 2> blocks, bool causal, bool ruled, bool deterministic,
                                       std::array<bool, 3> needs) {
   hbsattn::BackwardParams params;
   hbsattn::ForwardParams& problem = params.problem;
@@ -118,6 +118,7 @@ std::pair<py::dict, py::dict> explain(const std::string& dtype, bool packed, std
   shape.q_block_size = blocks[0];
   shape.k_block_size = blocks[1];
   shape.causal = causal;
+  shape.ruled = ruled;
   params.deterministic = deterministic;
   params.needs_q = needs[0];
   params.needs_k = needs[1];

@@ -26,14 +26,14 @@ TORCH_LIBRARY(hbsattn, m) {
   define("pack_csr(Tensor indptr, Tensor indices, Tensor sequences, " + blocks + " -> Tensor");
   define("check_mask(SymInt batch, int heads, " + blocks + " -> ()");
 
-  define("plan_items(Tensor bits, Tensor sequences, SymInt[] layout, int[] heads) -> Tensor");
+  define("plan_items(Tensor bits, Tensor sequences, Tensor? rules, SymInt[] layout, int[] heads) -> Tensor");
   define(
-      "plan_backward(Tensor bits, Tensor sequences, SymInt[] layout, int[] heads, SymInt rows_k, bool packed, "
-      "bool deterministic, bool[3] needs) -> Tensor");
+      "plan_backward(Tensor bits, Tensor sequences, Tensor? rules, SymInt[] layout, int[] heads, SymInt rows_k, "
+      "bool packed, bool deterministic, bool[3] needs) -> Tensor");
 
   // What each operator of an attention call takes first: CallArguments of arguments.h.
   const std::string call =
-      "(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, SymInt[] layout, bool pack_heads, "
+      "(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor? rules, SymInt[] layout, bool pack_heads, "
       "float softmax_scale";
   define("check_forward" + call + ") -> ()");
   define("forward" + call +

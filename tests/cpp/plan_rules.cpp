@@ -348,7 +348,8 @@ int check_empty_tiles(int rounds) {
                               tiles.tile_rows,
                               tiles.tiles,
                               tiles.united,
-                              tiles.pairs};
+                              tiles.pairs,
+                              nullptr};
     const int64_t items = problem.heads_q / tiles.packed_heads * shape.rows * tiles.tiles;
     for (int64_t index = 0; index < std::min<int64_t>(items, 3000); ++index) {
       const mask::Item item = mask::make_item(grid, index);
@@ -463,6 +464,105 @@ bool check_clamped(int32_t diagonal, int32_t rows_q, int32_t rows_k) {
   return true;
 }
 
+// The same for causality and the rule of a head.
+template <class Int>
+bool check_window(const WindowRule<Int>& rule, Int end, Int first_query, Int last_query, Int begin, Int last) {
+  const auto sees = [&](Int query, Int key) {
+    const Int place = query + rule.order.diagonal;
+    if (rule.order.causal && key > place) return false;
+    return key < rule.head.sink || (key >= place - rule.head.left && key <= place + rule.head.right);
+  };
+  const Int clean_begin = rule.clean_begin(last_query), clean_end = rule.clean_end(first_query, end);
+  Int visible = 0;
+  bool between = true, clean = true;
+  for (Int k = 0; k < end; ++k) {
+    bool any = false, all = true;
+    for (Int query = first_query; query <= last_query; ++query) {
+      any = any || sees(query, k);
+      all = all && sees(query, k);
+      const bool by_limits = k < rule.head.sink ? k <= rule.last_sink_key(query, end)
+                                                : k >= rule.first_key(query) && k <= rule.last_key(query, end);
+      if (by_limits != sees(query, k)) return false;
+    }
+    if (any) visible = k + 1;
+    if (k >= clean_begin && k < clean_end) between = between && all;
+    if (k >= begin && k <= last) clean = clean && all;
+  }
+  // A pair of ranges may be called unclean though it is clean, but not the other way round.
+  const bool says_clean = rule.is_clean(first_query, last_query, begin, last);
+  const Int visible_end = std::max<Int>(rule.visible_end(last_query, end), 0);
+  // Where the last window lies behind all keys, nobody looks which earlier ones do not.
+  const bool is_visible = visible == visible_end || (visible < visible_end && rule.first_key(last_query) >= end);
+  return is_visible && between && (clean || !says_clean);
+}
+
+// Tiles of query blocks whose heads have rules: blocks between the tail and the masked ones need no element masks.
+int check_window_items(int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    MaskShape shape;
+    shape.batch = shape.heads = 1;
+    shape.q_block_size = static_cast<int32_t>(draw(1, 40));
+    shape.k_block_size = static_cast<int32_t>(draw(1, 40));
+    shape.causal = draw(0, 1) == 0;
+    shape.ruled = true;
+    const auto q_len = static_cast<int32_t>(draw(1, 120)), k_len = static_cast<int32_t>(draw(1, 120));
+    shape.rows = (q_len - 1) / shape.q_block_size + 1;
+    shape.cols = (k_len - 1) / shape.k_block_size + 1;
+    const Sequence sequence{0, q_len, 0, k_len, 0, 0, k_len - q_len};
+    const auto reach = [] { return static_cast<int32_t>(draw(0, 3) == 0 ? -1 : draw(0, 90)); };
+    const HeadRule given{reach(), reach(), static_cast<int32_t>(draw(0, 2) == 0 ? draw(0, 60) : 0), 0};
+    const mask::ItemGrid grid{shape, &sequence, 1, 1, 64, (shape.q_block_size + 63) / 64, 1, false, &given};
+    const WindowRule<int64_t> rule = rule_of(shape, sequence, read_rule(&given, 0));
+    for (int64_t index = 0; index < shape.rows; ++index) {
+      const mask::Item item = mask::make_item(grid, index);
+      const int64_t first = index * shape.q_block_size;
+      const int64_t last = std::min<int64_t>(first + shape.q_block_size, q_len) - 1;
+      for (int64_t column = 0; column < shape.cols; ++column) {
+        const int64_t begin = column * shape.k_block_size;
+        const int64_t end = std::min<int64_t>(begin + shape.k_block_size, k_len);
+        bool any = false, all = end == begin + shape.k_block_size;
+        for (int64_t query = first; query <= last; ++query) {
+          for (int64_t key = begin; key < end; ++key) {
+            const bool sees = key < rule.head.sink ? key <= rule.last_sink_key(query, k_len)
+                                                   : key >= rule.first_key(query) && key <= rule.last_key(query, k_len);
+            any = any || sees;
+            all = all && sees;
+          }
+        }
+        const bool says_clean = column >= item.tail_end && column < item.clean_end;
+        if ((any && column >= item.record.col_end) || (says_clean && !all)) {
+          std::printf("FAILED: a tile by a rule: column %" PRId64 ", tail %d, clean %d, visible %d\n", column,
+                      item.tail_end, item.clean_end, item.record.col_end);
+          return 1;
+        }
+      }
+    }
+  }
+  return 0;
+}
+
+int check_windows(int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    const auto reach = [] { return static_cast<int32_t>(draw(0, 3) == 0 ? draw(-2, -1) : draw(0, 30)); };
+    const HeadRule given{reach(), reach(), static_cast<int32_t>(draw(-3, 12)), 0};
+    const HeadRule head = read_rule(&given, 0);
+    const int64_t diagonal = draw(-20, 20), end = draw(0, 20), first = draw(0, 20), last = draw(first, 25);
+    const int64_t begin = draw(0, 20), last_key = draw(begin, 20);
+    const bool causal = draw(0, 1) == 0;
+    const WindowRule<int64_t> wide{{causal, diagonal}, head};
+    const WindowRule<int32_t> narrow{{causal, static_cast<int32_t>(diagonal)}, head};
+    if (!check_window(wide, end, first, last, begin, std::min(last_key, end - 1)) ||
+        !check_window(narrow, static_cast<int32_t>(end), static_cast<int32_t>(first), static_cast<int32_t>(last),
+                      static_cast<int32_t>(begin), static_cast<int32_t>(std::min(last_key, end - 1)))) {
+      std::printf("FAILED: the rule of a head: causal %d diagonal %" PRId64 " end %" PRId64 " queries %" PRId64
+                  " to %" PRId64 " keys %" PRId64 " to %" PRId64 " left %d right %d sink %d\n",
+                  causal, diagonal, end, first, last, begin, last_key, given.left, given.right, given.sink);
+      return 1;
+    }
+  }
+  return 0;
+}
+
 int check_rules(int rounds) {
   for (int round = 0; round < rounds; ++round) {
     const bool causal = draw(0, 1) == 0;
@@ -491,7 +591,8 @@ int check_rules(int rounds) {
 }  // namespace
 
 int main() {
-  if (check_rules(100000) || check_pair_order() || check_paying_pairs(100000)) return 1;
+  if (check_rules(100000) || check_windows(100000) || check_window_items(2000)) return 1;
+  if (check_pair_order() || check_paying_pairs(100000)) return 1;
   if (check_lengths(400000) || check_key_places(20000, true) || check_key_places(20000, false)) return 1;
   if (check_query_sets(20000) || check_places_of_rows(20000)) return 1;
   return check_empty_tiles(1000);

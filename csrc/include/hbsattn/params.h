@@ -38,17 +38,29 @@ struct MaskShape {
   int32_t q_block_size = 0;  // queries in a block
   int32_t k_block_size = 0;  // keys in a block
   bool causal = false;       // key j counts for query i if j <= i + Sequence::diagonal
+  bool ruled = false;        // each mask head also has a rule of its own, in MaskView::rules
 
   constexpr int64_t words() const { return (cols + 31) / 32; }      // of a bit row
   constexpr int64_t row_words() const { return (rows + 31) / 32; }  // of a column
 };
 
+// The element rule of a mask head. On top of the block mask and of causality, key j counts for query i if j < sink or
+// i + Sequence::diagonal - left <= j <= i + Sequence::diagonal + right. Row of an int32 (heads, 4) device table.
+struct alignas(16) HeadRule {
+  int32_t left;   // negative: unbounded
+  int32_t right;  // the same
+  int32_t sink;   // first keys of a sequence, which the window does not hide
+  int32_t unused;
+};
+
 // A packed mask. Bit c % 32 of bits[h][row][c / 32] says whether the query block of this row attends to key block
-// c of its own sequence; columns past the sequence's end and, if causal, past the diagonal are 0.
+// c of its own sequence; columns past the sequence's end and, if causal, past the diagonal are 0. Where rules let no
+// query of the block see a key of c, the bit should be 0: results are the same, but such blocks would be streamed.
 struct MaskView {
   MaskShape shape;
   const uint32_t* bits = nullptr;       // (heads, rows, words), contiguous
   const Sequence* sequences = nullptr;  // (batch)
+  const HeadRule* rules = nullptr;      // (heads), if shape.ruled
 };
 
 // Packed: cu_seqlens_* point to int32 (batch + 1) on the device. Batched: they are null and seqlen_* hold.
@@ -102,9 +114,8 @@ struct PackParams {
 };
 
 // Records of work lists have 64 bytes, which four lanes write and a tile warp reads at once, and hold what belongs to
-// one tile. What belongs to a query head, such as a rule of its own (window, sink), is to be no field but a row of a
-// table by head, in device memory: a tile may have rows of several heads, and counts of a record are all that planning
-// by such a table changes. A query tile that is split over its keys needs to know its part, of how many, and where
+// one tile. What belongs to a head, such as its rule, is no field but a row of a table in device memory: a tile of keys
+// streams queries of several heads. A query tile that is split over its keys needs to know its part, of how many, and where
 // sums lie: KeyItem has these, and WorkItem room for them where tiles have no pairs, part and parts in one int.
 
 // One stationary tile of the forward kernel: up to 64 or 128 "virtual rows" of one query block. When `packed_heads`
@@ -128,7 +139,11 @@ struct alignas(64) WorkItem {
   int32_t diagonal;
   int32_t united;    // query blocks of the tile. 0: a dead item, as the tile of another has this block, or the tile no
                      // query; such items end the list, or part it (TileShape::pairs), and their bit_row is -1
-  int32_t alone[2];  // of a pair, the key blocks that one of its blocks is active with and the other not; otherwise 0
+  int32_t alone[2];  // of a pair, the key blocks that one of its blocks is active with and the other not. Otherwise
+                     // alone[0] is `tail`: of the blocks, the first ones (smallest columns), which a rule's window may
+                     // hide from some row, and which need element masks, too
+
+  constexpr int32_t tail() const { return alone[0]; }
 };
 
 // The work list of one mask for one (heads_q, heads_k, head_dim, element size): a record per tile, heaviest first

@@ -70,7 +70,7 @@ __device__ UnitedCounts count_united(const ItemGrid& grid, const uint32_t* bits,
 // What is known of an item, for the lists.
 struct ItemCounts {
   int32_t weight;      // blocks of the record, by which items are put in order; -1: the item is dead
-  int32_t details[2];  // the record's masked and united; of a pair its alone
+  int32_t details[3];  // the record's masked, united and tail; of a pair its alone
 };
 
 // The weight of a tile that is taken from the list's end, by its blocks, and back.
@@ -126,18 +126,20 @@ __device__ ItemCounts count_item(const ItemGrid& grid, const uint32_t* bits, int
   const Item item = mask::make_item(grid, index);
   if (grid.tiles > 1 && !item.has_queries) return kDead;
   const uint32_t* row = bits + item.record.bit_row * grid.shape.words();
-  int all = 0, clean = 0;
+  int all = 0, clean = 0, tail = 0;
   for (int word = lane; 32 * word < item.record.col_end; word += kThreads) {
     const uint32_t active = row[word];
     all += __popc(active & mask::bits_before(item.record.col_end, word));
     clean += __popc(active & mask::bits_before(item.clean_end, word));
+    tail += __popc(active & mask::bits_before(item.tail_end, word));
   }
 #pragma unroll
   for (int delta = kThreads / 2; delta > 0; delta /= 2) {
     all += __shfl_xor_sync(~0u, all, delta);
     clean += __shfl_xor_sync(~0u, clean, delta);
+    tail += __shfl_xor_sync(~0u, tail, delta);
   }
-  return {grid.pairs ? weigh_last(all) : all, {all - clean, 1}};
+  return {grid.pairs ? weigh_last(all) : all, {all - clean, 1, tail}};
 }
 
 // Counts the blocks of each item and, if `live` is not null, the items of each section that are not dead; behind those
@@ -155,8 +157,7 @@ __global__ void __launch_bounds__(kCountThreads)
   if (exists) counts = count_item<kThreads>(grid, bits, index, lane);
   if (exists && lane == 0) {
     weights[index] = counts.weight;
-    details[index] = counts.details[0];
-    details[num_items + index] = counts.details[1];
+    for (int i = 0; i < 3; ++i) details[i * num_items + index] = counts.details[i];
   }
   if (live == nullptr) return;
   // One addition for all items of a warp that have one counter.
@@ -182,6 +183,7 @@ __device__ PackedRecord make_item_record(const ItemGrid& grid, int64_t index, It
     record.blocks = grid.pairs ? weigh_last(counts.weight) : counts.weight;
     record.masked = counts.details[0];
     record.united = counts.details[1];
+    record.alone[0] = counts.details[2];
   }
   // The last block sees farthest.
   if (record.united > 1) record.col_end = mask::make_item(grid, index + record.united - 1).record.col_end;
@@ -201,7 +203,8 @@ struct ItemList {
   int64_t num_items;
 
   __device__ PackedRecord make_record(int64_t index, int weight, int) const {
-    return make_item_record(grid, index, {weight, {details[index], details[num_items + index]}});
+    return make_item_record(grid, index,
+                            {weight, {details[index], details[num_items + index], details[2 * num_items + index]}});
   }
 };
 
@@ -270,13 +273,14 @@ Status plan_items(const PlanParams& params, Stream stream) {
                       tiles.tile_rows,
                       tiles.tiles,
                       tiles.united,
-                      tiles.pairs};
+                      tiles.pairs,
+                      params.mask.rules};
   int32_t* weights = static_cast<int32_t*>(params.scratch);
   int32_t* details = weights + num_items;
   const bool some_dead = tiles.united > 1 || tiles.tiles > 1;
   const int32_t section_items = count_section_items(params, tiles, num_items, some_dead);
   // The dead items of a section are its last ones: nobody has to count them where there is one section.
-  int32_t* live = some_dead && section_items < num_items ? details + 2 * num_items : nullptr;
+  int32_t* live = some_dead && section_items < num_items ? details + 3 * num_items : nullptr;
   OrderArguments order{};
   order.num_items = num_items;
   order.room = params.num_items;

@@ -85,6 +85,7 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.mask = shape;
   args.sequences = problem.packed ? problem.mask.sequences : nullptr;
   args.columns = params.columns;
+  args.rules = problem.mask.rules;
   args.items = params.key_items;
   args.num_items = static_cast<int>(params.num_key_items);
   args.row_words = static_cast<int>(shape.row_words());

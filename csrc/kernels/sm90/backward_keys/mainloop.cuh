@@ -27,26 +27,76 @@ namespace hbsattn::sm90 {
 
 // What each of a thread's two keys asks of a query that sees it.
 struct QueryLimits {
-  int value[2];  // the first such query, less the thread's column offset; INT_MAX: none
-  int block;     // of the united blocks, that of the warp's keys
+  // The first such query, less the thread's column offset; where heads have rules, the query at whose place the key
+  // lies. INT_MAX: none.
+  int value[2];
+  int block;  // of the united blocks, that of the warp's keys
 
   __device__ __forceinline__ QueryLimits(const BackwardKeysArguments& args, const KeyItem& item, int warp_key, int lane)
       : block(item.united > 1 ? warp_key / args.mask.k_block_size : 0) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const int in_tile = warp_key + lane / 4 + 8 * row;
-      // In rows of the stack, as infos have them. From 0 on, where no shift overflows.
-      const int first_query = max(rule_of(args.mask, item).first_query(item.first_key + in_tile), 0);
-      const int first_row = (first_query << args.chunks.stack.rows_log2) - 2 * (lane & 3);
-      value[row] = in_tile >= item.keys ? INT_MAX : first_row;
+      const int in_tile = warp_key + lane / 4 + 8 * row, key = item.first_key + in_tile;
+      const int place = min(key - item.diagonal, kUnboundedWindow);
+      const int first = args.mask.ruled ? place : row_of(args, rule_of(args.mask, item).first_query(key), lane);
+      value[row] = in_tile >= item.keys ? INT_MAX : first;
     }
+  }
+
+  // In rows of the stack, as infos have them, less the thread's column offset. From 0 on, where no shift overflows.
+  static __device__ __forceinline__ int row_of(const BackwardKeysArguments& args, int query, int lane) {
+    return (max(query, 0) << args.chunks.stack.rows_log2) - 2 * (lane & 3);
+  }
+
+  // The rows of a stage that see a thread's key: from `first` on, and before `end`.
+  struct Rows {
+    int first, end;
+  };
+  // `rule`: of the stage.
+  __device__ __forceinline__ Rows find_rows(const BackwardKeysArguments& args, int row, const HeadRule& rule,
+                                            int lane) const {
+    const int place = value[row], most = kUnboundedWindow >> args.chunks.stack.rows_log2;
+    const bool of_sink = place < read_info(rule.sink, lane);
+    int first = args.mask.causal ? place : INT_MIN, end = most;
+    const int left = read_info(rule.left, lane), right = read_info(rule.right, lane);
+    if (!of_sink) {
+      if (!args.mask.causal && right < kUnboundedWindow) first = place - right;
+      if (left < most - place) end = place + left + 1;
+    }
+    return {place == INT_MAX ? INT_MAX : row_of(args, first, lane), row_of(args, end, lane)};
   }
 };
 
+// By the rule of the stage's heads.
+template <class Scores, class Info>
+__device__ __forceinline__ void mask_by_rule(const BackwardKeysArguments& args, Scores& scores, const Info& info,
+                                             int first_granule, const QueryLimits& limits, int lane) {
+  CUTE_UNROLL
+  for (int row = 0; row < 2; ++row) {
+    // One row after the other: there are registers for the limits of one.
+    const QueryLimits::Rows rows = limits.find_rows(args, row, info.rule, lane);
+    CUTE_UNROLL
+    for (int granule = 0; granule < cute::size(scores) / 8; ++granule) {
+      const bool active = read_info(info.with[first_granule + granule], lane) >> limits.block & 1;
+      const int query = active ? read_info(info.queries[first_granule + granule], lane) : -1 - kUnboundedWindow;
+      CUTE_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const int in_stage = query + (j >> 1) * 8 + (j & 1);
+        float& score = scores(8 * granule + (j >> 1) * 4 + 2 * row + (j & 1));
+        score = in_stage >= rows.first && in_stage < rows.end ? score : -INFINITY;
+      }
+    }
+  }
+}
+
 // One rule for causality, united blocks and keys that do not exist, for scores of granules from some one of a stage on.
 template <class Scores, class Info>
-__device__ __forceinline__ void mask_queries(Scores& scores, const Info& info, int first_granule,
-                                             const QueryLimits& limits, int lane) {
+__device__ __forceinline__ void mask_queries(const BackwardKeysArguments& args, Scores& scores, const Info& info,
+                                             int first_granule, const QueryLimits& limits, int lane) {
+  if (args.mask.ruled) {
+    mask_by_rule(args, scores, info, first_granule, limits, lane);
+    return;
+  }
   CUTE_UNROLL
   for (int granule = 0; granule < cute::size(scores) / 8; ++granule) {
     const int query = read_info(info.queries[first_granule + granule], lane);
@@ -275,7 +325,7 @@ struct BackwardKeysMainloop {
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
     cute::warpgroup_fence_operand(grad_weights);
-    if (masked) mask_queries(scores, storage.infos[stage()], 0, limits, lane);
+    if (masked) mask_queries(args, scores, storage.infos[stage()], 0, limits, lane);
     exponentiate(scores, lse);
     differentiate(scores, grad_weights, Statistics(storage.delta[stage()], lane), masked);
     return masked;
@@ -365,7 +415,7 @@ struct BackwardKeysMainloop {
       if constexpr (!Traits::kSendsFirst) send_queries(leaving_chunk, last_part, this_stage);
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(next_scores);
-      if (masked) mask_queries(next_scores, storage.infos[stage()], 0, limits, lane);
+      if (masked) mask_queries(args, next_scores, storage.infos[stage()], 0, limits, lane);
       exponentiate(next_scores, lse);
       const Statistics delta(storage.delta[stage()], lane);
       if constexpr (Traits::kGradLeavesFromStage) {

@@ -49,7 +49,7 @@ struct KeysOnlyMainloop : BackwardKeysMainloop<Traits> {
       const Statistics lse(storage.lse[stage()], lane);
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(next_scores);
-      if (masked) mask_queries(next_scores, storage.infos[stage()], 0, limits, lane);
+      if (masked) mask_queries(this->args, next_scores, storage.infos[stage()], 0, limits, lane);
       this->exponentiate(next_scores, lse);
       const Statistics delta(storage.delta[stage()], lane);
       cute::warpgroup_wait<0>();

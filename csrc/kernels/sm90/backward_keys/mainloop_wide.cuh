@@ -124,7 +124,7 @@ struct BackwardKeysMainloopWide {
   }
 
   __device__ __forceinline__ void mask(Scores& scores, const QueryLimits& limits, int stage) const {
-    mask_queries(scores, storage.infos[stage], unit * (Traits::kScoreQueries / kGranule), limits, lane);
+    mask_queries(args, scores, storage.infos[stage], unit * (Traits::kScoreQueries / kGranule), limits, lane);
   }
 
   // Of the stage's statistics, those of this thread's first two columns.

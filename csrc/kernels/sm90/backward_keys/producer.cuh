@@ -92,8 +92,16 @@ __device__ __forceinline__ int count_blocks(const ColumnBits& bits, int lane) {
 // not be read: a weight of 0 does not silence a NaN.
 __device__ __forceinline__ int count_seen_keys(const BackwardKeysArguments& args, const KeyItem& item, int block,
                                                int lane) {
-  if (!args.mask.causal) return item.active >> block & 1 ? item.keys : 0;
-  int last_row = -1;
+  if (!args.mask.causal && !args.mask.ruled) return item.active >> block & 1 ? item.keys : 0;
+  // Both counted from the tile's first key on.
+  const auto count = [&](int last_row, int head) {
+    if (last_row < 0) return 0;
+    const int last_query = min((last_row - item.row_begin + 1) * args.mask.q_block_size, item.q_len) - 1;
+    HeadRule rule = read_rule(args.rules, mask_of_head(head, args.heads_of_mask));
+    rule.sink -= item.first_key;
+    return max(rule_of(args.mask, item, rule).visible_end(last_query - item.first_key, item.keys), 0);
+  };
+  int last_row = -1, seen = 0;
   const int first_head = args.sets.first_head(item.query_set);
   for (int head = first_head; head < first_head + args.sets.tile_heads; head += args.heads_of_mask) {
     const ColumnBits bits(args, item, head);
@@ -106,11 +114,11 @@ __device__ __forceinline__ int count_seen_keys(const BackwardKeysArguments& args
       const int last = rows == 0 ? -1 : 32 * word + 31 - __clz(rows);
       last_row = max(last_row, __reduce_max_sync(0xffffffffu, last));
     }
+    if (!args.mask.ruled) continue;
+    seen = max(seen, count(last_row, head));
+    last_row = -1;
   }
-  if (last_row < 0) return 0;
-  const int last_query = min((last_row - item.row_begin + 1) * args.mask.q_block_size, item.q_len) - 1;
-  // Both counted from the tile's first key on.
-  return max(rule_of(args.mask, item).visible_end(last_query - item.first_key, item.keys), 0);
+  return args.mask.ruled ? seen : count(last_row, first_head);
 }
 
 // Keys or values of a tile. Lane i knows how many are seen up to the end of united block i; `whole`: all are.
@@ -150,6 +158,13 @@ struct QueryPlan {
   bool clean;  // every key of the tile sees every query of it
 };
 
+// Of the heads of a stack, which share a mask.
+template <bool kStacked>
+__device__ __forceinline__ HeadRule rule_of_stack(const BackwardKeysArguments& args, int stack) {
+  const int head = kStacked ? stack * args.chunks.stack.heads : stack;
+  return read_rule(args.rules, mask_of_head(head, args.heads_of_mask));
+}
+
 template <class Traits, bool kStacked>
 __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& args, const KeyItem& item,
                                                   const ColumnBits& bits, const typename Traits::Blocks& blocks,
@@ -175,8 +190,15 @@ __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& a
   plan.with = item.united > 1 ? bits.rows.with(row) : 1;
   plan.whole = args.whole_queries && plan.query + rows <= plan.end;
   const int last_key = item.first_key + item.keys - 1;
-  plan.clean = item.keys == Traits::kTileN && plan.with == (1 << item.united) - 1 &&
-               rule_of(args.mask, item).is_clean(plan.query >> stack_log2, last_key);
+  plan.clean = item.keys == Traits::kTileN && plan.with == (1 << item.united) - 1;
+  const int first_query = plan.query >> stack_log2;
+  if (args.rules == nullptr) {
+    plan.clean = plan.clean && rule_of(args.mask, item).is_clean(first_query, last_key);
+  } else {
+    const int last_query = (min(plan.query + rows, plan.end) - 1) >> stack_log2;
+    plan.clean = plan.clean && rule_of(args.mask, item, rule_of_stack<kStacked>(args, stack))
+                                   .is_clean(first_query, last_query, item.first_key, last_key);
+  }
   return plan;
 }
 
@@ -202,6 +224,10 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
       info.chunks[lane] = query < 0 ? -1 : chunk + row_in_segment(row) / kGranule;
     }
     if (lane == 0) info.masked = (clean & lanes) != lanes;
+    if (args.rules != nullptr && lane == 0) {
+      info.rule = rule_of_stack<kStacked>(args, stack);
+      info.rule.sink -= item.diagonal;
+    }
   }
   uint64_t* full = &storage.full[stage];
   if (lane == 0) {

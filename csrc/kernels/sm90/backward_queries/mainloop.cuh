@@ -196,9 +196,9 @@ struct BackwardQueriesMainloop : GradQueriesMainloop<Traits, kGeneral> {
     }
   }
 
-  // All stages of a tile. Masked stages come first.
+  // All stages of a tile. Masked stages come first; in the general kernel, those from `clean_end` on are masked again.
   __device__ __forceinline__ void run(const KeyLimits<kGeneral>& limits, const RowStatistics& rows, int stages,
-                                      int masked_stages) {
+                                      int masked_stages, int clean_end) {
     cute::clear(grad_queries);
     Scores weights, grads;
     issue_stage_scores(weights);
@@ -212,8 +212,10 @@ struct BackwardQueriesMainloop : GradQueriesMainloop<Traits, kGeneral> {
     differentiate(weights, grads, rows, true);
     int late_granule = kNoKey, stage = 1;
 #pragma unroll 1
-    for (; stage < stages; ++stage)
-      step<true>(weights, grads, late_granule, limits, rows, stage == 1, stage < masked_stages);
+    for (; stage < stages; ++stage) {
+      const bool masked = stage < masked_stages || (kGeneral && stage >= clean_end);
+      step<true>(weights, grads, late_granule, limits, rows, stage == 1, masked);
+    }
     step<false>(weights, grads, late_granule, limits, rows, stage == 1, false);
     GradKeys grad_keys;
     wait_shared(position - 1);

@@ -49,6 +49,8 @@ __device__ __forceinline__ void run_consumer(const QueryTileArguments& args, typ
     const WorkItem item = wait_tile(storage, slot).item;
     const int stages = uniform(storage.tiles[slot.index].stages);
     [[maybe_unused]] const int masked_stages = uniform(storage.tiles[slot.index].masked_stages);
+    [[maybe_unused]] const int clean_end = kGeneral ? uniform(storage.tiles[slot.index].clean_end) : stages;
+    const HeadRule rule = kGeneral ? storage.tiles[slot.index].rule : HeadRule{};
     [[maybe_unused]] PairStages pair;
     if constexpr (Traits::kPairs) {
       const PairStages& announced = storage.tiles[slot.index].pair;
@@ -62,13 +64,14 @@ __device__ __forceinline__ void run_consumer(const QueryTileArguments& args, typ
       write_empty_tile<Traits, kGeneral>(args, item, unit, warp, lane);
       continue;
     }
-    const typename ForwardMainloop<Traits, kGeneral>::Limits limits(args, item, unit * kUnitRows + warp * 16, lane);
+    const typename ForwardMainloop<Traits, kGeneral>::Limits limits(args, item, rule, unit * kUnitRows + warp * 16,
+                                                                  lane);
     mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
     if constexpr (Traits::kPairs) {
       mainloop.run_pair(limits, pair, ring_begin, buffer.index * Traits::kUnits + unit);
       ring_begin = (ring_begin + stages) % Traits::kKeyStages;
     } else {
-      mainloop.run(limits, stages, masked_stages, buffer.index * Traits::kUnits + unit);
+      mainloop.run(limits, stages, masked_stages, clean_end, buffer.index * Traits::kUnits + unit);
     }
     finish_tile<Traits, kGeneral>(args, storage, mainloop, item, buffer.index, warp);
     buffer.advance();
@@ -91,7 +94,8 @@ __device__ __forceinline__ void record_cycles(const QueryTileArguments& args, bo
 }
 
 // A persistent CTA: four producer warps and one to three consumer warpgroups, which meet at the barriers of Storage
-// only. kGeneral: for ragged blocks, boxes of several heads and united blocks, which the fast path has no code for.
+// only. kGeneral: for rules of heads, ragged blocks, boxes of several heads and united blocks, which the fast path has no
+// code for.
 template <class Config, bool kGeneral>
 __global__ void __launch_bounds__(QueryTileTraits<Config>::kThreads, Config::kCtasPerSm)
     forward_kernel(const __grid_constant__ QueryTileArguments args) {

@@ -250,44 +250,52 @@ struct ForwardMainloop {
     release_values();
   }
 
-  // All stages of a tile. Masked stages come first; the loop after them has no mask code.
-  __device__ __forceinline__ void run(const Limits& limits, int stages, int masked_stages, int query_index) {
+  // All stages of a tile. Masked stages come first, and the loop after them has no mask code; in the general kernel,
+  // those from `clean_end` on are masked again.
+  __device__ __forceinline__ void run(const Limits& limits, int stages, int masked_stages, int clean_end,
+                                      int query_index) {
+    if constexpr (!kGeneral) clean_end = stages;
     Scores scores;
     Probabilities probabilities;
     begin(scores, limits, query_index);
     bool accumulate = false;
     int stage = 1;
-    if constexpr (kAhead) {
-      // Two stages a round, as the next scores have registers of their own: of an odd number, one comes before.
-      const int singly = masked_stages + ((stages - masked_stages) & 1);
+    if constexpr (!kAhead) weigh(scores, probabilities);
 #pragma unroll 1
-      for (; stage < singly; ++stage) {
-        Scores next;
-        step_ahead<true>(scores, next, probabilities, limits, query_index, accumulate, stage < masked_stages);
-        cute::copy(next, scores);
-        accumulate = true;
-      }
+    while (true) {
+      if constexpr (kAhead) {
+        // Two stages a round, as the next scores have registers of their own: of an odd number, one comes before.
+        const int singly = masked_stages + ((clean_end - masked_stages) & 1);
 #pragma unroll 1
-      for (; stage < stages; stage += 2) {
-        Scores next;
-        step_ahead<false>(scores, next, probabilities, limits, query_index, accumulate);
-        step_ahead<false>(next, scores, probabilities, limits, query_index, true);
-        accumulate = true;
-      }
-      weigh(scores, probabilities);
-    } else {
-      weigh(scores, probabilities);
+        for (; stage < singly; ++stage) {
+          Scores next;
+          step_ahead<true>(scores, next, probabilities, limits, query_index, accumulate, stage < masked_stages);
+          cute::copy(next, scores);
+          accumulate = true;
+        }
 #pragma unroll 1
-      for (; stage < masked_stages; ++stage) {
-        step<true>(scores, probabilities, limits, query_index, accumulate);
-        accumulate = true;
-      }
+        for (; stage < clean_end; stage += 2) {
+          Scores next;
+          step_ahead<false>(scores, next, probabilities, limits, query_index, accumulate);
+          step_ahead<false>(next, scores, probabilities, limits, query_index, true);
+          accumulate = true;
+        }
+      } else {
 #pragma unroll 1
-      for (; stage < stages; ++stage) {
-        step<false>(scores, probabilities, limits, query_index, accumulate);
-        accumulate = true;
+        for (; stage < masked_stages; ++stage) {
+          step<true>(scores, probabilities, limits, query_index, accumulate);
+          accumulate = true;
+        }
+#pragma unroll 1
+        for (; stage < clean_end; ++stage) {
+          step<false>(scores, probabilities, limits, query_index, accumulate);
+          accumulate = true;
+        }
       }
+      if (!kGeneral || stage >= stages) break;
+      masked_stages = clean_end = stages;
     }
+    if constexpr (kAhead) weigh(scores, probabilities);
     finish(probabilities, accumulate);
   }
 

@@ -191,22 +191,29 @@ struct GradQueriesMainloop {
     key_stage.advance();
   }
 
-  // All stages of a tile. Masked stages come first; the loop after them has no mask code.
+  // All stages of a tile. Masked stages come first, and the loop after them has no mask code; in the general kernel,
+  // those from `clean_end` on are masked again.
   __device__ __forceinline__ void run(const KeyLimits<kGeneral>& limits, const RowStatistics& rows, int stages,
-                                      int masked_stages, int query_index) {
+                                      int masked_stages, int clean_end, int query_index) {
+    if constexpr (!kGeneral) clean_end = stages;
     Operand grads;
     bool accumulate = false;
     step<true, true>(grads, limits, rows, query_index, accumulate);
     int stage = 1;
 #pragma unroll 1
-    for (; stage < masked_stages; ++stage) {
-      step<false, true>(grads, limits, rows, query_index, accumulate);
-      accumulate = true;
-    }
+    while (true) {
 #pragma unroll 1
-    for (; stage < stages; ++stage) {
-      step<false, false>(grads, limits, rows, query_index, accumulate);
-      accumulate = true;
+      for (; stage < masked_stages; ++stage) {
+        step<false, true>(grads, limits, rows, query_index, accumulate);
+        accumulate = true;
+      }
+#pragma unroll 1
+      for (; stage < clean_end; ++stage) {
+        step<false, false>(grads, limits, rows, query_index, accumulate);
+        accumulate = true;
+      }
+      if (!kGeneral || stage >= stages) break;
+      masked_stages = clean_end = stages;
     }
     issue_queries(grads, accumulate);
     cute::warpgroup_wait<0>();

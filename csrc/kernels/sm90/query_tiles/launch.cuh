@@ -75,6 +75,7 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   args.mask = shape;
   args.sequences = params.packed ? params.mask.sequences : nullptr;
   args.bits = params.mask.bits;
+  args.rules = params.mask.rules;
   args.items = params.items;
   args.num_items = static_cast<int>(params.num_items);
   args.item_step = 1;

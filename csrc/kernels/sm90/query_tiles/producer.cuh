@@ -103,13 +103,19 @@ __device__ __forceinline__ void clamp_item(const QueryTileArguments& args, WorkI
     item.blocks = clamp(item.blocks, 0, cols);
     // Which blocks need masks was planned for the length that the item claims.
     item.masked = cut ? item.blocks : clamp(item.masked, 0, item.blocks);
+    item.alone[0] = clamp(item.tail(), 0, item.blocks);
   }
   if (kSeveral) item.united = clamp(min(item.united, rows - item.bit_row % rows), 1, args.united);
 }
 
+// Of a clamped item.
+__device__ __forceinline__ HeadRule rule_of_head(const QueryTileArguments& args, const WorkItem& item) {
+  return read_rule(args.rules, args.rules == nullptr ? 0 : item.bit_row / static_cast<int>(args.mask.rows));
+}
+
 template <bool kSeveral>
 __device__ __forceinline__ int key_end_of_tile(const QueryTileArguments& args, const WorkItem& item, int tile_rows) {
-  if (!args.mask.causal) return item.k_len;
+  if (!args.mask.causal && !args.mask.ruled) return item.k_len;
   // The last row of a tile that spans several heads is the block's last row.
   const int last_virtual = item.first_row + tile_rows - 1;
   int last_head, last_in_block;
@@ -117,6 +123,7 @@ __device__ __forceinline__ int key_end_of_tile(const QueryTileArguments& args, c
   if (last_head != args.q_block_size.div(item.first_row)) last_in_block = args.q_block_size.divisor - 1;
   if (kSeveral && item.united > 1) last_in_block = item.united * args.q_block_size.divisor - 1;
   const int last_row = min(item.block_row + last_in_block, item.q_len - 1);
+  if (args.mask.ruled) return rule_of(args.mask, item, rule_of_head(args, item)).visible_end(last_row, item.k_len);
   return rule_of(args.mask, item).visible_end(last_row, item.k_len);
 }
 
@@ -231,7 +238,7 @@ __device__ __forceinline__ void announce_tile(const QueryTileArguments& args, ty
   const int item_segments = item.blocks * args.segments_per_block.divisor;
   const int stages = (item_segments + segments - 1) >> stage_segments_log2;
   const int padding = stages * segments - item_segments;
-  const int key_end = key_end_of_tile<kGeneral>(args, item, Traits::kTileM);
+  const int key_end = last ? 0 : key_end_of_tile<kGeneral>(args, item, Traits::kTileM);
   mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
   if (lane == 0) {
     TileSlot& announced = storage.tiles[slot.index];
@@ -239,6 +246,12 @@ __device__ __forceinline__ void announce_tile(const QueryTileArguments& args, ty
     announced.stages = stages;
     const int masked = (padding + item.masked * args.segments_per_block.divisor + segments - 1) >> stage_segments_log2;
     announced.masked_stages = kGeneral && args.ragged_blocks ? stages : min(stages, max(1, masked));
+    if constexpr (kGeneral) {
+      // Padding comes first, so the list's end is that of a stage.
+      const int tail = (item.tail() * args.segments_per_block.divisor + segments - 1) >> stage_segments_log2;
+      announced.clean_end = max(stages - tail, announced.masked_stages);
+      announced.rule = last ? HeadRule{} : rule_of_head(args, item);
+    }
     announced.key_end = key_end;
     mbarrier_arrive(&storage.tile_full[slot.index]);
   }
@@ -484,6 +497,7 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
         mbarrier_wait(&empty[ring.index], ring.parity);
         uint8_t* destination = stages + ring.index * Traits::kStageBytes;
         bool masked = planned + stage < tile.masked_stages;
+        if constexpr (kGeneral) masked = masked || planned + stage >= tile.clean_end;
         uint64_t* arrived = &landed[ring.index];
         [[maybe_unused]] uint64_t* filled = nullptr;
         if constexpr (Traits::kPairs) {

@@ -66,6 +66,8 @@ struct TileSlot {
   WorkItem item;      // bit_row < 0: no more tiles
   int stages;         // key stages
   int masked_stages;  // of these, the first ones that need element masks, the first stage always among them
+  int clean_end;      // stages from here on need them, too; the general kernel's
+  HeadRule rule;      // of the tile's mask head; the general kernel's
   int key_end;        // keys from here on, in the sequence, are visible to no row of the tile
   PairStages pair;    // if tiles have pairs; masked_stages is not used then
 };
@@ -184,6 +186,7 @@ struct QueryTileArguments {
   MaskShape mask;
   const Sequence* sequences;  // null: rows are not packed, and tiles write all of them
   const uint32_t* bits;
+  const HeadRule* rules;  // null: no head has one
   const WorkItem* items;
   int num_items;
   int item_step;  // to the next record. -1: behind pairs, the list is read from its end, at which `items` points
