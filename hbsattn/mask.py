@@ -567,7 +567,7 @@ class BlockMask:
 
     def flops(self, head_dim: int, num_heads: int) -> int:
         """Counts the floating-point operations of the forward: 4 * head_dim for each pair of a query and a key that
-        attend, over all `num_heads` query heads. Exact, with causality and short blocks. Waits for the device.
+        attend, over all `num_heads` query heads. Exact, with causality, windows and short blocks. Waits for the device.
         """
         head_dim, num_heads = check_index("head_dim", head_dim), check_index("num_heads", num_heads)
         if num_heads % max(self.heads, 1) != 0:

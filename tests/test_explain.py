@@ -56,3 +56,10 @@ def test_on_a_gpu(q_block: int, k_block: int, deterministic: bool, method: str, 
     assert live <= forward["num_items"]
     frozen = hbsattn.explain(problem.q.requires_grad_(), problem.k, problem.v, mask)["backward"]
     assert frozen["method"] == "queries_only"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_windows(device: str):
+    problem = make_problem(case("explained", windows=((20, 0, 3),)), device, torch.float16)
+    told = hbsattn.explain(problem.q, problem.k, problem.v, problem.mask())
+    assert told.keys() == {"forward", "backward"} and told["forward"]["kernel"]

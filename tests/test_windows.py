@@ -209,7 +209,9 @@ def blocks_of(elements: Tensor, spec: Case) -> Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("spec", [*SPECS, *product()[::4], *(by_seed(seed) for seed in range(400, 460))], ids=by_name)
+@pytest.mark.parametrize(
+    "spec", [*SPECS[::2], *product()[::8], *(by_seed(seed) for seed in range(400, 430))], ids=by_name
+)
 def test_counts(spec: Case, device: str):
     """Pairs, blocks and density, by looking at every pair of a query and a key."""
     masks = block_masks(spec, 0)
@@ -484,7 +486,7 @@ def run_random(spec: Case, device: str, dtype: torch.dtype, seed: int) -> None:
         raise AssertionError(f"seed {seed}, {dtype}, {spec}: {error}") from error
 
 
-@pytest.mark.parametrize("seed", [*range(20), *(pytest.param(x, marks=pytest.mark.slow) for x in range(20, 200))])
+@pytest.mark.parametrize("seed", [*range(10), *(pytest.param(x, marks=pytest.mark.slow) for x in range(10, 200))])
 def test_random_on_cpu(seed: int):
     run_random(by_seed(seed), "cpu", torch.float32, seed)
 
@@ -500,7 +502,7 @@ def test_any_small_problem(device: str, dtype: torch.dtype):
     hypothesis = pytest.importorskip("hypothesis", reason="the property test needs hypothesis")
     draw = hypothesis.strategies
 
-    @hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
+    @hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None)
     @hypothesis.given(
         lens=draw.lists(draw.tuples(draw.integers(0, 60), draw.integers(0, 60)), min_size=1, max_size=3),
         blocks=draw.tuples(draw.integers(1, 20), draw.integers(1, 20)),
