@@ -43,7 +43,7 @@ CUDA_OPS = ("plan_items", "plan_backward", "plan_and_forward")
 BACKWARD_OPS = ("check_backward", "backward")
 
 SPECS = [
-    case("packed", q_block=48, k_block=16, causal=True, heads_q=8, mask_heads=2),
+    case("packed", q_block=48, k_block=16, causal=True, heads_q=8, mask_heads=2, windows=((30, 0, 9), (-1, -1, 0))),
     case("batched", lens_q=(90, 90), lens_k=(70, 70), packed=False),
     case("empty", pattern="none"),
     case("zero_length", lens_q=(0, 70, 50), lens_k=(40, 0, 90)),

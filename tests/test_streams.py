@@ -71,6 +71,19 @@ def test_two_threads_with_one_mask(spec: Case, device: str):
             assert all(same(x, y) for x, y in zip(got, (*want, *want_grads), strict=True))
 
 
+@pytest.mark.gpu
+def test_first_call_of_a_thread():
+    """It may be the thread's first use of CUDA: nothing has made the device's context its own yet."""
+    problem = make_problem(case("first", density=1.0), "cuda", torch.bfloat16)
+    want = problem.run()
+    problem.run()  # what it allocates is in the cache behind
+    torch.cuda.synchronize()
+    found = []
+    run_threads([lambda: found.append(problem.run())])
+    for got, expected in zip(found[0], want, strict=True):
+        assert same(got, expected)
+
+
 def two_streams() -> list[torch.cuda.Stream]:
     """Two streams that run beside each other: the device has fewer queues than a program has streams."""
     first = torch.cuda.Stream()

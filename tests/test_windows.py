@@ -15,7 +15,7 @@ from gradients import attend, differentiate, judge_gradients
 from hbsattn import BlockMask, block_sparse_attention, patterns
 from masks import counted, mapped
 from oracle import dense
-from plans import layout_of, plan_backward, plan_items
+from plans import layout_of
 from problems import Problem, attended_keys, block_masks, build_blocks, judge, make_problem, same
 
 ops = torch.ops.hbsattn
@@ -105,9 +105,10 @@ def by_seed(seed: int, max_len: int = 150) -> Case:
     return dataclasses.replace(spec, scale=None)
 
 
-# A few of the products for the fast suite; all of them where a GPU, or patience, is.
-FAST = [*SPECS, *product()[::25]]
-SLOW = [pytest.param(spec, marks=pytest.mark.slow) for i, spec in enumerate(product()) if i % 25 != 0]
+# A part of them for the fast suite; all where a GPU, or patience, is.
+ALL = [*SPECS, *product()]
+FAST = [*SPECS[::2], *product()[::30]]
+SLOW = [pytest.param(spec, marks=pytest.mark.slow) for spec in ALL if spec not in FAST]
 
 
 @pytest.mark.parametrize("device,dtype", DEVICE_DTYPES)
@@ -121,7 +122,7 @@ def test_cases(spec: Case, device: str, dtype: torch.dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("spec", [*FAST, *product()[1::7]], ids=by_name)
+@pytest.mark.parametrize("spec", [*SPECS, *product()[1::5]], ids=by_name)
 def test_deterministic(spec: Case, dtype: torch.dtype):
     problem = make_problem(spec, "cuda", dtype)
     mask = problem.mask()
@@ -338,43 +339,6 @@ def test_patterns_of_tokens(device: str, dtype: torch.dtype):
 # The ops, compilers and graphs
 
 
-def op_call(spec: Case, device: str) -> tuple[tuple, tuple]:
-    """What each op takes first, and what those that plan take last."""
-    problem = make_problem(spec, device, torch.float32 if device == "cpu" else torch.bfloat16)
-    mask = problem.mask()
-    tables = (mask.bits, mask.sequences, mask._rules, layout_of(mask))
-    call = (problem.q, problem.k, problem.v, *tables, True, 0.125)
-    shape = (spec.heads_q, spec.heads_k, spec.head_dim, problem.q.element_size(), True)
-    plans = (None, None)
-    if device == "cuda":
-        plans = (plan_items(mask, *shape), plan_backward(mask, *shape, rows_k=problem.k.shape[-3]))
-    return call, plans
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("spec", [SPECS[0], pytest.param(SPECS[5], marks=pytest.mark.slow)], ids=by_name)
-def test_opcheck(spec: Case, device: str):
-    call, (items, plan) = op_call(spec, device)
-    torch.library.opcheck(ops.check_forward.default, call)
-    leaves = [x.detach().requires_grad_() for x in call[:3]]
-    torch.library.opcheck(ops.forward.default, (*leaves, *call[3:], items, plan))
-    out, lse = ops.forward(*call, items, plan)
-    results = (torch.ones_like(out), None, out, lse)
-    torch.library.opcheck(ops.check_backward.default, (*call, *results))
-    torch.library.opcheck(ops.backward.default, (*call, *results, plan, False, [True] * 3))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("spec", [SPECS[0], SPECS[5]], ids=by_name)
-def test_opcheck_plan(spec: Case):
-    call, _ = op_call(spec, "cuda")
-    shape = (spec.heads_q, spec.heads_k, spec.head_dim, 2, True)
-    torch.library.opcheck(ops.plan_and_forward.default, call)
-    torch.library.opcheck(ops.plan_items.default, (*call[3:7], shape))
-    backward = (*call[3:7], shape, call[1].shape[-3], spec.packed, False, (True, True, True))
-    torch.library.opcheck(ops.plan_backward.default, backward)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("change", "words"),
@@ -387,14 +351,16 @@ def test_opcheck_plan(spec: Case):
     ],
 )
 def test_ops_refuse(change: Callable[[Tensor], Tensor], words: str, device: str):
-    call = list(op_call(SPECS[0], device)[0])
-    call[5] = change(call[5])
+    problem = make_problem(SPECS[0], device, torch.bfloat16)
+    mask = problem.mask()
+    tables = (mask.bits, mask.sequences, change(mask._rules), layout_of(mask))
     with pytest.raises((TypeError, ValueError), match=words):
-        ops.check_forward(*call)
+        ops.check_forward(problem.q, problem.k, problem.v, *tables, True, 0.125)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiled(device: str):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled(backend: str, device: str):
     """Windows are made inside a graph, and so are the masks of tokens; gradients come out of it."""
     torch._dynamo.reset()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -407,7 +373,7 @@ def test_compiled(device: str):
         made = [near.windowed(left=[50, 30, -1, 9], sink=sink), patterns.token_streaming(blocks, 3, 20)]
         return block_sparse_attention(q, k, v, patterns.select_heads(made, [0, 1, 0, 0]))
 
-    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(call, backend=backend, fullgraph=True)
     for numbers in ([1, 2, 0, 40], [0, 0, 9, 9]):
         sink = torch.tensor(numbers, device=device, dtype=torch.int32)
         want, got = call(q, k, v, sink), compiled(q, k, v, sink)
@@ -464,7 +430,7 @@ def test_nothing_waits():
 
 @pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradcheck(causal: bool):
-    spec = case("gradcheck", lens_q=(7, 3), lens_k=(8, 5), q_block=3, k_block=2, head_dim=2, density=0.8)
+    spec = case("gradcheck", lens_q=(7,), lens_k=(8,), q_block=3, k_block=2, head_dim=2, density=0.8)
     spec = dataclasses.replace(spec, causal=causal, windows=((2, 1, 0), (1, -1, 2), (-1, 0, 0), (0, 0, 4)))
     problem = make_problem(spec, "cpu", torch.float64)
     mask = problem.mask()
@@ -502,7 +468,7 @@ def test_any_small_problem(device: str, dtype: torch.dtype):
     hypothesis = pytest.importorskip("hypothesis", reason="the property test needs hypothesis")
     draw = hypothesis.strategies
 
-    @hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None)
+    @hypothesis.settings(max_examples=10, deadline=None, derandomize=True, database=None)
     @hypothesis.given(
         lens=draw.lists(draw.tuples(draw.integers(0, 60), draw.integers(0, 60)), min_size=1, max_size=3),
         blocks=draw.tuples(draw.integers(1, 20), draw.integers(1, 20)),
