@@ -155,9 +155,9 @@ struct ItemGrid {
   int32_t heads_of_mask;  // query heads that share a mask
   int32_t packed_heads;
   int32_t tile_rows;
-  int32_t tiles;   // of one row
-  int32_t united;  // neighbouring query blocks that a tile may unite, 1: none
-  bool pairs;      // as in TileShape
+  int32_t tiles;          // of one row
+  int32_t united;         // neighbouring query blocks that a tile may unite, 1: none
+  bool pairs;             // as in TileShape
   const HeadRule* rules;  // null: no head has one
 };
 

@@ -55,12 +55,13 @@ constexpr bool has_keys_for_pairs(int64_t keys, int32_t k_block_size) { return k
 
 // Whether the forward looks for query blocks to take in pairs: neighbours of 64 rows each, one for each of two consumer
 // warpgroups of a tile of 128, which reads once what both attend to and computes of the rest what each does. Their
-// kernel is for key blocks of whole granules and for boxes of one head. It is one more launch, whether there are such
-// pairs or not, so no sequence of few keys has any, and masks of such sequences alone do without. What else a mask has
-// does not decide: results of a sequence must not depend on what lies beside it.
+// kernel is for key blocks of whole granules, for boxes of one head, and for heads without rules. It is one more
+// launch, whether there are such pairs or not, so no sequence of few keys has any, and masks of such sequences alone do
+// without. What else a mask has does not decide: results of a sequence must not depend on what lies beside it.
 constexpr bool takes_pairs(const MaskShape& shape, int64_t block_rows, int32_t head_dim) {
   return block_rows == 64 && shape.q_block_size % kGranule == 0 && shape.k_block_size % kGranule == 0 &&
-         head_dim <= 128 && !shape.ruled && shape.rows > 1 && has_keys_for_pairs(shape.cols * shape.k_block_size, shape.k_block_size);
+         head_dim <= 128 && !shape.ruled && shape.rows > 1 &&
+         has_keys_for_pairs(shape.cols * shape.k_block_size, shape.k_block_size);
 }
 
 // How the query blocks of a problem are cut into tiles, for the forward or for gradients: the one place that tells
@@ -84,10 +85,8 @@ constexpr TileShape shape_tiles(const MaskShape& shape, int32_t heads_q, int32_t
   const int32_t packed_heads = count_packed_heads(shape, heads_q, heads_k, pack_heads);
   const int64_t block_rows = int64_t{packed_heads} * shape.q_block_size;
   const bool pairs = !for_backward && takes_pairs(shape, block_rows, head_dim);
-  // Rules of heads are the general kernel's, which tiles of 192 rows, and pairs, do not have.
-  const int32_t tile_rows = for_backward || shape.ruled
-                                ? choose_tile_rows(block_rows, head_dim)
-                                : choose_forward_tile_rows(block_rows, head_dim, shape.k_block_size);
+  const int32_t tile_rows = for_backward ? choose_tile_rows(block_rows, head_dim)
+                                         : choose_forward_tile_rows(block_rows, head_dim, shape.k_block_size);
   return {packed_heads,
           block_rows,
           tile_rows,

@@ -39,6 +39,7 @@ HOSTILE = ("tests/test_hostile.py", "-k", "lengths_are_cut and not wide")
 PAIRS = ("tests/test_pairs.py", "-k", "test_kinds and cuda")
 SETS = ("tests/test_head_sets.py", "-k", "test_sets_of_heads and dtype1 and (shared or own_masks or two_key_heads)")
 WINDOWS = ("tests/test_head_sets.py", "-k", "test_windows_of_queries and dtype1 and tokens")
+RULES = ("tests/test_windows.py", "-k", f"test_cases and {HALF} and (batched or longer or of_heads or of_key_heads)")
 
 MUTANTS = [
     Mutant(
@@ -72,15 +73,15 @@ MUTANTS = [
     Mutant(
         "window_begins_a_key_late",
         QUERY_TILES,
-        "(of_sink || key >= limits.first[row])",
-        "(of_sink || key > limits.first[row])",
+        "key >= first && key <= limit; });",
+        "key > first && key <= limit; });",
         RULES,
     ),
     Mutant(
         "sink_a_key_short",
         QUERY_TILES,
-        "const bool of_sink = key < limits.sink;",
-        "const bool of_sink = key + 1 < limits.sink;",
+        "return key < sink ? key <= sink_limit",
+        "return key + 1 < sink ? key <= sink_limit",
         RULES,
     ),
     Mutant(
@@ -88,14 +89,14 @@ MUTANTS = [
         BACKWARD_KEYS,
         "if (left < most - place) end = place + left + 1;",
         "if (left < most - place) end = place + left;",
-        RULE_GRADIENTS,
+        RULES,
     ),
     Mutant(
         "rule_of_the_first_head",
         BACKWARD_KEYS,
         "const int head = kStacked ? stack * args.chunks.stack.heads : stack;",
         "const int head = 0 * stack;",
-        RULE_GRADIENTS,
+        RULES,
     ),
     Mutant(
         "sink_hidden_where_a_stage_is_clean",

@@ -115,8 +115,8 @@ struct PackParams {
 
 // Records of work lists have 64 bytes, which four lanes write and a tile warp reads at once, and hold what belongs to
 // one tile. What belongs to a head, such as its rule, is no field but a row of a table in device memory: a tile of keys
-// streams queries of several heads. A query tile that is split over its keys needs to know its part, of how many, and where
-// sums lie: KeyItem has these, and WorkItem room for them where tiles have no pairs, part and parts in one int.
+// streams queries of several heads. A query tile that is split over its keys needs to know its part, of how many, and
+// where sums lie: KeyItem has these, and WorkItem room for them where tiles have no pairs, part and parts in one int.
 
 // One stationary tile of the forward kernel: up to 64 or 128 "virtual rows" of one query block. When `packed_heads`
 // query heads share the mask, virtual row v of a query block stands for row v % q_block_size of head v / q_block_size.

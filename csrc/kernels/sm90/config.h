@@ -12,11 +12,11 @@ namespace hbsattn {
 
 // The kernels. kTileRows: of what a CTA keeps while it streams the rest. kPairs: as in TileShape.
 
-// Whether tiles of query rows need the second, general kernel: for rules of heads, for key blocks that are no multiple
-// of a granule, for query blocks whose heads come in one box, and for those that may be united, but for pairs.
+// Whether tiles of query rows need the second, general kernel: for key blocks that are no multiple of a granule, for
+// query blocks whose heads come in one box, and for those that may be united, but for pairs.
 constexpr bool needs_general_kernel(const MaskShape& shape, const TileShape& tiles) {
   const bool ragged = shape.k_block_size % kGranule != 0;
-  return shape.ruled || ragged || (tiles.packed_heads > 1 && shape.q_block_size % kGranule != 0) || (tiles.united > 1 && !tiles.pairs);
+  return ragged || (tiles.packed_heads > 1 && shape.q_block_size % kGranule != 0) || (tiles.united > 1 && !tiles.pairs);
 }
 
 // A forward kernel for sm_90a. A CTA owns kTileM query rows, 64 for each consumer warpgroup, and streams the keys of

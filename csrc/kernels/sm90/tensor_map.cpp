@@ -36,6 +36,14 @@ Status find_data_type(DType dtype, CUtensorMapDataType* type) {
 
 constexpr int kElementSize = 2;
 
+// The driver wants the device's context to be the thread's own, which it is not before the thread's first call of the
+// runtime: that may be the one that this map is for.
+cudaError_t bind_context() {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? cudaSetDevice(device) : error;
+}
+
 template <int kRank>
 Status encode(const MatrixRows& tensor, const cuuint64_t (&sizes)[kRank], const cuuint64_t (&byte_strides)[kRank - 1],
               const cuuint32_t (&box)[kRank], CUtensorMap* map) {
@@ -47,10 +55,14 @@ Status encode(const MatrixRows& tensor, const cuuint64_t (&sizes)[kRank], const 
   HBSATTN_RETURN_IF_ERROR(find_data_type(tensor.dtype, &type));
   cuuint32_t element_strides[kRank];
   for (cuuint32_t& stride : element_strides) stride = 1;
-  const CUresult result =
-      encode_tiled(map, type, kRank, tensor.data, sizes, byte_strides, box, element_strides,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto run = [&] {
+    const auto swizzle = box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+    return encode_tiled(map, type, kRank, tensor.data, sizes, byte_strides, box, element_strides,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = run();
+  if (result == CUDA_ERROR_INVALID_CONTEXT && bind_context() == cudaSuccess) result = run();
   if (result != CUDA_SUCCESS) {
     return Status::CudaError("cuTensorMapEncodeTiled failed with code " + std::to_string(result));
   }

@@ -223,8 +223,9 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
       info.with[lane] = with;
       info.chunks[lane] = query < 0 ? -1 : chunk + row_in_segment(row) / kGranule;
     }
-    if (lane == 0) info.masked = (clean & lanes) != lanes;
-    if (args.rules != nullptr && lane == 0) {
+    const bool masked = (clean & lanes) != lanes;
+    if (lane == 0) info.masked = masked;
+    if (masked && args.rules != nullptr && lane == 0) {
       info.rule = rule_of_stack<kStacked>(args, stack);
       info.rule.sink -= item.diagonal;
     }

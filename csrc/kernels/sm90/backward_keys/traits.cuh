@@ -27,7 +27,7 @@ struct StageInfo {
   int queries[kGranules];  // first query, in the sequence, of each granule; of stacked heads, row of the stack
   int with[kGranules];     // united key blocks that are active with it, one bit each
   int chunks[kGranules];   // of the workspace, where its gradient is added up; -1: the granule is padding
-  HeadRule rule;           // of the stage's heads, where heads have rules; its sink ends at the diagonal of this query
+  HeadRule rule;           // if masked, and heads have rules: that of the stage's; its sink is in places of queries
 };
 
 // A word of it, for all lanes: only lane 0 tells the producer that it has read a stage.

@@ -42,15 +42,15 @@ __device__ __forceinline__ void run_backward_queries_consumer(const BackwardQuer
     const WorkItem item = wait_tile(storage, slot).item;
     const int stages = uniform(storage.tiles[slot.index].stages);
     const int masked_stages = uniform(storage.tiles[slot.index].masked_stages);
-    const int clean_end = kGeneral ? uniform(storage.tiles[slot.index].clean_end) : stages;
-    const HeadRule rule = kGeneral ? storage.tiles[slot.index].rule : HeadRule{};
+    const int clean_end = uniform(storage.tiles[slot.index].clean_end);
+    const HeadRule rule = storage.tiles[slot.index].rule.head;
     release_tile(storage, slot, lane);
     if (uniform(item.bit_row) < 0) break;
     if (stages == 0) {
       write_empty_tile<Traits, kGeneral>(args, item, unit, warp, lane);
       continue;
     }
-    const KeyLimits<kGeneral> limits(args, item, rule, warp_row, lane);
+    const KeyLimits<kGeneral> limits(args, item, rule, buffer.index, warp_row, lane);
     const auto rows = RowStatistics::load<kGeneral>(args, item, warp_row, lane);
     mainloop.key_end = item.k_len;
     mainloop.query_index = buffer.index * Traits::kUnits + unit;

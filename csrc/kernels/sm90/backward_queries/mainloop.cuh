@@ -185,7 +185,7 @@ struct BackwardQueriesMainloop : GradQueriesMainloop<Traits, kGeneral> {
       turn.pass();
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(next_weights);
-      if (masked) mask_scores<Traits>(next_weights, storage.granules[key_stage.index], limits, lane);
+      if (masked) mask_scores<Traits>(this->args, next_weights, storage, key_stage.index, limits, lane);
       this->exponentiate(next_weights, rows);
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(next_grads);
@@ -196,7 +196,7 @@ struct BackwardQueriesMainloop : GradQueriesMainloop<Traits, kGeneral> {
     }
   }
 
-  // All stages of a tile. Masked stages come first; in the general kernel, those from `clean_end` on are masked again.
+  // All stages of a tile. Masked stages come first; those from `clean_end` on are masked again.
   __device__ __forceinline__ void run(const KeyLimits<kGeneral>& limits, const RowStatistics& rows, int stages,
                                       int masked_stages, int clean_end) {
     cute::clear(grad_queries);
@@ -206,14 +206,14 @@ struct BackwardQueriesMainloop : GradQueriesMainloop<Traits, kGeneral> {
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(weights);
     cute::warpgroup_fence_operand(grads);
-    mask_scores<Traits>(weights, storage.granules[key_stage.index], limits, lane);
+    mask_scores<Traits>(this->args, weights, storage, key_stage.index, limits, lane);
     this->exponentiate(weights, rows);
     release_values();
     differentiate(weights, grads, rows, true);
     int late_granule = kNoKey, stage = 1;
 #pragma unroll 1
     for (; stage < stages; ++stage) {
-      const bool masked = stage < masked_stages || (kGeneral && stage >= clean_end);
+      const bool masked = stage < masked_stages || stage >= clean_end;
       step<true>(weights, grads, late_granule, limits, rows, stage == 1, masked);
     }
     step<false>(weights, grads, late_granule, limits, rows, stage == 1, false);

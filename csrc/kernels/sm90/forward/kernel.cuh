@@ -49,8 +49,8 @@ __device__ __forceinline__ void run_consumer(const QueryTileArguments& args, typ
     const WorkItem item = wait_tile(storage, slot).item;
     const int stages = uniform(storage.tiles[slot.index].stages);
     [[maybe_unused]] const int masked_stages = uniform(storage.tiles[slot.index].masked_stages);
-    [[maybe_unused]] const int clean_end = kGeneral ? uniform(storage.tiles[slot.index].clean_end) : stages;
-    const HeadRule rule = kGeneral ? storage.tiles[slot.index].rule : HeadRule{};
+    [[maybe_unused]] const int clean_end = uniform(storage.tiles[slot.index].clean_end);
+    const HeadRule rule = storage.tiles[slot.index].rule.head;
     [[maybe_unused]] PairStages pair;
     if constexpr (Traits::kPairs) {
       const PairStages& announced = storage.tiles[slot.index].pair;
@@ -64,8 +64,8 @@ __device__ __forceinline__ void run_consumer(const QueryTileArguments& args, typ
       write_empty_tile<Traits, kGeneral>(args, item, unit, warp, lane);
       continue;
     }
-    const typename ForwardMainloop<Traits, kGeneral>::Limits limits(args, item, rule, unit * kUnitRows + warp * 16,
-                                                                  lane);
+    const typename ForwardMainloop<Traits, kGeneral>::Limits limits(args, item, rule, buffer.index,
+                                                                    unit * kUnitRows + warp * 16, lane);
     mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
     if constexpr (Traits::kPairs) {
       mainloop.run_pair(limits, pair, ring_begin, buffer.index * Traits::kUnits + unit);
@@ -94,8 +94,7 @@ __device__ __forceinline__ void record_cycles(const QueryTileArguments& args, bo
 }
 
 // A persistent CTA: four producer warps and one to three consumer warpgroups, which meet at the barriers of Storage
-// only. kGeneral: for rules of heads, ragged blocks, boxes of several heads and united blocks, which the fast path has no
-// code for.
+// only. kGeneral: for ragged blocks, boxes of several heads and united blocks, which the fast path has no code for.
 template <class Config, bool kGeneral>
 __global__ void __launch_bounds__(QueryTileTraits<Config>::kThreads, Config::kCtasPerSm)
     forward_kernel(const __grid_constant__ QueryTileArguments args) {

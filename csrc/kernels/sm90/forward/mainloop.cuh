@@ -158,7 +158,7 @@ struct ForwardMainloop {
   }
 
   __device__ __forceinline__ void mask(Scores& scores, const Limits& limits) const {
-    mask_scores<Traits>(scores, storage.granules[key_stage.index], limits, lane);
+    mask_scores<Traits>(args, scores, storage, key_stage.index, limits, lane);
   }
 
   __device__ __forceinline__ void release_keys() {
@@ -250,11 +250,10 @@ struct ForwardMainloop {
     release_values();
   }
 
-  // All stages of a tile. Masked stages come first, and the loop after them has no mask code; in the general kernel,
-  // those from `clean_end` on are masked again.
+  // All stages of a tile. Masked stages come first, and the loop after them has no mask code; those from `clean_end` on
+  // are masked again.
   __device__ __forceinline__ void run(const Limits& limits, int stages, int masked_stages, int clean_end,
                                       int query_index) {
-    if constexpr (!kGeneral) clean_end = stages;
     Scores scores;
     Probabilities probabilities;
     begin(scores, limits, query_index);
@@ -292,7 +291,7 @@ struct ForwardMainloop {
           accumulate = true;
         }
       }
-      if (!kGeneral || stage >= stages) break;
+      if (stage >= stages) break;
       masked_stages = clean_end = stages;
     }
     if constexpr (kAhead) weigh(scores, probabilities);

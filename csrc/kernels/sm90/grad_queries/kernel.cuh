@@ -20,15 +20,15 @@ __device__ __forceinline__ void run_query_consumer(const GradQueriesArguments& a
     const WorkItem item = wait_tile(storage, slot).item;
     const int stages = uniform(storage.tiles[slot.index].stages);
     const int masked_stages = uniform(storage.tiles[slot.index].masked_stages);
-    const int clean_end = kGeneral ? uniform(storage.tiles[slot.index].clean_end) : stages;
-    const HeadRule rule = kGeneral ? storage.tiles[slot.index].rule : HeadRule{};
+    const int clean_end = uniform(storage.tiles[slot.index].clean_end);
+    const HeadRule rule = storage.tiles[slot.index].rule.head;
     release_tile(storage, slot, lane);
     if (uniform(item.bit_row) < 0) break;
     if (stages == 0) {
       write_empty_tile<Traits, kGeneral>(args, item, unit, warp, lane);
       continue;
     }
-    const KeyLimits<kGeneral> limits(args, item, rule, warp_row, lane);
+    const KeyLimits<kGeneral> limits(args, item, rule, buffer.index, warp_row, lane);
     const auto rows = RowStatistics::load<kGeneral>(args, item, warp_row, lane);
     mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
     mainloop.run(limits, rows, stages, masked_stages, clean_end, buffer.index * Traits::kUnits + unit);

@@ -173,7 +173,7 @@ struct GradQueriesMainloop {
 
     cute::warpgroup_wait<kFirst ? 1 : 2>();
     cute::warpgroup_fence_operand(scores);
-    if constexpr (kMasked) mask_scores<Traits>(scores, storage.granules[key_stage.index], limits, lane);
+    if constexpr (kMasked) mask_scores<Traits>(args, scores, storage, key_stage.index, limits, lane);
     exponentiate(scores, rows);
     hold_back(scores);
     cute::warpgroup_wait<kFirst ? 0 : 1>();
@@ -191,11 +191,10 @@ struct GradQueriesMainloop {
     key_stage.advance();
   }
 
-  // All stages of a tile. Masked stages come first, and the loop after them has no mask code; in the general kernel,
-  // those from `clean_end` on are masked again.
+  // All stages of a tile. Masked stages come first, and the loop after them has no mask code; those from `clean_end` on
+  // are masked again.
   __device__ __forceinline__ void run(const KeyLimits<kGeneral>& limits, const RowStatistics& rows, int stages,
                                       int masked_stages, int clean_end, int query_index) {
-    if constexpr (!kGeneral) clean_end = stages;
     Operand grads;
     bool accumulate = false;
     step<true, true>(grads, limits, rows, query_index, accumulate);
@@ -212,7 +211,7 @@ struct GradQueriesMainloop {
         step<false, false>(grads, limits, rows, query_index, accumulate);
         accumulate = true;
       }
-      if (!kGeneral || stage >= stages) break;
+      if (stage >= stages) break;
       masked_stages = clean_end = stages;
     }
     issue_queries(grads, accumulate);

@@ -246,11 +246,12 @@ __device__ __forceinline__ void announce_tile(const QueryTileArguments& args, ty
     announced.stages = stages;
     const int masked = (padding + item.masked * args.segments_per_block.divisor + segments - 1) >> stage_segments_log2;
     announced.masked_stages = kGeneral && args.ragged_blocks ? stages : min(stages, max(1, masked));
-    if constexpr (kGeneral) {
-      // Padding comes first, so the list's end is that of a stage.
-      const int tail = (item.tail() * args.segments_per_block.divisor + segments - 1) >> stage_segments_log2;
-      announced.clean_end = max(stages - tail, announced.masked_stages);
-      announced.rule = last ? HeadRule{} : rule_of_head(args, item);
+    // Padding comes first, so the list's end is that of a stage.
+    const int tail = (item.tail() * args.segments_per_block.divisor + segments - 1) >> stage_segments_log2;
+    announced.clean_end = max(stages - tail, announced.masked_stages);
+    if (args.mask.ruled && !last) {
+      announced.rule.head = rule_of_head(args, item);
+      announced.rule.key_end() = item.k_len;
     }
     announced.key_end = key_end;
     mbarrier_arrive(&storage.tile_full[slot.index]);
@@ -497,7 +498,7 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
         mbarrier_wait(&empty[ring.index], ring.parity);
         uint8_t* destination = stages + ring.index * Traits::kStageBytes;
         bool masked = planned + stage < tile.masked_stages;
-        if constexpr (kGeneral) masked = masked || planned + stage >= tile.clean_end;
+        if constexpr (!Traits::kPairs) masked = masked || planned + stage >= tile.clean_end;
         uint64_t* arrived = &landed[ring.index];
         [[maybe_unused]] uint64_t* filled = nullptr;
         if constexpr (Traits::kPairs) {
@@ -606,6 +607,8 @@ __device__ __forceinline__ void run_buffer_warp(const Arguments& args, typename 
     while (more && held < Traits::kQueryBuffers) {
       const WorkItem item = wait_tile(storage, slot).item;
       const int stages = storage.tiles[slot.index].stages;
+      // Before the queries, whose arrival tells the consumers that it is there.
+      if (args.mask.ruled && lane == 0) storage.rules[filled.index] = storage.tiles[slot.index].rule;
       release_tile(storage, slot, lane);
       more = item.bit_row >= 0;
       if (!more || stages == 0) continue;

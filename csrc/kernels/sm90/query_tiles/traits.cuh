@@ -61,13 +61,22 @@ struct PairStages {
 // Beside the owner of a stage: it is a masked one.
 inline constexpr uint32_t kMaskedStage = 4;
 
+// What masks need of the rule of a tile's head.
+struct TileRule {
+  HeadRule head;  // as read_rule() has it
+
+  // The end of the tile's keys, where the table of rules has room.
+  __device__ __forceinline__ int& key_end() { return head.unused; }
+  __device__ __forceinline__ int key_end() const { return head.unused; }
+};
+
 // A tile as the tile warp announces it to the other warps.
 struct TileSlot {
   WorkItem item;      // bit_row < 0: no more tiles
   int stages;         // key stages
   int masked_stages;  // of these, the first ones that need element masks, the first stage always among them
-  int clean_end;      // stages from here on need them, too; the general kernel's
-  HeadRule rule;      // of the tile's mask head; the general kernel's
+  int clean_end;      // stages from here on need them, too
+  TileRule rule;      // where heads have rules
   int key_end;        // keys from here on, in the sequence, are visible to no row of the tile
   PairStages pair;    // if tiles have pairs; masked_stages is not used then
 };
@@ -155,6 +164,7 @@ struct QueryTileTraits {
     alignas(16) int32_t granules[kKeyStages][32];
     TileSlot tiles[kTileSlots];
     WorkItem held_items[kQueryBuffers];  // whose queries, or output, the buffers hold
+    TileRule rules[kQueryBuffers];       // of the heads of these, where heads have rules
     uint64_t unread;                     // where hold_back_waits stores; with it begin the barriers
     uint64_t keys_full[kOwners * kKeyStages], keys_empty[kKeyStages];
     uint64_t values_full[kOwners * kValueStages], values_empty[kValueStages];
