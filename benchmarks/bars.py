@@ -536,7 +536,73 @@ REAL = (
     ),
 )
 
-SETS = {"basics": BASICS, "shapes": SHAPES, "backward": BACKWARD, "real": REAL}
+
+STREAMING = "64 sink and 256 local tokens"
+
+
+def _windowed(shape: str, windows: str) -> str:
+    """The name of an all-true mask with windows."""
+    return f"all-true-{shape}-window-{windows}-causal"
+
+
+def _streaming(shape: str) -> str:
+    return _windowed(shape, "left255-sink64")
+
+
+def _half_dense(seqlen: int, tokens: float, blocks: float, task: str = "") -> list[Bar]:
+    """Every second head dense, the others streaming by tokens or by blocks: rates as if all were dense."""
+    what = f"{'forward + backward, ' if task else ''}half the heads dense, half {STREAMING}, s {seqlen}"
+    named = (
+        (what, _windowed(f"s{seqlen}", "all+left255-sink64"), tokens),
+        ("the same, half 1 sink and 3 local blocks of 128", f"128x128-s{seqlen}-half-streaming4-causal", blocks),
+    )
+    all_true = _ours(f"{task}all-true-s{seqlen}-causal")
+    return [
+        Bar(what, _ours(f"{task}{mask}", "dense_tflops"), all_true, target, "of all true, dense-equivalent")
+        for what, mask, target in named
+    ]
+
+
+def _sliding(what: str, target: float, task: str = "") -> Bar:
+    own = _ours(f"{task}all-true-s65536-causal")
+    return Bar(what, _ours(f"{task}{_windowed('s65536', 'left4095')}"), own, target, "of all true's rate")
+
+
+# Heads of every kind, those of one call alike or not: 32 heads, head dim 128, causal. All true is our own mask.
+HEADS = (
+    *_half_dense(8192, 1.60, 1.63),
+    *_half_dense(32768, 1.85, 1.87),
+    *_half_dense(65536, 1.91, 1.92),
+    *_half_dense(131072, 1.95, 1.95),
+    *_half_dense(65536, 1.85, 1.85, "training-"),
+    Bar(
+        f"all heads {STREAMING}, s 65536",
+        _ours(_streaming("s65536")),
+        _ours("all-true-s65536-causal"),
+        0.35,
+        "of all true's rate",
+    ),
+    Bar(
+        "the same, 8 heads, s 1048576: time of a token and head",
+        _ours(_streaming("s1048576-heads8"), "token_ns"),
+        _ours(_streaming("s8192"), "token_ns"),
+        1.08,
+        "of 32 heads, s 8192",
+        at_most=True,
+    ),
+    _sliding("sliding window of 4096 tokens, s 65536", 0.88),
+    _sliding("the same, backward", 0.85, "backward-"),
+    Bar(
+        "windows that hide nothing, all true, s 32768: time",
+        _ours(_windowed("s32768", "all"), "ms"),
+        _ours("all-true-s32768-causal", "ms"),
+        1.01,
+        "of that without windows",
+        at_most=True,
+    ),
+)
+
+SETS = {"basics": BASICS, "shapes": SHAPES, "backward": BACKWARD, "real": REAL, "heads": HEADS}
 
 
 def evaluate(name: str, rows: Rows) -> list[dict[str, object]]:

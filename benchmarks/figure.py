@@ -207,7 +207,7 @@ def _task(row: Row) -> str:
 
 def _is_plain(shape: Row) -> bool:
     """Whether the mask is random with a first column, which block sizes can be compared on."""
-    unusual = shape.get("lengths") or shape.get("diagonal") or shape.get("sinks") is not None
+    unusual = any(shape.get(name) for name in ("lengths", "diagonal", "windows")) or shape.get("sinks") is not None
     return shape.get("pattern", "random") == "random" and not unusual
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import masks
-from workloads import Workload
+from workloads import Window, Workload
 
 HEADS_SAMPLED = 8
 ROWS_SAMPLED = 16
@@ -75,7 +75,8 @@ def check(
         )
         mask_head = head // (workload.heads // block_mask.shape[1])
         blocks = block_mask[batch % block_mask.shape[0], mask_head : mask_head + 1]
-        attends = _attending(workload, blocks, rows, torch.arange(workload.seqlen, device=q.device))
+        windows = workload.head_windows[mask_head : mask_head + 1]
+        attends = _attending(workload, blocks, windows, rows, torch.arange(workload.seqlen, device=q.device))
         scale = workload.head_dim**-0.5
         want, want_lse, _ = _oracle.one_sequence(*(x.double() for x in inputs), attends, scale)
         unavoidable, _, _ = _oracle.one_sequence(*inputs, attends, scale)
@@ -123,8 +124,9 @@ class Gradients:
             heads = slice(head * mask_group, (head + 1) * mask_group)
             blocks = block_mask[batch % block_mask.shape[0], heads]
             inputs = [x.detach() for x in (q[queries], k[keys], v[keys], grad_out[queries])]
-            wanted = _differentiate(workload, *(x.double() for x in inputs), blocks)
-            unavoidable = _differentiate(workload, *inputs, blocks)
+            windows = workload.head_windows[heads]
+            wanted = _differentiate(workload, *(x.double() for x in inputs), blocks, windows)
+            unavoidable = _differentiate(workload, *inputs, blocks, windows)
             for i, (where, want, near) in enumerate(zip((queries, keys, keys), wanted, unavoidable, strict=True)):
                 self._samples.append(((i, where), want, 2 * _distance(near, want) + SLACK))
 
@@ -149,7 +151,13 @@ class Gradients:
 
 
 def _differentiate(
-    workload: Workload, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, blocks: Tensor
+    workload: Workload,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor,
+    blocks: Tensor,
+    windows: tuple[Window, ...],
 ) -> list[Tensor]:
     """The gradients of q (seqlen, heads, head_dim), k and v (seqlen, 1, head_dim) by the formula at their dtype, some
     rows and the keys that any of them attends to at a time. Sums over these are in float64; the results are rounded to
@@ -165,7 +173,10 @@ def _differentiate(
         keys = blocks[:, rows].flatten(0, 1).any(0)[key_block].nonzero().flatten()
         if workload.causal:
             keys = keys[keys < end]
-        attends = _attending(workload, blocks, torch.arange(begin, end, device=q.device), keys)
+        attends = _attending(workload, blocks, windows, torch.arange(begin, end, device=q.device), keys)
+        if workload.windows:
+            seen = attends.flatten(0, 1).any(0)
+            keys, attends = keys[seen], attends[..., seen]
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q[begin:end], k[keys], v[keys])]
             out, _, _ = _oracle.one_sequence(*inputs, attends, workload.head_dim**-0.5)
@@ -176,14 +187,28 @@ def _differentiate(
     return [grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)]
 
 
-def _attending(workload: Workload, blocks: Tensor, rows: Tensor, keys: Tensor) -> Tensor:
-    """Which of these keys these rows attend to: bool (heads, rows, keys). blocks: (heads, query blocks, key blocks)."""
+def _attending(workload: Workload, blocks: Tensor, windows: tuple[Window, ...], rows: Tensor, keys: Tensor) -> Tensor:
+    """Which of these keys these rows attend to: bool (heads, rows, keys).
+
+    blocks: (heads, query blocks, key blocks). windows: of these heads.
+    """
     row_block = _block_of_token(workload, workload.q_block, rows.device)[rows]
     key_block = _block_of_token(workload, workload.k_block, rows.device)[keys]
     attends = blocks[:, row_block][:, :, key_block]
     if workload.causal:
         attends = attends & (keys[None] <= rows[:, None])
+    if workload.windows:
+        left, right, sink = torch.tensor(windows, device=rows.device).T[..., None, None]
+        behind = keys[None] - rows[:, None]
+        near = ((left < 0) | (behind >= -left)) & ((right < 0) | (behind <= right))
+        attends = attends & (near | (_number_of_token(workload, keys.device)[keys] < sink))
     return attends
+
+
+@functools.lru_cache(maxsize=1)
+def _number_of_token(workload: Workload, device: torch.device) -> Tensor:
+    """The place of each token in its sequence: int64 (seqlen)."""
+    return masks.cut(workload, 1, device).number
 
 
 def _sample_heads(workload: Workload, choice: random.Random) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workloads import Workload
+from workloads import NO_WINDOW, Window, Workload
 
 KEPT = 0.9  # the share of a common list that each of the query blocks that draw from it keeps
 
@@ -67,7 +67,7 @@ def make_mask(workload: Workload, device: torch.device | str, seed: int) -> Tens
         generator = torch.Generator(device).manual_seed(seed)
         for head in mask.flatten(0, 1):  # one at a time: the random numbers need four times the mask's memory
             head.copy_(_draw(workload, generator))
-        if workload.pattern == "half-dense":
+        if workload.pattern.startswith("half-"):
             mask[:, ::2] = True
     if workload.lengths:
         q, k = cut(workload, workload.q_block, device), cut(workload, workload.k_block, device)
@@ -82,24 +82,32 @@ def block_lists(block_mask: Tensor) -> tuple[Tensor, Tensor]:
     return counts, indices
 
 
-def visible_blocks(workload: Workload, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Which blocks hold a pair that attends, and which hold no other: bool (query blocks, key blocks) twice."""
+def visible_blocks(workload: Workload, device: torch.device | str, window: Window = NO_WINDOW) -> tuple[Tensor, Tensor]:
+    """Which blocks hold a pair that attends in heads with this window, and which hold no other: bool (query blocks, key
+    blocks) twice.
+    """
     q, k = cut(workload, workload.q_block, device), cut(workload, workload.k_block, device)
     same = q.sequence[:, None] == k.sequence
-    if not workload.causal:
-        return same, same
-    return same & (k.begin < q.end[:, None]), same & (k.end <= q.begin[:, None] + 1)
+    pairs = _pairs_of_blocks(workload, device, window)
+    return same & (pairs > 0), same & (pairs == (q.end - q.begin)[:, None] * (k.end - k.begin))
 
 
 def count_pairs(workload: Workload, mask: Tensor) -> int:
     """Pairs of a query and a key that attend, over all heads and sequences."""
-    q, k = cut(workload, workload.q_block, mask.device), cut(workload, workload.k_block, mask.device)
-    query, end = q.begin[:, None], q.end[:, None]
-    key, width = k.begin[None], (k.end - k.begin)[None]
-    # Query i attends to the first i + 1 - key of the block's keys, if causal; else to all.
-    pairs = _sum_to(end - key, width) - _sum_to(query - key, width) if workload.causal else (end - query) * width
-    active = mask.sum((0, 1), dtype=torch.int64)
-    return int((active * pairs).sum()) * (workload.heads // mask.shape[1]) * (workload.batch // mask.shape[0])
+    heads: dict[Window, list[int]] = {}
+    for head, window in enumerate(workload.head_windows):
+        heads.setdefault(window, []).append(head)
+    pairs = 0
+    for window, alike in heads.items():
+        active = (mask if len(heads) == 1 else mask[:, alike]).sum((0, 1), dtype=torch.int64)
+        pairs += int((active * _pairs_of_blocks(workload, mask.device, window)).sum())
+    return pairs * (workload.heads // mask.shape[1]) * (workload.batch // mask.shape[0])
+
+
+def count_visible_pairs(workload: Workload) -> int:
+    """The pairs of an all-true mask without windows."""
+    pairs = sum(n * (n + 1) // 2 if workload.causal else n * n for n in workload.sequences)
+    return pairs * workload.heads * workload.batch
 
 
 def count_flops(workload: Workload, pairs: int) -> int:
@@ -112,6 +120,27 @@ def flops_of_pair(workload: Workload) -> int:
     return FROZEN_FLOPS[workload.frozen] if workload.task == "backward" else FLOPS[workload.task]
 
 
+def _pairs_of_blocks(workload: Workload, device: torch.device | str, window: Window) -> Tensor:
+    """The pairs in blocks of one sequence that causality and a window allow: int64 (query blocks, key blocks)."""
+    q, k = cut(workload, workload.q_block, device), cut(workload, workload.k_block, device)
+    left, right = (workload.seqlen if side < 0 else side for side in window[:2])
+    behind = 0 if workload.causal else workload.seqlen  # how far behind its query a key may be, if no window is
+
+    def up_to(distance: int, end: Tensor) -> Tensor:
+        """Pairs with keys of the block before `end` that are at most so far behind the query."""
+        begin, width = k.begin - distance, end - k.begin
+        return _sum_to(q.end[:, None] - begin, width) - _sum_to(q.begin[:, None] - begin, width)
+
+    if window == NO_WINDOW:
+        return up_to(behind, k.end)
+
+    def inside(end: Tensor) -> Tensor:
+        return up_to(min(right, behind), end) - up_to(-left - 1, end)
+
+    sink_end = (k.begin - k.number * workload.k_block + window[2]).clamp(k.begin, k.end)
+    return up_to(behind, sink_end) + inside(k.end) - inside(sink_end)
+
+
 def _draw(workload: Workload, generator: torch.Generator) -> Tensor:
     """The mask of one head: bool (query blocks, key blocks)."""
     q = cut(workload, workload.q_block, generator.device)
@@ -122,7 +151,7 @@ def _draw(workload: Workload, generator: torch.Generator) -> Tensor:
         return (_draw_best(workload, q, k, visible, generator) | always) & visible
     if workload.per_row is None:
         return _draw_density(workload, generator) | always
-    if workload.pattern == "local":
+    if workload.pattern in ("local", "half-streaming"):
         last = visible.sum(1, keepdim=True) - 1
         return visible & (always | (k.number > last - (workload.per_row - workload.sink_blocks)))
     return _draw_rows(workload, visible, always, generator)

@@ -28,29 +28,31 @@ class Ours:
         self._block_mask = block_mask
         self._lists = masks.block_lists(block_mask) if workload.listed else None
         self._lengths = length_keywords(workload, q.device)
+        self._rules = make_rules(workload, q.device) if workload.windows else None
         self.mask = self.pack()
         self.items = self.plan()
         self.attend()
 
     def pack(self) -> hbsattn.BlockMask:
-        """From booleans, or lists of blocks, to bits."""
+        """From booleans, or lists of blocks, to bits, and those within windows."""
         work = self._workload
         build, mask = hbsattn.BlockMask.from_dense, (self._block_mask[0] if work.lengths else self._block_mask,)
         if self._lists:
             build, mask = hbsattn.BlockMask.from_indices, self._lists
-        return build(*mask, work.q_block, work.k_block, causal=work.causal, **self._lengths)
+        mask = build(*mask, work.q_block, work.k_block, causal=work.causal, **self._lengths)
+        return mask.windowed(*self._rules.T[:3]) if work.windows else mask
 
     def plan(self) -> Tensor:
         """From bits to the work list, which the mask keeps after its first call."""
         mask = self.mask
-        return torch.ops.hbsattn.plan_items(mask.bits, mask.sequences, None, self._layout(), self._call())
+        return torch.ops.hbsattn.plan_items(mask.bits, mask.sequences, self._rules, self._layout(), self._call())
 
     def plan_columns(self) -> Tensor:
         """From bits to what a backward needs, which the mask keeps after its first call with gradients."""
         work, mask = self._workload, self.mask
         needs = tuple(name not in work.frozen for name in "qkv")
         shape = (self._layout(), self._call(), work.seqlen, mask.packed, work.deterministic, needs)
-        return torch.ops.hbsattn.plan_backward(mask.bits, mask.sequences, None, *shape)
+        return torch.ops.hbsattn.plan_backward(mask.bits, mask.sequences, self._rules, *shape)
 
     def _layout(self) -> tuple[int, int, int, int]:
         mask = self.mask
@@ -98,9 +100,14 @@ class Ours:
     def clocks(self) -> Tensor:
         """The attention kernel alone: int64 (thread blocks, 2), the SM's clock at the begin and the end of each."""
         mask = self.mask
-        tables = (mask.bits, mask.sequences, None)
+        tables = (mask.bits, mask.sequences, self._rules)
         call = (*self._inputs(), *tables, self._layout(), True, self._workload.head_dim**-0.5)
         return torch.ops.hbsattn.profile_forward(*call, self.items)[2]
+
+
+def make_rules(workload: Workload, device: torch.device) -> Tensor:
+    """The windows of mask heads as ops take them: int32 (mask heads, 4) of left, right, sink and 0."""
+    return torch.tensor([(*window, 0) for window in workload.head_windows], dtype=torch.int32, device=device)
 
 
 def length_keywords(workload: Workload, device: torch.device) -> dict[str, object]:

@@ -214,6 +214,8 @@ class Bench:
         entry = Entry(workload, rival.name, rival.label, problem.flops, problem=rival.refusal(workload))
         if workload.lengths:
             entry.problem = "packed sequences are timed with hbsattn alone"
+        if workload.windows and not rival.windowed:
+            entry.problem = "not supported: windows of tokens"
         if entry.problem:
             return entry
         begin = time.perf_counter()
@@ -236,12 +238,13 @@ class Bench:
         return entry
 
     def _row(self, entry: Entry, group: Group, times: timing.Times | None) -> dict[str, object]:
+        work = entry.workload
         row: dict[str, object] = {
-            "workload": entry.workload.name,
+            "workload": work.name,
             "contestant": entry.contestant,
             "label": entry.label,
             "group": group.name,
-            "shape": entry.workload.describe(),
+            "shape": work.describe(),
             "flops": entry.flops,
             "problem": entry.problem,
         }
@@ -255,6 +258,8 @@ class Bench:
                 "samples": len(times.samples),
                 "host_time_included": times.exposed,
                 "tflops": entry.flops / times.ms * 1e-9,
+                "dense_tflops": masks.count_flops(work, masks.count_visible_pairs(work)) / times.ms * 1e-9,
+                "token_ns": 1e6 * times.ms / (work.batch * work.seqlen * work.heads),
             }
         return row
 
@@ -361,7 +366,7 @@ def _parse() -> argparse.Namespace:
         const="basics",
         choices=(*bars.SETS, *SEVERAL),
         help="the workloads of a set of bars, and the bars (the default: basics; forward: basics and shapes; real: "
-        "masks that people train with, in both directions)",
+        "masks that people train with, in both directions; heads: heads of every kind in one call)",
     )
     what.add_argument("--grid", choices=tuple(workloads.GRIDS), help="a grid of workloads")
     what.add_argument("--workloads", nargs="+", metavar="NAME", help="workloads by name, with spaces or commas between")

@@ -23,6 +23,9 @@ NARROW = ((64, 16), (64, 128), (80, 48), (112, 64), (32, 32), (32, 128), (16, 16
 # Key blocks at the begin of a sequence that every row attends to, where a workload does not say otherwise.
 USUAL_SINKS = {"local": 4}
 
+Window = tuple[int, int, int]  # tokens to the left and to the right of a query's own, -1 for all; sink tokens
+NO_WINDOW = (-1, -1, 0)
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -31,9 +34,9 @@ class Workload:
     density: each block is on with this probability, independently for every (sequence, mask head, query block), as are
         sinks and diagonal; a causal mask is cut at the diagonal. 1 is the all-true mask.
     per_row: instead of a density, this many blocks of each row, of those that causality leaves visible.
-    pattern: "random"; "local", of `per_row` blocks the sinks and the last before the diagonal; "half-dense", random,
-        but with every second head all true; or "top-k", for each row the share `density` of its visible blocks that
-        score best (masks.py), besides sinks and diagonal.
+    pattern: "random"; "local", of `per_row` blocks the sinks and the last before the diagonal; "half-dense" and
+        "half-streaming", random and local, but with every second head all true; or "top-k", for each row the share
+        `density` of its visible blocks that score best (masks.py), besides sinks and diagonal.
     sinks: so many key blocks at the begin of its sequence every row attends to; None: 4 if local, else 1.
     diagonal: whether each row attends to its own keys, the blocks that share a token with its query block.
     lengths: of packed sequences, one after another in tensors of `seqlen` tokens, their sum; `batch` is 1.
@@ -44,6 +47,9 @@ class Workload:
     task: "forward"; "backward", the gradients of q, k and v alone; or "training", the forward and the backward.
     deterministic: gradients that are the same in every run.
     frozen: the letters of those of q, k and v whose gradients nobody asks for.
+    windows: of mask heads in turns, left, right and sink: of the keys j that the blocks and causality leave to query i,
+        those with j < sink or i - left <= j <= i + right, counted within the sequence. A left or right of -1 is
+        unbounded. Blocks are drawn without regard to them.
     """
 
     name: str
@@ -69,6 +75,7 @@ class Workload:
     lengths: tuple[int, ...] = ()
     bounded: bool = True
     frozen: str = ""
+    windows: tuple[Window, ...] = ()
 
     def __post_init__(self) -> None:
         if self.lengths and (self.batch != 1 or sum(self.lengths) != self.seqlen or self.listed):
@@ -95,6 +102,12 @@ class Workload:
     @property
     def mask_heads(self) -> int:
         return self.heads_k if self.shared else self.heads
+
+    @property
+    def head_windows(self) -> tuple[Window, ...]:
+        """The window of each mask head."""
+        windows = self.windows or (NO_WINDOW,)
+        return tuple(windows[head % len(windows)] for head in range(self.mask_heads))
 
     @property
     def problem(self) -> tuple[int, int, int, int, int, torch.dtype]:
@@ -199,6 +212,7 @@ def _named(kind: str, workload: Workload, mask: str = "") -> Workload:
     parts += ["diagonal"] if work.diagonal else []
     parts += ["shared"] if work.shared else []
     parts += [f"alike{work.alike}"] if work.alike > 1 else []
+    parts += [f"window-{'+'.join(map(_spell_window, work.windows))}"] if work.windows else []
     parts += ["causal"] if work.causal else []
     parts += ["unbounded"] if not work.bounded else []
     parts += [f"frozen-{work.frozen}"] if work.frozen else []
@@ -210,6 +224,12 @@ def _spell(lengths: tuple[int, ...]) -> str:
     """Lengths in a name: 16384+9000, and 32x1024 for 32 of one length."""
     runs = [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
     return "+".join(f"{count}x{length}" if count > 1 else f"{length}" for count, length in runs)
+
+
+def _spell_window(window: Window) -> str:
+    """A window in a name: left255-sink64, and all for one that hides nothing."""
+    sides = zip(("left", "right", "sink"), window, NO_WINDOW, strict=True)
+    return "-".join(f"{side}{value}" for side, value, usual in sides if value != usual) or "all"
 
 
 def _sparse(q_block: int, k_block: int, seqlen: int, density: float, causal: bool, **others: object) -> Workload:
@@ -427,6 +447,43 @@ def _beside_cudnn(name: str, members: list[Workload], dense: list[Workload]) -> 
     return dataclasses.replace(_brief(name, members, dense), dense_rivals=frozenset({"cudnn"}))
 
 
+# Windows of heads that stream tokens, of those that alternate with dense ones, and of heads with 4096 local tokens.
+STREAMING = ((255, -1, 64),)
+HALF_STREAMING = (NO_WINDOW, *STREAMING)
+SLIDING = ((4095, -1, 0),)
+
+
+def head_groups() -> list[Group]:
+    """Heads of every kind in one call, causal: beside the all-true mask of as many tokens."""
+    sliding = {"windows": SLIDING}
+    shorter, short, middle, long = (_mixes(seqlen) for seqlen in (8192, 32768, 65536, 131072))
+    short += [_all_true(32768, True, windows=(NO_WINDOW,))]
+    middle += [_all_true(65536, True, windows=windows) for windows in (SLIDING, STREAMING)]
+    backward = [_all_true(65536, True, task="backward", **windows) for windows in ({}, sliding)]
+    tokens = [
+        _all_true(8192, True, windows=STREAMING),
+        _all_true(1048576, True, heads=8, heads_k=8, windows=STREAMING),
+    ]
+    return [
+        _brief("heads-s8192", shorter, []),
+        _brief("heads-s32768", short, []),
+        _brief("heads-s65536", middle, []),
+        _brief("heads-s131072", long, []),
+        _brief("heads-backward", backward, []),
+        _brief("heads-training", _mixes(65536, task="training"), []),
+        _brief("heads-streaming", tokens, []),
+    ]
+
+
+def _mixes(seqlen: int, **others: object) -> list[Workload]:
+    """All true, and two masks of which every second head is: the others stream tokens, or 1 sink and 3 local blocks."""
+    return [
+        _all_true(seqlen, True, **others),
+        _all_true(seqlen, True, windows=HALF_STREAMING, **others),
+        _rows(128, 128, seqlen, 4, True, pattern="half-streaming", **others),
+    ]
+
+
 def anchor_groups() -> list[Group]:
     """Dense, sparse and small-block problems on which other libraries have been measured."""
     dense = [_all_true(8192, causal, head_dim=dim) for dim in (64, 96, 128, 192, 256) for causal in (False, True)]
@@ -475,7 +532,13 @@ def all_workloads() -> dict[str, Workload]:
 
 
 # Groups by the names of the sets of bars, and of the grids.
-SETS = {"basics": bar_groups, "shapes": shape_groups, "backward": backward_groups, "real": real_groups}
+SETS = {
+    "basics": bar_groups,
+    "shapes": shape_groups,
+    "backward": backward_groups,
+    "real": real_groups,
+    "heads": head_groups,
+}
 GRIDS = {"anchors": anchor_groups, "predecessor": predecessor_groups}
 
 

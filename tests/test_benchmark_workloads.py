@@ -6,9 +6,11 @@ A process of its own does the work, as this file run as a script: benchmarks/ ha
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import hbsattn
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 PACKED = (300, 37, 64, 5)
+WINDOWS = ((-1, -1, 0), (40, -1, 9), (70, 20, 0), (-1, 0, 3), (0, 130, 200))  # each with an end inside of blocks
 
 
 def check_names() -> None:
@@ -29,6 +32,12 @@ def check_names() -> None:
         for group in make():
             for work in group.workloads:
                 assert named.setdefault(work.name, work) == work, work.name
+    kinds = {"heads": 3, "heads_k": 3, "windows": ((-1, -1, 0), (255, -1, 64))}
+    work = workloads._all_true(300, True, **kinds)
+    assert work.name == "all-true-s300-heads3-window-all+left255-sink64-causal"
+    assert work.head_windows == (*kinds["windows"], (-1, -1, 0))
+    assert work.describe()["windows"] == kinds["windows"] and work.mask_only().windows == kinds["windows"]
+    assert not work.dense().windows
     for group in workloads.real_groups():
         names = [work.name for work in group.workloads]
         for work in group.workloads:
@@ -97,26 +106,35 @@ def check_blocks() -> None:
 
 
 def check_pairs() -> None:
-    """Pairs and visible blocks, by a loop over tokens."""
+    """Pairs and visible blocks, token by token."""
     import masks
     import workloads
 
-    for lengths in ((), PACKED):
-        for causal in (False, True):
-            kinds = {"density": 0.3, "causal": causal, "batch": 1, "heads": 4, "heads_k": 2, "lengths": lengths}
-            work = workloads.Workload("", sum(PACKED), 96, 64, **kinds)
-            mask = masks.make_mask(work, "cpu", 3)
-            owner = torch.repeat_interleave(torch.arange(len(work.sequences)), torch.tensor(work.sequences))
-            seen = owner[:, None] == owner
-            if causal:
-                seen = seen.tril()
-            rows, cols = (masks.block_of_token(work, size, "cpu") for size in (96, 64))
-            assert masks.count_pairs(work, mask) == int((mask[0][:, rows][:, :, cols] & seen).sum())
-            visible, whole = masks.visible_blocks(work, "cpu")
+    for lengths, causal, windows in itertools.product(((), PACKED), (False, True), ((), WINDOWS)):
+        kinds = {"density": 0.3, "causal": causal, "batch": 1, "heads": 8, "heads_k": 2, "lengths": lengths}
+        work = workloads.Workload("", sum(PACKED), 96, 64, windows=windows, **kinds)
+        mask = masks.make_mask(work, "cpu", 3)
+        rows, cols = (masks.block_of_token(work, size, "cpu") for size in (96, 64))
+        seen = torch.stack([_attending(work, *window) for window in work.head_windows])
+        assert masks.count_pairs(work, mask) == int((mask[0][:, rows][:, :, cols] & seen).sum())
+        if not windows:
+            assert masks.count_visible_pairs(work) == int(seen.sum())
+        for window, attends in zip(work.head_windows[: len(windows) or 1], seen, strict=False):
+            visible, whole = masks.visible_blocks(work, "cpu", window)
             for row in range(work.blocks[0]):
                 for col in range(work.blocks[1]):
-                    pairs = seen[rows == row][:, cols == col]
+                    pairs = attends[rows == row][:, cols == col]
                     assert (visible[row, col], whole[row, col]) == (pairs.any(), pairs.all())
+
+
+def _attending(work: object, left: int, right: int, sink: int) -> torch.Tensor:
+    """What causality and a window allow, from their definition: bool (seqlen, seqlen)."""
+    sequences = []
+    for length in work.sequences:
+        i, j = torch.arange(length)[:, None], torch.arange(length)
+        near = (j >= i - (length if left < 0 else left)) & (j <= i + (length if right < 0 else right))
+        sequences.append(((j < sink) | near) & ((j <= i) | (not work.causal)))
+    return torch.block_diag(*sequences).bool()
 
 
 def check_masks() -> None:
@@ -167,7 +185,10 @@ def check_masks() -> None:
 
     mask, visible, own, first, number = draw(pattern="local", per_row=5, sinks=1, causal=True, q_block=32)
     row = torch.arange(50)[:, None]
-    assert (mask == visible & (first | (number > row - 4))).all()
+    streaming = visible & (first | (number > row - 4))
+    assert (mask == streaming).all()
+    mask, *_ = draw(pattern="half-streaming", per_row=5, causal=True, q_block=32)
+    assert mask[:, ::2].all() and (mask[:, 1::2] == streaming).all()
 
 
 def check_densities() -> None:
@@ -231,6 +252,80 @@ def check_gate() -> None:
                 assert not judge.check(tuple(wrong), frozen).passed
             with pytest.raises(ValueError, match="gradients have shapes"):
                 judge.check(grads, "k" if frozen == "" else "")
+
+
+def check_windows() -> None:
+    """Ours computes what a workload says of windows, and the gate lets nothing else pass: no side that is off by one,
+    no head that has the window of its neighbour.
+    """
+    import gate
+    import gradients
+    import masks
+    import workloads
+    from ours import Ours
+
+    class OnHost(Ours):
+        def plan(self) -> None:
+            """Work lists are of CUDA alone."""
+
+    windows = ((-1, -1, 0), (6, -1, 3), (4, 2, 0))
+    moved = [windows[1:] + windows[:1]]
+    moved += [(windows[0], (6 + left, -1, 3 + sink), windows[2]) for left, sink in ((1, 0), (-1, 0), (0, 1), (0, -1))]
+    right = [(*windows[:2], (4, 3, 0)), (*windows[:2], (4, 1, 0))]
+    for lengths, causal in itertools.product(((), PACKED), (False, True)):
+        kinds = {"causal": causal, "heads": 6, "heads_k": 3, "head_dim": 32, "lengths": lengths, "task": "backward"}
+        work = workloads.Workload("", sum(PACKED), 64, 32, 0.6, windows=windows, diagonal=True, **kinds)
+        tensors = workloads.make_tensors(work, "cpu", 1)
+        block_mask = masks.make_mask(work, "cpu", 2)
+        grad_out = workloads.make_grad_out(work, "cpu", 3)
+        judge = gate.Gradients(work, *tensors, grad_out, block_mask)
+
+        def results(task: workloads.Workload, tensors=tensors, block_mask=block_mask, grad_out=grad_out) -> tuple:
+            qkv = gradients.leaves(task, tensors)
+            ours = OnHost(task, *qkv, block_mask)
+            assert ours.flops() == masks.count_flops(task, masks.count_pairs(task, block_mask))
+            with torch.no_grad():
+                forward = ours.attend_with_lse()
+            return forward, gradients.make_launch(task, ours.attend, qkv, grad_out)()
+
+        forward, grads = results(work)
+        assert gate.check(work, *tensors, block_mask, *forward).passed and judge.check(grads).passed
+        for others in moved if causal else moved + right:  # causality leaves nothing to the right
+            forward, grads = results(dataclasses.replace(work, windows=others))
+            assert not gate.check(work, *tensors, block_mask, *forward).passed, others
+            assert not judge.check(grads).passed, others
+
+
+def check_rivals() -> None:
+    """FlexAttention has windows, in blocks and within them; a library that has none says so."""
+    import baselines
+    import masks
+    import run
+    import workloads
+    from baselines.flex import _windowed
+
+    for causal in (False, True):
+        kinds = {"causal": causal, "heads": 10, "heads_k": 5, "shared": True, "windows": WINDOWS}
+        work = workloads.Workload("", 300, 96, 64, 0.6, **kinds)
+        block_mask = masks.make_mask(work, "cpu", 2).repeat_interleave(2, 1)
+        partial, full = baselines.split_blocks(work, block_mask)
+        assert not (partial & full).any() and not ((partial | full) & ~block_mask).any()
+        rows, cols = (masks.block_of_token(work, size, "cpu") for size in (96, 64))
+        token, head = torch.arange(300), torch.arange(10)[:, None, None]
+        inside = _windowed(work, torch.device("cpu"))(torch.tensor(0), head, token[:, None], token)
+        seen = torch.stack([_attending(work, *window) for window in WINDOWS]).repeat_interleave(2, 0)
+        assert torch.equal(inside, seen)
+        of_tokens = [blocks[0][:, rows][:, :, cols] for blocks in (partial, full, block_mask)]
+        assert torch.equal(of_tokens[0] & seen | of_tokens[1], of_tokens[2] & seen)
+
+    class Rival:
+        name, label, dense, differentiable, windowed = "rival", "Rival", False, True, False
+
+        def refusal(self, workload: workloads.Workload) -> None:
+            """Covers all, but for what others see before."""
+
+    problem = types.SimpleNamespace(workload=work, flops=0)
+    assert run.Bench._prepare_rival(None, Rival(), problem).problem == "not supported: windows of tokens"
 
 
 def check_gallery() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from masks import visible_blocks
-from workloads import Workload
+from workloads import Window, Workload
 
 # In the order in which their columns are shown.
 FILES = (
@@ -36,12 +36,14 @@ class Rival(Protocol):
     label: for people.
     dense: whether it ignores block masks and computes every pair.
     differentiable: whether PyTorch can differentiate its call; if not, it does not run where gradients are timed.
+    windowed: whether it can hide what the windows of a workload hide; if not, it does not run on those that have some.
     """
 
     name: str
     label: str
     dense: bool
     differentiable: bool
+    windowed: bool
 
     def refusal(self, workload: Workload) -> str | None:
         """Why the library does not cover this workload; None if it does."""
@@ -78,9 +80,19 @@ def index_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split_blocks(workload: Workload, block_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The blocks that are on, split into those that the diagonal cuts and those that attend as a whole."""
-    visible, whole = visible_blocks(workload, block_mask.device)
+    """The blocks that are on, split into those that the diagonal or a window cuts and those that attend as a whole.
+
+    block_mask: bool (batch, query heads, query blocks, key blocks).
+    """
+    seen = {window: visible_blocks(workload, block_mask.device, window) for window in workload.head_windows}
+    heads = [seen[window] for window in windows_of_queries(workload)]
+    visible, whole = (torch.stack(blocks) for blocks in zip(*heads, strict=True))
     return block_mask & visible & ~whole, block_mask & whole
+
+
+def windows_of_queries(workload: Workload) -> list[Window]:
+    """The window of each query head."""
+    return [window for window in workload.head_windows for _ in range(workload.heads // workload.mask_heads)]
 
 
 def expect(condition: bool, what: str) -> str | None:

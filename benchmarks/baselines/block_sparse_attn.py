@@ -17,6 +17,7 @@ class BlockSparseAttention:
     label = "MIT Block-Sparse-Attention"
     dense = False
     differentiable = True
+    windowed = False
 
     def refusal(self, workload: Workload) -> str | None:
         return expect(workload.q_block == workload.k_block == 128, "blocks of 128") or expect(

@@ -19,6 +19,7 @@ class CudnnFrontend:
     label = "cuDNN frontend, block-sparse"
     dense = False
     differentiable = False
+    windowed = False
 
     def refusal(self, workload: Workload) -> str | None:
         return (

@@ -17,6 +17,7 @@ class FastVideo:
     label = "FastVideo VSA"
     dense = False
     differentiable = False
+    windowed = False
 
     def refusal(self, workload: Workload) -> str | None:
         return (

@@ -17,6 +17,7 @@ class FlashAttentionCute:
     label = "FlashAttention-4"
     dense = False
     differentiable = False
+    windowed = False
 
     def refusal(self, workload: Workload) -> str | None:
         return expect(workload.q_block % 64 == 0, "query blocks that are multiples of 64") or expect(

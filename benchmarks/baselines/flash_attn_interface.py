@@ -15,6 +15,7 @@ class FlashAttention3:
     label = "FlashAttention-3, dense"
     dense = True
     differentiable = True
+    windowed = False
 
     def refusal(self, workload: Workload) -> str | None:
         return None

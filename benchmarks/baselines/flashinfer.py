@@ -17,6 +17,7 @@ class FlashInfer:
     label = "FlashInfer"
     dense = False
     differentiable = False
+    windowed = False
 
     def refusal(self, workload: Workload) -> str | None:
         return (

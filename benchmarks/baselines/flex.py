@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from baselines import index_lists, split_blocks
+from baselines import index_lists, split_blocks, windows_of_queries
 from workloads import Workload
 
 # Every workload is a specialization; past its limit the compiler would fall back to dense eager attention unasked.
@@ -23,6 +23,21 @@ def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return query >= key
 
 
+def _windowed(workload: Workload, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """What the windows of heads let queries attend to, and causality, if there is any."""
+    windows = torch.tensor(windows_of_queries(workload), device=device)
+    far = torch.where(windows < 0, workload.seqlen, windows)  # no window leaves more
+    left, right, sink = far.T.contiguous()
+    causal = workload.causal
+
+    def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        near = (key >= query - left[head]) & (key <= query + right[head])
+        inside = near | (key < sink[head])
+        return inside & (query >= key) if causal else inside
+
+    return attends
+
+
 def _tile(block: int) -> int:
     """The largest tile that FlexAttention can run on blocks of this size."""
     return min(block & -block, 128)
@@ -33,6 +48,7 @@ class Flex:
     label = "FlexAttention"
     dense = False
     differentiable = True
+    windowed = True
 
     def refusal(self, workload: Workload) -> str | None:
         if _tile(workload.q_block) < 16 or _tile(workload.k_block) < 16:
@@ -43,11 +59,14 @@ class Flex:
 
     def prepare(self, workload: Workload, q: Tensor, k: Tensor, v: Tensor, block_mask: Tensor) -> Callable[[], Tensor]:
         partial, full = split_blocks(workload, block_mask)
+        rule = _causal if workload.causal else None
+        if workload.windows:
+            rule = _windowed(workload, q.device)
         mask = BlockMask.from_kv_blocks(
             *index_lists(partial),
             *index_lists(full),
             BLOCK_SIZE=(workload.q_block, workload.k_block),
-            mask_mod=_causal if workload.causal else None,
+            mask_mod=rule,
             seq_lengths=(workload.seqlen, workload.seqlen),
         )
         tiles = {"BLOCK_M": _tile(workload.q_block), "BLOCK_N": _tile(workload.k_block)}

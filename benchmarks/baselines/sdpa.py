@@ -14,6 +14,7 @@ from workloads import Workload
 class Sdpa:
     dense = True
     differentiable = True
+    windowed = False
 
     def __init__(self, name: str, label: str, backend: SDPBackend) -> None:
         self.name = name
