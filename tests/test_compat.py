@@ -100,7 +100,7 @@ def test_exact_streaming(kinds: str, lengths: str, tokens: str, device: str):
 def check(kinds: str, lengths: str, infos: list[int], causal: bool, exact: bool, device: str) -> None:
     types, (lens_q, lens_k) = KINDS[kinds], LENGTHS[lengths]
     generator = torch.Generator().manual_seed(len(kinds) + len(lengths))
-    dtype = torch.float64 if device == "cpu" else torch.bfloat16
+    dtype = torch.float64 if device == "cpu" else torch.float16
     q = torch.randn((sum(lens_q), 4, 32), generator=generator, dtype=torch.float64).to(dtype)
     k, v = torch.randn((2, sum(lens_k), 2, 32), generator=generator, dtype=torch.float64).to(dtype)
     grad = torch.randn(q.shape, generator=generator, dtype=torch.float64).to(dtype)

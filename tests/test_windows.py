@@ -457,8 +457,13 @@ def test_random_on_cpu(seed: int):
     run_random(by_seed(seed), "cpu", torch.float32, seed)
 
 
+def has_many_numbers(spec: Case) -> bool:
+    """Whether the largest of a few rounding errors says something: the judge compares it with the formula's."""
+    return min(sum(spec.lens_q), sum(spec.lens_k)) >= 32 and spec.head_dim >= 16
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("seed", range(3000, 3200))
+@pytest.mark.parametrize("seed", [seed for seed in range(3000, 3260) if has_many_numbers(by_seed(seed, 600))])
 def test_random_on_gpu(seed: int):
     run_random(by_seed(seed, 600), "cuda", (torch.bfloat16, torch.float16)[seed // 2 % 2], seed)
 
