@@ -57,7 +57,8 @@ constexpr HeadRule read_rule(const HeadRule* rules, int32_t mask_head) {
   if (rules == nullptr) return {kUnboundedWindow, kUnboundedWindow, 0, 0};
   const HeadRule rule = rules[mask_head];
   const auto reach = [](int32_t tokens) { return tokens < 0 || tokens > kUnboundedWindow ? kUnboundedWindow : tokens; };
-  return {reach(rule.left), reach(rule.right), rule.sink < 0 ? 0 : rule.sink, 0};
+  const int32_t sink = rule.sink < 0 ? 0 : rule.sink;
+  return {reach(rule.left), reach(rule.right), sink < kUnboundedWindow ? sink : kUnboundedWindow, 0};
 }
 
 // Causality and the rule of a head. What queries see still begins and ends no earlier for later ones, but for the sink.

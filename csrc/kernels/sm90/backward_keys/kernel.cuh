@@ -76,10 +76,19 @@ __global__ void __launch_bounds__(BackwardKeysTraits<Config>::kThreads, Config::
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
-    if (warp == 0 && args.chunks.stack.heads > 1) {
-      run_query_warp<Traits, true>(args, storage, lane);
-    } else if (warp == 0) {
-      run_query_warp<Traits, false>(args, storage, lane);
+    if (warp == 0) {
+      const auto run = [&](auto ruled) {
+        if (args.chunks.stack.heads > 1) {
+          run_query_warp<Traits, true, ruled.value>(args, storage, lane);
+        } else {
+          run_query_warp<Traits, false, ruled.value>(args, storage, lane);
+        }
+      };
+      if (args.mask.ruled) {
+        run(std::true_type{});
+      } else {
+        run(std::false_type{});
+      }
     } else if (warp == 1) {
       run_key_warp<Traits>(args, storage, lane);
     } else if (warp == 2) {

@@ -165,7 +165,7 @@ __device__ __forceinline__ HeadRule rule_of_stack(const BackwardKeysArguments& a
   return read_rule(args.rules, mask_of_head(head, args.heads_of_mask));
 }
 
-template <class Traits, bool kStacked>
+template <class Traits, bool kStacked, bool kRuled>
 __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& args, const KeyItem& item,
                                                   const ColumnBits& bits, const typename Traits::Blocks& blocks,
                                                   int stack, int position, bool exists) {
@@ -192,7 +192,7 @@ __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& a
   const int last_key = item.first_key + item.keys - 1;
   plan.clean = item.keys == Traits::kTileN && plan.with == (1 << item.united) - 1;
   const int first_query = plan.query >> stack_log2;
-  if (args.rules == nullptr) {
+  if constexpr (!kRuled) {
     plan.clean = plan.clean && rule_of(args.mask, item).is_clean(first_query, last_key);
   } else {
     const int last_query = (min(plan.query + rows, plan.end) - 1) >> stack_log2;
@@ -202,7 +202,7 @@ __device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& a
   return plan;
 }
 
-template <class Traits, bool kStacked>
+template <class Traits, bool kStacked, bool kRuled>
 __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, typename Traits::Storage& storage,
                                            const KeyItem& item, const QueryPlan& plan, int stack, int stage_of_plan,
                                            int stage, int lane) {
@@ -225,7 +225,7 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
     }
     const bool masked = (clean & lanes) != lanes;
     if (lane == 0) info.masked = masked;
-    if (masked && args.rules != nullptr && lane == 0) {
+    if (kRuled && masked && lane == 0) {
       info.rule = rule_of_stack<kStacked>(args, stack);
       info.rule.sink -= item.diagonal;
     }
@@ -357,7 +357,8 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
 }
 
 // Streams the queries of each tile through the ring of stages. kStacked: the rows of several heads are one (HeadStack).
-template <class Traits, bool kStacked>
+// kRuled: heads have rules. Code for what a call has not would cost this warp, which sets the pace, registers.
+template <class Traits, bool kStacked, bool kRuled>
 __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args, typename Traits::Storage& storage,
                                                int lane) {
   const Segments<Traits> all_segments(args);
@@ -392,13 +393,13 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
           const int first_segment = planned << segments_log2;
           const int end_segment = min(min(planned + plan_stages, end_of_head) << segments_log2, segments);
           blocks.expand(args.segments_per_block.div(end_segment + args.segments_per_block.divisor - 1));
-          const QueryPlan plan = plan_queries<Traits, kStacked>(args, item, bits, blocks, stack, first_segment + lane,
-                                                                first_segment + lane < end_segment);
+          const QueryPlan plan = plan_queries<Traits, kStacked, kRuled>(
+              args, item, bits, blocks, stack, first_segment + lane, first_segment + lane < end_segment);
           __syncwarp();
 #pragma unroll 1
           for (int stage = 0; stage < min(plan_stages, end_of_head - planned); ++stage) {
             mbarrier_wait(&storage.empty[ring.index], ring.parity);
-            load_stage<Traits, kStacked>(args, storage, item, plan, stack, stage, ring.index, lane);
+            load_stage<Traits, kStacked, kRuled>(args, storage, item, plan, stack, stage, ring.index, lane);
             if (planned + stage == end - Traits::kTileLead - 1 && lane == 0) mbarrier_arrive(&storage.tile_wanted);
             ring.advance();
           }

@@ -259,42 +259,45 @@ struct ForwardMainloop {
     begin(scores, limits, query_index);
     bool accumulate = false;
     int stage = 1;
-    if constexpr (!kAhead) weigh(scores, probabilities);
+    if constexpr (kAhead) {
+      // Two stages a round, as the next scores have registers of their own: of an odd number, one comes before.
+      const int singly = masked_stages + ((clean_end - masked_stages) & 1);
+      const auto step_singly = [&](bool masked) {
+        Scores next;
+        step_ahead<true>(scores, next, probabilities, limits, query_index, accumulate, masked);
+        cute::copy(next, scores);
+        accumulate = true;
+      };
 #pragma unroll 1
-    while (true) {
-      if constexpr (kAhead) {
-        // Two stages a round, as the next scores have registers of their own: of an odd number, one comes before.
-        const int singly = masked_stages + ((clean_end - masked_stages) & 1);
+      for (; stage < singly; ++stage) step_singly(stage < masked_stages);
 #pragma unroll 1
-        for (; stage < singly; ++stage) {
-          Scores next;
-          step_ahead<true>(scores, next, probabilities, limits, query_index, accumulate, stage < masked_stages);
-          cute::copy(next, scores);
-          accumulate = true;
-        }
-#pragma unroll 1
-        for (; stage < clean_end; stage += 2) {
-          Scores next;
-          step_ahead<false>(scores, next, probabilities, limits, query_index, accumulate);
-          step_ahead<false>(next, scores, probabilities, limits, query_index, true);
-          accumulate = true;
-        }
-      } else {
-#pragma unroll 1
-        for (; stage < masked_stages; ++stage) {
-          step<true>(scores, probabilities, limits, query_index, accumulate);
-          accumulate = true;
-        }
-#pragma unroll 1
-        for (; stage < clean_end; ++stage) {
-          step<false>(scores, probabilities, limits, query_index, accumulate);
-          accumulate = true;
-        }
+      for (; stage < clean_end; stage += 2) {
+        Scores next;
+        step_ahead<false>(scores, next, probabilities, limits, query_index, accumulate);
+        step_ahead<false>(next, scores, probabilities, limits, query_index, true);
+        accumulate = true;
       }
-      if (stage >= stages) break;
-      masked_stages = clean_end = stages;
+#pragma unroll 1
+      for (; stage < stages; ++stage) step_singly(true);
+      weigh(scores, probabilities);
+    } else {
+      weigh(scores, probabilities);
+#pragma unroll 1
+      for (; stage < masked_stages; ++stage) {
+        step<true>(scores, probabilities, limits, query_index, accumulate);
+        accumulate = true;
+      }
+#pragma unroll 1
+      for (; stage < clean_end; ++stage) {
+        step<false>(scores, probabilities, limits, query_index, accumulate);
+        accumulate = true;
+      }
+#pragma unroll 1
+      for (; stage < stages; ++stage) {
+        step<true>(scores, probabilities, limits, query_index, accumulate);
+        accumulate = true;
+      }
     }
-    if constexpr (kAhead) weigh(scores, probabilities);
     finish(probabilities, accumulate);
   }
 

@@ -200,19 +200,19 @@ struct GradQueriesMainloop {
     step<true, true>(grads, limits, rows, query_index, accumulate);
     int stage = 1;
 #pragma unroll 1
-    while (true) {
+    for (; stage < masked_stages; ++stage) {
+      step<false, true>(grads, limits, rows, query_index, accumulate);
+      accumulate = true;
+    }
 #pragma unroll 1
-      for (; stage < masked_stages; ++stage) {
-        step<false, true>(grads, limits, rows, query_index, accumulate);
-        accumulate = true;
-      }
+    for (; stage < clean_end; ++stage) {
+      step<false, false>(grads, limits, rows, query_index, accumulate);
+      accumulate = true;
+    }
 #pragma unroll 1
-      for (; stage < clean_end; ++stage) {
-        step<false, false>(grads, limits, rows, query_index, accumulate);
-        accumulate = true;
-      }
-      if (stage >= stages) break;
-      masked_stages = clean_end = stages;
+    for (; stage < stages; ++stage) {
+      step<false, true>(grads, limits, rows, query_index, accumulate);
+      accumulate = true;
     }
     issue_queries(grads, accumulate);
     cute::warpgroup_wait<0>();

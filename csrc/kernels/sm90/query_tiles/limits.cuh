@@ -46,7 +46,7 @@ struct KeyLimits {
         const RowPlace place = place_row<kGeneral>(args, item, warp_row + in_warp);
         query = place.row;
         exists[row] = place.count > 0;
-        this->place[row] = exists[row] ? query + item.diagonal : int{kNoRow};
+        this->place[row] = exists[row] ? query + item.diagonal : kNoRow + kGranule;  // no difference overflows
       }
       value[row] = rule_of(args.mask, item).last_key(query, item.k_len);
       if (!kPairs && args.mask.ruled) value[row] = rule_of(args.mask, item, rule).last_key(query, item.k_len);
