@@ -59,7 +59,6 @@ def explain(
             (q_block, k_block),
             bool(causal),
             mask._rules is not None,
-            mask._rules is not None,
             deterministic or torch.are_deterministic_algorithms_enabled(),
             needs if any(needs) else (True, True, True),
         )

@@ -421,7 +421,7 @@ class BlockMask:
         with normal_tensors():
             columns = alike(numbers)
             largest = torch.iinfo(torch.int32).max
-            rules = torch.cat((*columns, torch.zeros_like(columns[0])), dim=1).clamp(max=largest).to(torch.int32)
+            rules = torch.cat((*columns, torch.zeros_like(columns[0])), dim=1).clamp(UNBOUNDED, largest).to(torch.int32)
             bits = reach_of_rows(self.sequences, self.rows, MaskLayout(*self._layout), rules).trim(self.bits)
             return self._with_bits(bits, rules.expand(bits.shape[0], -1).contiguous())
 

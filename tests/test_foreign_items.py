@@ -22,9 +22,10 @@ PATTERN = 7.0
 class Call:
     """A problem as the ops take it."""
 
-    def __init__(self, spec: Case, deterministic: bool) -> None:
+    def __init__(self, spec: Case, deterministic: bool, windowed: bool = False) -> None:
         self.problem: Problem = make_problem(spec, "cuda", torch.bfloat16)
-        self.mask: hbsattn.BlockMask = self.problem.mask()
+        mask = self.problem.mask()
+        self.mask: hbsattn.BlockMask = mask.windowed(60, 20, 9) if windowed else mask
         self.deterministic = deterministic
         self.bits = self.mask.bits.clone()
         heads = (spec.heads_q, spec.heads_k, spec.head_dim, 2, 1)
@@ -39,12 +40,12 @@ class Call:
 
     def forward(self, bits: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v, _, _, sequences = self.inputs()
-        call = (q, k, v, bits, sequences, None, layout_of(self.mask), True, 0.1)
+        call = (q, k, v, bits, sequences, self.mask._rules, layout_of(self.mask), True, 0.1)
         return ops.forward(*call, items, None, self.deterministic)
 
     def backward(self, out: Tensor, lse: Tensor, bits: Tensor, plan: Tensor) -> list[Tensor]:
         q, k, v, grad_out, _, sequences = self.inputs()
-        call = (q, k, v, bits, sequences, None, layout_of(self.mask), True, 0.1)
+        call = (q, k, v, bits, sequences, self.mask._rules, layout_of(self.mask), True, 0.1)
         return list(ops.backward(*call, grad_out, None, out, lse, plan, self.deterministic, [True] * 3))
 
 
@@ -63,10 +64,11 @@ def falsify(lists: Tensor, share: float, generator: torch.Generator) -> Tensor:
     return torch.where(first & (lists >= 0), false.clamp(min=0), false)
 
 
+@pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("spec", BACKWARD_METHODS, ids=lambda s: s.name)
-def test_records_of_nobody(spec: Case, deterministic: bool):
-    call = Call(spec, deterministic)
+def test_records_of_nobody(spec: Case, deterministic: bool, windowed: bool):
+    call = Call(spec, deterministic, windowed)
     out, lse = call.forward(call.bits, call.items)
     grads = call.backward(out, lse, call.bits, call.plan)
     before = [x.clone() for x in call.inputs()]

@@ -64,10 +64,18 @@ def test_lengths_past_the_tensors(spec: Case, deterministic: bool, lie: str):
     claimed = HOSTILE_LENGTHS[lie]
     honest = (*[0] * (len(claimed) - 1), HOSTILE_ROWS)
     for q, k in ((claimed, claimed), (claimed, honest), (honest, claimed)):
-        for form, causal in (("flat", False), ("flat", True), ("batched", True)):
+        for form, causal, windowed in (
+            ("flat", False, False),
+            ("flat", True, False),
+            ("batched", True, False),
+            ("flat", False, True),
+            ("batched", True, True),
+        ):
             bands = make_bands([*(x.numel() // 2 for x in tensors), spec.heads_q * HOSTILE_ROWS])
             leaves = [x.detach().requires_grad_() for x in tensors]
             mask = hostile_mask(spec, q, k, form, causal)
+            if windowed:
+                mask = mask.windowed(70, 20, 30)
             out, lse = attend(*leaves, mask, return_lse=True, deterministic=deterministic)
             assert not out.isnan().any() and not lse.isnan().any(), "results hold what lies beside the tensors"
             grads = torch.autograd.grad(out, leaves, grad_out)
@@ -99,19 +107,23 @@ def test_lengths_are_cut_to_the_tensors(spec: Case, side: str, end: int):
 
 @pytest.mark.parametrize("end", [250, 301, 10**6, 2**31 - 1])
 @pytest.mark.parametrize("side", ["queries", "keys", "both"])
+@pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("spec", BACKWARD_METHODS, ids=lambda s: s.name)
-def test_the_diagonal_is_that_of_the_claimed_lengths(spec: Case, side: str, end: int):
+def test_the_diagonal_is_that_of_the_claimed_lengths(spec: Case, windowed: bool, side: str, end: int):
     """What is cut off does not move the diagonal: causal results are the CPU backend's, for the same table."""
     tensors = [guarded(spec, n, seed)[1] for seed, n in enumerate((spec.heads_q, spec.heads_k, spec.heads_k))]
     _, grad_out = guarded(spec, spec.heads_q, 3)
     true, claimed = (0, HOSTILE_ROWS), (0, end)
     q, k = {"queries": (claimed, true), "keys": (true, claimed), "both": (claimed, claimed)}[side]
     mask = hostile_mask(spec, q, k, "flat", True)
+    if windowed:
+        mask = mask.windowed(200, sink=40)
     leaves = [x.detach().requires_grad_() for x in tensors]
     out, lse = attend(*leaves, mask, return_lse=True, deterministic=True)
     got = (out, lse, *torch.autograd.grad(out, leaves, grad_out))
     plain = [x.cpu().float() for x in tensors]
-    tables = (mask.bits.cpu(), mask.sequences.cpu(), None)
+    rules = None if mask._rules is None else mask._rules.cpu()
+    tables = (mask.bits.cpu(), mask.sequences.cpu(), rules)
     call = Call(*plain, *tables, mask._layout, True, spec.head_dim**-0.5)
     out, lse = attend_on_cpu(call)
     want = (out, lse, *differentiate_on_cpu(call, grad_out.cpu().float(), None, out, lse))

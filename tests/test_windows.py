@@ -358,6 +358,18 @@ def test_ops_refuse(change: Callable[[Tensor], Tensor], words: str, device: str)
         ops.check_forward(problem.q, problem.k, problem.v, *tables, True, 0.125)
 
 
+@pytest.mark.gpu
+def test_ops_refuse_an_odd_address():
+    """A row of the table is read whole."""
+    problem = make_problem(SPECS[0], "cuda", torch.float16)
+    mask = problem.mask()
+    items = plan_items(mask, *problem.q.shape[-2:-1], problem.k.shape[-2], problem.q.shape[-1], 2, True)
+    moved = torch.empty(mask._rules.numel() + 1, dtype=torch.int32, device="cuda")[1:].view_as(mask._rules)
+    call = (problem.q, problem.k, problem.v, mask.bits, mask.sequences, moved, layout_of(mask), True, 0.1)
+    with pytest.raises(ValueError, match="rules is at an address"):
+        ops.forward(*call, items, None)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled(backend: str, device: str):

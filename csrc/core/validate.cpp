@@ -1,6 +1,7 @@
 #include "core/validate.h"
 
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <string>
 
@@ -50,6 +51,10 @@ Status check_pointer(const char* name, const void* pointer, int64_t elements) {
 Status check_rules(const MaskView& mask) {
   if (!mask.shape.ruled && mask.rules != nullptr) {
     return Status::InvalidValue("rules is a pointer; expected null, as shape.ruled is false");
+  }
+  if (reinterpret_cast<uintptr_t>(mask.rules) % alignof(HeadRule) != 0) {
+    return Status::InvalidValue("rules is at an address that is no multiple of " + std::to_string(alignof(HeadRule)) +
+                                "; expected one, as rows are read whole");
   }
   return check_pointer("rules", mask.rules, mask.shape.ruled ? mask.shape.heads : 0);
 }

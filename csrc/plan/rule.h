@@ -1,7 +1,8 @@
 #pragma once
 
 // The element rule: which keys of its sequence a query may attend to, whatever the block mask says. Packing, planning
-// and all kernels ask here, and nobody else compares a query with a key; the CPU backend asks hbsattn/_layout.py.
+// and all kernels ask here; what masks of scores compare with the pairs of a tile is made of these answers. The CPU
+// backend asks hbsattn/_layout.py.
 //
 // Queries and keys are numbered in their sequence. By causality (ElementRule) a query sees the keys up to its own
 // place, so a later query sees no fewer keys, and a query that sees a key sees those before it. Rules of heads
@@ -103,9 +104,12 @@ struct WindowRule {
   }
 };
 
-// Any diagonal, as one for which sums do not overflow; the same to all queries and keys that the tensors have.
-constexpr int32_t clamp_diagonal(int32_t diagonal, int32_t rows_q, int32_t rows_k) {
-  return diagonal < -rows_q ? -rows_q : diagonal > rows_k ? rows_k : diagonal;
+// Any diagonal, as one for which sums do not overflow; by causality the same to all queries and keys that the tensors
+// have. Windows move on with it, so it is cut only where it moves them far past all tensors.
+constexpr int32_t clamp_diagonal(const MaskShape& shape, int32_t diagonal, int32_t rows_q, int32_t rows_k) {
+  const int32_t least = shape.ruled ? -kUnboundedWindow / 2 : -rows_q,
+                most = shape.ruled ? kUnboundedWindow / 2 : rows_k;
+  return diagonal < least ? least : diagonal > most ? most : diagonal;
 }
 
 constexpr ElementRule<int64_t> rule_of(const MaskShape& shape, const Sequence& sequence) {

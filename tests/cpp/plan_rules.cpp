@@ -456,7 +456,7 @@ bool check_rule(const ElementRule<Int>& rule, Int end, Int first_query, Int last
 // What the tensors have sees the same by a diagonal and by the clamped one.
 bool check_clamped(int32_t diagonal, int32_t rows_q, int32_t rows_k) {
   const ElementRule<int64_t> all{true, diagonal};
-  const ElementRule<int32_t> clamped{true, clamp_diagonal(diagonal, rows_q, rows_k)};
+  const ElementRule<int32_t> clamped{true, clamp_diagonal(MaskShape{}, diagonal, rows_q, rows_k)};
   for (int32_t query = 0; query < rows_q; ++query) {
     const int64_t want = std::max<int64_t>(all.last_key(query, rows_k), -1);
     if (std::max<int64_t>(clamped.last_key(query, rows_k), -1) != want) return false;

@@ -295,7 +295,7 @@ MUTANTS = [
     Mutant(
         "diagonal_of_cut_lengths",
         QUERY_TILES,
-        "item.diagonal = clamp_diagonal(item.diagonal, args.rows_q, args.rows_k);",
+        "item.diagonal = clamp_diagonal(args.mask, item.diagonal, args.rows_q, args.rows_k);",
         "item.diagonal = item.k_len - item.q_len;",
         ("tests/test_hostile.py", "-k", "claimed_lengths and by_queries"),
     ),

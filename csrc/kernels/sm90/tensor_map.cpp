@@ -62,7 +62,10 @@ Status encode(const MatrixRows& tensor, const cuuint64_t (&sizes)[kRank], const 
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
   CUresult result = run();
-  if (result == CUDA_ERROR_INVALID_CONTEXT && bind_context() == cudaSuccess) result = run();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {
+    if (bind_context() == cudaSuccess) result = run();
+    cudaGetLastError();  // or the next launch would report it
+  }
   if (result != CUDA_SUCCESS) {
     return Status::CudaError("cuTensorMapEncodeTiled failed with code " + std::to_string(result));
   }

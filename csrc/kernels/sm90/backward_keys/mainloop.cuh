@@ -63,7 +63,7 @@ struct QueryLimits {
       if (!args.mask.causal && right < kUnboundedWindow) first = place - right;
       if (left < most - place) end = place + left + 1;
     }
-    return {place == INT_MAX ? INT_MAX : row_of(args, first, lane), row_of(args, end, lane)};
+    return {place == INT_MAX ? INT_MAX : row_of(args, min(first, most), lane), row_of(args, end, lane)};
   }
 };
 

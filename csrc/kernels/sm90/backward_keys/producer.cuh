@@ -40,7 +40,7 @@ __device__ __forceinline__ KeyItem read_item(const BackwardKeysArguments& args, 
   item.q_begin = clamp(item.q_begin, 0, args.rows_q);
   item.k_begin = clamp(item.k_begin, 0, args.rows_k);
   item.q_len = clamp(item.q_len, 0, args.rows_q - item.q_begin);
-  item.diagonal = clamp_diagonal(item.diagonal, args.rows_q, args.rows_k);
+  item.diagonal = clamp_diagonal(args.mask, item.diagonal, args.rows_q, args.rows_k);
   item.first_key = clamp(item.first_key, 0, args.rows_k - item.k_begin);
   item.keys = clamp(item.keys, 0, min(args.rows_k - item.k_begin - item.first_key, int{Traits::kTileN}));
   item.parts = clamp(item.parts, 1, max(args.slots, 1));

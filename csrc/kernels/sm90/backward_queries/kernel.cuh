@@ -43,7 +43,7 @@ __device__ __forceinline__ void run_backward_queries_consumer(const BackwardQuer
     const int stages = uniform(storage.tiles[slot.index].stages);
     const int masked_stages = uniform(storage.tiles[slot.index].masked_stages);
     const int clean_end = uniform(storage.tiles[slot.index].clean_end);
-    const HeadRule rule = storage.tiles[slot.index].rule.head;
+    const TileRule rule = storage.tiles[slot.index].rule;
     release_tile(storage, slot, lane);
     if (uniform(item.bit_row) < 0) break;
     if (stages == 0) {

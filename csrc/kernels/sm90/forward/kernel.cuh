@@ -50,7 +50,7 @@ __device__ __forceinline__ void run_consumer(const QueryTileArguments& args, typ
     const int stages = uniform(storage.tiles[slot.index].stages);
     [[maybe_unused]] const int masked_stages = uniform(storage.tiles[slot.index].masked_stages);
     [[maybe_unused]] const int clean_end = uniform(storage.tiles[slot.index].clean_end);
-    const HeadRule rule = storage.tiles[slot.index].rule.head;
+    const TileRule rule = storage.tiles[slot.index].rule;
     [[maybe_unused]] PairStages pair;
     if constexpr (Traits::kPairs) {
       const PairStages& announced = storage.tiles[slot.index].pair;

@@ -27,7 +27,7 @@ struct KeyLimits {
   static constexpr int kNoRow = INT_MIN / 2;
 
   __device__ __forceinline__ KeyLimits(const QueryTileArguments& args, const WorkItem& item,
-                                       [[maybe_unused]] const HeadRule& rule, int buffer, int warp_row, int lane)
+                                       [[maybe_unused]] const TileRule& rule, int buffer, int warp_row, int lane)
       : granules(0), buffer(buffer) {
     [[maybe_unused]] bool exists[2];
     int first_row = item.block_row;
@@ -49,7 +49,10 @@ struct KeyLimits {
         this->place[row] = exists[row] ? query + item.diagonal : kNoRow + kGranule;  // no difference overflows
       }
       value[row] = rule_of(args.mask, item).last_key(query, item.k_len);
-      if (!kPairs && args.mask.ruled) value[row] = rule_of(args.mask, item, rule).last_key(query, item.k_len);
+      if (!kPairs && args.mask.ruled) {
+        const HeadRule of_head{rule.left, rule.right, rule.sink, 0};
+        value[row] = rule_of(args.mask, item, of_head).last_key(query, item.k_len);
+      }
     }
     if constexpr (kGeneral) {
       least = __reduce_min_sync(0xffffffffu, min(exists[0] ? value[0] : INT_MAX, exists[1] ? value[1] : INT_MAX));
@@ -73,8 +76,8 @@ struct KeyLimits {
 template <class Traits, bool kGeneral, class Scores>
 __device__ __forceinline__ void mask_by_rule(const QueryTileArguments& args, Scores& scores, const int32_t* granules,
                                              const KeyLimits<kGeneral>& limits, const TileRule& rule, int lane) {
-  const int offset = 2 * (lane & 3), sink = rule.head.sink - offset;
-  const int seen_by_all = max(uniform(limits.find_last_place() - rule.head.left), uniform(rule.head.sink));
+  const int offset = 2 * (lane & 3), sink = rule.sink - offset;
+  const int seen_by_all = max(uniform(limits.find_last_place() - rule.left), uniform(rule.sink));
   CUTE_UNROLL
   for (int i = 0; i < Traits::kGranules; ++i) {
     const int code = __shfl_sync(0xffffffffu, lane == 0 ? granules[i] : 0, 0);
@@ -94,8 +97,8 @@ __device__ __forceinline__ void mask_by_rule(const QueryTileArguments& args, Sco
       if (first_key >= seen_by_all) {
         hide([&](int key) { return key <= limit; });
       } else {
-        const int first = limits.place_of(row, lane) - rule.head.left - offset;
-        const int sink_limit = args.mask.causal ? limit : min(rule.key_end() - 1 - offset, last_key);
+        const int first = limits.place_of(row, lane) - rule.left - offset;
+        const int sink_limit = args.mask.causal ? limit : min(rule.key_end - 1 - offset, last_key);
         hide([&](int key) { return key < sink ? key <= sink_limit : key >= first && key <= limit; });
       }
     }

@@ -86,7 +86,7 @@ __device__ __forceinline__ void clamp_item(const QueryTileArguments& args, WorkI
   item.q_len = clamp(item.q_len, 0, args.rows_q - item.q_begin);
   [[maybe_unused]] const bool cut = item.k_len > args.rows_k - item.k_begin;
   item.k_len = clamp(item.k_len, 0, args.rows_k - item.k_begin);
-  item.diagonal = clamp_diagonal(item.diagonal, args.rows_q, args.rows_k);
+  item.diagonal = clamp_diagonal(args.mask, item.diagonal, args.rows_q, args.rows_k);
   item.block_row = clamp(item.block_row, 0, args.rows_q);
   item.first_row = clamp(item.first_row, 0, args.block_rows.divisor);
   const auto cols = static_cast<int>(args.mask.cols);
@@ -250,8 +250,8 @@ __device__ __forceinline__ void announce_tile(const QueryTileArguments& args, ty
     const int tail = (item.tail() * args.segments_per_block.divisor + segments - 1) >> stage_segments_log2;
     announced.clean_end = max(stages - tail, announced.masked_stages);
     if (args.mask.ruled && !last) {
-      announced.rule.head = rule_of_head(args, item);
-      announced.rule.key_end() = item.k_len;
+      const HeadRule rule = rule_of_head(args, item);
+      announced.rule = {rule.left, rule.right, rule.sink, item.k_len};
     }
     announced.key_end = key_end;
     mbarrier_arrive(&storage.tile_full[slot.index]);

@@ -61,13 +61,9 @@ struct PairStages {
 // Beside the owner of a stage: it is a masked one.
 inline constexpr uint32_t kMaskedStage = 4;
 
-// What masks need of the rule of a tile's head.
-struct TileRule {
-  HeadRule head;  // as read_rule() has it
-
-  // The end of the tile's keys, where the table of rules has room.
-  __device__ __forceinline__ int& key_end() { return head.unused; }
-  __device__ __forceinline__ int key_end() const { return head.unused; }
+// What masks need of the rule of a tile's head, as read_rule() has it, and the end of its sequence's keys.
+struct alignas(16) TileRule {
+  int left, right, sink, key_end;
 };
 
 // A tile as the tile warp announces it to the other warps.
