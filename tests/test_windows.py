@@ -361,13 +361,12 @@ def test_ops_refuse(change: Callable[[Tensor], Tensor], words: str, device: str)
 @pytest.mark.gpu
 def test_ops_refuse_an_odd_address():
     """A row of the table is read whole."""
-    problem = make_problem(SPECS[0], "cuda", torch.float16)
-    mask = problem.mask()
-    items = plan_items(mask, *problem.q.shape[-2:-1], problem.k.shape[-2], problem.q.shape[-1], 2, True)
+    mask = make_problem(SPECS[0], "cuda", torch.float16).mask()
     moved = torch.empty(mask._rules.numel() + 1, dtype=torch.int32, device="cuda")[1:].view_as(mask._rules)
-    call = (problem.q, problem.k, problem.v, mask.bits, mask.sequences, moved, layout_of(mask), True, 0.1)
     with pytest.raises(ValueError, match="rules is at an address"):
-        ops.forward(*call, items, None)
+        ops.plan_items(
+            mask.bits, mask.sequences, moved, layout_of(mask), (SPECS[0].heads_q, SPECS[0].heads_k, 64, 2, 1)
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)
