@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT / "csrc" / "kernels"))
 from generate_instances import KERNELS, read_table  # noqa: E402
 
 SECONDS_ALLOWED = 180
-# Bytes, stores and loads, by what is in a kernel's name; others may not spill.
-SPILLS_ALLOWED = {r"\d+backward_keys_kernel": 400, r"Sm90ForwardI\w+Li64ELi192E": 64}
+# Bytes, stores and loads, by what is in a kernel's name; others may not spill. Those of backward_keys are counted in
+# each of the four forms of the warp that streams queries, of which a call runs one.
+SPILLS_ALLOWED = {r"\d+backward_keys_kernel": 450, r"Sm90ForwardI\w+Li64ELi192E": 64}
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
