@@ -268,22 +268,20 @@ def _sum_clamped(last: Tensor, width: Tensor) -> Tensor:
     return rising * (rising + 1) // 2 + (last - rising) * width
 
 
-def count_pairs(bits: Tensor, sequences: Tensor, layout: MaskLayout, rules: Tensor | None = None) -> int:
-    """Counts the pairs of a query and a key that attend, over all mask heads. Exact, with causality, windows and short
-    blocks. Waits for the device. Bits without values, as in a traced program, count as all on.
+def count_in_blocks(
+    sequences: Tensor, rows: int, layout: MaskLayout, window: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """Counts the pairs of a query and a key that each block has, int64 (rows, cols): those that causality and a window
+    (left, right, sink) let attend, and all.
     """
-    heads, rows, _ = bits.shape
-    if sequences.shape[0] == 0:
-        return 0
-    if bits.is_meta or type(bits) is not Tensor:
-        return heads * rows * layout.q_block_size * layout.cols * layout.k_block_size
     sequence, block, used = locate_rows(sequences, rows, layout.q_block_size)
     table = sequences.to(torch.int64)[sequence]
     q_len, k_len, diagonal = (table[:, column].unsqueeze(-1) for column in (Q_LEN, K_LEN, DIAGONAL))
     first = (block * layout.q_block_size).unsqueeze(-1)
     last = torch.minimum(first + layout.q_block_size, q_len)
-    key = torch.arange(layout.cols, device=bits.device) * layout.k_block_size
+    key = torch.arange(layout.cols, device=sequences.device) * layout.k_block_size
     width = (k_len - key).clamp(0, layout.k_block_size)
+    left, right, sink = window
 
     def count_before(end: int | None, width: Tensor) -> Tensor:
         """Pairs of each block with those of its first `width` keys that lie before the query's position plus `end`."""
@@ -293,21 +291,35 @@ def count_pairs(bits: Tensor, sequences: Tensor, layout: MaskLayout, rules: Tens
         until_first, until_last = (query - 1 + diagonal + end - key for query in (first, last))
         return _sum_clamped(until_last, width) - _sum_clamped(until_first, width)
 
-    def count_window(left: int, right: int, sink: int) -> Tensor:
-        """Pairs of each block, int64 (rows, cols)."""
-        end = 1 if layout.causal else right + 1 if right >= 0 else None
-        pairs = count_before(end, width)
-        sunk = (sink - key).clamp(min=0).minimum(width)
-        if left >= 0:  # all but what comes before the window, where that is no sink
-            pairs = pairs - count_before(-left, width) + count_before(-left, sunk)
-        if not layout.causal:  # and the sink behind the window
-            pairs = pairs + count_before(None, sunk) - count_before(end, sunk)
-        return torch.where(used.unsqueeze(-1), pairs, 0)
+    end = 1 if layout.causal else right + 1 if right >= 0 else None
+    pairs = count_before(end, width)
+    sunk = (sink - key).clamp(min=0).minimum(width)
+    if left >= 0:  # all but what comes before the window, where that is no sink
+        pairs = pairs - count_before(-left, width) + count_before(-left, sunk)
+    if not layout.causal:  # and the sink behind the window
+        pairs = pairs + count_before(None, sunk) - count_before(end, sunk)
+    exists = used.unsqueeze(-1)
+    return torch.where(exists, pairs, 0), torch.where(exists, count_before(None, width), 0)
 
-    windows = [(UNBOUNDED, UNBOUNDED, 0)] * heads if rules is None else [tuple(x[:3]) for x in rules.tolist()]
+
+def windows_of_heads(heads: int, rules: Tensor | None) -> list[tuple[int, int, int]]:
+    """Left, right and sink of each mask head. Waits for the device."""
+    return [(UNBOUNDED, UNBOUNDED, 0)] * heads if rules is None else [tuple(x[:3]) for x in rules.tolist()]
+
+
+def count_pairs(bits: Tensor, sequences: Tensor, layout: MaskLayout, rules: Tensor | None = None) -> int:
+    """Counts the pairs of a query and a key that attend, over all mask heads. Exact, with causality, windows and short
+    blocks. Waits for the device. Bits without values, as in a traced program, count as all on.
+    """
+    heads, rows, _ = bits.shape
+    if sequences.shape[0] == 0:
+        return 0
+    if bits.is_meta or type(bits) is not Tensor:
+        return heads * rows * layout.q_block_size * layout.cols * layout.k_block_size
+    windows = windows_of_heads(heads, rules)
     total = 0
     for window in set(windows):
-        pairs = count_window(*window)
+        pairs, _ = count_in_blocks(sequences, rows, layout, window)
         # One head after another: the booleans of all at once would be eight times the bits.
         of_window = (head for head, own in zip(bits, windows, strict=True) if own == window)
         total += sum(int(pairs[unpack_bits(head, layout.cols)].sum()) for head in of_window)

@@ -38,6 +38,7 @@ from hbsattn._layout import (
 from hbsattn._numbers import Numbers, alike, numbers_of_heads
 from hbsattn._placement import Lengths, Place, count_sequences, make_sequences, place_blocks
 from hbsattn._plans import Maker, Plan, Plans, is_capturing, normal_tensors
+from hbsattn._plot import plot
 from hbsattn._sources import FORMS, Dense, Lists, Rows, Source
 
 CONSTRUCTORS = "BlockMask.from_dense, BlockMask.from_indices or BlockMask.from_csr"
@@ -574,6 +575,12 @@ class BlockMask:
             raise ValueError(f"num_heads is {num_heads}; expected a multiple of the {self.heads} heads of the mask")
         pairs = count_pairs(self.bits, self.sequences, MaskLayout(*self._layout), self._rules)
         return 4 * head_dim * pairs * (num_heads // max(self.heads, 1))
+
+    def plot(self, head: int = 0, *, sequence: int = 0, ax: Any = None) -> Any:
+        """Draws a head of a sequence with matplotlib, and returns the axes: `ax`, or new ones. Blocks of which
+        causality or a window leaves pairs out are lighter. Waits for the device.
+        """
+        return plot(self, head, sequence, ax)
 
     def __repr__(self) -> str:
         if self.packed:

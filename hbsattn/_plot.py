@@ -1,0 +1,49 @@
+"""A picture of one head of a mask."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hbsattn._checks import check_index
+from hbsattn._layout import K_LEN, MaskLayout, ceil_div, count_in_blocks, locate_rows, unpack_bits, windows_of_heads
+
+if TYPE_CHECKING:
+    from hbsattn.mask import BlockMask
+
+OFF, PARTLY, WHOLLY = range(3)
+COLORS = ("#f4f5f7", "#8fb8ea", "#2f7de1")
+
+
+def block_states(mask: "BlockMask", head: int, sequence: int) -> Tensor:
+    """What each block of a sequence is, uint8 (query blocks, key blocks) on the CPU: OFF, PARTLY computed, as causality
+    or a window leaves some of its pairs out, or WHOLLY.
+    """
+    layout = MaskLayout(*mask._layout)
+    window = windows_of_heads(mask.heads, mask._rules)[head]
+    pairs, of_block = count_in_blocks(mask.sequences, mask.rows, layout, window)
+    on = unpack_bits(mask.bits[head], layout.cols) & (pairs > 0)
+    states = torch.where(on, torch.where(pairs == of_block, WHOLLY, PARTLY), OFF).to(torch.uint8)
+    owner, _, used = locate_rows(mask.sequences, mask.rows, layout.q_block_size)
+    cols = ceil_div(int(mask.sequences[sequence, K_LEN]), layout.k_block_size)
+    return states[used & (owner == sequence), :cols].cpu()
+
+
+def plot(mask: "BlockMask", head: int, sequence: int, ax: Any) -> Any:
+    """The picture that `BlockMask.plot` documents."""
+    for name, value, count in (("head", head, mask.heads), ("sequence", sequence, mask.batch)):
+        if check_index(name, value) >= count:
+            raise ValueError(f"{name} is {value}; expected 0 to {count - 1}")
+    try:
+        from matplotlib import pyplot
+        from matplotlib.colors import ListedColormap
+    except ImportError as error:
+        raise ImportError("plot needs matplotlib, which is not installed: pip install matplotlib") from error
+    states = block_states(mask, head, sequence)
+    if ax is None:
+        _, ax = pyplot.subplots()
+    rows, cols = states.shape
+    extent = (0, cols * mask._k_block, rows * mask._q_block, 0)
+    ax.imshow(states, cmap=ListedColormap(COLORS), vmin=OFF, vmax=WHOLLY, extent=extent, interpolation="nearest")
+    ax.set(xlabel="key", ylabel="query", title=f"head {head}, blocks of {mask.q_block_size} x {mask.k_block_size}")
+    return ax
