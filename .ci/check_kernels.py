@@ -19,8 +19,13 @@ from generate_instances import KERNELS, read_table  # noqa: E402
 
 SECONDS_ALLOWED = 180
 # Bytes, stores and loads, by what is in a kernel's name; others may not spill. Those of backward_keys are counted in
-# each of the four forms of the warp that streams queries, of which a call runs one.
-SPILLS_ALLOWED = {r"\d+backward_keys_kernel": 450, r"Sm90ForwardI\w+Li64ELi192E": 64}
+# each of the four forms of the warp that streams queries, of which a call runs one. The general forward of head dim 96
+# reloads addresses at the start and the end of a tile, outside of all loops.
+SPILLS_ALLOWED = {
+    r"\d+backward_keys_kernel": 450,
+    r"Sm90ForwardI\w+Li64ELi192E": 64,
+    r"Sm90ForwardI\w+Li96ELi128EEELb1E": 64,
+}
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
