@@ -41,6 +41,8 @@ def alike(numbers: dict[str, Tensor]) -> tuple[Tensor, ...]:
 def common_heads(heads: dict[str, int]) -> int:
     most = max(heads.values())
     for name, count in heads.items():
+        if count == 0:
+            raise ValueError(f"{name} has 0 heads; expected 1 or more")
         if count not in (1, most):
             raise ValueError(f"{name} has {count} heads; expected 1 or {most}")
     return most

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from hbsattn._checks import check_index
-from hbsattn._layout import K_LEN, MaskLayout, ceil_div, count_in_blocks, locate_rows, unpack_bits, windows_of_heads
+from hbsattn._layout import (
+    K_LEN,
+    Q_LEN,
+    MaskLayout,
+    ceil_div,
+    count_in_blocks,
+    locate_rows,
+    unpack_bits,
+    windows_of_heads,
+)
 
 if TYPE_CHECKING:
     from hbsattn.mask import BlockMask
@@ -31,9 +40,10 @@ def block_states(mask: "BlockMask", head: int, sequence: int) -> Tensor:
 
 def plot(mask: "BlockMask", head: int, sequence: int, ax: Any) -> Any:
     """The picture that `BlockMask.plot` documents."""
-    for name, value, count in (("head", head, mask.heads), ("sequence", sequence, mask.batch)):
-        if check_index(name, value) >= count:
-            raise ValueError(f"{name} is {value}; expected 0 to {count - 1}")
+    head, sequence = check_index("head", head, 0, mask.heads), check_index("sequence", sequence, 0, mask.batch)
+    q_len, k_len = mask.sequences[sequence, [Q_LEN, K_LEN]].tolist()
+    if min(q_len, k_len) == 0:
+        raise ValueError(f"sequence is {sequence}, of {q_len} queries and {k_len} keys; expected one that has both")
     try:
         from matplotlib import pyplot
         from matplotlib.colors import ListedColormap
@@ -45,5 +55,11 @@ def plot(mask: "BlockMask", head: int, sequence: int, ax: Any) -> Any:
     rows, cols = states.shape
     extent = (0, cols * mask._k_block, rows * mask._q_block, 0)
     ax.imshow(states, cmap=ListedColormap(COLORS), vmin=OFF, vmax=WHOLLY, extent=extent, interpolation="nearest")
-    ax.set(xlabel="key", ylabel="query", title=f"head {head}, blocks of {mask.q_block_size} x {mask.k_block_size}")
+    ax.set(
+        xlim=(0, k_len),
+        ylim=(q_len, 0),
+        xlabel="key",
+        ylabel="query",
+        title=f"head {head}, blocks of {mask.q_block_size} x {mask.k_block_size}",
+    )
     return ax

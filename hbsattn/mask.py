@@ -68,7 +68,8 @@ class BlockMask:
     tensors hold is checked on a CPU, and on CUDA in debug mode (`set_debug`); the constructors wait for the device only
     there. Rows of packed tensors past the last sequence are padding.
 
-    A mask may be copied, pickled, saved, moved and mapped over its fields; each copy plans its work anew. `update_`
+    A mask may be copied, pickled, saved, moved and mapped over its fields; each copy plans its work anew. Copies share
+    tensors as Python's own do, and so an `update_` of one; masks that are made from masks do not. `update_`
     rewrites it in place. Writes to `bits` and `sequences` by torch ops are noticed by later calls, but not by CUDA
     graphs, which read the mask's memory and keep the plan that they were captured with: keep the mask as long as its
     graphs, and rewrite it with `update_`. What is off for causality stays off in a copy with `causal=False`.
@@ -427,8 +428,9 @@ class BlockMask:
             return self._with_bits(bits, rules.expand(bits.shape[0], -1).contiguous())
 
     def _with_bits(self, bits: Tensor, rules: Tensor | None = None) -> "BlockMask":
-        """A mask of the same place, which no constructor has made."""
+        """A mask of the same place, which no constructor has made. An `update_` of this one does not change it."""
         made = {"_form": "", "_shape": (), "_counts": None, "_indices": None, "_replayed": is_capturing(self.device)}
+        made["sequences"] = self.sequences.clone()
         return dataclasses.replace(self, _bits=bits, _rules=rules, heads=bits.shape[0], **made)
 
     def _check_place(self, other: "BlockMask") -> None:
@@ -579,6 +581,10 @@ class BlockMask:
     def plot(self, head: int = 0, *, sequence: int = 0, ax: Any = None) -> Any:
         """Draws a head of a sequence with matplotlib, and returns the axes: `ax`, or new ones. Blocks of which
         causality or a window leaves pairs out are lighter. Waits for the device.
+
+        Raises:
+            ValueError: for a head, or a sequence, that the mask does not have, or a sequence without queries or keys.
+            ImportError: without matplotlib.
         """
         return plot(self, head, sequence, ax)
 

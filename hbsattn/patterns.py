@@ -264,7 +264,7 @@ def top_k(blocks: Blocks, scores: Tensor, k: Numbers) -> BlockMask:
 
     Args:
         scores: float (batch or 1, heads, query blocks, key blocks), `blocks.shape` with heads, as `pooled_scores`
-            makes them. -inf never counts.
+            makes them. -inf and NaN never count.
     """
     scores = _check_scores(blocks, scores)
     wanted = blocks._numbers("k", k)
@@ -288,7 +288,8 @@ def top_p(blocks: Blocks, scores: Tensor, p: float) -> BlockMask:
     if not 0 <= p <= 1:
         raise ValueError(f"p is {p}; expected 0 to 1")
     scores = _check_scores(blocks, scores)
-    weights, columns = scores.softmax(-1).nan_to_num(0).sort(dim=-1, descending=True, stable=True)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).nan_to_num(0)
+    weights, columns = weights.sort(dim=-1, descending=True, stable=True)
     before = weights.cumsum(-1) - weights
     counts = ((before < p) & (weights > 0)).sum(-1)
     return blocks._mask(blocks._listed(counts, columns))
@@ -334,6 +335,7 @@ def select_heads(masks: Sequence[BlockMask], choice: Sequence[int]) -> BlockMask
     for mask in masks:
         check_is_mask(mask)
         masks[0]._check_place(mask)
+    bits_of = [mask.bits for mask in masks]  # which a mask that stays lists makes anew each time
     bits, rules = [], []
     for head, which in enumerate(choice):
         which = check_index(f"choice[{head}]", which, 0, len(masks))
@@ -341,7 +343,7 @@ def select_heads(masks: Sequence[BlockMask], choice: Sequence[int]) -> BlockMask
         if mask.heads not in (1, len(choice)):
             raise ValueError(f"masks[{which}] has {mask.heads} heads; expected 1 or {len(choice)}, those of choice")
         row = head if mask.heads > 1 else 0
-        bits.append(mask.bits[row])
+        bits.append(bits_of[which][row])
         rules.append(None if mask._rules is None else mask._rules[row])
     if not bits:
         raise ValueError("choice is empty; expected an int for each head")
@@ -354,7 +356,7 @@ def select_heads(masks: Sequence[BlockMask], choice: Sequence[int]) -> BlockMask
 
 
 def _check_scores(blocks: Blocks, scores: Tensor) -> Tensor:
-    """(heads, rows, key blocks) with -inf where nothing is visible."""
+    """(heads, rows, key blocks) with -inf where nothing is visible, or a score is NaN."""
     check_tensor("scores", scores, (4,), FLOATS)
     check_same_device("scores", scores, blocks.device, "blocks")
     batch, rows, cols = blocks.shape
@@ -362,7 +364,7 @@ def _check_scores(blocks: Blocks, scores: Tensor) -> Tensor:
         raise ValueError(f"scores has shape {tuple(scores.shape)}; expected ({batch} or 1, heads, {rows}, {cols})")
     scores = scores.detach().expand(batch, -1, -1, -1).transpose(0, 1).reshape(scores.shape[1], batch * rows, cols)
     seen = torch.arange(cols, device=scores.device) < blocks._visible.unsqueeze(-1)
-    return scores.masked_fill(~seen, -torch.inf)
+    return scores.masked_fill(~seen | scores.isnan(), -torch.inf)
 
 
 def _mean_of_blocks(blocks: Blocks, name: str, x: Tensor, size: int, count: int) -> Tensor:

@@ -388,3 +388,15 @@ def test_masks_of_masks():
     of_lists = lists.to_dense().repeat_interleave(2, dim=1)
     assert torch.equal(joined.to_dense(), of_lists | dense.to_dense())
     assert torch.equal(both.to_dense(), of_lists & dense.to_dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scores_of_few_digits(dtype: torch.dtype):
+    """Shares are added up in more digits than the scores have, and NaN is no score."""
+    blocks = patterns.Blocks(1, 1, seqlen_q=1, seqlen_k=1024, device="cpu")
+    scores = torch.zeros((1, 1, 1, 1024), dtype=dtype)
+    assert int(patterns.top_p(blocks, scores, 1.0).to_dense().sum()) == 1024
+    assert int(patterns.top_p(blocks, scores, 0.5).to_dense().sum()) == 512
+    scores[..., :3] = torch.nan
+    assert not patterns.top_k(blocks, scores, 5).to_dense()[..., :3].any()
+    assert int(patterns.top_k(blocks, scores, 5).to_dense().sum()) == 5

@@ -52,7 +52,7 @@ class Axes:
     def imshow(self, states: torch.Tensor, **named: object) -> None:
         self.states, self.named = states, named
 
-    def set(self, **labels: str) -> None:
+    def set(self, **labels: object) -> None:
         self.labels = labels
 
 
@@ -62,7 +62,8 @@ def test_plot():
     axes = Axes()
     assert mask.plot(0, sequence=1, ax=axes) is axes
     assert torch.equal(axes.states, block_states(mask, 0, 1))
-    assert axes.named["extent"] == (0, 96, 64, 0) and axes.labels["xlabel"] == "key"
+    assert axes.named["extent"] == (0, 96, 64, 0)
+    assert axes.labels["xlim"] == (0, 90) and axes.labels["ylim"] == (40, 0) and axes.labels["xlabel"] == "key"
     drawn = mask.plot()
     assert drawn.images[0].get_array().shape == block_states(mask, 0, 0).shape
     assert drawn.images[0].get_cmap().colors == COLORS
@@ -75,7 +76,9 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch):
         mask.plot()
 
 
-@pytest.mark.parametrize(("named", "words"), [({"head": 9}, "head is 9"), ({"sequence": 2}, "sequence is 2")])
+@pytest.mark.parametrize(
+    ("named", "words"), [({"head": 9}, "head is 9"), ({"sequence": 2}, "sequence is 2"), ({"head": -1}, "-1")]
+)
 def test_errors(named: dict[str, int], words: str):
     mask = make_problem(SPECS[0], "cpu", torch.float32).mask()
     with pytest.raises(ValueError, match=words):

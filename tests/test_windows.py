@@ -358,6 +358,26 @@ def test_ops_refuse(change: Callable[[Tensor], Tensor], words: str, device: str)
         ops.check_forward(problem.q, problem.k, problem.v, *tables, True, 0.125)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "derive",
+    [lambda m: m.windowed(4), lambda m: m | m, lambda m: patterns.select_heads([m, m.windowed(9)], [0, 1])],
+    ids=["windowed", "or", "select_heads"],
+)
+def test_update_of_the_source(derive: Callable[[BlockMask], BlockMask], device: str):
+    """New lengths of a mask do not become those of a mask that was made from it."""
+    lens, others = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 40, 64], [0, 16, 64]))
+    blocks = torch.ones((2, 1, 3, 3), dtype=torch.bool, device=device)
+    longest = {"max_seqlen_q": 48, "max_seqlen_k": 48}
+    mask = BlockMask.from_dense(blocks, 16, 16, cu_seqlens_q=lens, cu_seqlens_k=lens, causal=True, **longest)
+    derived = derive(mask)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    q, k, v = torch.randn(3, 64, 2, 32, device=device).to(dtype)
+    before = block_sparse_attention(q, k, v, derived)
+    mask.update_(blocks, cu_seqlens_q=others, cu_seqlens_k=others)
+    assert same(block_sparse_attention(q, k, v, derived), before)
+
+
 @pytest.mark.gpu
 def test_ops_refuse_an_odd_address():
     """A row of the table is read whole."""
