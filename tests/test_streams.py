@@ -75,11 +75,12 @@ def test_two_threads_with_one_mask(spec: Case, device: str):
 def test_first_call_of_a_thread():
     """It may be the thread's first use of CUDA: nothing has made the device's context its own yet."""
     problem = make_problem(case("first", density=1.0), "cuda", torch.bfloat16)
-    want = problem.run()
-    problem.run()  # what it allocates is in the cache behind
+    mask = problem.mask()
+    want = problem.run(mask)
+    problem.run(mask)  # what it allocates is in the cache behind
     torch.cuda.synchronize()
     found = []
-    run_threads([lambda: found.append(problem.run())])
+    run_threads([lambda: found.append(problem.run(mask))])  # whose first call of CUDA is for a tensor map
     for got, expected in zip(found[0], want, strict=True):
         assert same(got, expected)
 
