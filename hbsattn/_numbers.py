@@ -24,6 +24,8 @@ def numbers_of_heads(
         if read and can_read(value) and value.numel() and int(value.min()) < least:
             raise ValueError(f"{name} holds {int(value.min())}; expected {least} to {LENGTH_LIMIT - 1}")
         return value.to(torch.int64).unsqueeze(-1)
+    if isinstance(value, (str, bytes)) or not (isinstance(value, Sequence) or hasattr(value, "__index__")):
+        raise TypeError(f"{name} is {value!r}; expected an int, a sequence of ints, or an int Tensor (heads)")
     if not isinstance(value, Sequence):
         return torch.full((1, 1), check_index(name, value, least), dtype=torch.int64, device=device)
     numbers = torch.tensor([check_index(f"{name}[{i}]", x, least) for i, x in enumerate(value)], dtype=torch.int64)

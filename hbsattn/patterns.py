@@ -10,8 +10,10 @@ tensor (heads) on the device. Masks of one place are joined and cut with `|` and
 kind. They are not rewritten with `update_`.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from hbsattn._checks import (
     check_number,
     check_same_device,
     check_tensor,
+    type_name,
 )
 from hbsattn._contents import can_read, check_lengths
 from hbsattn._layout import (
@@ -157,11 +160,25 @@ class Blocks:
         return numbers_of_heads(name, value, self.device, "blocks", low)
 
 
+def _of_blocks(pattern: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses a first argument that is no Blocks: a mask is easily taken for one."""
+
+    @functools.wraps(pattern)
+    def checked(blocks: Blocks, *arguments: object, **named: object) -> Any:
+        if not isinstance(blocks, Blocks):
+            raise TypeError(f"blocks is a {type_name(blocks)}; expected a Blocks of hbsattn.patterns")
+        return pattern(blocks, *arguments, **named)
+
+    return checked
+
+
+@_of_blocks
 def dense(blocks: Blocks) -> BlockMask:
     """Every block, or with causality every block up to the diagonal."""
     return blocks._mask(blocks._visible_bits.unsqueeze(0))
 
 
+@_of_blocks
 def window(blocks: Blocks, left: Numbers, right: Numbers = 0) -> BlockMask:
     """The key blocks where a query block lies, `left` before them and `right` behind; -1: all.
 
@@ -173,6 +190,7 @@ def window(blocks: Blocks, left: Numbers, right: Numbers = 0) -> BlockMask:
     return blocks._mask(blocks._below(begin) ^ blocks._below(end))
 
 
+@_of_blocks
 def streaming(blocks: Blocks, sink: Numbers, local: Numbers) -> BlockMask:
     """The first `sink` key blocks of the sequence, and the `local` blocks that end with the last one that is visible.
 
@@ -182,6 +200,7 @@ def streaming(blocks: Blocks, sink: Numbers, local: Numbers) -> BlockMask:
     return blocks._mask(blocks._below(blocks._visible - local) ^ blocks._visible_bits | blocks._below(sink))
 
 
+@_of_blocks
 def sliding_window(blocks: Blocks, left: Numbers, right: Numbers = 0) -> BlockMask:
     """The tokens from `left` before a query's own position to `right` behind it; -1: all.
 
@@ -190,6 +209,7 @@ def sliding_window(blocks: Blocks, left: Numbers, right: Numbers = 0) -> BlockMa
     return dense(blocks).windowed(left, right)
 
 
+@_of_blocks
 def token_streaming(blocks: Blocks, sink: Numbers, local: Numbers) -> BlockMask:
     """The first `sink` tokens of the sequence, and the `local` ones, at least 1, up to the query's own position.
 
@@ -205,12 +225,14 @@ def token_streaming(blocks: Blocks, sink: Numbers, local: Numbers) -> BlockMask:
     return dense(blocks).windowed(left=local.clamp(min=1) - 1, sink=sink)
 
 
+@_of_blocks
 def global_blocks(blocks: Blocks, queries: Numbers, keys: Numbers) -> BlockMask:
     """The first `queries` query blocks of a sequence and the first `keys` key blocks, each with all of the other."""
     queries, keys = blocks._both(0, queries=queries, keys=keys)
     return blocks._mask(blocks._below(torch.where(blocks._row < queries, _FAR, keys)))
 
 
+@_of_blocks
 def dilated(blocks: Blocks, count: int, step: Numbers) -> BlockMask:
     """`count` key blocks, every `step`-th, from the last one on where a query block lies."""
     count, step = check_index("count", count), blocks._numbers("step", step, 1)
@@ -218,6 +240,7 @@ def dilated(blocks: Blocks, count: int, step: Numbers) -> BlockMask:
     return vertical_slash(blocks, behind.new_empty((1, 0)), behind.squeeze(1))
 
 
+@_of_blocks
 def vertical_slash(blocks: Blocks, vertical: Tensor, slash: Tensor) -> BlockMask:
     """Columns, and diagonals.
 
@@ -239,6 +262,7 @@ def vertical_slash(blocks: Blocks, vertical: Tensor, slash: Tensor) -> BlockMask
     return blocks._mask(blocks._listed(counts, listed))
 
 
+@_of_blocks
 def random_blocks(blocks: Blocks, count: int, heads: int = 1, generator: torch.Generator | None = None) -> BlockMask:
     """`count` draws for each query block among the key blocks that are visible; what is drawn twice counts once."""
     count, heads = check_index("count", count), check_index("heads", heads, 1)
@@ -249,6 +273,7 @@ def random_blocks(blocks: Blocks, count: int, heads: int = 1, generator: torch.G
     return blocks._mask(blocks._listed(counts, listed))
 
 
+@_of_blocks
 def big_bird(
     blocks: Blocks, everywhere: int, near: int, drawn: int, heads: int = 1, generator: torch.Generator | None = None
 ) -> BlockMask:
@@ -259,6 +284,7 @@ def big_bird(
     return random_blocks(blocks, drawn, heads, generator) | parts[0] | parts[1]
 
 
+@_of_blocks
 def top_k(blocks: Blocks, scores: Tensor, k: Numbers) -> BlockMask:
     """The `k` visible key blocks of each query block with the highest scores.
 
@@ -277,6 +303,7 @@ def top_k(blocks: Blocks, scores: Tensor, k: Numbers) -> BlockMask:
     return blocks._mask(blocks._listed(counts, found.indices.expand(heads, -1, -1)))
 
 
+@_of_blocks
 def top_p(blocks: Blocks, scores: Tensor, p: float) -> BlockMask:
     """The fewest visible key blocks of each query block whose softmax of `scores` adds up to `p` or more.
 
@@ -295,6 +322,7 @@ def top_p(blocks: Blocks, scores: Tensor, p: float) -> BlockMask:
     return blocks._mask(blocks._listed(counts, columns))
 
 
+@_of_blocks
 def pooled_scores(blocks: Blocks, q: Tensor, k: Tensor) -> Tensor:
     """Scores of blocks: the products of their mean query and mean key, over the square root of the head dim.
 

@@ -400,3 +400,19 @@ def test_scores_of_few_digits(dtype: torch.dtype):
     scores[..., :3] = torch.nan
     assert not patterns.top_k(blocks, scores, 5).to_dense()[..., :3].any()
     assert int(patterns.top_k(blocks, scores, 5).to_dense().sum()) == 5
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda blocks, mask: patterns.dense(mask), "blocks is a hbsattn.mask.BlockMask; expected a Blocks"),
+        (lambda blocks, mask: patterns.window(None, 1), "blocks is a NoneType"),
+        (lambda blocks, mask: patterns.streaming(blocks=3, sink=1, local=1), "blocks is a int"),
+        (lambda blocks, mask: patterns.window(blocks, b"12"), "left is b'12'; expected an int, a sequence"),
+        (lambda blocks, mask: mask.windowed(1.5), "left is 1.5; expected an int, a sequence"),
+    ],
+)
+def test_wrong_kinds(call: Callable[..., object], words: str):
+    blocks = patterns.Blocks(16, 16, seqlen_q=40, seqlen_k=40, causal=True, device="cpu")
+    with pytest.raises(TypeError, match=words):
+        call(blocks, patterns.dense(blocks))
