@@ -11,17 +11,12 @@ from hbsattn._contents import can_read
 Numbers = int | Sequence[int] | Tensor
 
 
-def numbers_of_heads(
-    name: str, value: Numbers, device: torch.device, whose: str, least: int = 0, *, read: bool = False
-) -> Tensor:
-    """int64 (heads, 1), or (1, 1) for one number.
-
-    `read`: whether to check what a tensor holds, where that can be read. Other numbers are at least `least` always.
-    """
+def numbers_of_heads(name: str, value: Numbers, device: torch.device, whose: str, least: int = 0) -> Tensor:
+    """int64 (heads, 1), or (1, 1) for one number; at least `least`, where they can be read."""
     if isinstance(value, Tensor):
         check_tensor(name, value, (1,), (torch.int32, torch.int64))
         check_same_device(name, value, device, whose)
-        if read and can_read(value) and value.numel() and int(value.min()) < least:
+        if can_read(value) and value.numel() and int(value.min()) < least:
             raise ValueError(f"{name} holds {int(value.min())}; expected {least} to {LENGTH_LIMIT - 1}")
         return value.to(torch.int64).unsqueeze(-1)
     if isinstance(value, (str, bytes)) or not (isinstance(value, Sequence) or hasattr(value, "__index__")):
@@ -34,13 +29,14 @@ def numbers_of_heads(
     return numbers.to(device, non_blocking=True).unsqueeze(-1)
 
 
-def alike(numbers: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Numbers (heads, 1), by name, with as many heads each."""
+def broadcast_heads(numbers: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Numbers (heads, 1) or (1, 1), by name, as (heads, 1) each."""
     heads = common_heads({name: value.shape[0] for name, value in numbers.items()})
     return tuple(value.expand(heads, 1) for value in numbers.values())
 
 
 def common_heads(heads: dict[str, int]) -> int:
+    """As many as the most of them, of which each has 1 or as many."""
     most = max(heads.values())
     for name, count in heads.items():
         if count == 0:

@@ -35,7 +35,7 @@ from hbsattn._layout import (
     reach_of_rows,
     unpack_bits,
 )
-from hbsattn._numbers import Numbers, alike, numbers_of_heads
+from hbsattn._numbers import Numbers, broadcast_heads, numbers_of_heads
 from hbsattn._placement import Lengths, Place, count_sequences, make_sequences, place_blocks
 from hbsattn._plans import Maker, Plan, Plans, is_capturing, normal_tensors
 from hbsattn._plot import plot
@@ -414,14 +414,14 @@ class BlockMask:
         if self._rules is not None:
             raise ValueError("mask has windows already; expected one without: give left, right and sink at once")
         numbers = {
-            name: numbers_of_heads(name, value, self.device, "mask", least, read=True)
+            name: numbers_of_heads(name, value, self.device, "mask", least)
             for name, value, least in (("left", left, UNBOUNDED), ("right", right, UNBOUNDED), ("sink", sink, 0))
         }
         for name, value in numbers.items():
             if self.heads != 1 and value.shape[0] not in (1, self.heads):
                 raise ValueError(f"{name} has {value.shape[0]} heads; expected 1 or {self.heads}, those of mask")
         with normal_tensors():
-            columns = alike(numbers)
+            columns = broadcast_heads(numbers)
             largest = torch.iinfo(torch.int32).max
             rules = torch.cat((*columns, torch.zeros_like(columns[0])), dim=1).clamp(UNBOUNDED, largest).to(torch.int32)
             bits = reach_of_rows(self.sequences, self.rows, MaskLayout(*self._layout), rules).trim(self.bits)

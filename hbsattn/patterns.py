@@ -42,7 +42,7 @@ from hbsattn._layout import (
     reach_of_located,
     words_of,
 )
-from hbsattn._numbers import Numbers, alike, common_heads, numbers_of_heads
+from hbsattn._numbers import Numbers, broadcast_heads, common_heads, numbers_of_heads
 from hbsattn._placement import Lengths, Place, make_sequences, place_blocks
 from hbsattn._plans import normal_tensors
 from hbsattn._sources import Lists
@@ -154,7 +154,7 @@ class Blocks:
 
     def _both(self, low: int, **numbers: Numbers) -> tuple[Tensor, ...]:
         """`_numbers` of several, with as many heads each."""
-        return alike({name: self._numbers(name, value, low) for name, value in numbers.items()})
+        return broadcast_heads({name: self._numbers(name, value, low) for name, value in numbers.items()})
 
     def _numbers(self, name: str, value: Numbers, low: int = 0) -> Tensor:
         return numbers_of_heads(name, value, self.device, "blocks", low)
@@ -218,10 +218,10 @@ def token_streaming(blocks: Blocks, sink: Numbers, local: Numbers) -> BlockMask:
     if not blocks.causal:
         raise ValueError("causal is False; expected True, for the blocks of token_streaming")
     numbers = {
-        name: numbers_of_heads(name, value, blocks.device, "blocks", least, read=True)
+        name: numbers_of_heads(name, value, blocks.device, "blocks", least)
         for name, value, least in (("sink", sink, 0), ("local", local, 1))
     }
-    sink, local = (value.flatten() for value in alike(numbers))
+    sink, local = (value.flatten() for value in broadcast_heads(numbers))
     return dense(blocks).windowed(left=local.clamp(min=1) - 1, sink=sink)
 
 

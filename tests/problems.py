@@ -235,17 +235,9 @@ def mask_keywords(spec: Case, device: str, source: str) -> dict[str, Any]:
     return keywords
 
 
-def build_mask(
-    spec: Case,
-    masks: list[Tensor],
-    device: str,
-    *,
-    form: str | None = None,
-    source: str | None = None,
-    seed: int = 0,
-) -> hbsattn.BlockMask:
-    """A BlockMask of the case's block masks, through the constructor that `source` names, with the case's windows."""
-    mask = build_blocks(spec, masks, device, form=form, source=source, seed=seed)
+def build_mask(spec: Case, masks: list[Tensor], device: str, **choices: object) -> hbsattn.BlockMask:
+    """What `build_blocks` makes, with the case's windows."""
+    mask = build_blocks(spec, masks, device, **choices)
     if not spec.windows:
         return mask
     left, right, sink = (list(x) for x in zip(*spec.windows, strict=True))
@@ -261,7 +253,7 @@ def build_blocks(
     source: str | None = None,
     seed: int = 0,
 ) -> hbsattn.BlockMask:
-    """The same without windows."""
+    """A BlockMask of the case's block masks, through the constructor that `source` names, without windows."""
     form, source = form or spec.mask_form, source or spec.source
     keywords = mask_keywords(spec, device, source)
     sizes = (spec.q_block, spec.k_block)

@@ -110,7 +110,7 @@ CASES = [
         causal=True,
     ),
     case(
-        "sliding_pairs",
+        "sliding_alike",
         pattern="alike",
         heads_q=8,
         heads_k=2,

@@ -144,13 +144,19 @@ def check(kinds: str, lengths: str, infos: list[int], causal: bool, exact: bool,
         torch.testing.assert_close(got.cpu().double(), expected, **close)
 
 
+def dense_and_streaming(device: str, sink: int, local: int) -> tuple[torch.Tensor, ...]:
+    """q, k, v, cu_seqlens, head_mask_type and streaming_info of a dense head and a streaming one."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    ints = ([0, 300, 700], [0, -1], [0, 0, sink, local])
+    return *torch.randn((3, 700, 2, 16), device=device, dtype=dtype), *(
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ints
+    )
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_block_streaming_attn(device: str):
     """The other function is the same without masks, and causal by default."""
-    cu_seqlens = torch.tensor([0, 300, 700], dtype=torch.int32, device=device)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    q, k, v = torch.randn((3, 700, 2, 16), device=device, dtype=dtype)
-    kinds, info = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, -1], [0, 0, 1, 1]))
+    q, k, v, cu_seqlens, kinds, info = dense_and_streaming(device, 1, 1)
     out = block_streaming_attn_func(q, k, v, cu_seqlens, cu_seqlens, kinds, info, 400, 400, 0.0)
     same = block_sparse_attn_func(q, k, v, cu_seqlens, cu_seqlens, kinds, info, None, 400, 400, 0.0, is_causal=True)
     assert torch.equal(out, same)
@@ -159,10 +165,7 @@ def test_block_streaming_attn(device: str):
 @pytest.mark.parametrize("device", DEVICES)
 def test_token_streaming_attn(device: str):
     """Without masks, causal, and without dropout among its arguments."""
-    cu_seqlens = torch.tensor([0, 300, 700], dtype=torch.int32, device=device)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    q, k, v = torch.randn((3, 700, 2, 16), device=device, dtype=dtype)
-    kinds, info = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, -1], [0, 0, 5, 33]))
+    q, k, v, cu_seqlens, kinds, info = dense_and_streaming(device, 5, 33)
     out, lse, _ = token_streaming_attn_func(
         q, k, v, cu_seqlens, cu_seqlens, kinds, info, 400, 400, return_attn_probs=True
     )

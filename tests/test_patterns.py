@@ -416,3 +416,9 @@ def test_wrong_kinds(call: Callable[..., object], words: str):
     blocks = patterns.Blocks(16, 16, seqlen_q=40, seqlen_k=40, causal=True, device="cpu")
     with pytest.raises(TypeError, match=words):
         call(blocks, patterns.dense(blocks))
+
+
+def test_numbers_of_a_tensor_are_read_on_a_cpu():
+    blocks = patterns.Blocks(16, 16, seqlen_q=40, seqlen_k=40, causal=True, device="cpu")
+    with pytest.raises(ValueError, match="left holds -7; expected -1"):
+        patterns.window(blocks, torch.tensor([1, -7]))

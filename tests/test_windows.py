@@ -90,7 +90,7 @@ SPECS = [
     case("hidden", values="hidden", scale=1.0, causal=True, density=1.0, windows=((30, 0, 3),), lens_q=(200,)),
     case("hidden_behind", values="hidden", scale=1.0, density=1.0, windows=((30, 12, 0),), lens_q=(200,)),
     case("united", pattern="alike", q_block=16, k_block=16, lens_q=(300, 70), windows=((60, 0, 16),), causal=True),
-    case("pairs", pattern="alike", heads_q=8, mask_heads=8, k_block=16, lens_q=(300,), windows=((99, 0, 9),)),
+    case("alike", pattern="alike", heads_q=8, mask_heads=8, k_block=16, lens_q=(300,), windows=((99, 0, 9),)),
     case("tokens", q_block=1, heads_q=16, heads_k=1, mask_heads=1, lens_q=(70, 5), windows=((20, 0, 4),), causal=True),
 ]
 
