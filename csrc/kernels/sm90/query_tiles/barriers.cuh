@@ -26,7 +26,7 @@ __device__ __forceinline__ void init_barriers(typename Traits::Storage& storage)
   for (int i = 0; i < Traits::kQueryBuffers; ++i) {
     for (int unit = 0; unit < Traits::kUnits; ++unit) {
       mbarrier_init(&storage.queries_full[i][unit], 1);
-      mbarrier_init(&storage.output_full[i][unit], 4);
+      mbarrier_init(&storage.output_full[i][unit], kWarpArrivals * 4);
     }
   }
   for (int i = 0; i < Traits::kTileSlots; ++i) {

@@ -38,8 +38,7 @@ __device__ __forceinline__ void leave_output(typename Traits::Storage& storage, 
   Tensor sO = make_tensor(make_smem_ptr(&storage.queries[0][0][0]), typename Traits::SmemLayoutQ{});
   copy(tiled_copy, thread_copy.retile_S(converted), thread_copy.partition_D(sO(_, _, buffer * Traits::kUnits + unit)));
   cutlass::arch::fence_view_async_shared();
-  __syncwarp();
-  if (lane == 0) mbarrier_arrive(&storage.output_full[buffer][unit]);
+  mbarrier_arrive_warp(&storage.output_full[buffer][unit], lane);
 }
 
 // A tile with nothing to attend: output 0, log-sum-exp -inf, straight to global memory. It holds no query buffer.
