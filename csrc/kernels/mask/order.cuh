@@ -67,6 +67,7 @@ struct OrderArguments {
   int64_t num_items;      // that are ranked
   int64_t room;           // records of the list; those behind what is ranked are dead
   int32_t section_items;  // of all sections but the last
+  bool in_halves;         // the lighter half of each section lies behind the heavier halves of all; no item is dead
   int32_t sections, ctas_per_section;
   const int32_t* weights;
   const int32_t* live;
@@ -94,6 +95,18 @@ struct OrderPlace {
         count(static_cast<int>(mask::smaller<int64_t>(args.section_items, args.num_items - begin))),
         first(static_cast<int>(blockIdx.x) % args.ctas_per_section * kOrderItems) {}
 };
+
+// Where the item of some rank in its section goes. In halves, what is left when multiprocessors run out of work are
+// light items of all sections, not heavy ones of the last.
+__device__ inline int64_t place_of_rank(const OrderArguments& args, const OrderPlace& own, int rank) {
+  if (!args.in_halves) return own.begin + rank;
+  const int heavier = args.section_items / 2;
+  const int64_t last_count = args.num_items - (args.sections - 1) * int64_t{args.section_items};
+  const int own_heavier = own.count / 2;
+  if (rank < own_heavier) return int64_t{own.section} * heavier + rank;
+  const int64_t all_heavier = int64_t{args.sections - 1} * heavier + last_count / 2;
+  return all_heavier + own.section * int64_t{args.section_items - heavier} + rank - own_heavier;
+}
 
 // Ends the list with dead records: those of this CTA's kOrderItems places that lie behind `end`.
 __device__ inline void write_dead(const OrderArguments& args, int64_t end) {
@@ -142,7 +155,8 @@ template <class List>
 __global__ void __launch_bounds__(kOrderThreads) order_items_kernel(const List list, const OrderArguments args) {
   __shared__ int4 weights[kChunk / 4];
   let_next_kernel_start();
-  const auto [section, begin, count, first_mine] = OrderPlace(args);
+  const OrderPlace own(args);
+  const auto [section, begin, count, first_mine] = own;
   const int mine = first_mine + threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
   wait_for_earlier_kernels();
@@ -167,7 +181,7 @@ __global__ void __launch_bounds__(kOrderThreads) order_items_kernel(const List l
     rank += count_before<kLanes>(weights, first, mask::smaller(kChunk, count - first), weight, mine, lane);
   }
   rank = add_lanes<kLanes>(rank);
-  int64_t place = begin + rank;
+  int64_t place = place_of_rank(args, own, rank);
   if (args.live != nullptr) {
     const KindPlace live_place(args.live, section, args.sections, lane);
     if (rank < live_place.here) {

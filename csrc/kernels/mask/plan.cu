@@ -16,6 +16,9 @@ using mask::ItemGrid;
 
 constexpr int kCountThreads = 64;
 constexpr int64_t kUnitedSectionItems = 1024, kPairSectionItems = 256;
+// For a multiprocessor, so few that the last tiles have a say in when all are done. In longer lists, sections that come
+// twice cost what that saves.
+constexpr int64_t kFewItems = 32;
 
 // Items of a section: those of as many (sequence, key head) pairs as fit.
 int32_t count_section_items(const PlanParams& params, const TileShape& tiles, int64_t num_items, bool some_dead) {
@@ -242,7 +245,9 @@ __global__ void __launch_bounds__(kShortThreads)
   const int mine = own.first + number;
   const int weight = mine < own.count ? reinterpret_cast<const int32_t*>(weights)[mine] : 0;
   const int rank = add_lanes<kShortLanes>(count_before<kShortLanes>(weights, 0, own.count, weight, mine, lane));
-  if (mine < own.count && lane < kLanes) args.items[own.begin + rank].parts[lane] = records[number].parts[lane];
+  if (mine < own.count && lane < kLanes) {
+    args.items[place_of_rank(args, own, rank)].parts[lane] = records[number].parts[lane];
+  }
 }
 
 // Whether that kernel takes less time: where a multiprocessor counts few items, and each of them in a few loads.
@@ -287,6 +292,7 @@ Status plan_items(const PlanParams& params, Stream stream) {
   order.section_items = section_items;
   order.weights = weights;
   order.live = live;
+  order.in_halves = live == nullptr && num_items <= kFewItems * current_policy().multiprocessors;
   order.items = reinterpret_cast<PackedRecord*>(params.items);
   order.tickets = static_cast<int32_t*>(params.workspace);
   const int64_t order_ctas = cut_list(order);
