@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from hbsattn import compat
 from hbsattn.compat import block_sparse_attn
 from hbsattn.compat.block_sparse_attn import (
     block_sparse_attn_func,
@@ -236,3 +241,31 @@ def test_errors(change: dict[str, object], error: type[Exception], words: list[s
         block_sparse_attn.block_sparse_attn_func(q, k, v, cu_seqlens, cu_seqlens, **arguments)
     for word in words:
         assert word in str(raised.value)
+
+
+# The package's own name
+
+
+@pytest.fixture
+def no_alias():
+    sys.modules.pop("block_sparse_attn", None)
+    yield
+    sys.modules.pop("block_sparse_attn", None)
+
+
+def test_alias(no_alias: None, monkeypatch: pytest.MonkeyPatch):
+    """Programs of the other package find these functions by its name, unless it is there itself."""
+    compat.install_block_sparse_attn()
+    compat.install_block_sparse_attn()  # again: nothing
+    found = importlib.import_module("block_sparse_attn")
+    assert found.block_sparse_attn_func is block_sparse_attn_func
+    monkeypatch.setitem(sys.modules, "block_sparse_attn", types.ModuleType("block_sparse_attn"))
+    with pytest.raises(ImportError, match="a package block_sparse_attn is there already"):
+        compat.install_block_sparse_attn()
+
+
+def test_alias_beside_the_package(no_alias: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "block_sparse_attn.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ImportError, match=r"at .*block_sparse_attn.py; expected none"):
+        compat.install_block_sparse_attn()
