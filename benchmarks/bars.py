@@ -568,6 +568,20 @@ def _sliding(what: str, target: float, task: str = "") -> Bar:
     return Bar(what, _ours(f"{task}{_windowed('s65536', 'left4095')}"), own, target, "of all true's rate")
 
 
+def _with_sinks(what: str, target: float) -> list[Bar]:
+    return [
+        Bar(
+            f"{what}{', backward' if task else ''}",
+            _ours(f"{task}all-true-s32768-head-sinks-causal", "ms"),
+            _ours(f"{task}all-true-s32768-causal", "ms"),
+            target,
+            "of that without",
+            at_most=True,
+        )
+        for task in ("", "backward-")
+    ]
+
+
 # Heads of every kind, those of one call alike or not: 32 heads, head dim 128, causal. All true is our own mask.
 HEADS = (
     *_half_dense(8192, 1.60, 1.63),
@@ -600,6 +614,7 @@ HEADS = (
         "of that without windows",
         at_most=True,
     ),
+    *_with_sinks("a sink for each head, all true, s 32768: time", 1.02),
 )
 
 SETS = {"basics": BASICS, "shapes": SHAPES, "backward": BACKWARD, "real": REAL, "heads": HEADS}

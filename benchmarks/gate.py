@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import masks
-from workloads import Window, Workload
+from workloads import Window, Workload, make_head_sinks
 
 HEADS_SAMPLED = 8
 ROWS_SAMPLED = 16
@@ -77,9 +77,9 @@ def check(
         blocks = block_mask[batch % block_mask.shape[0], mask_head : mask_head + 1]
         windows = workload.head_windows[mask_head : mask_head + 1]
         attends = _attending(workload, blocks, windows, rows, torch.arange(workload.seqlen, device=q.device))
-        scale = workload.head_dim**-0.5
-        want, want_lse, _ = _oracle.one_sequence(*(x.double() for x in inputs), attends, scale)
-        unavoidable, _, _ = _oracle.one_sequence(*inputs, attends, scale)
+        scores = _Scores(workload, slice(head, head + 1), q.device)
+        want, want_lse, _ = scores.attend(*(x.double() for x in inputs), attends)
+        unavoidable, _, _ = scores.attend(*inputs, attends)
         error = _larger(error, _distance(out[batch, rows, head], want[:, 0]))
         allowed_error = max(allowed_error, 2 * _distance(unavoidable[:, 0], want[:, 0]) + SLACK)
         if lse is not None:
@@ -125,8 +125,9 @@ class Gradients:
             blocks = block_mask[batch % block_mask.shape[0], heads]
             inputs = [x.detach() for x in (q[queries], k[keys], v[keys], grad_out[queries])]
             windows = workload.head_windows[heads]
-            wanted = _differentiate(workload, *(x.double() for x in inputs), blocks, windows)
-            unavoidable = _differentiate(workload, *inputs, blocks, windows)
+            scores = _Scores(workload, queries[2], q.device)
+            wanted = _differentiate(workload, scores, *(x.double() for x in inputs), blocks, windows)
+            unavoidable = _differentiate(workload, scores, *inputs, blocks, windows)
             for i, (where, want, near) in enumerate(zip((queries, keys, keys), wanted, unavoidable, strict=True)):
                 self._samples.append(((i, where), want, 2 * _distance(near, want) + SLACK))
 
@@ -150,8 +151,22 @@ class Gradients:
         return GradientVerdict(sum(one[4] for one in found), f"grad_{name}", error, allowed, norm_ratio)
 
 
+class _Scores:
+    """The formula with what a workload makes of scores, for some of its query heads."""
+
+    def __init__(self, workload: Workload, heads: slice, device: torch.device) -> None:
+        self._scale = workload.head_dim**-0.5
+        sinks = make_head_sinks(workload, device)
+        self._sinks = None if sinks is None else sinks[heads]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sinks = None if self._sinks is None else self._sinks.to(q.dtype)
+        return _oracle.one_sequence(q, k, v, attends, self._scale, sinks)
+
+
 def _differentiate(
     workload: Workload,
+    scores: _Scores,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -179,7 +194,7 @@ def _differentiate(
             keys, attends = keys[seen], attends[..., seen]
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q[begin:end], k[keys], v[keys])]
-            out, _, _ = _oracle.one_sequence(*inputs, attends, workload.head_dim**-0.5)
+            out, _, _ = scores.attend(*inputs, attends)
             found = torch.autograd.grad(out, inputs, grad_out[begin:end])
         grads[0][begin:end] = found[0]
         grads[1][keys] += found[1]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import hbsattn
 import masks
-from workloads import Workload
+from workloads import Workload, make_head_sinks
 
 QUERY_ROW_BYTES = 8  # of scratch memory that a backward may use for each query row and head, beside grad_q in float32
 SCRATCH_ALLOWANCE = 16 << 20  # bytes, beside that
@@ -29,6 +29,9 @@ class Ours:
         self._lists = masks.block_lists(block_mask) if workload.listed else None
         self._lengths = length_keywords(workload, q.device)
         self._rules = make_rules(workload, q.device) if workload.windows else None
+        self._sinks = make_head_sinks(workload, q.device)
+        if self._sinks is not None and workload.task != "forward":
+            self._sinks.requires_grad_()  # whose gradient comes with the others
         self.mask = self.pack()
         self.items = self.plan()
         self.attend()
@@ -63,16 +66,20 @@ class Ours:
         return work.heads, work.heads_k, work.head_dim, work.dtype.itemsize, True
 
     def attend(self) -> Tensor:
-        choices = {"deterministic": True} if self._workload.deterministic else {}
-        return self._batched(hbsattn.block_sparse_attention(*self._inputs(), self.mask, **choices))
+        return self._batched(hbsattn.block_sparse_attention(*self._inputs(), self.mask, **self._choices()))
+
+    def _choices(self) -> dict[str, object]:
+        work = self._workload
+        choices: dict[str, object] = {"deterministic": True} if work.deterministic else {}
+        return choices | ({"sinks": self._sinks} if work.head_sinks else {})
 
     def attend_with_lse(self) -> tuple[Tensor, Tensor]:
-        out, lse = hbsattn.block_sparse_attention(*self._inputs(), self.mask, return_lse=True)
+        out, lse = hbsattn.block_sparse_attention(*self._inputs(), self.mask, return_lse=True, **self._choices())
         return self._batched(out), self._batched(lse)
 
     def end_to_end(self) -> Tensor:
         """From booleans or lists to the result, with nothing kept from earlier calls."""
-        return self._batched(hbsattn.block_sparse_attention(*self._inputs(), self.pack()))
+        return self._batched(hbsattn.block_sparse_attention(*self._inputs(), self.pack(), **self._choices()))
 
     def _inputs(self) -> tuple[Tensor, ...]:
         """q, k and v as hbsattn takes them. Packed ones are views, so that the way there costs the GPU nothing."""
@@ -101,7 +108,7 @@ class Ours:
         """The attention kernel alone: int64 (thread blocks, 2), the SM's clock at the begin and the end of each."""
         mask = self.mask
         tables = (mask.bits, mask.sequences, self._rules)
-        call = (*self._inputs(), *tables, self._layout(), True, self._workload.head_dim**-0.5)
+        call = (*self._inputs(), *tables, self._sinks, self._layout(), True, self._workload.head_dim**-0.5)
         return torch.ops.hbsattn.profile_forward(*call, self.items)[2]
 
 

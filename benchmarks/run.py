@@ -216,6 +216,8 @@ class Bench:
             entry.problem = "packed sequences are timed with hbsattn alone"
         if workload.windows and not rival.windowed:
             entry.problem = "not supported: windows of tokens"
+        if workload.head_sinks:
+            entry.problem = "not supported: sinks of heads"
         if entry.problem:
             return entry
         begin = time.perf_counter()

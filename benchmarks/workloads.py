@@ -50,6 +50,7 @@ class Workload:
     windows: of mask heads in turns, left, right and sink: of the keys j that the blocks and causality leave to query i,
         those with j < sink or i - left <= j <= i + right, counted within the sequence. A left or right of -1 is
         unbounded. Blocks are drawn without regard to them.
+    head_sinks: each query head has a score without a value, in the sum of all its weights (make_head_sinks).
     """
 
     name: str
@@ -76,6 +77,7 @@ class Workload:
     bounded: bool = True
     frozen: str = ""
     windows: tuple[Window, ...] = ()
+    head_sinks: bool = False
 
     def __post_init__(self) -> None:
         if self.lengths and (self.batch != 1 or sum(self.lengths) != self.seqlen or self.listed):
@@ -181,6 +183,13 @@ def make_tensors(workload: Workload, device: torch.device | str, seed: int) -> t
     return _normal(workload, (workload.heads, workload.heads_k, workload.heads_k), device, seed)
 
 
+def make_head_sinks(workload: Workload, device: torch.device | str) -> Tensor | None:
+    """(heads), float32; None if there are none."""
+    if not workload.head_sinks:
+        return None
+    return torch.randn(workload.heads, device=device, generator=torch.Generator(device).manual_seed(1))
+
+
 def make_grad_out(workload: Workload, device: torch.device | str, seed: int) -> Tensor:
     """The gradient of the output, as q."""
     return _normal(workload, (workload.heads,), device, seed)[0]
@@ -213,6 +222,7 @@ def _named(kind: str, workload: Workload, mask: str = "") -> Workload:
     parts += ["shared"] if work.shared else []
     parts += [f"alike{work.alike}"] if work.alike > 1 else []
     parts += [f"window-{'+'.join(map(_spell_window, work.windows))}"] if work.windows else []
+    parts += ["head-sinks"] if work.head_sinks else []
     parts += ["causal"] if work.causal else []
     parts += ["unbounded"] if not work.bounded else []
     parts += [f"frozen-{work.frozen}"] if work.frozen else []
@@ -457,7 +467,7 @@ def head_groups() -> list[Group]:
     """Heads of every kind in one call, causal: beside the all-true mask of as many tokens."""
     sliding = {"windows": SLIDING}
     shorter, short, middle, long = (_mixes(seqlen) for seqlen in (8192, 32768, 65536, 131072))
-    short += [_all_true(32768, True, windows=(NO_WINDOW,))]
+    short += [_all_true(32768, True, windows=(NO_WINDOW,)), _all_true(32768, True, head_sinks=True)]
     middle += [_all_true(65536, True, windows=windows) for windows in (SLIDING, STREAMING)]
     backward = [_all_true(65536, True, task="backward", **windows) for windows in ({}, sliding)]
     tokens = [
@@ -470,6 +480,11 @@ def head_groups() -> list[Group]:
         _brief("heads-s65536", middle, []),
         _brief("heads-s131072", long, []),
         _brief("heads-backward", backward, []),
+        _brief(
+            "heads-sinks-backward",
+            [_all_true(32768, True, task="backward", **sinks) for sinks in ({}, {"head_sinks": True})],
+            [],
+        ),
         _brief("heads-training", _mixes(65536, task="training"), []),
         _brief("heads-streaming", tokens, []),
     ]

@@ -41,9 +41,8 @@ def explain(
     mask._check_use(q, k, q.shape, k.shape)
     check_bool("deterministic", deterministic)
     if mask._lists is None:  # whose bits may take too much memory
-        scale = 1.0  # which changes nothing here
-        tables = (mask._kept_bits(), mask.sequences, mask._rules)
-        ops.check_forward.default(q, k, v, *tables, mask._layout, True, scale)
+        numbers = (mask._layout, True, 1.0)  # whatever the scores are
+        ops.check_forward.default(q, k, v, mask._kept_bits(), mask.sequences, mask._rules, None, *numbers)
     if q.device.type == "cpu":
         return {"forward": {"kernel": "cpu"}, "backward": {"kernel": "cpu"}}
     cols, q_block, k_block, causal = mask._layout

@@ -50,6 +50,7 @@ class Call(NamedTuple):
     bits: Tensor
     sequences: Tensor
     rules: Tensor | None
+    sinks: Tensor | None
     layout: Sequence[int]  # a MaskLayout
     pack_heads: bool
     softmax_scale: float

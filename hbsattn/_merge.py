@@ -13,6 +13,8 @@ def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tup
         out, other_out: packed (total, heads, head_dim) or batched (batch, length, heads, head_dim), of one dtype.
         lse, other_lse: their log-sum-exp, float32 or float64, (heads, total) or (batch, heads, length).
 
+    Sinks count as a key: one of the two at most may have them.
+
     Weights are exp(lse) over the sum of both, computed in lse's dtype. A query that attends to nothing on one side has
     0 and -inf there, and the other's result here. Gradients flow to all four.
 

@@ -172,9 +172,9 @@ def _(
     plan: Tensor | None,
     deterministic: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_devices(**call._asdict(), grad_out=grad_out, grad_lse=grad_lse, out=out, lse=lse, plan=plan)
-    tensors = zip((call.q, call.k, call.v), needs, strict=True)
+    tensors = zip((call.q, call.k, call.v, lse if call.sinks is None else call.sinks), needs, strict=True)
     return tuple([x.new_empty(x.shape if needed else (0,)) for x, needed in tensors])
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbsattn._checks import check_bool, check_is_tensor, check_number
+from hbsattn._checks import FLOATS, check_bool, check_is_tensor, check_number, check_tensor
 from hbsattn._chunks import attend_in_chunks
 from hbsattn._ops import ops
 from hbsattn.mask import BlockMask, check_is_mask
@@ -23,6 +23,7 @@ def block_sparse_attention(
     mask: BlockMask,
     *,
     softmax_scale: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -36,20 +37,23 @@ def block_sparse_attention(
             a multiple of heads_k, and query head h reads key head h // (heads_q // heads_k).
         mask: on the same device; it may serve any number of calls.
         softmax_scale: 1 / sqrt(head_dim) by default.
+        sinks: (heads_q), float16, bfloat16, float32 or float64. A score of each query head that takes part in the
+            softmax of all its queries and has no value, so that their weights sum to less than 1; -inf, or below -1e38,
+            is none. lse counts it, so `merge` joins results of which one at most has sinks.
         return_lse: return the log-sum-exp too.
         deterministic: make the gradients of a call bitwise the same in every run, as its results always are, and as
             they always are on a CPU. `torch.use_deterministic_algorithms(True)` asks for it too. On CUDA, backward may
             then take longer, but takes hardly any workspace.
 
-    Gradients flow from out and lse to q, k and v, in their dtype; what attends to nothing gets 0, whatever its own
-    gradients are. Those of tensors that require none are not computed: with k and v frozen, or with q frozen,
-    backward takes less time. On CUDA, backward allocates float32 sums, of about the size of q, besides up to 10 MB,
-    or of several times that where blocks of few queries, over the heads that share a mask, are padded to 16 rows;
-    for key blocks below 64, in most shapes, of the size of k and v instead; for those of 64, in most shapes, none;
-    and of k and v, too, where several query heads read a key head of long sequences. The first call with
-    gradients plans the work of backward, and later ones with that mask share the plan. Weights come from the
-    log-sum-exp in float32: at scores beyond 2^16 gradients lose digits. A NaN or infinity in q or in a gradient of
-    out may reach gradients of all keys in active blocks.
+    Gradients flow from out and lse to q, k, v and sinks, in their dtype; what attends to nothing gets 0, whatever its
+    own gradients are. Those of tensors that require none are not computed: with k and v frozen, or with q frozen,
+    backward takes less time. A NaN in a gradient of out reaches that of its head's sink. On CUDA, backward allocates
+    float32 sums, of about the size of q, besides up to 10 MB, or of several times that where blocks of few queries,
+    over the heads that share a mask, are padded to 16 rows; for key blocks below 64, in most shapes, of the size of k
+    and v instead; for those of 64, in most shapes, none; and of k and v, too, where several query heads read a key head
+    of long sequences. The first call with gradients plans the work of backward, and later ones with that mask share the
+    plan. Weights come from the log-sum-exp in float32: at scores beyond 2^16 gradients lose digits. A NaN or infinity
+    in q or in a gradient of out may reach gradients of all keys in active blocks.
 
     Rows of packed tensors that no sequence covers get 0, here as in the result, and -inf in lse. Results of a sequence
     do not depend on what lies beside it, but in their last bits where blocks are longer than the mask's longest
@@ -61,14 +65,15 @@ def block_sparse_attention(
 
     Returns:
         out, shape and dtype of q; with `return_lse` (out, lse). lse holds natural logarithms in float32 (float64 for
-        float64), (heads_q, total_q) or (batch, heads_q, seqlen_q). A query with nothing to attend gets 0 and -inf.
+        float64), (heads_q, total_q) or (batch, heads_q, seqlen_q). A query with nothing to attend gets 0 and -inf, or
+        its head's sink.
 
     Raises:
         ValueError, TypeError: for an argument that does not fit; the message says which, its value, and what does.
         NotImplementedError: from a second derivative, from forward-mode derivatives, and from derivatives inside the
             transforms of torch.func.
     """
-    return _attend(q, k, v, mask, softmax_scale, return_lse, deterministic, True)
+    return _attend(q, k, v, mask, softmax_scale, sinks, return_lse, deterministic, True)
 
 
 def _attend(
@@ -77,6 +82,7 @@ def _attend(
     v: Tensor,
     mask: BlockMask,
     softmax_scale: float | None,
+    sinks: Tensor | None,
     return_lse: bool,
     deterministic: bool,
     pack_heads: bool,
@@ -97,22 +103,28 @@ def _attend(
         scale = head_dim**-0.5 if head_dim else 1.0  # the op refuses a head_dim of 0
     else:
         scale = check_number("softmax_scale", softmax_scale)
+    if sinks is not None:
+        sinks = _to_scores(sinks, q.dtype)
     check_bool("return_lse", return_lse)
     check_bool("deterministic", deterministic)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    needs = (q.requires_grad, k.requires_grad, v.requires_grad) if torch.is_grad_enabled() else NO_GRADIENTS
+    needs, trains = NO_GRADIENTS, False  # whether anything does
+    if torch.is_grad_enabled():
+        needs = (q.requires_grad, k.requires_grad, v.requires_grad)
+        trains = needs != NO_GRADIENTS or (sinks is not None and sinks.requires_grad)
     shape: Heads = (heads_q, k_shape[-2], head_dim, q.element_size(), pack_heads)
-    if mask._lists is not None and needs == NO_GRADIENTS and not mask._makes_bits():
-        results = _attend_in_chunks(q, k, v, mask, (mask._rules, mask._layout, pack_heads, scale))
+    if mask._lists is not None and not trains and not mask._makes_bits():
+        results = _attend_in_chunks(q, k, v, mask, (mask._rules, sinks, mask._layout, pack_heads, scale))
         return results if return_lse else results[0]
-    call = (q, k, v, mask._kept_bits(), mask.sequences, mask._rules, mask._layout, pack_heads, scale)  # a Call
+    tables = (mask._kept_bits(), mask.sequences, mask._rules)
+    call = (q, k, v, *tables, sinks, mask._layout, pack_heads, scale)  # a Call
     items = backward_plan = None
     if device != "cpu":  # which needs no plans
         key = ("items", shape)
         plan = mask._plans.find(key)
         if plan is not None:
             items = plan[0]
-        elif needs == NO_GRADIENTS and not torch.compiler.is_compiling():  # which makes one plan of equal ones
+        elif not trains and not torch.compiler.is_compiling():  # which makes one plan of equal ones
             results = _plan_and_attend(mask, key, call)
             return results if return_lse else results[0]
         else:
@@ -133,6 +145,12 @@ def _plan_and_attend(mask: BlockMask, key: tuple[str, Heads], call: tuple[Any, .
     shape = key[1]
     mask._plans.keep(mask, key, (items,), version, lambda mask: _plan_items(mask, shape))
     return out, lse
+
+
+def _to_scores(sinks: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype of log-sum-exps."""
+    check_tensor("sinks", sinks, (1,), FLOATS)
+    return sinks.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

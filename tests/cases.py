@@ -41,6 +41,7 @@ class Case:
     values: str = "normal"  # normal, negative (very negative logits) or hidden (masked-out logits of +1e4)
     scale: float | None = None
     windows: tuple[tuple[int, int, int], ...] = ()  # left, right and sink of each mask head, or of all
+    sinks: bool = False  # each query head has a sink
 
     @property
     def keys(self) -> tuple[int, ...]:

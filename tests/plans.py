@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,23 @@ class Lists(NamedTuple):
 
 def layout_of(mask: hbsattn.BlockMask) -> tuple[int, int, int, int]:
     return mask._layout
+
+
+def call_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: hbsattn.BlockMask,
+    *,
+    bits: Tensor | None = None,
+    rules: Tensor | None = None,
+    sinks: Tensor | None = None,
+    pack_heads: bool = True,
+    scale: float = 0.125,
+) -> tuple[Any, ...]:
+    """What each op of an attention call takes first. `bits` and `rules`: instead of the mask's own."""
+    tables = (mask.bits if bits is None else bits, mask.sequences, mask._rules if rules is None else rules)
+    return (q, k, v, *tables, sinks, layout_of(mask), pack_heads, scale)
 
 
 def plan_items(mask: hbsattn.BlockMask, *call: int) -> Tensor:

@@ -127,6 +127,7 @@ class Problem:
     k: Tensor
     v: Tensor
     block_masks: list[Tensor]
+    sinks: Tensor | None = None  # float32 (query heads)
 
     def oracle(self, compute_dtype: torch.dtype | None = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
         """out, lse and luck, see `dense.attention`."""
@@ -143,6 +144,7 @@ class Problem:
             causal=spec.causal,
             windows=spec.windows,
             scale=spec.scale,
+            sinks=self.sinks,
             compute_dtype=compute_dtype,
         )
 
@@ -151,14 +153,23 @@ class Problem:
 
     def run(self, mask: hbsattn.BlockMask | None = None) -> tuple[Tensor, Tensor]:
         mask = self.mask() if mask is None else mask
-        return hbsattn.block_sparse_attention(
-            self.q, self.k, self.v, mask, softmax_scale=self.case.scale, return_lse=True
-        )
+        return hbsattn.block_sparse_attention(self.q, self.k, self.v, mask, return_lse=True, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """Of a call, beside its mask."""
+        return {"softmax_scale": self.case.scale, "sinks": self.sinks}
 
 
 def make_problem(spec: Case, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
     q, k, v = tensors(spec, device, dtype, seed)
-    return Problem(spec, q, k, v, block_masks(spec, seed))
+    return Problem(spec, q, k, v, block_masks(spec, seed), make_sinks(spec, seed).to(device) if spec.sinks else None)
+
+
+def make_sinks(spec: Case, seed: int) -> Tensor:
+    """About as large as log-sum-exps; the second head has none, the third one that outweighs all keys."""
+    sinks = 2.0 + 2.0 * torch.randn(spec.heads_q, generator=torch.Generator().manual_seed(seed + 4))
+    sinks[1:2], sinks[2:3] = -math.inf, 40.0
+    return sinks
 
 
 def cu_seqlens(lens: tuple[int, ...], device: str) -> Tensor:
@@ -305,7 +316,7 @@ def judge(problem: Problem, out: Tensor, lse: Tensor | None) -> None:
     # Logits of this size have a resolution in float32; a change of one moves the output by at most twice it, times v.
     logits = reference_lse[torch.isfinite(reference_lse)].abs()
     values = problem.v[torch.isfinite(problem.v)].abs()
-    largest = logits.max().item() if logits.numel() else 0.0
+    largest = logits.max().item() if logits.numel() and values.numel() else 0.0
     resolution = 2 * 2.0**-23 * largest * values.max().item() if largest > 64 and out.dtype != torch.float64 else 0.0
     compare(out, reference, same_precision, resolution)
     compare_rows(out, reference, same_precision, luck, resolution)

@@ -91,6 +91,21 @@ CASES = [
         density=0.7,
         causal=True,
     ),
+    case("sinks", q_block=128, k_block=128, lens_q=(300, 90), head_dim=128, causal=True, sinks=True),
+    case("sinks_by_queries", q_block=128, k_block=16, lens_q=(300, 20), head_dim=128, sinks=True),
+    case("sinks_deterministic", q_block=64, k_block=64, lens_q=(200, 90), head_dim=128, sinks=True),
+    case("sinks_wide", q_block=64, k_block=48, lens_q=(150,), head_dim=256, causal=True, sinks=True),
+    case(
+        "sinks_of_tokens",
+        q_block=1,
+        heads_q=32,
+        heads_k=2,
+        mask_heads=2,
+        lens_q=(50, 9),
+        head_dim=128,
+        pattern="empty_rows",
+        sinks=True,
+    ),
     case("sliding", q_block=128, k_block=128, lens_q=(300, 90), lens_k=(400, 80), head_dim=128, windows=SLIDING),
     case("sliding_causal", q_block=128, k_block=128, lens_q=(300, 90), head_dim=128, windows=SLIDING, causal=True),
     case("sliding_tiles_of_64", q_block=64, k_block=64, lens_q=(200, 90), lens_k=(170, 80), windows=SLIDING),
@@ -138,7 +153,7 @@ def main() -> None:
         out, lse = problem.run()
         grads = differentiate(problem, deterministic="deterministic" in spec.name)
         torch.cuda.synchronize()
-        for field in ("q", "k", "v"):
+        for field in ("q", "k", "v", "sinks") if spec.sinks else ("q", "k", "v"):
             setattr(problem, field, getattr(problem, field).cpu())
         judge(problem, out.cpu(), lse.cpu())
         judge_gradients(problem, tuple(grad.cpu() for grad in grads))

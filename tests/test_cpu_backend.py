@@ -108,7 +108,7 @@ def call_of(problem: Problem) -> Call:
     """Blocks keep their size, which a mask would cut to about the length."""
     mask = problem.mask()
     layout = MaskLayout(mask.cols, mask.q_block_size, mask.k_block_size, mask.causal)
-    return Call(problem.q, problem.k, problem.v, mask.bits, mask.sequences, mask._rules, layout, True, 0.125)
+    return Call(problem.q, problem.k, problem.v, mask.bits, mask.sequences, mask._rules, None, layout, True, 0.125)
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)

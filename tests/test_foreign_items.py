@@ -9,7 +9,7 @@ from torch import Tensor
 
 import hbsattn
 from cases import BACKWARD_METHODS, Case
-from plans import RECORD_INTS, layout_of, plan_backward, plan_items
+from plans import RECORD_INTS, call_of, plan_backward, plan_items
 from problems import Problem, make_problem, same
 
 pytestmark = pytest.mark.gpu
@@ -39,14 +39,15 @@ class Call:
         return [self.problem.q, self.problem.k, self.problem.v, self.grad_out, self.mask.bits, self.mask.sequences]
 
     def forward(self, bits: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v, _, _, sequences = self.inputs()
-        call = (q, k, v, bits, sequences, self.mask._rules, layout_of(self.mask), True, 0.1)
+        q, k, v, *_ = self.inputs()
+        call = call_of(q, k, v, self.mask, bits=bits)
         return ops.forward(*call, items, None, self.deterministic)
 
     def backward(self, out: Tensor, lse: Tensor, bits: Tensor, plan: Tensor) -> list[Tensor]:
-        q, k, v, grad_out, _, sequences = self.inputs()
-        call = (q, k, v, bits, sequences, self.mask._rules, layout_of(self.mask), True, 0.1)
-        return list(ops.backward(*call, grad_out, None, out, lse, plan, self.deterministic, [True] * 3))
+        q, k, v, grad_out, *_ = self.inputs()
+        call = call_of(q, k, v, self.mask, bits=bits)
+        needs = [True, True, True, False]
+        return list(ops.backward(*call, grad_out, None, out, lse, plan, self.deterministic, needs))[:3]
 
 
 def make_bands(like: list[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import cases
 import hbsattn
 from cases import DEVICE_DTYPES, Case, case
-from plans import layout_of, plan_backward, plan_items
+from plans import call_of, layout_of, plan_backward, plan_items
 from problems import (
     Problem,
     block_lists,
@@ -44,6 +44,7 @@ BACKWARD_OPS = ("check_backward", "backward")
 
 SPECS = [
     case("packed", q_block=48, k_block=16, causal=True, heads_q=8, mask_heads=2, windows=((30, 0, 9), (-1, -1, 0))),
+    case("sinks", q_block=16, causal=True, sinks=True),
     case("batched", lens_q=(90, 90), lens_k=(70, 70), packed=False),
     case("empty", pattern="none"),
     case("zero_length", lens_q=(0, 70, 50), lens_k=(40, 0, 90)),
@@ -89,7 +90,7 @@ def op_arguments(name: str, spec: Case, device: str) -> tuple[Any, ...]:
         return (*tables, shape)
     if name == "plan_backward":
         return (*tables, shape, problem.k.shape[-3], spec.packed, spec.causal, (True, True, True))
-    call = (problem.q, problem.k, problem.v, *tables, True, 0.125)
+    call = call_of(problem.q, problem.k, problem.v, mask, sinks=problem.sinks)
     if name in ("check_forward", "plan_and_forward"):
         return call
     plans = (None, None)
@@ -103,7 +104,7 @@ def backward_arguments(spec: Case, device: str) -> tuple[Any, ...]:
     arguments = op_arguments("forward", spec, device)
     *call, _, plan = arguments
     out, lse = ops.forward(*arguments)
-    return (*call, torch.ones_like(out), torch.zeros_like(lse), out, lse, plan, False, [True, True, True])
+    return (*call, torch.ones_like(out), torch.zeros_like(lse), out, lse, plan, False, [True, True, True, spec.sinks])
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -132,23 +133,28 @@ def test_opcheck_backward(spec: Case, device: str):
 
 @pytest.mark.parametrize("device", cases.DEVICES)
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, True), (False, False, True), (False,) * 3])
-def test_gradients_that_nobody_needs(needs: tuple[bool, bool, bool], device: str):
-    """They are empty, and the others are what they are when all are needed."""
-    spec = case("needs", causal=True, lens_k=(90, 40, 500))
+@pytest.mark.parametrize("needs_sinks", [False, True])
+def test_gradients_that_nobody_needs(needs: tuple[bool, bool, bool], needs_sinks: bool, device: str):
+    """They are empty, and those of sinks are what they are when all are needed."""
+    spec = case("needs", causal=True, lens_k=(90, 40, 500), sinks=True)
     *arguments, _ = backward_arguments(spec, device)
+    of_all = ops.backward(*arguments, [True] * 4)
     if device == "cuda":
         mask = make_problem(spec, device, dtype_of(device)).mask()
         shape = (spec.heads_q, spec.heads_k, spec.head_dim, 2, True)
         arguments[PLAN] = plan_backward(mask, *shape, rows_k=arguments[1].shape[-3], needs=needs)
-    want = arguments[:3]
-    grads = ops.backward(*arguments, list(needs))
-    for grad, like, needed in zip(grads, want, needs, strict=True):
+        if not any(needs):
+            arguments[PLAN] = None
+    grads = ops.backward(*arguments, [*needs, needs_sinks])
+    for grad, like, needed in zip(grads, of_all, (*needs, needs_sinks), strict=True):
         assert grad.shape == (like.shape if needed else (0,))
+    assert not needs_sinks or same(grads[3], of_all[3])
 
 
 # What `backward` takes behind the call, by position.
-GRAD_OUT, GRAD_LSE, OUT, LSE, PLAN = range(9, 14)
-LAYOUT, SCALE = 6, 8
+GRAD_OUT, GRAD_LSE, OUT, LSE, PLAN = range(10, 15)
+SINKS, LAYOUT, SCALE = 6, 7, 9
+ITEMS = 10  # of `forward`
 
 # Position among the arguments, what becomes of it, and what the message says.
 BACKWARD_ERRORS: dict[str, tuple[int, Any, str]] = {
@@ -160,11 +166,15 @@ BACKWARD_ERRORS: dict[str, tuple[int, Any, str]] = {
     "lse_shape": (LSE, lambda x: x.T, r"lse has shape .*; expected"),
     "softmax_scale": (SCALE, lambda _: math.nan, r"softmax_scale is nan; expected"),
     "layout": (LAYOUT, lambda x: x[1:], r"layout has 3 numbers; expected 4"),
+    "sinks_shape": (SINKS, lambda x: x[1:], r"sinks has shape \[3\]; expected \[4\]"),
+    "sinks_dtype": (SINKS, lambda x: x.half(), r"sinks has dtype float16; expected float32"),
+    "sinks_strides": (SINKS, lambda x: x[:1].expand(4), r"sinks is not contiguous"),
 }
 PLAN_ERRORS: dict[str, tuple[int, Any, str]] = {
     "grad_out_device": (GRAD_OUT, lambda x: x.cpu(), r"grad_out is on cpu; expected cuda"),
     "plan_length": (PLAN, lambda x: x[16:], r"plan has shape .*; expected"),
     "plan_rank": (PLAN, lambda x: x.view(-1, 16), r"plan has 2 dimensions"),
+    "sinks_device": (SINKS, lambda x: x.cpu(), r"sinks is on cpu; expected cuda"),
     "no_plan": (PLAN, lambda _: None, r"plan is None; expected what plan_backward makes"),
 }
 
@@ -175,7 +185,7 @@ def test_backward_refuses(name: str, device: str):
     if name in PLAN_ERRORS and device == "cpu":
         pytest.skip("a CPU has no plans")
     position, change, message = {**BACKWARD_ERRORS, **PLAN_ERRORS}[name]
-    arguments = list(backward_arguments(case("refused", lens_k=(90, 40, 500), k_block=16), device))
+    arguments = list(backward_arguments(case("refused", lens_k=(90, 40, 500), k_block=16, sinks=True), device))
     arguments[position] = change(arguments[position])
     with pytest.raises((ValueError, TypeError), match=message):
         ops.backward(*arguments)
@@ -209,7 +219,7 @@ def test_plan_and_forward(spec: Case, inference: bool):
         out, lse, items = ops.plan_and_forward(*tensors)
         want = ops.forward(*plain)
     assert same(out, want[0]) and same(lse, want[1]) and not items.is_inference()
-    assert items.shape == plain[9].shape
+    assert items.shape == plain[ITEMS].shape
 
 
 @pytest.mark.gpu
@@ -343,16 +353,16 @@ def test_export(device: str):
 @pytest.mark.parametrize("device", cases.DEVICES)
 def test_gradients_are_fresh(device: str):
     """Contiguous gradients, whatever the inputs' layout, in memory of their own."""
-    problem = make_problem(case("fresh", layout="heads_first"), device, dtype_of(device))
+    problem = make_problem(case("fresh", layout="heads_first", sinks=True), device, dtype_of(device))
     arguments = list(backward_arguments(problem.case, device))
     arguments[:3] = problem.q, problem.k, problem.v
     grads = ops.backward(*arguments)
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
     storages = {x.untyped_storage().data_ptr() for x in (*tensors, *grads)}
     assert all(x.is_contiguous() for x in grads)
-    assert len({x.untyped_storage().data_ptr() for x in grads}) == 3
+    assert len({x.untyped_storage().data_ptr() for x in grads}) == 4
     inputs = {x.untyped_storage().data_ptr() for x in tensors}
-    assert len(storages) == len(inputs) + 3
+    assert len(storages) == len(inputs) + 4
 
 
 @pytest.mark.parametrize("device", cases.DEVICES)
@@ -441,8 +451,7 @@ def test_pack_heads_is_a_hint(device: str):
     mask = build_mask(spec, block_masks(spec, 0), device)
     for pack_heads in (True, False):
         items = plan_items(mask, 8, 2, 64, 2, pack_heads) if device == "cuda" else None
-        tables = (mask.bits, mask.sequences, None, layout_of(mask))
-        call = (problem.q, problem.k, problem.v, *tables, pack_heads, 64**-0.5)
+        call = call_of(problem.q, problem.k, problem.v, mask, pack_heads=pack_heads)
         out, lse = ops.forward(*call, items, None)
         judge(problem, out, lse)
 

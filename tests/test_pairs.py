@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hbsattn
 from cases import Case, case
-from plans import layout_of, plan_items
+from plans import call_of, plan_items
 from problems import Problem, attended_keys, build_mask, judge, make_problem, same
 
 UNITED = 13  # of a WorkItem
@@ -155,7 +155,7 @@ def test_bits_of_another_mask():
     items = list_items(problem, mask)
 
     def run(bits: Tensor) -> tuple[Tensor, Tensor]:
-        call = (problem.q, problem.k, problem.v, bits, mask.sequences, None, layout_of(mask), True, 0.1)
+        call = call_of(problem.q, problem.k, problem.v, mask, bits=bits)
         return torch.ops.hbsattn.forward(*call, items, None, False)
 
     before = run(mask.bits)

@@ -15,7 +15,7 @@ from gradients import attend, differentiate, judge_gradients
 from hbsattn import BlockMask, block_sparse_attention, patterns
 from masks import counted, mapped
 from oracle import dense
-from plans import layout_of
+from plans import call_of, layout_of
 from problems import Problem, attended_keys, block_masks, build_blocks, judge, make_problem, same
 
 ops = torch.ops.hbsattn
@@ -353,9 +353,9 @@ def test_patterns_of_tokens(device: str, dtype: torch.dtype):
 def test_ops_refuse(change: Callable[[Tensor], Tensor], words: str, device: str):
     problem = make_problem(SPECS[0], device, torch.bfloat16)
     mask = problem.mask()
-    tables = (mask.bits, mask.sequences, change(mask._rules), layout_of(mask))
+    call = call_of(problem.q, problem.k, problem.v, mask, rules=change(mask._rules))
     with pytest.raises((TypeError, ValueError), match=words):
-        ops.check_forward(problem.q, problem.k, problem.v, *tables, True, 0.125)
+        ops.check_forward(*call)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -199,7 +199,7 @@ Status forward(const ForwardParams& params, Stream stream) {
 }
 
 BackwardLists backward_lists(const BackwardParams& params) {
-  if (!needs_any(params)) return {false, false};
+  if (!needs_tiles(params)) return {false, false};
   const BackwardMethod method = choose_backward_method(params, kernels::current_policy());
   const bool both = method == BackwardMethod::kByKeysAndQueries;
   return {both || method == BackwardMethod::kByQueries || method == BackwardMethod::kQueriesOnly,
@@ -227,18 +227,11 @@ Status supported(const BackwardParams& params) {
   return both ? select_grad_queries(params, &key) : Status::Ok();
 }
 
-Status backward(const BackwardParams& params, Stream stream) {
-  HBSATTN_RETURN_IF_ERROR(validate_backward(params));
-  const BackwardMethod method = choose_backward_method(params, kernels::current_policy());
-  KernelKey key;
-  KernelKey queries_key;
-  HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
-  if (method == BackwardMethod::kByKeysAndQueries) HBSATTN_RETURN_IF_ERROR(select_grad_queries(params, &queries_key));
-  const ForwardParams& problem = params.problem;
-  const bool empty = problem.mask.shape.batch == 0 || problem.rows_q == 0 || problem.rows_k == 0;
-  if (empty || !needs_any(params)) return Status::Ok();
-  HBSATTN_RETURN_IF_ERROR(check_pointers(params));
-  HBSATTN_RETURN_IF_ERROR(check_addressable(params));
+namespace {
+
+// The tiles of a backward, behind a pass over rows that fills the workspace.
+Status run_backward_tiles(const BackwardParams& params, BackwardMethod method, const KernelKey& key,
+                          KernelKey queries_key, Stream stream) {
   if (method == BackwardMethod::kByQueries) {
     return dispatch<Sm90BackwardQueriesKernels>(
         key, "backward", [&](auto config) { return kernels::run_backward_queries<decltype(config)>(params, stream); });
@@ -253,6 +246,27 @@ Status backward(const BackwardParams& params, Stream stream) {
   return dispatch<Sm90GradQueriesKernels>(queries_key, "backward", [&](auto config) {
     return kernels::run_grad_queries<decltype(config)>(params, stream);
   });
+}
+
+}  // namespace
+
+Status backward(const BackwardParams& params, Stream stream) {
+  HBSATTN_RETURN_IF_ERROR(validate_backward(params));
+  const DevicePolicy policy = kernels::current_policy();
+  const BackwardMethod method = choose_backward_method(params, policy);
+  KernelKey key;
+  KernelKey queries_key;
+  HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
+  if (method == BackwardMethod::kByKeysAndQueries) HBSATTN_RETURN_IF_ERROR(select_grad_queries(params, &queries_key));
+  const ForwardParams& problem = params.problem;
+  const bool empty = problem.mask.shape.batch == 0 || problem.rows_q == 0 || problem.rows_k == 0;
+  if (empty || !needs_any(params)) return Status::Ok();
+  HBSATTN_RETURN_IF_ERROR(check_pointers(params));
+  HBSATTN_RETURN_IF_ERROR(check_addressable(params));
+  const BackwardWorkspace workspace = lay_out_backward(params, choose_backward_head_dim(params), method, policy);
+  HBSATTN_RETURN_IF_ERROR(needs_tiles(params) ? run_backward_tiles(params, method, key, queries_key, stream)
+                                              : kernels::prepare_rows(params, workspace, stream));
+  return params.grad_sinks == nullptr ? Status::Ok() : kernels::sum_sinks(params, workspace, stream);
 }
 
 Status explain(const ForwardParams& params, Explanation* explanation) {
@@ -274,7 +288,7 @@ Status explain(const BackwardParams& params, Explanation* explanation) {
   *explanation = {};
   HBSATTN_RETURN_IF_ERROR(supported(params));
   explanation->method = "none";
-  if (!needs_any(params)) return Status::Ok();
+  if (!needs_tiles(params)) return Status::Ok();
   const BackwardMethod method = choose_backward_method(params, kernels::current_policy());
   const BackwardLists lists = backward_lists(params);
   explanation->method = name_of(method);

@@ -21,6 +21,8 @@ Status pack_mask(const PackParams&, Stream) { return no_cuda(); }
 Status plan_items(const PlanParams&, Stream) { return no_cuda(); }
 Status transpose_mask(const TransposeParams&, Stream) { return no_cuda(); }
 Status plan_keys(const KeyPlanParams&, Stream) { return no_cuda(); }
+Status prepare_rows(const BackwardParams&, const BackwardWorkspace&, Stream) { return no_cuda(); }
+Status sum_sinks(const BackwardParams&, const BackwardWorkspace&, Stream) { return no_cuda(); }
 
 }  // namespace hbsattn::kernels
 

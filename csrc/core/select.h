@@ -34,8 +34,9 @@ Status select_pairs(const ForwardParams& params, KernelKey* key);  // of a call 
 Status select_backward(const BackwardParams& params, KernelKey* key);
 Status select_grad_queries(const BackwardParams& params, KernelKey* key);  // of kByKeysAndQueries, beside the other
 
-// Whether a backward has anything to compute.
-inline bool needs_any(const BackwardParams& params) { return params.needs_q || params.needs_k || params.needs_v; }
+// Whether a backward has anything to compute, or tiles to compute; gradients of sinks alone take a pass over rows.
+inline bool needs_tiles(const BackwardParams& params) { return params.needs_q || params.needs_k || params.needs_v; }
+inline bool needs_any(const BackwardParams& params) { return needs_tiles(params) || params.grad_sinks != nullptr; }
 
 // The head dim that the backward kernel of a problem is compiled for, on whatever device; 0: there is none.
 int choose_backward_head_dim(const BackwardParams& params);

@@ -344,6 +344,9 @@ Status check_pointers(const ForwardParams& params) {
 Status validate_backward(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
   HBSATTN_RETURN_IF_ERROR(validate_problem(problem));
+  if (params.grad_sinks != nullptr && problem.sinks == nullptr) {
+    return Status::InvalidValue("grad_sinks is given and sinks is null; expected sinks, too");
+  }
   const BackwardLists lists = backward_lists(params);
   if (lists.items) HBSATTN_RETURN_IF_ERROR(validate_items(problem, true));
   if (!lists.keys) return Status::Ok();

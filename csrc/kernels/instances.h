@@ -6,6 +6,7 @@
 #include "hbsattn/params.h"
 #include "hbsattn/status.h"
 #include "plan/policy.h"
+#include "plan/workspace.h"
 
 namespace hbsattn::kernels {
 
@@ -42,6 +43,10 @@ Status run_backward_queries(const BackwardParams& params, Stream stream);
 
 template <class Config>
 int backward_queries_shared_bytes();
+
+// rows/: what precedes and follows the backward's kernels
+Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, Stream stream);
+Status sum_sinks(const BackwardParams& params, const BackwardWorkspace& workspace, Stream stream);
 
 // Compute capability (major * 10 + minor) and multiprocessors of the current device.
 Status current_device(int* compute_capability, int* multiprocessors);

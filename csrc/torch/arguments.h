@@ -71,7 +71,7 @@ struct Required {
 template <class Ints>
 struct CallArguments {
   const Tensor &q, &k, &v, &bits, &sequences;
-  const OptionalTensor& rules;
+  const OptionalTensor &rules, &sinks;
   Ints layout;
   Required<bool> pack_heads;
   Required<double> softmax_scale;
@@ -79,7 +79,7 @@ struct CallArguments {
   // `function` of all of them, and of `own` behind them.
   template <class Function, class... Own>
   auto apply(const Function& function, const Own&... own) const {
-    return function(q, k, v, bits, sequences, rules, layout, pack_heads, softmax_scale, own...);
+    return function(q, k, v, bits, sequences, rules, sinks, layout, pack_heads, softmax_scale, own...);
   }
 };
 
@@ -112,8 +112,9 @@ struct Operator<f> {
 template <class Result, class Ints, class... Own, Result (*f)(const CallArguments<Ints>&, Own...)>
 struct Operator<f> {
   static Result run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
-                    const OptionalTensor& rules, Ints layout, bool pack_heads, double softmax_scale, Own... own) {
-    return f({q, k, v, bits, sequences, rules, layout, pack_heads, softmax_scale}, std::forward<Own>(own)...);
+                    const OptionalTensor& rules, const OptionalTensor& sinks, Ints layout, bool pack_heads,
+                    double softmax_scale, Own... own) {
+    return f({q, k, v, bits, sequences, rules, sinks, layout, pack_heads, softmax_scale}, std::forward<Own>(own)...);
   }
 };
 
@@ -183,6 +184,11 @@ inline Stream current_stream(at::Device) {
 }
 #endif
 
+// That of log-sum-exps, and of sinks, which are scores too.
+inline at::ScalarType dtype_of_lse(const Tensor& q) {
+  return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 // Checks the tensors of a call; the problem that they pose is yet to be checked.
 inline ForwardParams read_problem(const Call& call) {
   const Tensor &q = call.q, &k = call.k, &v = call.v;
@@ -224,6 +230,13 @@ inline ForwardParams read_problem(const Call& call) {
   params.head_dim = to_int32("head_dim", q.size(-1));
   params.softmax_scale = static_cast<float>(call.softmax_scale);
   params.pack_heads = call.pack_heads;
+  if (call.sinks) {
+    check_dtype("sinks", *call.sinks, dtype_of_lse(q), "");
+    check_device("sinks", *call.sinks, device);
+    check_shape("sinks", *call.sinks, {params.heads_q});
+    TORCH_CHECK_VALUE(call.sinks->is_contiguous(), "sinks is not contiguous; expected a contiguous tensor");
+    if (device.is_cuda()) params.sinks = call.sinks->const_data_ptr<float>();
+  }
   return params;
 }
 
@@ -248,7 +261,7 @@ inline void check_gradients(const Call& call, const Tensor& grad_out, const Opti
     check_device(name, tensor, q.device());
     check_shape(name, tensor, sizes);
   };
-  const at::ScalarType lse_dtype = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::ScalarType lse_dtype = dtype_of_lse(q);
   const std::vector<int64_t> lse_shape = shape_lse(problem);
   check("grad_out", grad_out, q.scalar_type(), q.sizes());
   check("out", out, q.scalar_type(), q.sizes());

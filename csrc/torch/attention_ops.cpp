@@ -2,7 +2,10 @@
 
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
@@ -21,6 +24,7 @@ namespace {
 
 using TwoTensors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // The checks of a call that has no work list yet.
 void check_forward(const Call& call) {
@@ -150,12 +154,19 @@ void read_plan(const Tensor& plan, at::Device device, BackwardParams& params) {
   problem.num_items = parts.num_items;
 }
 
-ThreeTensors backward_op(const Call& call, const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
-                         const Tensor& lse, const OptionalTensor& plan, bool deterministic, std::array<bool, 3> needs) {
+// The gradient of sinks where there are no keys: a row's log-sum-exp is its head's sink, or -inf where the row belongs
+// to no sequence.
+Tensor add_up_sinks(const Tensor& sinks, const OptionalTensor& grad_lse, const Tensor& lse) {
+  if (!grad_lse) return at::zeros_like(sinks);
+  const Tensor rows = at::where(lse.isneginf(), at::zeros({}, lse.options()), *grad_lse);
+  return rows.dim() == 2 ? rows.sum(1) : rows.sum(at::IntArrayRef({0, 2}));
+}
+
+FourTensors backward_op(const Call& call, const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
+                        const Tensor& lse, const OptionalTensor& plan, bool deterministic, std::array<bool, 4> needs) {
   const Tensor &q = call.q, &k = call.k, &v = call.v;
   const at::Device device = q.device();
   const c10::DeviceGuard guard(device);
-  check_given("plan", plan, "plan_backward");
   BackwardParams params;
   ForwardParams& problem = params.problem;
   problem = read_problem(call);
@@ -164,22 +175,27 @@ ThreeTensors backward_op(const Call& call, const Tensor& grad_out, const Optiona
   params.needs_q = needs[0];
   params.needs_k = needs[1];
   params.needs_v = needs[2];
-  read_plan(*plan, device, params);
+  if (needs[0] || needs[1] || needs[2]) read_plan(check_given("plan", plan, "plan_backward"), device, params);
+  TORCH_CHECK_VALUE(!needs[3] || call.sinks, "sinks is None, and its gradient is needed; expected a tensor");
+  Tensor grad_sinks = needs[3] ? at::empty_like(*call.sinks) : at::empty({0}, lse.options());
+  if (needs[3]) params.grad_sinks = grad_sinks.mutable_data_ptr<float>();
   raise_if_error(supported(params));
 
   if (q.numel() == 0 || k.numel() == 0) {
     const auto zeros = [](const Tensor& like, bool needed) {
       return needed ? at::zeros(like.sizes(), like.options()) : at::empty({0}, like.options());
     };
-    return {zeros(q, needs[0]), zeros(k, needs[1]), zeros(v, needs[2])};
+    if (needs[3]) grad_sinks = add_up_sinks(*call.sinks, grad_lse, lse);
+    return {zeros(q, needs[0]), zeros(k, needs[1]), zeros(v, needs[2]), grad_sinks};
   }
   const int64_t head_dim = problem.head_dim;
   if (head_dim % kHeadDimMultiple != 0) {
     const Tensor padded_q = pad_head_dim(q), padded_k = pad_head_dim(k), padded_v = pad_head_dim(v);
-    const auto [grad_q, grad_k, grad_v] =
+    const auto [grad_q, grad_k, grad_v, padded_grad_sinks] =
         backward_op(with_tensors(call, padded_q, padded_k, padded_v), pad_head_dim(grad_out), grad_lse,
                     pad_head_dim(out), lse, plan, deterministic, needs);
-    return {cut_head_dim(grad_q, head_dim), cut_head_dim(grad_k, head_dim), cut_head_dim(grad_v, head_dim)};
+    return {cut_head_dim(grad_q, head_dim), cut_head_dim(grad_k, head_dim), cut_head_dim(grad_v, head_dim),
+            padded_grad_sinks};
   }
 
   // Autograd may bring an expanded tensor: that of a sum has no strides at all.
@@ -206,7 +222,7 @@ ThreeTensors backward_op(const Call& call, const Tensor& grad_out, const Optiona
   const c10::DataPtr workspace = allocate_scratch(backward_workspace_size(params));
   params.workspace = workspace.get();
   raise_if_error(backward(params, current_stream(device)));
-  return {grad_q, grad_k, grad_v};
+  return {grad_q, grad_k, grad_v, grad_sinks};
 }
 
 #endif

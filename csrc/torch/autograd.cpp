@@ -22,6 +22,7 @@ using torch::autograd::variable_list;
 
 using TwoTensors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using TracedCall = CallArguments<c10::SymIntArrayRef>;
 
 // Calls the operator that has this autograd rule.
@@ -63,6 +64,8 @@ void check_no_transform() {
   }
 }
 
+bool requires_grad(const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); }
+
 // Whether autograd has to know of a call.
 bool is_differentiated(std::initializer_list<const Tensor*> tensors) {
   check_reverse_mode(tensors);
@@ -75,15 +78,20 @@ bool is_differentiated(std::initializer_list<const Tensor*> tensors) {
   return false;
 }
 
+bool is_differentiated(const TracedCall& call) {
+  const bool by_sinks = call.sinks && is_differentiated({&*call.sinks});
+  return is_differentiated({&call.q, &call.k, &call.v}) || by_sinks;
+}
+
 // Stands for the second derivative where one is asked for.
 struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
   // The tensors are what the gradients that `compute` returns depend on.
   template <class Compute>
   static variable_list forward(AutogradContext*, const Tensor& q, const Tensor& k, const Tensor& v,
-                               const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& out,
-                               const Tensor& lse, const Compute& compute) {
-    const auto [grad_q, grad_k, grad_v] = compute();
-    return {grad_q, grad_k, grad_v};
+                               const OptionalTensor& sinks, const Tensor& grad_out, const OptionalTensor& grad_lse,
+                               const Tensor& out, const Tensor& lse, const Compute& compute) {
+    const auto [grad_q, grad_k, grad_v, grad_sinks] = compute();
+    return {grad_q, grad_k, grad_v, grad_sinks};
   }
 
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -92,41 +100,43 @@ struct NoSecondDerivative : torch::autograd::Function<NoSecondDerivative> {
   }
 };
 
-ThreeTensors differentiable_backward(const TracedCall& call, const Tensor& grad_out, const OptionalTensor& grad_lse,
-                                     const Tensor& out, const Tensor& lse, const OptionalTensor& plan,
-                                     bool deterministic, std::array<bool, 3> needs) {
+FourTensors differentiable_backward(const TracedCall& call, const Tensor& grad_out, const OptionalTensor& grad_lse,
+                                    const Tensor& out, const Tensor& lse, const OptionalTensor& plan,
+                                    bool deterministic, std::array<bool, 4> needs) {
   const auto compute = [&] {
     return call_below<differentiable_backward>("hbsattn::backward", call, grad_out, grad_lse, out, lse, plan,
                                                deterministic, needs);
   };
   if (!is_differentiated({&grad_out, &call.q, &call.k, &call.v, &out, &lse}) &&
-      !(grad_lse && is_differentiated({&*grad_lse}))) {
+      !(grad_lse && is_differentiated({&*grad_lse})) && !(call.sinks && is_differentiated({&*call.sinks}))) {
     return compute();
   }
-  const variable_list grads = NoSecondDerivative::apply(call.q, call.k, call.v, grad_out, grad_lse, out, lse, compute);
-  return {grads[0], grads[1], grads[2]};
+  const variable_list grads =
+      NoSecondDerivative::apply(call.q, call.k, call.v, call.sinks, grad_out, grad_lse, out, lse, compute);
+  return {grads[0], grads[1], grads[2], grads[3]};
 }
 
 TwoTensors differentiable_forward(const TracedCall& call, const OptionalTensor& items,
                                   const OptionalTensor& backward_plan, bool deterministic);
 
-// Gradients of out and lse with respect to q, k and v. Those that required none at the forward are not computed.
+// Gradients of out and lse with respect to q, k, v and sinks. Those that required none at the forward are not computed.
 struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
-  static constexpr int kInputs = 7;  // of forward, beside the context
+  static constexpr int kInputs = 8;  // of forward, beside the context
 
-  // Autograd sees q, k and v, which are those of the call, as arguments of their own.
+  // Autograd sees q, k, v and sinks, which are those of the call, as arguments of their own.
   static variable_list forward(AutogradContext* context, const Tensor& q, const Tensor& k, const Tensor& v,
-                               const TracedCall& call, const OptionalTensor& items, const OptionalTensor& backward_plan,
-                               bool deterministic) {
+                               const OptionalTensor& sinks, const TracedCall& call, const OptionalTensor& items,
+                               const OptionalTensor& backward_plan, bool deterministic) {
     const auto [out, lse] =
         call_below<differentiable_forward>("hbsattn::forward", call, items, backward_plan, deterministic);
     context->save_for_backward({q, k, v, call.bits, call.sequences, out, lse, backward_plan.value_or(Tensor()),
-                                call.rules.value_or(Tensor())});
+                                call.rules.value_or(Tensor()), sinks.value_or(Tensor())});
     context->saved_data["layout"] = call.layout;
     context->saved_data["pack_heads"] = call.pack_heads.value;
     context->saved_data["softmax_scale"] = call.softmax_scale.value;
     context->saved_data["deterministic"] = deterministic;
-    context->saved_data["needs"] = std::vector<bool>{q.requires_grad(), k.requires_grad(), v.requires_grad()};
+    context->saved_data["needs"] =
+        std::vector<bool>{q.requires_grad(), k.requires_grad(), v.requires_grad(), requires_grad(sinks)};
     context->set_materialize_grads(false);  // log-sum-exps are seldom used: no zeros for their gradients
     return {out, lse};
   }
@@ -137,36 +147,38 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     const std::vector<c10::SymInt> layout = data["layout"].toSymIntVector();
     const bool pack_heads = data["pack_heads"].toBool();
     const double softmax_scale = data["softmax_scale"].toDouble();
-    const OptionalTensor rules = if_defined(saved[8]);
-    const TracedCall call{saved[0], saved[1], saved[2], saved[3], saved[4], rules, layout, pack_heads, softmax_scale};
+    const OptionalTensor rules = if_defined(saved[8]), sinks = if_defined(saved[9]);
+    const TracedCall call{saved[0], saved[1], saved[2], saved[3],   saved[4],
+                          rules,    sinks,    layout,   pack_heads, softmax_scale};
     const Tensor &out = saved[5], &lse = saved[6];
     const c10::List<bool> needed = data["needs"].toBoolList();
-    const std::array<bool, 3> needs{needed[0], needed[1], needed[2]};
+    const std::array<bool, 4> needs{needed[0], needed[1], needed[2], needed[3]};
     const Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(out);
-    const auto [grad_q, grad_k, grad_v] =
+    const auto [grad_q, grad_k, grad_v, grad_sinks] =
         call_operator<differentiable_backward>("hbsattn::backward", call, grad_out, if_defined(grads[1]), out, lse,
                                                if_defined(saved[7]), data["deterministic"].toBool(), needs);
     variable_list results(kInputs);
     if (needs[0]) results[0] = grad_q;
     if (needs[1]) results[1] = grad_k;
     if (needs[2]) results[2] = grad_v;
+    if (needs[3]) results[3] = grad_sinks;
     return results;
   }
 };
 
 TwoTensors differentiable_forward(const TracedCall& call, const OptionalTensor& items,
                                   const OptionalTensor& backward_plan, bool deterministic) {
-  if (!is_differentiated({&call.q, &call.k, &call.v})) {
+  if (!is_differentiated(call)) {
     return call_below<differentiable_forward>("hbsattn::forward", call, items, backward_plan, deterministic);
   }
   const variable_list results =
-      AttentionFunction::apply(call.q, call.k, call.v, call, items, backward_plan, deterministic);
+      AttentionFunction::apply(call.q, call.k, call.v, call.sinks, call, items, backward_plan, deterministic);
   return {results[0], results[1]};
 }
 
 // block_sparse_attention calls `forward`, with plans, where it sees that gradients are asked for.
 ThreeTensors differentiable_plan_and_forward(const TracedCall& call) {
-  if (is_differentiated({&call.q, &call.k, &call.v})) {
+  if (is_differentiated(call)) {
     C10_THROW_ERROR(NotImplementedError, "hbsattn::plan_and_forward has no derivative; expected hbsattn::forward");
   }
   return call_below<differentiable_plan_and_forward>("hbsattn::plan_and_forward", call);

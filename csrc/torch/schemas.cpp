@@ -33,8 +33,8 @@ TORCH_LIBRARY(hbsattn, m) {
 
   // What each operator of an attention call takes first: CallArguments of arguments.h.
   const std::string call =
-      "(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor? rules, SymInt[] layout, bool pack_heads, "
-      "float softmax_scale";
+      "(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor? rules, Tensor? sinks, SymInt[] layout, "
+      "bool pack_heads, float softmax_scale";
   define("check_forward" + call + ") -> ()");
   define("forward" + call +
          ", Tensor? items, Tensor? backward_plan, bool deterministic=False) -> (Tensor out, Tensor lse)");
@@ -44,5 +44,6 @@ TORCH_LIBRARY(hbsattn, m) {
   const std::string results = ", Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse";
   define("check_backward" + call + results + ") -> ()");
   define("backward" + call + results +
-         ", Tensor? plan, bool deterministic, bool[3] needs) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+         ", Tensor? plan, bool deterministic, bool[4] needs) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, "
+         "Tensor grad_sinks)");
 }

@@ -34,7 +34,9 @@ def backward(
     plan: Tensor | None,
     deterministic: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if needs[3] and call.sinks is None:
+        raise ValueError("sinks is None, and its gradient is needed; expected a tensor")
     results = (grad_out, grad_lse, out, lse)
     torch.ops.hbsattn.check_backward(*call, *results)
     grads = differentiate(call, *results)

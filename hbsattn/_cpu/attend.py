@@ -39,6 +39,7 @@ TILE_ROWS = 256
 PRODUCT_NUMBERS = 1 << 22
 
 KEY_BEYOND = 2**31 - 1  # a key that no sequence has
+LEAST_SINK = -1e38  # csrc/kernels/common/sinks.cuh
 
 # MKL chooses the code of a function at its first call. Where several threads make that call at once, one of them may
 # run code of low accuracy (PyTorch issue 188792): it put log-sum-exps off by 5e-5. Here one thread makes it.
@@ -189,6 +190,21 @@ class _Tiling:
         hidden = [(at, ~reach.has(key[..., at]).unsqueeze(1)) for at in edges if at.start < at.stop]
         return _Batch(numbers.flatten(1), key_numbers, row.shape[0], hidden)
 
+    def of_rows(self, of_heads: Tensor) -> Tensor:
+        """A number of each head, (heads_q), for all rows, flat; -inf for those of no sequence, and for one more."""
+        table = self.sequences.to(torch.int64)
+        entry = torch.arange(self.batch) if self.batch == table.shape[0] else torch.zeros(len(table), dtype=torch.int64)
+        begin = table[:, Q_BEGIN].clamp(0, self.rows_q)
+        end = (table[:, Q_BEGIN] + table[:, Q_LEN]).clamp(0, self.rows_q).maximum(begin)
+        # How many sequences begin at a row, less those that end there.
+        steps = torch.zeros((self.batch, self.rows_q + 1), dtype=torch.int64)
+        for at, step in ((begin, 1), (end, -1)):
+            steps.index_put_((entry, at), torch.full_like(at, step), accumulate=True)
+        covered = steps.cumsum(1)[:, :-1] > 0
+        of_heads = of_heads.masked_fill(of_heads < LEAST_SINK, -torch.inf)
+        rows = torch.where(covered.unsqueeze(1), of_heads.view(1, -1, 1), -torch.inf)
+        return torch.cat([rows.flatten(), rows.new_full((1,), -torch.inf)])
+
     def batches(self, numbers_of_key: int) -> Iterator[_Batch]:
         """Everything there is to compute, where a key of a tile takes so many numbers."""
         if self.no_key == 0 or self.no_query == 0 or self.sequences.shape[0] == 0:
@@ -230,7 +246,9 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @torch.autocast("cpu", enabled=False)
 def attend(call: Call) -> tuple[Tensor, Tensor]:
-    """Computes the output and the log-sum-exp of packed or batched tensors; rows without keys get 0 and -inf."""
+    """Computes the output and the log-sum-exp of packed or batched tensors. Rows without keys get 0 and -inf, or their
+    sink.
+    """
     packed = call.q.dim() == 3
     if packed:
         call = call._replace(q=call.q.unsqueeze(0), k=call.k.unsqueeze(0), v=call.v.unsqueeze(0))
@@ -250,6 +268,12 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
         result = (weights @ _gather(values, batch.keys)).div_(total.clamp(min=1))
         out[batch.queries] = result
         lse[batch.queries] = (largest + total.log()).squeeze(-1)
+    if call.sinks is not None:
+        sinks = tiling.of_rows(call.sinks)
+        with_sinks = torch.logaddexp(lse, sinks)
+        # Rows without keys have a share of 0, with a sink or without.
+        out.mul_(torch.where(lse == -torch.inf, 0, (lse - with_sinks).exp()).unsqueeze(-1))
+        lse = with_sinks
     out, lse = _restore(out, call.q), lse[:-1].view(tiling.batch, tiling.heads_q, tiling.rows_q).clone()
     return (out.squeeze(0), lse.squeeze(0)) if packed else (out, lse)
 
@@ -257,13 +281,14 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
 @torch.autocast("cpu", enabled=False)
 def differentiate(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the gradients of q, k and v, packed or batched; rows without keys take no part.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes the gradients of q, k, v and sinks, packed or batched; rows without keys take no part.
 
     With P the weights and S the scaled scores: grad_v = P^T grad_out, and grad_S = P * (grad_out v^T - delta) with
     delta = rowsum(grad_out * out) - grad_lse, because the log-sum-exp's derivative is P (FlashAttention-2, 3.1).
     Of large scores, the log-sum-exp is rounded more coarsely than P may be. It cancels: P is E / rowsum(E) with
-    E = exp(S - lse), and the sums divide grad_out and delta, which are smaller than E.
+    E = exp(S - lse), and the sums divide grad_out and delta, which are smaller than E. A sink is one more S, whose
+    value is 0.
     """
     packed = call.q.dim() == 3
     if packed:
@@ -278,6 +303,12 @@ def differentiate(
     row_lse[:-1] = lse.flatten()
     if grad_lse is not None:
         deltas[:-1] -= grad_lse.flatten()
+    sinks, grad_sinks = None, lse.new_empty(0)
+    if call.sinks is not None:
+        sinks = tiling.of_rows(call.sinks)
+        weights = torch.where(row_lse == -torch.inf, 0, (sinks - row_lse).exp())
+        grads_of_rows = torch.where(weights == 0, 0, -weights * deltas)
+        grad_sinks = grads_of_rows[:-1].view(tiling.batch, tiling.heads_q, tiling.rows_q).sum((0, 2))
     # Whatever the gradients of a row without keys are: it is a row that does not exist.
     numbers = torch.arange(tiling.no_query + 1).masked_fill_(row_lse == -torch.inf, tiling.no_query)
 
@@ -289,6 +320,8 @@ def differentiate(
         batch.hide(scores)
         weights = scores.sub_(row_lse[rows].unsqueeze(-1)).exp_()
         total = weights.sum(-1, keepdim=True)
+        if sinks is not None:
+            total += (sinks[rows] - row_lse[rows]).exp_().unsqueeze(-1)
         total = torch.where(total == 0, 1, total)
         tile_grads = _gather(grads, rows).div_(total)
         grad_scores = tile_grads @ _gather(values, cols).mT
@@ -300,4 +333,5 @@ def differentiate(
         grad_v.index_add_(0, cols.flatten(), (weights.mT @ tile_grads).flatten(0, 1))
     grad_q.mul_(call.softmax_scale)
     results = (_restore(grad_q, call.q), _restore(grad_k, call.k), _restore(grad_v, call.v))
-    return tuple(x.squeeze(0) for x in results) if packed else results
+    results = tuple(x.squeeze(0) for x in results) if packed else results
+    return *results, grad_sinks

@@ -41,7 +41,30 @@ SETS = ("tests/test_head_sets.py", "-k", "test_sets_of_heads and dtype1 and (sha
 WINDOWS = ("tests/test_head_sets.py", "-k", "test_windows_of_queries and dtype1 and tokens")
 RULES = ("tests/test_windows.py", "-k", f"test_cases and {HALF} and (batched or longer or of_heads or of_key_heads)")
 
+SINKS = ("tests/test_sinks.py", "-k", f"test_cases and {HALF} and (groups or alike or stacks or empty_rows)")
+
 MUTANTS = [
+    Mutant(
+        "sink_of_a_group_s_first_head",
+        FORWARD,
+        "softmax.add_sink(row, sink_of_head(args, place.head)",
+        "softmax.add_sink(row, sink_of_head(args, item.head)",
+        SINKS,
+    ),
+    Mutant(
+        "no_sink_where_nothing_attends",
+        QUERY_TILES,
+        "*lse_of_row(args, item, place) = sink_of_head(args, place.head);",
+        "*lse_of_row(args, item, place) = -INFINITY;",
+        SINKS,
+    ),
+    Mutant(
+        "sinks_add_up_rows_of_other_heads",
+        "kernels/rows/*.cu",
+        "if (!place.exists || place.head != head % heads) continue;",
+        "if (!place.exists) continue;",
+        SINKS,
+    ),
     Mutant(
         "masked_stages_one_short",
         QUERY_TILES,

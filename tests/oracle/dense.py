@@ -52,8 +52,13 @@ def window_mask(query: Tensor, key: Tensor, left: int, right: int, sink: int) ->
     return inside | (key < sink)
 
 
-def one_sequence(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def one_sequence(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The formula at the dtype of q, k (Lk, Hk, D) and v, for q (Lq, Hq, D) and allowed (1 | Hk | Hq, Lq, Lk).
+
+    sinks (Hq): scores of a key more that every query attends to and
+    whose value is 0; -inf is none.
 
     Returns out (Lq, Hq, D), lse (Hq, Lq) and luck (Lq, Hq), see `luck_of_rows`, all at that dtype. Keys that no query
     of a head attends to never enter: they are replaced by zeros, so NaN and Inf in them cannot spread.
@@ -68,6 +73,13 @@ def one_sequence(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float)
     values = torch.where(attended, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
     scores = torch.matmul(queries, keys.transpose(1, 2)) * scale
+    if sinks is not None:
+        # The sink's own -inf is one that softmax and logsumexp never see.
+        column = torch.where(sinks == -math.inf, 0.0, sinks)[:, None, None]
+        scores = torch.cat([scores, column.expand(-1, scores.shape[1], 1)], dim=2)
+        has = (sinks > -math.inf)[:, None, None]
+        allowed = torch.cat([allowed, has.expand(-1, scores.shape[1], 1)], dim=2)
+        values = torch.nn.functional.pad(values, (0, 0, 0, 1))
     empty = ~allowed.any(dim=2)
     # Rows with nothing to attend go through the softmax as zeros, so that their gradients are 0, too.
     scores = scores.masked_fill(~allowed, -math.inf).masked_fill(empty[..., None], 0.0)
@@ -109,12 +121,14 @@ def attention(
     causal: bool,
     windows: Windows = (),
     scale: float | None = None,
+    sinks: Tensor | None = None,
     compute_dtype: torch.dtype | None = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of a whole batch.
 
     q: (total_q, Hq, D) or (B, Sq, Hq, D); k, v likewise. block_masks: per sequence, bool (1 | Hk | Hq, q blocks,
-    k blocks). lens_q, lens_k: the lengths of the sequences, also for batched tensors. windows: as in `element_mask`.
+    k blocks). lens_q, lens_k: the lengths of the sequences, also for batched tensors. windows: as in `element_mask`;
+    sinks: as in `one_sequence`.
     compute_dtype: None for the dtype of q.
     Returns out, shaped as q, lse (Hq, total_q) or (B, Hq, Sq), and luck, shaped as out without its last dimension (see
     `luck_of_rows`), at compute_dtype.
@@ -137,6 +151,7 @@ def attention(
         blocks = block_masks[b].to(q.device)
         allowed = element_mask(blocks, len_q, len_k, q_block_size, k_block_size, causal, windows)
         tensors = (q[rows_q].to(dtype), k[rows_k].to(dtype), v[rows_k].to(dtype))
-        out[rows_q], lse_b, luck[rows_q] = one_sequence(*tensors, allowed, scale)
+        own_sinks = None if sinks is None else sinks.to(dtype)
+        out[rows_q], lse_b, luck[rows_q] = one_sequence(*tensors, allowed, scale, own_sinks)
         lse[(slice(None), rows_q) if packed else b] = lse_b
     return out, lse, luck

@@ -53,7 +53,7 @@ HBSATTN_API Status plan_items(const PlanParams& params, Stream stream);
 HBSATTN_API size_t forward_workspace_size();
 
 // Block-sparse attention, out = softmax(scale * q k^T over the visible pairs) v, and its log-sum-exp. Rows with
-// nothing to attend get 0 and -inf.
+// nothing to attend get 0 and -inf, or their head's sink.
 HBSATTN_API Status forward(const ForwardParams& params, Stream stream);
 
 // Transposes the bits of a mask; what the backward pass needs beside a forward plan is made from these.
@@ -84,8 +84,9 @@ HBSATTN_API BackwardLists backward_lists(const BackwardParams& params);
 // Bytes of `workspace` that one backward call needs; 0 where this build has no kernel for it.
 HBSATTN_API size_t backward_workspace_size(const BackwardParams& params);
 
-// Those gradients of q, k and v that are needed, given those of out and lse. What attends to nothing gets 0. Without
-// queries or without keys nothing is written: the caller clears the gradients of what there is.
+// Those gradients of q, k, v and sinks that are needed, given those of out and lse. What attends to nothing gets 0.
+// Without queries or without keys nothing is written: the caller clears the gradients of what there is; that of a sink
+// is then the sum of its head's grad_lse.
 HBSATTN_API Status backward(const BackwardParams& params, Stream stream);
 
 // The checks of sizes that hold on every backend, without those of pointers and those that ask for a compiled kernel

@@ -238,6 +238,9 @@ struct ForwardParams {
   int32_t head_dim = 0;
   DType dtype = DType::kBFloat16;
   float softmax_scale = 0.f;
+  // Of each query head a score, in natural units, that counts in the sum of every query's weights and has no value;
+  // -inf or below -1e38: none. (heads_q), or null: no head has one.
+  const float* sinks = nullptr;
 
   MaskView mask;
   bool pack_heads = true;           // as in PlanParams
@@ -264,6 +267,7 @@ struct BackwardParams {
   // Which of the three are computed. The others are not written, and their views may be empty. Without grad_q, or
   // without both grad_k and grad_v, a call takes less time and workspace; one of grad_k and grad_v costs what both do.
   bool needs_q = true, needs_k = true, needs_v = true;
+  float* grad_sinks = nullptr;  // out, (heads_q); null: not needed. Takes a pass over 8 bytes a row
 
   const uint32_t* columns = nullptr;   // (heads, cols, row_words)
   const KeyItem* key_items = nullptr;  // (num_key_items)

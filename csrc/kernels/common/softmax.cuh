@@ -47,10 +47,21 @@ struct OnlineSoftmax {
     }
   }
 
+  // A sink joins the first scores, in sums of their own: those of one thread of the quad, where it is `mine`. Its score
+  // is scaled; -inf: there is none.
+  __device__ __forceinline__ void add_sink(int row, float sink, float scale_log2, bool mine) {
+    const float unscaled = __fdividef(sink, scale_log2);
+    if (unscaled > row_max[row]) set_max(row, unscaled, scale_log2);
+    if (mine) row_sum[row] += exp2_approx(sink - offset[row]);
+  }
+
   // Nothing to attend.
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) row_max[row] = row_sum[row] = offset[row] = 0.f;
+    for (int row = 0; row < 2; ++row) {
+      row_max[row] = -INFINITY;
+      row_sum[row] = offset[row] = 0.f;
+    }
   }
 
   // Maxima of further scores, and by how many powers of two they exceed those that are in use.

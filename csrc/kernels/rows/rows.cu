@@ -4,6 +4,7 @@
 #include "kernels/common/convert.cuh"
 #include "kernels/common/gaps.cuh"
 #include "kernels/common/launch.cuh"
+#include "kernels/common/sinks.cuh"
 #include "kernels/rows/rows.h"
 #include "plan/layout.h"
 #include "plan/rows.h"
@@ -14,6 +15,7 @@ namespace {
 constexpr int kRowThreads = 8;  // that share a row
 constexpr int kPrepareThreads = kGranule * kRowThreads;
 constexpr int kFinishWarps = 4;
+constexpr int kSinkThreads = 1024;
 constexpr int64_t kFewBytes = int64_t{1} << 20;  // that prepare_rows clears among its reads
 constexpr int kGapCtas = 64;                     // of a head, that share what belongs to no tile
 
@@ -115,6 +117,39 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Row
     args.lse[padding] = INFINITY;
     args.delta[padding] = 0.f;
   }
+}
+
+// A CTA has a head. A sink has the weight w = exp(sink - lse) in a row and no value: its gradient is the sum of
+// w * (grad_lse - grad_out . out), and the statistics have what is in brackets.
+__global__ void __launch_bounds__(kSinkThreads)
+    sum_sinks_kernel(const RowArguments args, const float* sinks, float* grad_sinks) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  const int heads = args.workspace.chunks.stack.heads, head = blockIdx.x, stack = head / heads;
+  const float sink = read_sink(sinks, head) * static_cast<float>(M_LOG2E);
+  const float *lse = args.lse + stack * args.workspace.rows, *delta = args.delta + stack * args.workspace.rows;
+  float sum = 0.f;
+  for (int64_t row = threadIdx.x; row < args.workspace.rows; row += kSinkThreads) {
+    if (heads > 1) {
+      const QueryPlace place = locate(args, static_cast<int>(row / kGranule), static_cast<int>(row % kGranule));
+      if (!place.exists || place.head != head % heads) continue;
+    }
+    // Rows that do not exist, or attend to nothing, have a log-sum-exp of +inf here. A weight of 0 does not silence a
+    // NaN.
+    const float weight = exp2f(sink - lse[row]);
+    if (weight != 0.f) sum -= weight * delta[row];
+  }
+  __shared__ float sums[kSinkThreads / 32];
+  const auto add_up = [](float x) {
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+  };
+  sum = add_up(sum);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  sum = add_up(sums[threadIdx.x]);
+  if (threadIdx.x == 0) grad_sinks[head] = sum;
 }
 
 // Queries that belong to no chunk, as no tile has them.
@@ -269,6 +304,12 @@ Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& works
                                           : prepare_rows_kernel<Element, 4>;
     return launch("the launch of prepare_rows", kernel, grid, kPrepareThreads, 0, stream, args);
   });
+}
+
+Status sum_sinks(const BackwardParams& params, const BackwardWorkspace& workspace, Stream stream) {
+  static_assert(kSinkThreads == 32 * 32, "a warp adds up the sums of all warps");
+  return launch("the launch of sum_sinks", sum_sinks_kernel, static_cast<unsigned>(params.problem.heads_q),
+                kSinkThreads, 0, stream, row_arguments(params, workspace), params.problem.sinks, params.grad_sinks);
 }
 
 Status finish_keys(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,

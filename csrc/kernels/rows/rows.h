@@ -11,6 +11,9 @@ namespace hbsattn::kernels {
 // Fills the workspace: what is to be 0, and statistics of all rows, padding included.
 Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, Stream stream);
 
+// Adds up the gradient of each head's sink out of the statistics of its rows. In the same order in every run.
+Status sum_sinks(const BackwardParams& params, const BackwardWorkspace& workspace, Stream stream);
+
 // Turns the accumulated gradient of the queries, which is that of unscaled scores, into rows of grad_q.
 Status finish_rows(const BackwardParams& params, const BackwardWorkspace& workspace, int padded_head_dim,
                    Stream stream);

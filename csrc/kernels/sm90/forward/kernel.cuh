@@ -68,10 +68,10 @@ __device__ __forceinline__ void run_consumer(const QueryTileArguments& args, typ
                                                                     unit * kUnitRows + warp * 16, lane);
     mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
     if constexpr (Traits::kPairs) {
-      mainloop.run_pair(limits, pair, ring_begin, buffer.index * Traits::kUnits + unit);
+      mainloop.run_pair(limits, item, pair, ring_begin, buffer.index * Traits::kUnits + unit);
       ring_begin = (ring_begin + stages) % Traits::kKeyStages;
     } else {
-      mainloop.run(limits, stages, masked_stages, clean_end, buffer.index * Traits::kUnits + unit);
+      mainloop.run(limits, item, stages, masked_stages, clean_end, buffer.index * Traits::kUnits + unit);
     }
     finish_tile<Traits, kGeneral>(args, storage, mainloop, item, buffer.index, warp);
     buffer.advance();

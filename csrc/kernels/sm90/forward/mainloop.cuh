@@ -230,8 +230,22 @@ struct ForwardMainloop {
     grow<kMasked>(next, probabilities, limits, masked);
   }
 
+  // Sinks of the rows' heads, where heads have them.
+  __device__ __forceinline__ void add_sinks(const WorkItem& item) {
+    if (args.sinks == nullptr) return;
+    constexpr bool kSeveral = kSeveralBlocks<Traits, kGeneral>;
+    const int first_row = unit * kUnitRows + threadIdx.x % 128 / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const RowPlace place = place_row<kSeveral>(args, item, first_row + 8 * row);
+      if (place.count <= 0) continue;
+      softmax.add_sink(row, sink_of_head(args, place.head) * static_cast<float>(M_LOG2E), args.scale_log2,
+                       (lane & 3) == 0);
+    }
+  }
+
   // The first scores of a tile, and their maxima.
-  __device__ __forceinline__ void begin(Scores& scores, const Limits& limits, int query_index) {
+  __device__ __forceinline__ void begin(Scores& scores, const Limits& limits, const WorkItem& item, int query_index) {
     mbarrier_wait(keys_full(), key_stage.parity);
     issue_scores(scores, query_index);
     cute::warpgroup_wait<0>();
@@ -239,6 +253,7 @@ struct ForwardMainloop {
     mask(scores, limits);
     release_keys();
     softmax.begin(scores, args.scale_log2);
+    add_sinks(item);
   }
 
   __device__ __forceinline__ void finish(Probabilities& probabilities, bool accumulate) {
@@ -252,11 +267,11 @@ struct ForwardMainloop {
 
   // All stages of a tile. Masked stages come first, and the loop after them has no mask code; those from `clean_end` on
   // are masked again.
-  __device__ __forceinline__ void run(const Limits& limits, int stages, int masked_stages, int clean_end,
-                                      int query_index) {
+  __device__ __forceinline__ void run(const Limits& limits, const WorkItem& item, int stages, int masked_stages,
+                                      int clean_end, int query_index) {
     Scores scores;
     Probabilities probabilities;
-    begin(scores, limits, query_index);
+    begin(scores, limits, item, query_index);
     bool accumulate = false;
     int stage = 1;
     if constexpr (kAhead) {
@@ -303,8 +318,8 @@ struct ForwardMainloop {
 
   // All stages of a tile that are this unit's block's: those that both attend to, then its own. Of each kind, masked
   // stages come first. `ring_begin`: the place in the rings of the tile's first stage.
-  __device__ __forceinline__ void run_pair(const Limits& limits, const PairStages& pair, int ring_begin,
-                                           int query_index) {
+  __device__ __forceinline__ void run_pair(const Limits& limits, const WorkItem& item, const PairStages& pair,
+                                           int ring_begin, int query_index) {
     static_assert(Traits::kKeyStages == Traits::kValueStages);
     const int own = kOfFirst + unit;
     int owner = pair.order.both > 0 ? int{kOfBoth} : own;
@@ -314,13 +329,13 @@ struct ForwardMainloop {
       key_stage.move(owner, static_cast<uint32_t>(ring_begin + pair.order.place_of(owner, stage)) % Traits::kKeyStages);
     };
     if (pair.order.stages_of(owner) == 0) {
-      clear();
+      clear(item);
       return;
     }
     Scores scores;
     Probabilities probabilities;
     move_to(0);
-    begin(scores, limits, query_index);
+    begin(scores, limits, item, query_index);
     weigh(scores, probabilities);
     bool accumulate = false;
     int stage = 1;
@@ -348,9 +363,10 @@ struct ForwardMainloop {
   }
 
   // What is left of no stage.
-  __device__ __forceinline__ void clear() {
+  __device__ __forceinline__ void clear(const WorkItem& item) {
     cute::clear(output);
     softmax.clear();
+    add_sinks(item);
   }
 };
 

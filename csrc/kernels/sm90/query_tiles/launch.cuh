@@ -106,6 +106,7 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   const auto block_keys = static_cast<int>(std::clamp<int64_t>(params.rows_k, 1, shape.k_block_size));
   args.segments_per_block = (block_keys + segment - 1) / segment;
   while ((1 << args.segment_log2) < segment) ++args.segment_log2;
+  args.sinks = params.sinks;
   args.scale = params.softmax_scale;
   args.scale_log2 = static_cast<float>(params.softmax_scale * M_LOG2E);
   general = needs_general_kernel(shape, tiles);

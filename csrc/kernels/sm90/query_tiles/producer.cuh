@@ -7,6 +7,7 @@
 #include "kernels/common/gaps.cuh"
 #include "kernels/common/launch.cuh"
 #include "kernels/common/ptx.cuh"
+#include "kernels/common/sinks.cuh"
 #include "kernels/sm90/query_tiles/pairs.cuh"
 #include "kernels/sm90/query_tiles/traits.cuh"
 #include "kernels/sm90/tensor_map.h"
@@ -43,6 +44,11 @@ __device__ __forceinline__ RowPlace place_row(const QueryTileArguments& args, co
   const int row = block_row + query;
   const int end = min(item.q_len, block_row + args.q_block_size.divisor);
   return {item.head + head_in_pack, row, exists && head_in_pack < args.packed_heads ? end - row : 0};
+}
+
+// A natural score; -inf: the head has none.
+__device__ __forceinline__ float sink_of_head(const QueryTileArguments& args, int head) {
+  return args.sinks == nullptr ? -INFINITY : read_sink(args.sinks, head);
 }
 
 template <class Element>

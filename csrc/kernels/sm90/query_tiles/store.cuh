@@ -41,7 +41,8 @@ __device__ __forceinline__ void leave_output(typename Traits::Storage& storage, 
   mbarrier_arrive_warp(&storage.output_full[buffer][unit], lane);
 }
 
-// A tile with nothing to attend: output 0, log-sum-exp -inf, straight to global memory. It holds no query buffer.
+// A tile with nothing to attend: output 0, log-sum-exp that of a sink alone, straight to global memory. It holds no
+// query buffer.
 template <class Traits, bool kGeneral>
 __device__ __forceinline__ void write_empty_tile(const QueryTileArguments& args, const WorkItem& item, int unit,
                                                  int warp, int lane) {
@@ -53,7 +54,7 @@ __device__ __forceinline__ void write_empty_tile(const QueryTileArguments& args,
     *reinterpret_cast<uint4*>(out_of_row<typename Traits::Element>(args, item, place) + vector * 8) =
         make_uint4(0, 0, 0, 0);
     if constexpr (!Traits::kForGradients) {
-      if (vector == 0) *lse_of_row(args, item, place) = -INFINITY;
+      if (vector == 0) *lse_of_row(args, item, place) = sink_of_head(args, place.head);
     }
   }
 }

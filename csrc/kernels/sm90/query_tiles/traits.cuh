@@ -228,6 +228,7 @@ struct QueryTileArguments {
   // nobody's.
   int tail_vectors;
   int whole_k_rows, whole_v_rows;
+  const float* sinks;  // (heads_q), natural; null: there are none
   float scale, scale_log2;
   float zero;  // 0, unknown to the compiler
 };
