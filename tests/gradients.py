@@ -122,7 +122,8 @@ def judge_gradients(problem: Problem, got: Gradients, *, seed: int = 7, with_lse
         norm = float(want.double().norm())
         if norm > SMALL_NORM[x.dtype] and problem.case.values == "normal":
             ratio = float(result.double().norm()) / norm
-            assert 0.99 <= ratio <= 1.01, f"the gradient's norm is {ratio:.4f} of what it should be"
+            allowed = 0.01 + unlucky * result.numel() ** 0.5 / norm
+            assert abs(ratio - 1) <= allowed, f"the gradient's norm is {ratio:.4f} of what it should be"
 
 
 def luck_of_sinks(problem: Problem, out: Tensor, lse: Tensor, seed: int) -> float:

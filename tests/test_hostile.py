@@ -126,7 +126,7 @@ def test_the_diagonal_is_that_of_the_claimed_lengths(spec: Case, windowed: bool,
     tables = (mask.bits.cpu(), mask.sequences.cpu(), rules)
     call = Call(*plain, *tables, None, mask._layout, True, spec.head_dim**-0.5)
     out, lse = attend_on_cpu(call)
-    want = (out, lse, *differentiate_on_cpu(call, grad_out.cpu().float(), None, out, lse))
+    want = (out, lse, *differentiate_on_cpu(call, grad_out.cpu().float(), None, out, lse)[:3])
     for name, x, y in zip(("out", "lse", "grad_q", "grad_k", "grad_v"), got, want, strict=True):
         torch.testing.assert_close(
             x.cpu().float(), y, atol=1e-2, rtol=2e-2, msg=lambda text, name=name: f"{name}: {text}"

@@ -481,13 +481,13 @@ def check_order(items: list[Item], rows: int, tiles: int, packed: int, tile: int
 @pytest.mark.parametrize("device", cases.DEVICES)
 def test_plan_of_several_sections(device: str):
     """Keys and values that outgrow the L2 cache: heavy tiles come first section by section, and none is lost."""
-    spec = case("sections", lens_q=(20000,), heads_q=16, heads_k=16, mask_heads=16, q_block=128, k_block=128)
+    spec = case("sections", lens_q=(20000,), heads_q=32, heads_k=32, mask_heads=32, q_block=128, k_block=128)
     mask = build_mask(spec, block_masks(spec, 0), device)
-    items = read_items(work_list(mask, 16, 16, 128, True))
+    items = read_items(work_list(mask, 32, 32, 128, True))
     check_order(items, mask.rows, 1, 1, 128)
     assert sum(item.blocks for item in items) == int(mask.to_dense().sum())
     heads_in_front = {item.head for item in items[: len(items) // 4]}
-    assert len(heads_in_front) < 16, "tiles of all heads come first, so their keys cannot stay in the cache"
+    assert len(heads_in_front) < 32, "tiles of all heads come first, so their keys cannot stay in the cache"
 
 
 ORDERED = (
@@ -498,6 +498,8 @@ ORDERED = (
     # More columns, and longer sections, than a CTA counts for itself.
     case("wide", lens_q=(640,), lens_k=(40000,), heads_q=8, heads_k=8, mask_heads=8, density=0.1),
     case("long", lens_q=(20000,), heads_q=16, heads_k=4, mask_heads=16, density=0.1),
+    # Too many items for halves.
+    case("longer", lens_q=(20000,), heads_q=32, heads_k=32, mask_heads=32, density=0.1),
     case("packed", lens_q=(300, 0, 1000, 17) * 5, heads_q=8, heads_k=4, mask_heads=1, causal=True, density=0.3),
 )
 

@@ -19,6 +19,7 @@ ITEM_INTS = 16
 BLOCKS = 5  # the column of a work item that counts its active blocks
 
 SECTION_ITEMS = 8192  # of a section of the work list, at most
+FEW_ITEMS = 32  # a multiprocessor
 PART_BYTES = 10 << 20  # of the workspace of the backward pass, for parts of tiles
 
 
@@ -355,7 +356,13 @@ def plan_items(
     pair_bytes = 2 * max(cols * k_block_size, 1) * head_dim * element_size
     size = _section_items(items.shape[0], sequences.shape[0], rows, tiles, row_groups, pair_bytes)
     order = items[:, BLOCKS].argsort(descending=True, stable=True)
-    return items[order[(order // size).argsort(stable=True)]]
+    ranked = items[order[(order // size).argsort(stable=True)]]
+    if tiles > 1 or len(items) > FEW_ITEMS * this_card().multiprocessors:
+        return ranked
+    # Of a short list, the lighter half of each section lies behind the heavier halves of all.
+    sections = [(section, len(section) // 2) for section in ranked.split(size)]
+    heavier, lighter = [x[:half] for x, half in sections], [x[half:] for x, half in sections]
+    return torch.cat([*heavier, *lighter])
 
 
 def _section_items(items: int, batch: int, rows: int, tiles: int, row_groups: int, pair_bytes: int) -> int:
