@@ -15,8 +15,8 @@ def explain(
     """Tells how `block_sparse_attention(q, k, v, mask)` would be computed, without computing it or reading the device.
 
     Args:
-        q, k, v, mask, deterministic: as for `block_sparse_attention`. Gradients are those of the tensors that require
-            one; of all three if none does.
+        q, k, v, mask, deterministic: as for `block_sparse_attention`; sinks change nothing of it. Gradients are those
+            of the tensors that require one; of all three if none does.
 
     Returns:
         {"forward": ..., "backward": ...}. On a CPU each is {"kernel": "cpu"}. On CUDA each has

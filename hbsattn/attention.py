@@ -36,10 +36,11 @@ def block_sparse_attention(
         k, v: (total_k, heads_k, head_dim) or (batch, seqlen_k, heads_k, head_dim), dtype and device of q. heads_q is
             a multiple of heads_k, and query head h reads key head h // (heads_q // heads_k).
         mask: on the same device; it may serve any number of calls.
-        softmax_scale: 1 / sqrt(head_dim) by default.
+        softmax_scale: above 0, 1 / sqrt(head_dim) by default.
         sinks: (heads_q), float16, bfloat16, float32 or float64. A score of each query head that takes part in the
-            softmax of all its queries and has no value, so that their weights sum to less than 1; -inf, or below -1e38,
-            is none. lse counts it, so `merge` joins results of which one at most has sinks.
+            softmax of all its queries and has no value, so that their weights sum to less than 1; not a token, as
+            `windowed` has them. Finite, or -inf for none, as which any below -1e38 counts; NaN or +inf makes its head
+            NaN. lse counts it, so `merge` joins results of which one at most has sinks.
         return_lse: return the log-sum-exp too.
         deterministic: make the gradients of a call bitwise the same in every run, as its results always are, and as
             they always are on a CPU. `torch.use_deterministic_algorithms(True)` asks for it too. On CUDA, backward may
@@ -65,8 +66,8 @@ def block_sparse_attention(
 
     Returns:
         out, shape and dtype of q; with `return_lse` (out, lse). lse holds natural logarithms in float32 (float64 for
-        float64), (heads_q, total_q) or (batch, heads_q, seqlen_q). A query with nothing to attend gets 0 and -inf, or
-        its head's sink.
+        float64), (heads_q, total_q) or (batch, heads_q, seqlen_q). A query with nothing to attend gets 0 in out, and in
+        lse its head's sink, or -inf without one.
 
     Raises:
         ValueError, TypeError: for an argument that does not fit; the message says which, its value, and what does.
@@ -104,7 +105,7 @@ def _attend(
     else:
         scale = check_number("softmax_scale", softmax_scale)
     if sinks is not None:
-        sinks = _to_scores(sinks, q.dtype)
+        sinks = _to_scores(sinks, heads_q, q.dtype)
     check_bool("return_lse", return_lse)
     check_bool("deterministic", deterministic)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
@@ -147,9 +148,11 @@ def _plan_and_attend(mask: BlockMask, key: tuple[str, Heads], call: tuple[Any, .
     return out, lse
 
 
-def _to_scores(sinks: Tensor, dtype: torch.dtype) -> Tensor:
+def _to_scores(sinks: Tensor, heads_q: int, dtype: torch.dtype) -> Tensor:
     """In the dtype of log-sum-exps."""
     check_tensor("sinks", sinks, (1,), FLOATS)
+    if sinks.shape[0] != heads_q:
+        raise ValueError(f"sinks has shape ({sinks.shape[0]},); expected ({heads_q},), a score for each head of q")
     return sinks.to(torch.float64 if dtype == torch.float64 else torch.float32).contiguous()
 
 

@@ -233,7 +233,7 @@ def test_inputs_stay(device: str, dtype: torch.dtype):
     "options,error,words",
     [
         ({"sinks": 3.0}, TypeError, r"sinks is a float; expected a Tensor"),
-        ({"sinks": torch.zeros(3)}, ValueError, r"sinks has shape \[3\]; expected \[4\]"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"sinks has shape \(3,\); expected \(4,\)"),
         ({"sinks": torch.zeros(4, 1)}, ValueError, r"sinks has 2 dimensions"),
         ({"sinks": torch.zeros(4, dtype=torch.int32)}, TypeError, r"sinks has dtype torch.int32; expected"),
     ],

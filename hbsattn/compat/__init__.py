@@ -9,10 +9,13 @@ ALIAS = "block_sparse_attn"
 
 
 def install_block_sparse_attn() -> None:
-    """Lets `from block_sparse_attn import block_sparse_attn_func` find `hbsattn.compat.block_sparse_attn`.
+    """Lets programs that import MIT's package find `hbsattn.compat.block_sparse_attn` by its name.
 
-    For programs that import MIT's package and shall run on this one unchanged: call it before they do. The name is
-    taken in this process alone.
+    from hbsattn.compat import install_block_sparse_attn
+    install_block_sparse_attn()
+    from block_sparse_attn import block_sparse_attn_func  # as such programs do
+
+    For the three functions of that module; the name is taken in this process alone.
 
     Raises:
         ImportError: if a package of that name is installed or imported already.
@@ -22,6 +25,6 @@ def install_block_sparse_attn() -> None:
         return
     where = importlib.util.find_spec(ALIAS) if found is None else found
     if where is not None:
-        place = getattr(where, "origin", None) or getattr(where, "__file__", None)
-        raise ImportError(f"a package {ALIAS} is there already, at {place}; expected none: uninstall it first")
+        place = getattr(where, "origin", None) or getattr(where, "__file__", None) or f"{where!r}"
+        raise ImportError(f"a package {ALIAS} is there already, {place}; expected none: remove it first")
     sys.modules[ALIAS] = block_sparse_attn
