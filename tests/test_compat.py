@@ -218,7 +218,7 @@ def test_nothing_waits():
         ({"streaming_info": torch.tensor([0, 1])}, ValueError, ["streaming_info has shape (2,)", "(4,)"]),
         ({"streaming_info": torch.tensor([0, 1, -1, 0])}, ValueError, ["streaming_info holds -1"]),
         ({"streaming_info": None}, ValueError, ["streaming_info is None"]),
-        ({"base_blockmask": None}, ValueError, ["base_blockmask has 0 masks", "expected 1"]),
+        ({"base_blockmask": None}, ValueError, ["head_mask_type holds 1", "no base_blockmask; expected 0 or -1"]),
         ({"base_blockmask": torch.ones(1, 1, 1, 2, dtype=torch.bool)}, ValueError, ["base_blockmask has shape"]),
         ({"base_blockmask": torch.ones(1, 1, 2, 2)}, TypeError, ["base_blockmask has dtype torch.float32"]),
         ({"max_seqlen_q_": None}, ValueError, ["max_seqlen_q is None"]),
@@ -241,6 +241,22 @@ def test_errors(change: dict[str, object], error: type[Exception], words: list[s
         block_sparse_attn.block_sparse_attn_func(q, k, v, cu_seqlens, cu_seqlens, **arguments)
     for word in words:
         assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_other_forms_of_arguments(device: str):
+    """Masks of numbers, and tensors whose last dimension is not contiguous."""
+    q, k, v = torch.randn(3, 200, 2, 16, device=device).to(torch.float32 if device == "cpu" else torch.float16)
+    cu_seqlens = torch.tensor([0, 200], dtype=torch.int32, device=device)
+    blocks = torch.tensor([[[[True, False], [True, True]]]], device=device)
+    kinds = torch.tensor([1, 0], device=device)
+    call = (cu_seqlens, cu_seqlens, kinds, None)
+    want = block_sparse_attn_func(q, k, v, *call, blocks, 200, 200, 0.0)
+    for dtype in (torch.uint8, torch.int8, torch.int32, torch.int64):
+        assert torch.equal(block_sparse_attn_func(q, k, v, *call, 3 * blocks.to(dtype), 200, 200, 0.0), want)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert strided[0].stride(-1) != 1
+    assert torch.equal(block_sparse_attn_func(*strided, *call, blocks, 200, 200, 0.0), want)
 
 
 # The package's own name

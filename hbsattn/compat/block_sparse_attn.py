@@ -51,8 +51,9 @@ def block_sparse_attn_func(
             if no head streams. Query block r of a sequence sees the first `sink` key blocks and the `local` ones that
             end before ceil(max(len_k - len_q, 0) / 128) + 1 + r - max(len_q - len_k, 0) // 128, or, if not causal, the
             last ones of the sequence. With `exact_streaming`: of tokens.
-        base_blockmask: bool (batch or 1, masks, query blocks, key blocks), blocks of each sequence counted from its
-            start; None if no head is block-sparse.
+        base_blockmask: bool, or int of which all but 0 is True, (batch or 1, masks, query blocks, key blocks), of which
+            there may be more than are asked for, blocks of each sequence counted from its start; None if no head is
+            block-sparse.
         max_seqlen_q_, max_seqlen_k_: the longest sequences, or more.
         p_dropout: 0.
         is_causal: bottom-right aligned.
@@ -60,8 +61,8 @@ def block_sparse_attn_func(
             1, that end with key i + len_k - len_q. Causal only.
 
     Returns:
-        out, or with `return_attn_probs` (out, lse, None): lse is (heads_q, total_q), -inf for what attends to nothing;
-        without dropout there is no mask of it.
+        out, or with `return_attn_probs` (out, lse, None). lse is (heads_q, total_q), where MIT's is (batch, heads_q,
+        max_seqlen_q_) and more; -inf for what attends to nothing. Without dropout there is no mask of it.
     """
     p_dropout = check_number("p_dropout", p_dropout)
     if p_dropout != 0:
@@ -70,7 +71,9 @@ def block_sparse_attn_func(
     if check_bool("exact_streaming", exact_streaming) and not is_causal:
         raise ValueError("exact_streaming is True; expected False, or is_causal: streaming by tokens is causal")
     check_bool("return_attn_probs", return_attn_probs)
-    check_tensor("q", q, (3,), FLOATS)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x, (3,), FLOATS)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     blocks = patterns.Blocks(
         BLOCK,
         BLOCK,
@@ -144,16 +147,16 @@ def _mask_of_kinds(
         units = "tokens" if exact_streaming else "blocks"
         _check_ints("streaming_info", streaming_info, 2 * heads, blocks, f"sink and local {units} of each head of q")
     if base_blockmask is not None:
-        check_tensor("base_blockmask", base_blockmask, (4,), (torch.bool,))
+        check_tensor("base_blockmask", base_blockmask, (4,), (torch.bool, torch.uint8, torch.int8, *INTEGERS))
         check_same_device("base_blockmask", base_blockmask, blocks.device, "cu_seqlens_q")
         batch, rows, cols = blocks.shape
         given = base_blockmask.shape
         if given[0] not in (1, batch) or given[2] < rows or given[3] < cols:
             raise ValueError(
-                f"base_blockmask has shape {tuple(given)}; expected ({batch} or 1, masks, {rows} or more, {cols} or "
-                "more)"
+                f"base_blockmask has shape {tuple(given)}; expected ({'1' if batch == 1 else f'{batch} or 1'}, masks, "
+                f"{rows} or more, {cols} or more)"
             )
-        base_blockmask = base_blockmask[:, :, :rows, :cols] if given[1] > 0 else None
+        base_blockmask = base_blockmask[:, :, :rows, :cols] != 0 if given[1] > 0 else None
     if can_read(head_mask_type):
         _check_kinds(head_mask_type, streaming_info, base_blockmask, exact_streaming)
     kinds = head_mask_type.to(torch.int64).view(-1, 1, 1)
@@ -216,6 +219,10 @@ def _check_kinds(
         raise ValueError(f"streaming_info holds {int(streaming_info.min())}; expected 0 or more")
     if exact_streaming and -1 in kinds and 0 in streaming_info[1::2][head_mask_type < 0]:
         raise ValueError("streaming_info has 0 local tokens; expected 1 or more with exact_streaming")
+    if base_blockmask is None and max(kinds, default=0) > 0:
+        raise ValueError(
+            f"head_mask_type holds {max(kinds)} and there is no base_blockmask; expected 0 or -1 without one"
+        )
     masks = 0 if base_blockmask is None else base_blockmask.shape[1]
     wanted = [int(x) + 1 for x, kind in zip(_masks_of_heads(head_mask_type), kinds, strict=True) if kind > 0]
     if max(wanted, default=0) > masks:
