@@ -5,8 +5,8 @@
 
 #include "hbsattn/params.h"
 #include "hbsattn/status.h"
+#include "kernels/rows/rows.h"
 #include "plan/policy.h"
-#include "plan/workspace.h"
 
 namespace hbsattn::kernels {
 
@@ -43,10 +43,6 @@ Status run_backward_queries(const BackwardParams& params, Stream stream);
 
 template <class Config>
 int backward_queries_shared_bytes();
-
-// rows/: what precedes and follows the backward's kernels
-Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& workspace, Stream stream);
-Status sum_sinks(const BackwardParams& params, const BackwardWorkspace& workspace, Stream stream);
 
 // Compute capability (major * 10 + minor) and multiprocessors of the current device.
 Status current_device(int* compute_capability, int* multiprocessors);

@@ -4,7 +4,7 @@
 #include "hbsattn/status.h"
 #include "plan/workspace.h"
 
-// What precedes and follows the backward kernel, a pass over all rows each.
+// What precedes and follows the backward's kernels, a pass over all rows each. core/ calls the first two.
 
 namespace hbsattn::kernels {
 
