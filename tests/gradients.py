@@ -127,8 +127,9 @@ def judge_gradients(problem: Problem, got: Gradients, *, seed: int = 7, with_lse
 
 
 def luck_of_sinks(problem: Problem, out: Tensor, lse: Tensor, seed: int) -> float:
-    """How far off the gradient of a sink may be as `out` is rounded: one number a head, so few that the error of the
-    formula in the same dtype may be small by chance. Four standard deviations of what errors of half a unit add up to.
+    """How far off the gradient of a sink may be as `out` is rounded, and weights before it: one number a head, so few
+    that the error of the formula in the same dtype may be small by chance. Four standard deviations of what errors of
+    half a unit in `out` add up to.
     """
     if problem.sinks is None or problem.q.dtype not in (torch.bfloat16, torch.float16):
         return 0.0

@@ -16,8 +16,8 @@ using mask::ItemGrid;
 
 constexpr int kCountThreads = 64;
 constexpr int64_t kUnitedSectionItems = 1024, kPairSectionItems = 256;
-// For a multiprocessor, so few that the last tiles have a say in when all are done. In longer lists, sections that come
-// twice cost what that saves.
+// For a multiprocessor, so few that the last tiles have a say in when all are done: halves pay with 16; with 62, a call
+// took no less time.
 constexpr int64_t kFewItems = 32;
 
 // Items of a section: those of as many (sequence, key head) pairs as fit.
