@@ -568,17 +568,17 @@ def _sliding(what: str, target: float, task: str = "") -> Bar:
     return Bar(what, _ours(f"{task}{_windowed('s65536', 'left4095')}"), own, target, "of all true's rate")
 
 
-def _with_sinks(what: str, target: float) -> list[Bar]:
+def _with_addition(what: str, addition: str, forward: float, backward: float) -> list[Bar]:
     return [
         Bar(
-            f"{what}{', backward' if task else ''}",
-            _ours(f"{task}all-true-s32768-head-sinks-causal", "ms"),
+            f"{what}, all true, s 32768: time{', backward' if task else ''}",
+            _ours(f"{task}all-true-s32768-{addition}-causal", "ms"),
             _ours(f"{task}all-true-s32768-causal", "ms"),
             target,
             "of that without",
             at_most=True,
         )
-        for task in ("", "backward-")
+        for task, target in (("", forward), ("backward-", backward))
     ]
 
 
@@ -614,7 +614,8 @@ HEADS = (
         "of that without windows",
         at_most=True,
     ),
-    *_with_sinks("a sink for each head, all true, s 32768: time", 1.02),
+    *_with_addition("a sink for each head", "head-sinks", 1.02, 1.02),
+    *_with_addition("dropout 0.1", "dropout0.1", 1.20, 1.25),
 )
 
 SETS = {"basics": BASICS, "shapes": SHAPES, "backward": BACKWARD, "real": REAL, "heads": HEADS}

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import masks
-from workloads import Window, Workload, make_head_sinks
+from hbsattn._dropout import keeps, round_dropout_p
+from workloads import Window, Workload, make_dropout_seed, make_head_sinks
 
 HEADS_SAMPLED = 8
 ROWS_SAMPLED = 16
@@ -76,10 +77,11 @@ def check(
         mask_head = head // (workload.heads // block_mask.shape[1])
         blocks = block_mask[batch % block_mask.shape[0], mask_head : mask_head + 1]
         windows = workload.head_windows[mask_head : mask_head + 1]
-        attends = _attending(workload, blocks, windows, rows, torch.arange(workload.seqlen, device=q.device))
-        scores = _Scores(workload, slice(head, head + 1), q.device)
-        want, want_lse, _ = scores.attend(*(x.double() for x in inputs), attends)
-        unavoidable, _, _ = scores.attend(*inputs, attends)
+        keys = torch.arange(workload.seqlen, device=q.device)
+        attends = _attending(workload, blocks, windows, rows, keys)
+        scores = _Scores(workload, batch, slice(head, head + 1), q.device)
+        want, want_lse, _ = scores.attend(*(x.double() for x in inputs), attends, rows, keys)
+        unavoidable, _, _ = scores.attend(*inputs, attends, rows, keys)
         error = _larger(error, _distance(out[batch, rows, head], want[:, 0]))
         allowed_error = max(allowed_error, 2 * _distance(unavoidable[:, 0], want[:, 0]) + SLACK)
         if lse is not None:
@@ -125,7 +127,7 @@ class Gradients:
             blocks = block_mask[batch % block_mask.shape[0], heads]
             inputs = [x.detach() for x in (q[queries], k[keys], v[keys], grad_out[queries])]
             windows = workload.head_windows[heads]
-            scores = _Scores(workload, queries[2], q.device)
+            scores = _Scores(workload, batch, queries[2], q.device)
             wanted = _differentiate(workload, scores, *(x.double() for x in inputs), blocks, windows)
             unavoidable = _differentiate(workload, scores, *inputs, blocks, windows)
             for i, (where, want, near) in enumerate(zip((queries, keys, keys), wanted, unavoidable, strict=True)):
@@ -152,16 +154,26 @@ class Gradients:
 
 
 class _Scores:
-    """The formula with what a workload makes of scores, for some of its query heads."""
+    """The formula with what a workload makes of scores, for some query heads of a batch entry."""
 
-    def __init__(self, workload: Workload, heads: slice, device: torch.device) -> None:
-        self._scale = workload.head_dim**-0.5
+    def __init__(self, workload: Workload, batch: int, heads: slice, device: torch.device) -> None:
+        self._scale, self._dropout = workload.head_dim**-0.5, round_dropout_p(workload.dropout)
         sinks = make_head_sinks(workload, device)
         self._sinks = None if sinks is None else sinks[heads]
+        self._seed = make_dropout_seed(workload, device)
+        self._streams = batch * workload.heads + torch.arange(workload.heads, device=device)[heads]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attends: Tensor, rows: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`rows` and `keys`: places of q and of k and v in their sequence."""
         sinks = None if self._sinks is None else self._sinks.to(q.dtype)
-        return _oracle.one_sequence(q, k, v, attends, self._scale, sinks)
+        kept = None
+        if self._dropout:
+            kept = keeps(
+                self._dropout, self._seed, self._streams.view(-1, 1, 1), rows.view(1, -1, 1), keys.view(1, 1, -1)
+            )
+        return _oracle.one_sequence(q, k, v, attends, self._scale, sinks, kept, self._dropout)
 
 
 def _differentiate(
@@ -188,13 +200,14 @@ def _differentiate(
         keys = blocks[:, rows].flatten(0, 1).any(0)[key_block].nonzero().flatten()
         if workload.causal:
             keys = keys[keys < end]
-        attends = _attending(workload, blocks, windows, torch.arange(begin, end, device=q.device), keys)
+        row_numbers = torch.arange(begin, end, device=q.device)
+        attends = _attending(workload, blocks, windows, row_numbers, keys)
         if workload.windows:
             seen = attends.flatten(0, 1).any(0)
             keys, attends = keys[seen], attends[..., seen]
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (q[begin:end], k[keys], v[keys])]
-            out, _, _ = scores.attend(*inputs, attends)
+            out, _, _ = scores.attend(*inputs, attends, row_numbers, keys)
             found = torch.autograd.grad(out, inputs, grad_out[begin:end])
         grads[0][begin:end] = found[0]
         grads[1][keys] += found[1]

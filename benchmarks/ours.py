@@ -9,7 +9,7 @@ from torch import Tensor
 
 import hbsattn
 import masks
-from workloads import Workload, make_head_sinks
+from workloads import Workload, make_dropout_seed, make_head_sinks
 
 QUERY_ROW_BYTES = 8  # of scratch memory that a backward may use for each query row and head, beside grad_q in float32
 SCRATCH_ALLOWANCE = 16 << 20  # bytes, beside that
@@ -30,6 +30,7 @@ class Ours:
         self._lengths = length_keywords(workload, q.device)
         self._rules = make_rules(workload, q.device) if workload.windows else None
         self._sinks = make_head_sinks(workload, q.device)
+        self._dropout_seed = make_dropout_seed(workload, q.device)
         if self._sinks is not None and workload.task != "forward":
             self._sinks.requires_grad_()  # whose gradient comes with the others
         self.mask = self.pack()
@@ -47,14 +48,15 @@ class Ours:
 
     def plan(self) -> Tensor:
         """From bits to the work list, which the mask keeps after its first call."""
-        mask = self.mask
-        return torch.ops.hbsattn.plan_items(mask.bits, mask.sequences, self._rules, self._layout(), self._call())
+        work, mask = self._workload, self.mask
+        shape = (self._layout(), self._call(), work.dropout > 0)
+        return torch.ops.hbsattn.plan_items(mask.bits, mask.sequences, self._rules, *shape)
 
     def plan_columns(self) -> Tensor:
         """From bits to what a backward needs, which the mask keeps after its first call with gradients."""
         work, mask = self._workload, self.mask
         needs = tuple(name not in work.frozen for name in "qkv")
-        shape = (self._layout(), self._call(), work.seqlen, mask.packed, work.deterministic, needs)
+        shape = (self._layout(), self._call(), work.seqlen, mask.packed, work.deterministic, needs, work.dropout)
         return torch.ops.hbsattn.plan_backward(mask.bits, mask.sequences, self._rules, *shape)
 
     def _layout(self) -> tuple[int, int, int, int]:
@@ -71,7 +73,8 @@ class Ours:
     def _choices(self) -> dict[str, object]:
         work = self._workload
         choices: dict[str, object] = {"deterministic": True} if work.deterministic else {}
-        return choices | ({"sinks": self._sinks} if work.head_sinks else {})
+        choices |= {"sinks": self._sinks} if work.head_sinks else {}
+        return choices | ({"dropout_p": work.dropout, "dropout_seed": self._dropout_seed} if work.dropout else {})
 
     def attend_with_lse(self) -> tuple[Tensor, Tensor]:
         out, lse = hbsattn.block_sparse_attention(*self._inputs(), self.mask, return_lse=True, **self._choices())
@@ -108,7 +111,8 @@ class Ours:
         """The attention kernel alone: int64 (thread blocks, 2), the SM's clock at the begin and the end of each."""
         mask = self.mask
         tables = (mask.bits, mask.sequences, self._rules)
-        call = (*self._inputs(), *tables, self._sinks, self._layout(), True, self._workload.head_dim**-0.5)
+        scores = (self._layout(), True, self._workload.head_dim**-0.5, self._workload.dropout)
+        call = (*self._inputs(), *tables, self._sinks, self._dropout_seed, *scores)
         return torch.ops.hbsattn.profile_forward(*call, self.items)[2]
 
 

@@ -218,6 +218,8 @@ class Bench:
             entry.problem = "not supported: windows of tokens"
         if workload.head_sinks:
             entry.problem = "not supported: sinks of heads"
+        if workload.dropout:
+            entry.problem = "dropout is timed with hbsattn alone"
         if entry.problem:
             return entry
         begin = time.perf_counter()

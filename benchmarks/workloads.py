@@ -51,6 +51,7 @@ class Workload:
         those with j < sink or i - left <= j <= i + right, counted within the sequence. A left or right of -1 is
         unbounded. Blocks are drawn without regard to them.
     head_sinks: each query head has a score without a value, in the sum of all its weights (make_head_sinks).
+    dropout: the probability with which a weight is dropped, by make_dropout_seed.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Workload:
     frozen: str = ""
     windows: tuple[Window, ...] = ()
     head_sinks: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.lengths and (self.batch != 1 or sum(self.lengths) != self.seqlen or self.listed):
@@ -190,6 +192,11 @@ def make_head_sinks(workload: Workload, device: torch.device | str) -> Tensor | 
     return torch.randn(workload.heads, device=device, generator=torch.Generator(device).manual_seed(1))
 
 
+def make_dropout_seed(workload: Workload, device: torch.device | str) -> Tensor | None:
+    """int64 (2), a seed and an offset; None if nothing is dropped."""
+    return torch.tensor([1, 2], device=device) if workload.dropout else None
+
+
 def make_grad_out(workload: Workload, device: torch.device | str, seed: int) -> Tensor:
     """The gradient of the output, as q."""
     return _normal(workload, (workload.heads,), device, seed)[0]
@@ -223,6 +230,7 @@ def _named(kind: str, workload: Workload, mask: str = "") -> Workload:
     parts += [f"alike{work.alike}"] if work.alike > 1 else []
     parts += [f"window-{'+'.join(map(_spell_window, work.windows))}"] if work.windows else []
     parts += ["head-sinks"] if work.head_sinks else []
+    parts += [f"dropout{work.dropout}"] if work.dropout else []
     parts += ["causal"] if work.causal else []
     parts += ["unbounded"] if not work.bounded else []
     parts += [f"frozen-{work.frozen}"] if work.frozen else []
@@ -468,8 +476,12 @@ def head_groups() -> list[Group]:
     sliding = {"windows": SLIDING}
     shorter, short, middle, long = (_mixes(seqlen) for seqlen in (8192, 32768, 65536, 131072))
     short += [_all_true(32768, True, windows=(NO_WINDOW,)), _all_true(32768, True, head_sinks=True)]
+    short += [_all_true(32768, True, dropout=0.1)]
     middle += [_all_true(65536, True, windows=windows) for windows in (SLIDING, STREAMING)]
     backward = [_all_true(65536, True, task="backward", **windows) for windows in ({}, sliding)]
+    additions = [
+        _all_true(32768, True, task="backward", **other) for other in ({}, {"head_sinks": True}, {"dropout": 0.1})
+    ]
     tokens = [
         _all_true(8192, True, windows=STREAMING),
         _all_true(1048576, True, heads=8, heads_k=8, windows=STREAMING),
@@ -480,11 +492,7 @@ def head_groups() -> list[Group]:
         _brief("heads-s65536", middle, []),
         _brief("heads-s131072", long, []),
         _brief("heads-backward", backward, []),
-        _brief(
-            "heads-sinks-backward",
-            [_all_true(32768, True, task="backward", **sinks) for sinks in ({}, {"head_sinks": True})],
-            [],
-        ),
+        _brief("heads-additions-backward", additions, []),
         _brief("heads-training", _mixes(65536, task="training"), []),
         _brief("heads-streaming", tokens, []),
     ]

@@ -6,6 +6,7 @@ out = hbsattn.block_sparse_attention(q, k, v, mask)
 
 from hbsattn import patterns
 from hbsattn._contents import set_debug
+from hbsattn._dropout import dropout_mask
 from hbsattn._explain import explain
 from hbsattn._merge import merge
 from hbsattn._ops import build_info
@@ -20,6 +21,7 @@ __all__ = [
     "HBSAttention",
     "block_sparse_attention",
     "build_info",
+    "dropout_mask",
     "explain",
     "merge",
     "patterns",

@@ -51,7 +51,7 @@ def attend_in_chunks(
     """The call for a mask that stays lists, without gradients: chunks of queries with their own bits.
 
     Gradients go another way: each chunk would give its own, rounded before they are summed, and leaves those of keys
-    past its last query unset.
+    past its last query unset. So does dropout, which needs the places of queries in their sequence.
 
     Args:
         check: takes q, k, v, bits and sequences of the first chunk, the bits yet without values, and refuses what does

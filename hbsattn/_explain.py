@@ -16,7 +16,8 @@ def explain(
 
     Args:
         q, k, v, mask, deterministic: as for `block_sparse_attention`; sinks change nothing of it. Gradients are those
-            of the tensors that require one; of all three if none does.
+            of the tensors that require one; of all three if none does. Of a call without dropout, which has other
+            kernels and may have other tiles.
 
     Returns:
         {"forward": ..., "backward": ...}. On a CPU each is {"kernel": "cpu"}. On CUDA each has
@@ -41,8 +42,8 @@ def explain(
     mask._check_use(q, k, q.shape, k.shape)
     check_bool("deterministic", deterministic)
     if mask._lists is None:  # whose bits may take too much memory
-        numbers = (mask._layout, True, 1.0)  # whatever the scores are
-        ops.check_forward.default(q, k, v, mask._kept_bits(), mask.sequences, mask._rules, None, *numbers)
+        numbers = (mask._layout, True, 1.0, 0.0)  # whatever the scores are
+        ops.check_forward.default(q, k, v, mask._kept_bits(), mask.sequences, mask._rules, None, None, *numbers)
     if q.device.type == "cpu":
         return {"forward": {"kernel": "cpu"}, "backward": {"kernel": "cpu"}}
     cols, q_block, k_block, causal = mask._layout

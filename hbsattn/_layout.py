@@ -51,9 +51,11 @@ class Call(NamedTuple):
     sequences: Tensor
     rules: Tensor | None
     sinks: Tensor | None
+    dropout_seed: Tensor | None  # None: no weight is dropped
     layout: Sequence[int]  # a MaskLayout
     pack_heads: bool
     softmax_scale: float
+    dropout_p: float
 
 
 def takes_call(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -107,7 +107,14 @@ def _(indptr: Tensor, indices: Tensor, sequences: Tensor, rows: int, *layout: in
 
 
 @torch.library.register_fake("hbsattn::plan_items")
-def _(bits: Tensor, sequences: Tensor, rules: Tensor | None, layout: Sequence[int], heads: Sequence[int]) -> Tensor:
+def _(
+    bits: Tensor,
+    sequences: Tensor,
+    rules: Tensor | None,
+    layout: Sequence[int],
+    heads: Sequence[int],
+    for_backward: bool = False,
+) -> Tensor:
     _check_devices(bits=bits, sequences=sequences, rules=rules)
     return bits.new_empty((count_items(bits.shape, MaskLayout(*layout), CallShape(*heads)), ITEM_INTS))
 
@@ -123,6 +130,7 @@ def _(
     packed: bool,
     deterministic: bool,
     needs: Sequence[bool],
+    dropout_p: float = 0.0,
 ) -> Tensor:
     _check_devices(bits=bits, sequences=sequences, rules=rules)
     shape = (bits.shape, sequences.shape[0], MaskLayout(*layout), CallShape(*heads))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hbsattn._checks import FLOATS, check_bool, check_is_tensor, check_number, check_tensor
 from hbsattn._chunks import attend_in_chunks
+from hbsattn._dropout import check_dropout_p, seed_of_call
 from hbsattn._ops import ops
 from hbsattn.mask import BlockMask, check_is_mask
 
@@ -24,6 +25,8 @@ def block_sparse_attention(
     *,
     softmax_scale: float | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -41,6 +44,14 @@ def block_sparse_attention(
             softmax of all its queries and has no value, so that their weights sum to less than 1; not a token, as
             `windowed` has them. Finite, or -inf for none, as which any below -1e38 counts; NaN or +inf makes its head
             NaN. lse counts it, so `merge` joins results of which one at most has sinks.
+        dropout_p: the probability with which the weight of a query and a key is dropped after the softmax, at least 0
+            and less than 1, rounded to a multiple of 2^-15; the other weights are divided by what it leaves of 1. lse
+            is that of all weights. Which are dropped is a function of `dropout_seed`, the number of the sequence, the
+            query head and the places of query and key in their sequence, on every device and for every mask:
+            `dropout_mask` tells it.
+        dropout_seed: int64 (2) on q's device, a seed and an offset. By default the next numbers of PyTorch's generator
+            of that device, so that `torch.manual_seed` repeats a call, each replay of a CUDA graph drops other weights,
+            and checkpointing drops the same again.
         return_lse: return the log-sum-exp too.
         deterministic: make the gradients of a call bitwise the same in every run, as its results always are, and as
             they always are on a CPU. `torch.use_deterministic_algorithms(True)` asks for it too. On CUDA, backward may
@@ -74,7 +85,8 @@ def block_sparse_attention(
         NotImplementedError: from a second derivative, from forward-mode derivatives, and from derivatives inside the
             transforms of torch.func.
     """
-    return _attend(q, k, v, mask, softmax_scale, sinks, return_lse, deterministic, True)
+    options = (softmax_scale, sinks, dropout_p, dropout_seed, return_lse, deterministic)
+    return _attend(q, k, v, mask, *options, True)
 
 
 def _attend(
@@ -84,6 +96,8 @@ def _attend(
     mask: BlockMask,
     softmax_scale: float | None,
     sinks: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
     return_lse: bool,
     deterministic: bool,
     pack_heads: bool,
@@ -108,20 +122,24 @@ def _attend(
         sinks = _to_scores(sinks, heads_q, q.dtype)
     check_bool("return_lse", return_lse)
     check_bool("deterministic", deterministic)
+    if type(dropout_p) is not float or dropout_p != 0.0 or dropout_seed is not None:
+        dropout_p = check_dropout_p("dropout_p", dropout_p)
+        dropout_seed = seed_of_call(dropout_p, dropout_seed, q.device)
+    drops = dropout_seed is not None
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     needs, trains = NO_GRADIENTS, False  # whether anything does
     if torch.is_grad_enabled():
         needs = (q.requires_grad, k.requires_grad, v.requires_grad)
         trains = needs != NO_GRADIENTS or (sinks is not None and sinks.requires_grad)
     shape: Heads = (heads_q, k_shape[-2], head_dim, q.element_size(), pack_heads)
-    if mask._lists is not None and not trains and not mask._makes_bits():
-        results = _attend_in_chunks(q, k, v, mask, (mask._rules, sinks, mask._layout, pack_heads, scale))
+    if mask._lists is not None and not trains and not drops and not mask._makes_bits():
+        results = _attend_in_chunks(q, k, v, mask, (mask._rules, sinks, None, mask._layout, pack_heads, scale, 0.0))
         return results if return_lse else results[0]
     tables = (mask._kept_bits(), mask.sequences, mask._rules)
-    call = (q, k, v, *tables, sinks, mask._layout, pack_heads, scale)  # a Call
+    call = (q, k, v, *tables, sinks, dropout_seed, mask._layout, pack_heads, scale, dropout_p)  # a Call
     items = backward_plan = None
     if device != "cpu":  # which needs no plans
-        key = ("items", shape)
+        key = ("items", shape, drops)
         plan = mask._plans.find(key)
         if plan is not None:
             items = plan[0]
@@ -131,20 +149,19 @@ def _attend(
         else:
             # What does not fit is refused before anything is launched, also before the work list is made.
             ops.check_forward.default(*call)
-            items = mask._plan(key, lambda mask: _plan_items(mask, shape))[0]
+            items = mask._plan(key, lambda mask: _plan_items(mask, *key[1:]))[0]
         if needs != NO_GRADIENTS:
-            backward = (shape, k_shape[-3], deterministic, needs)
+            backward = (shape, k_shape[-3], deterministic, needs, drops)
             backward_plan = mask._plan(("backward", *backward), lambda mask: _plan_backward(mask, *backward))[0]
     results = ops.forward.default(*call, items, backward_plan, deterministic)
     return results if return_lse else results[0]
 
 
-def _plan_and_attend(mask: BlockMask, key: tuple[str, Heads], call: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def _plan_and_attend(mask: BlockMask, key: tuple[str, Heads, bool], call: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """The first call of its shape, in one op. The mask keeps the work list that comes with the results."""
     version = mask._plans.version()
     out, lse, items = ops.plan_and_forward.default(*call)
-    shape = key[1]
-    mask._plans.keep(mask, key, (items,), version, lambda mask: _plan_items(mask, shape))
+    mask._plans.keep(mask, key, (items,), version, lambda mask: _plan_items(mask, *key[1:]))
     return out, lse
 
 
@@ -162,14 +179,16 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _plan_items(mask: BlockMask, shape: Heads) -> tuple[Tensor]:
-    return (ops.plan_items.default(mask._kept_bits(), mask.sequences, mask._rules, mask._layout, shape),)
+def _plan_items(mask: BlockMask, shape: Heads, drops: bool) -> tuple[Tensor]:
+    # A forward with dropout has the tiles of gradients.
+    return (ops.plan_items.default(mask._kept_bits(), mask.sequences, mask._rules, mask._layout, shape, drops),)
 
 
 def _plan_backward(
-    mask: BlockMask, shape: Heads, rows_k: int, deterministic: bool, needs: tuple[bool, bool, bool]
+    mask: BlockMask, shape: Heads, rows_k: int, deterministic: bool, needs: tuple[bool, bool, bool], drops: bool
 ) -> tuple[Tensor]:
-    arguments = (mask._rules, mask._layout, shape, rows_k, mask.packed, deterministic, needs)
+    dropout_p = 0.5 if drops else 0.0  # whatever the rate is
+    arguments = (mask._rules, mask._layout, shape, rows_k, mask.packed, deterministic, needs, dropout_p)
     return (ops.plan_backward.default(mask._kept_bits(), mask.sequences, *arguments),)
 
 

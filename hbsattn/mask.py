@@ -199,9 +199,9 @@ class BlockMask:
 
         With query blocks of 1 row, lists of long sequences may be far smaller than bits. Where bits would take more
         than 256 MB and twice what lists do (batched lists for batched tensors, flat ones for packed), the mask keeps a
-        copy of the lists. A call without gradients then makes and plans the bits of as many rows as take 256 MB at a
-        time. The first with gradients makes all bits, and the mask keeps them for all later calls on the stream; a
-        compiled call makes all bits each time.
+        copy of the lists. A call without gradients and dropout then makes and plans the bits of as many rows as take
+        256 MB at a time. The first with one of them makes all bits, and the mask keeps them for all later calls on the
+        stream; a compiled call makes all bits each time.
         """
         source = Lists.check(counts, indices)
         lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_q, seqlen_k, batch_size)

@@ -128,6 +128,7 @@ class Problem:
     v: Tensor
     block_masks: list[Tensor]
     sinks: Tensor | None = None  # float32 (query heads)
+    dropout_seed: Tensor | None = None  # int64 (2)
 
     def oracle(self, compute_dtype: torch.dtype | None = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
         """out, lse and luck, see `dense.attention`."""
@@ -145,8 +146,18 @@ class Problem:
             windows=spec.windows,
             scale=spec.scale,
             sinks=self.sinks,
+            kept=self.kept(),
+            dropout_p=round(spec.dropout_p * 2**15) / 2**15,
             compute_dtype=compute_dtype,
         )
+
+    def kept(self) -> Tensor | None:
+        """Which weights dropout keeps, bool (sequences, query heads, queries, keys)."""
+        spec = self.case
+        if self.dropout_seed is None:
+            return None
+        longest = (max(lens, default=0) for lens in (spec.lens_q, spec.keys))
+        return hbsattn.dropout_mask(spec.dropout_p, self.dropout_seed, len(spec.lens_q), spec.heads_q, *longest)
 
     def mask(self, *, form: str | None = None, source: str | None = None, seed: int = 0) -> hbsattn.BlockMask:
         return build_mask(self.case, self.block_masks, str(self.q.device), form=form, source=source, seed=seed)
@@ -157,12 +168,19 @@ class Problem:
 
     def options(self) -> dict[str, Any]:
         """Of a call, beside its mask."""
-        return {"softmax_scale": self.case.scale, "sinks": self.sinks}
+        dropout = {"dropout_p": self.case.dropout_p, "dropout_seed": self.dropout_seed}
+        return {"softmax_scale": self.case.scale, "sinks": self.sinks, **dropout}
 
 
 def make_problem(spec: Case, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:
     q, k, v = tensors(spec, device, dtype, seed)
-    return Problem(spec, q, k, v, block_masks(spec, seed), make_sinks(spec, seed).to(device) if spec.sinks else None)
+    sinks = make_sinks(spec, seed).to(device) if spec.sinks else None
+    dropout_seed = make_dropout_seed(seed).to(device) if spec.dropout_p else None
+    return Problem(spec, q, k, v, block_masks(spec, seed), sinks, dropout_seed)
+
+
+def make_dropout_seed(seed: int) -> Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (2,), generator=torch.Generator().manual_seed(seed + 5))
 
 
 def make_sinks(spec: Case, seed: int) -> Tensor:

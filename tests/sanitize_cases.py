@@ -106,6 +106,22 @@ CASES = [
         pattern="empty_rows",
         sinks=True,
     ),
+    case("dropout", q_block=128, k_block=128, lens_q=(300, 90), head_dim=128, causal=True, dropout_p=0.2),
+    case("dropout_by_queries", q_block=128, k_block=16, lens_q=(300, 20), head_dim=128, dropout_p=0.6),
+    case("dropout_ragged", q_block=100, k_block=33, lens_q=(210, 90), head_dim=72, causal=True, dropout_p=0.2),
+    case("dropout_deterministic", q_block=64, k_block=64, lens_q=(200, 90), head_dim=128, sinks=True, dropout_p=0.2),
+    case("dropout_wide", q_block=64, k_block=48, lens_q=(150,), head_dim=192, causal=True, dropout_p=0.2),
+    case(
+        "dropout_of_tokens",
+        q_block=1,
+        heads_q=32,
+        heads_k=2,
+        mask_heads=2,
+        lens_q=(50, 9),
+        head_dim=128,
+        pattern="empty_rows",
+        dropout_p=0.2,
+    ),
     case("sliding", q_block=128, k_block=128, lens_q=(300, 90), lens_k=(400, 80), head_dim=128, windows=SLIDING),
     case("sliding_causal", q_block=128, k_block=128, lens_q=(300, 90), head_dim=128, windows=SLIDING, causal=True),
     case("sliding_tiles_of_64", q_block=64, k_block=64, lens_q=(200, 90), lens_k=(170, 80), windows=SLIDING),
@@ -153,8 +169,9 @@ def main() -> None:
         out, lse = problem.run()
         grads = differentiate(problem, deterministic="deterministic" in spec.name)
         torch.cuda.synchronize()
-        for field in ("q", "k", "v", "sinks") if spec.sinks else ("q", "k", "v"):
-            setattr(problem, field, getattr(problem, field).cpu())
+        for field in ("q", "k", "v", "sinks", "dropout_seed"):
+            if getattr(problem, field) is not None:
+                setattr(problem, field, getattr(problem, field).cpu())
         judge(problem, out.cpu(), lse.cpu())
         judge_gradients(problem, tuple(grad.cpu() for grad in grads))
         print(f"{spec.name}: ok", flush=True)

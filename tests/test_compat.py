@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hbsattn import compat
+from hbsattn import block_sparse_attention, compat, patterns
 from hbsattn.compat import block_sparse_attn
 from hbsattn.compat.block_sparse_attn import (
     block_sparse_attn_func,
@@ -184,6 +184,25 @@ def test_token_streaming_attn(device: str):
     assert torch.equal(out[:, 0], dense[:, 0]) and not torch.equal(out[:, 1], dense[:, 1])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_dropout(device: str):
+    """That of block_sparse_attention, whose next random numbers it takes."""
+    q, k, v, cu_seqlens, _, _ = dense_and_streaming(device, 1, 1)
+    dense = torch.zeros(2, dtype=torch.int32, device=device)
+    call = (cu_seqlens, cu_seqlens, dense, None)
+    torch.manual_seed(5)
+    out, lse, mask = block_sparse_attn_func(q, k, v, *call, None, 400, 400, 0.2, return_attn_probs=True)
+    torch.manual_seed(5)
+    same = block_streaming_attn_func(q, k, v, *call, 400, 400, 0.2, is_causal=False)
+    assert torch.equal(out, same) and mask is None
+    blocks = patterns.Blocks(
+        128, 128, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=400, max_seqlen_k=400
+    )
+    torch.manual_seed(5)
+    want = block_sparse_attention(q, k, v, patterns.dense(blocks), dropout_p=0.2, return_lse=True)
+    torch.testing.assert_close((out, lse), want)
+
+
 @pytest.mark.gpu
 def test_nothing_waits():
     cu_seqlens = torch.tensor([0, 300, 700], dtype=torch.int32, device="cuda")
@@ -202,7 +221,8 @@ def test_nothing_waits():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"p_dropout": 0.1}, ValueError, ["p_dropout is 0.1", "expected 0"]),
+        ({"p_dropout": 1.0}, ValueError, ["p_dropout is 1.0", "expected at least 0 and less than 1"]),
+        ({"p_dropout": True}, TypeError, ["p_dropout is True", "a real number"]),
         ({"exact_streaming": True}, ValueError, ["exact_streaming is True", "expected False", "is_causal"]),
         (
             {"exact_streaming": True, "is_causal": True, "streaming_info": torch.tensor([0, 0, 1, 0])},

@@ -108,7 +108,8 @@ def call_of(problem: Problem) -> Call:
     """Blocks keep their size, which a mask would cut to about the length."""
     mask = problem.mask()
     layout = MaskLayout(mask.cols, mask.q_block_size, mask.k_block_size, mask.causal)
-    return Call(problem.q, problem.k, problem.v, mask.bits, mask.sequences, mask._rules, None, layout, True, 0.125)
+    tables = (mask.bits, mask.sequences, mask._rules)
+    return Call(problem.q, problem.k, problem.v, *tables, None, None, layout, True, 0.125, 0.0)
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)

@@ -45,6 +45,7 @@ BACKWARD_OPS = ("check_backward", "backward")
 SPECS = [
     case("packed", q_block=48, k_block=16, causal=True, heads_q=8, mask_heads=2, windows=((30, 0, 9), (-1, -1, 0))),
     case("sinks", q_block=16, causal=True, sinks=True),
+    case("dropout", q_block=48, k_block=16, causal=True, dropout_p=0.3),
     case("batched", lens_q=(90, 90), lens_k=(70, 70), packed=False),
     case("empty", pattern="none"),
     case("zero_length", lens_q=(0, 70, 50), lens_k=(40, 0, 90)),
@@ -87,16 +88,17 @@ def op_arguments(name: str, spec: Case, device: str) -> tuple[Any, ...]:
     shape = (spec.heads_q, spec.heads_k, spec.head_dim, problem.q.element_size(), True)
     tables = (mask.bits, mask.sequences, mask._rules, layout_of(mask))
     if name == "plan_items":
-        return (*tables, shape)
+        return (*tables, shape, spec.dropout_p > 0)
     if name == "plan_backward":
-        return (*tables, shape, problem.k.shape[-3], spec.packed, spec.causal, (True, True, True))
-    call = call_of(problem.q, problem.k, problem.v, mask, sinks=problem.sinks)
+        return (*tables, shape, problem.k.shape[-3], spec.packed, spec.causal, (True, True, True), spec.dropout_p)
+    dropout = {"dropout_seed": problem.dropout_seed, "dropout_p": spec.dropout_p}
+    call = call_of(problem.q, problem.k, problem.v, mask, sinks=problem.sinks, **dropout)
     if name in ("check_forward", "plan_and_forward"):
         return call
     plans = (None, None)
     if device == "cuda":
-        plan = plan_backward(mask, *shape, rows_k=problem.k.shape[-3])
-        plans = (plan_items(mask, *shape), plan)
+        plan = plan_backward(mask, *shape, rows_k=problem.k.shape[-3], dropout_p=spec.dropout_p)
+        plans = (plan_items(mask, *shape, for_backward=spec.dropout_p > 0), plan)
     return (*call, *plans)
 
 
@@ -152,9 +154,9 @@ def test_gradients_that_nobody_needs(needs: tuple[bool, bool, bool], needs_sinks
 
 
 # What `backward` takes behind the call, by position.
-GRAD_OUT, GRAD_LSE, OUT, LSE, PLAN = range(10, 15)
-SINKS, LAYOUT, SCALE = 6, 7, 9
-ITEMS = 10  # of `forward`
+GRAD_OUT, GRAD_LSE, OUT, LSE, PLAN = range(12, 17)
+SINKS, DROPOUT_SEED, LAYOUT, _, SCALE, DROPOUT_P = range(6, 12)
+ITEMS = 12  # of `forward`
 
 # Position among the arguments, what becomes of it, and what the message says.
 BACKWARD_ERRORS: dict[str, tuple[int, Any, str]] = {
@@ -169,12 +171,19 @@ BACKWARD_ERRORS: dict[str, tuple[int, Any, str]] = {
     "sinks_shape": (SINKS, lambda x: x[1:], r"sinks has shape \[3\]; expected \[4\]"),
     "sinks_dtype": (SINKS, lambda x: x.half(), r"sinks has dtype float16; expected float32"),
     "sinks_strides": (SINKS, lambda x: x[:1].expand(4), r"sinks is not contiguous"),
+    "dropout_seed": (DROPOUT_SEED, lambda _: None, r"dropout_seed is None and dropout_p is 0.3"),
+    "dropout_seed_shape": (DROPOUT_SEED, lambda x: x[1:], r"dropout_seed has shape \[1\]; expected \[2\]"),
+    "dropout_seed_dtype": (DROPOUT_SEED, lambda x: x.int(), r"dropout_seed has dtype int32; expected int64"),
+    "dropout_seed_strides": (DROPOUT_SEED, lambda x: x[:1].expand(2), r"dropout_seed is not contiguous"),
+    "dropout_p_nan": (DROPOUT_P, lambda _: math.nan, r"dropout_p is nan; expected a number from 0 to below 1"),
+    "dropout_p_of_all": (DROPOUT_P, lambda _: 1.0, r"dropout_p is 1(\.0*)?; expected a number from 0 to below 1"),
 }
 PLAN_ERRORS: dict[str, tuple[int, Any, str]] = {
     "grad_out_device": (GRAD_OUT, lambda x: x.cpu(), r"grad_out is on cpu; expected cuda"),
     "plan_length": (PLAN, lambda x: x[16:], r"plan has shape .*; expected"),
     "plan_rank": (PLAN, lambda x: x.view(-1, 16), r"plan has 2 dimensions"),
     "sinks_device": (SINKS, lambda x: x.cpu(), r"sinks is on cpu; expected cuda"),
+    "dropout_seed_device": (DROPOUT_SEED, lambda x: x.cpu(), r"dropout_seed is on cpu; expected cuda"),
     "no_plan": (PLAN, lambda _: None, r"plan is None; expected what plan_backward makes"),
 }
 
@@ -185,7 +194,8 @@ def test_backward_refuses(name: str, device: str):
     if name in PLAN_ERRORS and device == "cpu":
         pytest.skip("a CPU has no plans")
     position, change, message = {**BACKWARD_ERRORS, **PLAN_ERRORS}[name]
-    arguments = list(backward_arguments(case("refused", lens_k=(90, 40, 500), k_block=16, sinks=True), device))
+    spec = case("refused", lens_k=(90, 40, 500), k_block=16, sinks=True, dropout_p=0.3)
+    arguments = list(backward_arguments(spec, device))
     arguments[position] = change(arguments[position])
     with pytest.raises((ValueError, TypeError), match=message):
         ops.backward(*arguments)
@@ -311,13 +321,14 @@ def test_compile_the_mask_too(device: str):
 
 
 @pytest.mark.parametrize("trains", [False, True])
-def test_ops_of_a_traced_new_mask(trains: bool):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_ops_of_a_traced_new_mask(dropout_p: float, trains: bool):
     """For CUDA, also where there is none: fake tensors can be on any device. Lengths are symbols of one graph."""
     traced = []
 
     def attend(q: torch.Tensor, block_mask: torch.Tensor) -> torch.Tensor:
         mask = hbsattn.BlockMask.from_dense(block_mask, 64, 64, causal=True)
-        return hbsattn.block_sparse_attention(q, q[:, :, :2], q[:, :, :2], mask)
+        return hbsattn.block_sparse_attention(q, q[:, :, :2], q[:, :, :2], mask, dropout_p=dropout_p)
 
     def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
         traced.append([node.target for node in graph.graph.nodes if getattr(node.target, "namespace", "") == "hbsattn"])

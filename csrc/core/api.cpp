@@ -35,7 +35,10 @@ Status dispatch(const KernelKey& key, const char* what, Run&& run) {
 // `tile`: "m" or "n", which of a kernel's extents names it.
 template <class Config>
 std::string name_kernel(const char* direction, const char* tile) {
-  return std::string("sm90_") + direction + (Config::kPairs ? "_pairs" : "") +
+  return std::string("sm90_") + direction +
+         (Config::kPairs     ? "_pairs"
+          : Config::kDropout ? "_dropout"
+                             : "") +
          (Config::kDType == DType::kBFloat16 ? "_bf16" : "_fp16") + "_hd" + std::to_string(Config::kHeadDim) + "_" +
          tile + std::to_string(Config::kTileRows);
 }
@@ -73,7 +76,8 @@ const char* name_of(BackwardMethod method) {
 
 // Whether a forward call looks for pairs of query blocks.
 bool takes_pairs(const ForwardParams& problem) {
-  return shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads, false)
+  return shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads,
+                     takes_gradient_tiles(problem))
       .pairs;
 }
 
@@ -92,7 +96,7 @@ void explain_queries(const ForwardParams& problem, bool for_backward, Explanatio
   const MaskShape& shape = problem.mask.shape;
   const TileShape tiles =
       shape_tiles(shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads, for_backward);
-  explanation->general = needs_general_kernel(shape, tiles);
+  explanation->general = needs_general_kernel(shape, tiles) || problem.dropout_p > 0.;
   explanation->tile_rows = tiles.tile_rows;
   explanation->tile_heads = tiles.packed_heads;
   explanation->num_items =
@@ -275,7 +279,7 @@ Status explain(const ForwardParams& params, Explanation* explanation) {
   KernelKey key;
   HBSATTN_RETURN_IF_ERROR(select_forward(params, &key));
   explanation->method = "forward";
-  explain_queries(params, false, explanation);
+  explain_queries(params, takes_gradient_tiles(params), explanation);
   return dispatch_forward(params, key, [&](auto config) {
     using Config = decltype(config);
     (Config::kPairs ? explanation->pairs_kernel : explanation->kernel) = name_kernel<Config>("forward", "m");

@@ -79,7 +79,8 @@ KernelTiles backward_tiles(const BackwardParams& params) {
   const BackwardMethod method = choose_backward_method(params, kernels::current_policy());
   return method == BackwardMethod::kByQueries || method == BackwardMethod::kQueriesOnly
              ? query_tiles(problem, true)
-             : KernelTiles{shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys};
+             : KernelTiles{shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys, false,
+                           problem.dropout_p > 0.};
 }
 
 HeadDims find_backward_head_dims(const BackwardParams& params) {
@@ -213,7 +214,7 @@ Status select_forward(const ForwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_device());
   HBSATTN_RETURN_IF_ERROR(check_dtype(params.dtype));
   HBSATTN_RETURN_IF_ERROR(check_keys(params));
-  const KernelTiles tiles = query_tiles(params, false);
+  const KernelTiles tiles = query_tiles(params, takes_gradient_tiles(params));
   return select(params, find_head_dims<Sm90ForwardKernels>(params, tiles), tiles, " on CUDA", key);
 }
 

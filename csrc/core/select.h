@@ -10,12 +10,15 @@ namespace hbsattn {
 struct KernelTiles {
   int rows;  // queries of a tile; keys of one in the backward pass by keys
   bool pairs = false;
+  bool dropout = false;  // of tiles of keys, whose kernels that drop weights do nothing else
 
   template <class Config>
   static constexpr KernelTiles of() {
-    return {Config::kTileRows, Config::kPairs};
+    return {Config::kTileRows, Config::kPairs, Config::kDropout};
   }
-  constexpr bool operator==(const KernelTiles& other) const { return rows == other.rows && pairs == other.pairs; }
+  constexpr bool operator==(const KernelTiles& other) const {
+    return rows == other.rows && pairs == other.pairs && dropout == other.dropout;
+  }
 };
 
 // Which compiled kernel runs a problem.

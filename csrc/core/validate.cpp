@@ -81,6 +81,10 @@ Status check_room(const char* name, int64_t room, int64_t needed, const std::str
   return check_range(name, room, 0, kItemsLimit);
 }
 
+Status check_dropout(const ForwardParams& problem) {
+  return check_pointer("dropout_seed", problem.dropout_seed, problem.dropout_p > 0. ? 2 : 0);
+}
+
 // Items that a call has.
 int64_t count_items(const ForwardParams& problem, bool for_backward) {
   return num_items(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads,
@@ -313,6 +317,9 @@ Status validate_problem(const ForwardParams& params) {
   if (!std::isfinite(params.softmax_scale) || params.softmax_scale <= 0.f) {
     return wrong_value("softmax_scale", params.softmax_scale, "a finite number above 0");
   }
+  if (!(params.dropout_p >= 0. && params.dropout_p < 1.)) {
+    return wrong_value("dropout_p", static_cast<float>(params.dropout_p), "a number from 0 to below 1");
+  }
   HBSATTN_RETURN_IF_ERROR(params.packed ? check_packed_sizes(params) : check_batched_sizes(params));
   return Status::Ok();
 }
@@ -329,7 +336,7 @@ Status validate_items(const ForwardParams& params, bool for_backward) {
 
 Status validate_forward(const ForwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(validate_problem(params));
-  return validate_items(params, false);
+  return validate_items(params, takes_gradient_tiles(params));
 }
 
 Status check_pointers(const ForwardParams& params) {
@@ -337,6 +344,7 @@ Status check_pointers(const ForwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_tensors(params));
   HBSATTN_RETURN_IF_ERROR(check_pointer("bits", params.mask.bits, shape.heads * shape.rows * shape.words()));
   HBSATTN_RETURN_IF_ERROR(check_rules(params.mask));
+  HBSATTN_RETURN_IF_ERROR(check_dropout(params));
   HBSATTN_RETURN_IF_ERROR(check_pointer("items", params.items, params.num_items));
   return check_pointer("workspace", params.workspace, static_cast<int64_t>(forward_workspace_size()));
 }
@@ -374,6 +382,7 @@ Status check_pointers(const BackwardParams& params) {
   if (params.needs_v) HBSATTN_RETURN_IF_ERROR(check_pointer("grad_v", params.grad_v.data, keys));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", problem.mask.sequences, shape.batch));
   HBSATTN_RETURN_IF_ERROR(check_rules(problem.mask));
+  HBSATTN_RETURN_IF_ERROR(check_dropout(problem));
   const BackwardLists lists = backward_lists(params);
   if (lists.keys) {
     HBSATTN_RETURN_IF_ERROR(check_pointer("columns", params.columns, shape.heads * shape.cols * shape.row_words()));

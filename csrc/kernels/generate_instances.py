@@ -31,6 +31,7 @@ KERNELS = {
     "forward_pairs": Kernel("Sm90ForwardPairs", False, "forward", "ForwardParams"),
     "grad_queries": Kernel("Sm90GradQueries", True, "grad_queries", "BackwardParams"),
     "backward_queries": Kernel("Sm90BackwardQueries", False, "backward_queries", "BackwardParams"),
+    "backward_keys_dropout": Kernel("Sm90BackwardKeysDropout", True, "backward_keys", "BackwardParams"),
     "backward_keys": Kernel("Sm90BackwardKeys", True, "backward_keys", "BackwardParams"),
 }
 

@@ -95,6 +95,10 @@ constexpr TileShape shape_tiles(const MaskShape& shape, int32_t heads_q, int32_t
           pairs};
 }
 
+// Whether a forward has the tiles, and the list, of gradients: those of pairs and of 192 rows have no general kernel,
+// which is the one that drops weights.
+constexpr bool takes_gradient_tiles(const ForwardParams& params) { return params.dropout_p > 0.; }
+
 // Rows of the tiles of the backward pass: how the key blocks of a problem are cut, the one place that tells.
 struct KeyTileShape {
   int32_t tile_keys;

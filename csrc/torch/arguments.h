@@ -71,15 +71,16 @@ struct Required {
 template <class Ints>
 struct CallArguments {
   const Tensor &q, &k, &v, &bits, &sequences;
-  const OptionalTensor &rules, &sinks;
+  const OptionalTensor &rules, &sinks, &dropout_seed;
   Ints layout;
   Required<bool> pack_heads;
-  Required<double> softmax_scale;
+  Required<double> softmax_scale, dropout_p;
 
   // `function` of all of them, and of `own` behind them.
   template <class Function, class... Own>
   auto apply(const Function& function, const Own&... own) const {
-    return function(q, k, v, bits, sequences, rules, sinks, layout, pack_heads, softmax_scale, own...);
+    return function(q, k, v, bits, sequences, rules, sinks, dropout_seed, layout, pack_heads, softmax_scale, dropout_p,
+                    own...);
   }
 };
 
@@ -112,9 +113,10 @@ struct Operator<f> {
 template <class Result, class Ints, class... Own, Result (*f)(const CallArguments<Ints>&, Own...)>
 struct Operator<f> {
   static Result run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
-                    const OptionalTensor& rules, const OptionalTensor& sinks, Ints layout, bool pack_heads,
-                    double softmax_scale, Own... own) {
-    return f({q, k, v, bits, sequences, rules, sinks, layout, pack_heads, softmax_scale}, std::forward<Own>(own)...);
+                    const OptionalTensor& rules, const OptionalTensor& sinks, const OptionalTensor& dropout_seed,
+                    Ints layout, bool pack_heads, double softmax_scale, double dropout_p, Own... own) {
+    return f({q, k, v, bits, sequences, rules, sinks, dropout_seed, layout, pack_heads, softmax_scale, dropout_p},
+             std::forward<Own>(own)...);
   }
 };
 
@@ -236,6 +238,18 @@ inline ForwardParams read_problem(const Call& call) {
     check_shape("sinks", *call.sinks, {params.heads_q});
     TORCH_CHECK_VALUE(call.sinks->is_contiguous(), "sinks is not contiguous; expected a contiguous tensor");
     if (device.is_cuda()) params.sinks = call.sinks->const_data_ptr<float>();
+  }
+  params.dropout_p = call.dropout_p;
+  TORCH_CHECK_VALUE(
+      call.dropout_p == 0. || call.dropout_seed,
+      describe("dropout_seed is None and dropout_p is ", std::to_string(call.dropout_p.value), "; expected a tensor"));
+  if (call.dropout_seed) {
+    const Tensor& seed = *call.dropout_seed;
+    check_dtype("dropout_seed", seed, at::kLong, "");
+    check_device("dropout_seed", seed, device);
+    check_shape("dropout_seed", seed, {2});
+    TORCH_CHECK_VALUE(seed.is_contiguous(), "dropout_seed is not contiguous; expected a contiguous tensor");
+    params.dropout_seed = seed.const_data_ptr<int64_t>();
   }
   return params;
 }

@@ -130,10 +130,12 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     const auto [out, lse] =
         call_below<differentiable_forward>("hbsattn::forward", call, items, backward_plan, deterministic);
     context->save_for_backward({q, k, v, call.bits, call.sequences, out, lse, backward_plan.value_or(Tensor()),
-                                call.rules.value_or(Tensor()), sinks.value_or(Tensor())});
+                                call.rules.value_or(Tensor()), sinks.value_or(Tensor()),
+                                call.dropout_seed.value_or(Tensor())});
     context->saved_data["layout"] = call.layout;
     context->saved_data["pack_heads"] = call.pack_heads.value;
     context->saved_data["softmax_scale"] = call.softmax_scale.value;
+    context->saved_data["dropout_p"] = call.dropout_p.value;
     context->saved_data["deterministic"] = deterministic;
     context->saved_data["needs"] =
         std::vector<bool>{q.requires_grad(), k.requires_grad(), v.requires_grad(), requires_grad(sinks)};
@@ -146,10 +148,10 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     auto& data = context->saved_data;
     const std::vector<c10::SymInt> layout = data["layout"].toSymIntVector();
     const bool pack_heads = data["pack_heads"].toBool();
-    const double softmax_scale = data["softmax_scale"].toDouble();
-    const OptionalTensor rules = if_defined(saved[8]), sinks = if_defined(saved[9]);
-    const TracedCall call{saved[0], saved[1], saved[2], saved[3],   saved[4],
-                          rules,    sinks,    layout,   pack_heads, softmax_scale};
+    const double softmax_scale = data["softmax_scale"].toDouble(), dropout_p = data["dropout_p"].toDouble();
+    const OptionalTensor rules = if_defined(saved[8]), sinks = if_defined(saved[9]), seed = if_defined(saved[10]);
+    const TracedCall call{saved[0], saved[1], saved[2], saved[3],   saved[4],      rules,
+                          sinks,    seed,     layout,   pack_heads, softmax_scale, dropout_p};
     const Tensor &out = saved[5], &lse = saved[6];
     const c10::List<bool> needed = data["needs"].toBoolList();
     const std::array<bool, 4> needs{needed[0], needed[1], needed[2], needed[3]};

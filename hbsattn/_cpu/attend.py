@@ -8,13 +8,14 @@ exist reads its zeros, and writes what nobody reads. A product with 0 would not 
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import neg
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hbsattn._dropout import keeps, round_dropout_p
 from hbsattn._layout import (
     DIAGONAL,
     K_BEGIN,
@@ -52,7 +53,9 @@ class _Tiles(NamedTuple):
 
     bit_row: Tensor  # in the bits of tiles, (mask heads, rows, words), flattened
     mask_head: Tensor
+    stream: Tensor  # of the first head: which random numbers dropout takes
     first_query: Tensor  # number of the row, of the first head
+    start: Tensor  # the first query, among those of the sequence
     queries: Tensor  # of each head
     position: Tensor  # of the first query, among the keys of the sequence
     length: Tensor  # keys of the sequence
@@ -67,12 +70,21 @@ class _Batch(NamedTuple):
     keys: Tensor  # (tiles, keys): numbers of rows, in the order of the sequence
     rows: int  # queries of each head
     hidden: list[tuple[slice, Tensor]]  # bool (tiles, 1, queries, some keys): which of these a query does not attend to
+    places: tuple[Tensor, Tensor, Tensor]  # streams and places of `queries`, places of `keys`, as `keeps` takes them
 
     def hide(self, scores: Tensor) -> None:
         """Makes -inf of the scores (tiles, heads * queries, keys) of what a query does not attend to."""
         of_heads = scores.unflatten(1, (-1, self.rows))
         for some, hidden in self.hidden:
             of_heads[..., some].masked_fill_(hidden, -torch.inf)
+
+    def dropout(self, call: Call) -> Callable[[Tensor], Tensor]:
+        """Dropout of (tiles, heads * queries, keys), in place."""
+        if call.dropout_p == 0:
+            return lambda x: x
+        dropped = ~keeps(call.dropout_p, call.dropout_seed, *self.places)
+        share = 1 - round_dropout_p(call.dropout_p)
+        return lambda x: x.masked_fill_(dropped, 0).div_(share)
 
 
 def _find_edges(clear: Tensor) -> tuple[slice, slice]:
@@ -143,7 +155,9 @@ class _Tiling:
         tiles = _Tiles(
             bit_row=mask_head * bits.shape[1] + bit_row,
             mask_head=mask_head.expand(-1, row.shape[0]),
+            stream=sequence[row] * self.heads_q + head,
             first_query=(member * self.heads_q + head) * self.rows_q + q_begin[row] + start,
+            start=start.expand(head.shape[0], -1),
             queries=queries.expand(head.shape[0], -1),
             position=position.expand(head.shape[0], -1),
             length=length.expand(head.shape[0], -1),
@@ -161,8 +175,8 @@ class _Tiling:
         count = tile.keys.shape[0]
         rule = None if self.rules is None else self.rules[tile.mask_head.squeeze(-1)]
         row = torch.arange(int(tile.queries.max()))
-        head = torch.arange(self.tile_heads).view(-1, 1) * self.rows_q
-        number = tile.first_query.unsqueeze(-1) + head + row
+        head = torch.arange(self.tile_heads).view(-1, 1)
+        number = tile.first_query.unsqueeze(-1) + head * self.rows_q + row
         numbers = torch.where((row < tile.queries).unsqueeze(1), number, self.no_query)
 
         # The keys of one block after another, in their order. Shorter lists end in keys that no sequence has.
@@ -188,7 +202,9 @@ class _Tiling:
         reach = reach_of_queries(tile.position + torch.minimum(row, last), tile.length, causal, rule)
         reach, key = reach.map(lambda x: x.to(torch.int32)), key.to(torch.int32)
         hidden = [(at, ~reach.has(key[..., at]).unsqueeze(1)) for at in edges if at.start < at.stop]
-        return _Batch(numbers.flatten(1), key_numbers, row.shape[0], hidden)
+        of_queries = torch.broadcast_tensors(tile.stream.unsqueeze(-1) + head, tile.start.unsqueeze(-1) + row)
+        places = (*(x.flatten(1).unsqueeze(-1) for x in of_queries), key.to(torch.int64))
+        return _Batch(numbers.flatten(1), key_numbers, row.shape[0], hidden, places)
 
     def of_rows(self, of_heads: Tensor) -> Tensor:
         """A number of each head, (heads_q), for all rows, flat; -inf for those of no sequence, and for one more."""
@@ -265,6 +281,7 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
         largest = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(compute).min)
         weights = scores.sub_(largest).exp_()
         total = weights.sum(-1, keepdim=True)
+        weights = batch.dropout(call)(weights)
         result = (weights @ _gather(values, batch.keys)).div_(total.clamp(min=1))
         out[batch.queries] = result
         lse[batch.queries] = (largest + total.log()).squeeze(-1)
@@ -286,6 +303,7 @@ def differentiate(
 
     With P the weights and S the scaled scores: grad_v = P^T grad_out, and grad_S = P * (grad_out v^T - delta) with
     delta = rowsum(grad_out * out) - grad_lse, because the log-sum-exp's derivative is P (FlashAttention-2, 3.1).
+    Dropout D makes them D(P)^T grad_out and P * (D(grad_out v^T) - delta).
     Of large scores, the log-sum-exp is rounded more coarsely than P may be. It cancels: P is E / rowsum(E) with
     E = exp(S - lse), and the sums divide grad_out and delta, which are smaller than E. A sink is one more S, whose
     value is 0.
@@ -324,13 +342,14 @@ def differentiate(
             total += (sinks[rows] - row_lse[rows]).exp_().unsqueeze(-1)
         total = torch.where(total == 0, 1, total)
         tile_grads = _gather(grads, rows).div_(total)
-        grad_scores = tile_grads @ _gather(values, cols).mT
+        drop = batch.dropout(call)
+        grad_scores = drop(tile_grads @ _gather(values, cols).mT)
         grad_scores.sub_(deltas[rows].unsqueeze(-1).div_(total)).mul_(weights)
 
         # A query is in one tile, a key in many.
         grad_q[rows] = grad_scores @ tile_keys
         grad_k.index_add_(0, cols.flatten(), (grad_scores.mT @ tile_queries).flatten(0, 1))
-        grad_v.index_add_(0, cols.flatten(), (weights.mT @ tile_grads).flatten(0, 1))
+        grad_v.index_add_(0, cols.flatten(), (drop(weights).mT @ tile_grads).flatten(0, 1))
     grad_q.mul_(call.softmax_scale)
     results = (_restore(grad_q, call.q), _restore(grad_k, call.k), _restore(grad_v, call.v))
     results = tuple(x.squeeze(0) for x in results) if packed else results

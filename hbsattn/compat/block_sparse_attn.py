@@ -3,15 +3,16 @@
 from hbsattn.compat.block_sparse_attn import block_sparse_attn_func
 
 Heads are dense, streaming (by blocks or by tokens) or block-sparse in one call, forward and backward; nothing waits for
-the device, so head types and masks may live there. Not in this version: dropout.
+the device, so head types and masks may live there.
 """
 
 import torch
 from torch import Tensor
 
 from hbsattn import patterns
-from hbsattn._checks import FLOATS, check_bool, check_number, check_same_device, check_tensor
+from hbsattn._checks import FLOATS, check_bool, check_same_device, check_tensor
 from hbsattn._contents import can_read
+from hbsattn._dropout import check_dropout_p
 from hbsattn._layout import K_LEN, Q_LEN, UNBOUNDED
 from hbsattn._sources import INTEGERS, Dense
 from hbsattn.attention import block_sparse_attention
@@ -55,18 +56,17 @@ def block_sparse_attn_func(
             there may be more than are asked for, blocks of each sequence counted from its start; None if no head is
             block-sparse.
         max_seqlen_q_, max_seqlen_k_: the longest sequences, or more.
-        p_dropout: 0.
+        p_dropout: `dropout_p` of `block_sparse_attention`, whose random numbers these are; in evaluation 0.
         is_causal: bottom-right aligned.
         exact_streaming: let heads stream by tokens. Query i sees the first `sink` keys, and the `local` ones, at least
             1, that end with key i + len_k - len_q. Causal only.
 
     Returns:
         out, or with `return_attn_probs` (out, lse, None). lse is (heads_q, total_q), where MIT's is (batch, heads_q,
-        max_seqlen_q_) and more; -inf for what attends to nothing. Without dropout there is no mask of it.
+        max_seqlen_q_) and more; -inf for what attends to nothing. None stands where MIT's has S_dmask:
+        `block_sparse_attention` takes a seed, of which `dropout_mask` tells what was dropped.
     """
-    p_dropout = check_number("p_dropout", p_dropout)
-    if p_dropout != 0:
-        raise ValueError(f"p_dropout is {p_dropout}; expected 0: dropout is not in this version")
+    p_dropout = check_dropout_p("p_dropout", p_dropout)
     check_bool("is_causal", is_causal)
     if check_bool("exact_streaming", exact_streaming) and not is_causal:
         raise ValueError("exact_streaming is True; expected False, or is_causal: streaming by tokens is causal")
@@ -84,7 +84,7 @@ def block_sparse_attn_func(
         causal=is_causal,
     )
     mask = _mask_of_kinds(blocks, q.shape[1], head_mask_type, streaming_info, base_blockmask, exact_streaming)
-    options = {"softmax_scale": softmax_scale, "deterministic": deterministic}
+    options = {"softmax_scale": softmax_scale, "dropout_p": p_dropout, "deterministic": deterministic}
     if not return_attn_probs:
         return block_sparse_attention(q, k, v, mask, **options)
     return *block_sparse_attention(q, k, v, mask, return_lse=True, **options), None

@@ -22,7 +22,7 @@ constexpr BackwardMethod method_of(int32_t q_block, int32_t k_block, int32_t hea
   shape.rows = rows;
   shape.q_block_size = q_block;
   shape.k_block_size = k_block;
-  return choose_backward_method(shape, group, 1, head_dim, true, false, true, true, DevicePolicy{});
+  return choose_backward_method(shape, group, 1, head_dim, true, false, false, true, true, DevicePolicy{});
 }
 static_assert(method_of(128, 128, 128) == BackwardMethod::kByKeys);
 static_assert(method_of(128, 128, 128, 1, 128) == BackwardMethod::kByKeysAndQueries);  // of many short sequences

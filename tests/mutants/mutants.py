@@ -42,8 +42,44 @@ WINDOWS = ("tests/test_head_sets.py", "-k", "test_windows_of_queries and dtype1 
 RULES = ("tests/test_windows.py", "-k", f"test_cases and {HALF} and (batched or longer or of_heads or of_key_heads)")
 
 SINKS = ("tests/test_sinks.py", "-k", f"test_cases and {HALF} and (groups or alike or stacks or empty_rows)")
+DROPOUT = ("tests/test_dropout.py", "-k", f"test_cases and {HALF} and (128x128 or 100x100 or 7x128 or tokens)")
 
 MUTANTS = [
+    Mutant(
+        "dropout_of_a_group_s_first_head",
+        QUERY_TILES,
+        "DropoutStream::open(args.dropout, item.sequence, args.heads_q, place.head)",
+        "DropoutStream::open(args.dropout, item.sequence, args.heads_q, item.head)",
+        DROPOUT,
+    ),
+    Mutant(
+        "odd_keys_draw_as_even_ones",
+        "kernels/common/*.cuh",
+        "odd_key ? words.word[0] ^ words.word[2] : words.word[1] ^ words.word[3]",
+        "words.word[1] ^ words.word[3]",
+        DROPOUT,
+    ),
+    Mutant(
+        "dropped_where_they_are_kept",
+        "kernels/common/*.cuh",
+        "(number < dropout.limit) != dropout.below_are_kept",
+        "number < dropout.limit",
+        DROPOUT,
+    ),
+    Mutant(
+        "dropped_weights_have_gradients",
+        BACKWARD_KEYS,
+        "weights(i) * (dropped ? delta[i] : grads(i) - delta[i])",
+        "weights(i) * (dropped ? delta[i] - grads(i) : grads(i) - delta[i])",
+        DROPOUT,
+    ),
+    Mutant(
+        "values_of_dropout_not_scaled",
+        BACKWARD_KEYS,
+        "value_scale = Traits::kDropout ? args.dropout.scale : 1.f;",
+        "value_scale = 1.f;",
+        DROPOUT,
+    ),
     Mutant(
         "sink_of_a_group_s_first_head",
         FORWARD,
@@ -260,8 +296,8 @@ MUTANTS = [
     Mutant(
         "gradient_of_lse_forgotten",
         "kernels/rows/rows.cu",
-        "delta - grad_lse;",
-        "delta;",
+        "args.kept * (delta - grad_lse);",
+        "args.kept * delta;",
         GRADIENTS,
     ),
     Mutant(

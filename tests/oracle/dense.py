@@ -53,12 +53,19 @@ def window_mask(query: Tensor, key: Tensor, left: int, right: int, sink: int) ->
 
 
 def one_sequence(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
+    kept: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formula at the dtype of q, k (Lk, Hk, D) and v, for q (Lq, Hq, D) and allowed (1 | Hk | Hq, Lq, Lk).
 
-    sinks (Hq): scores of a key more that every query attends to and
-    whose value is 0; -inf is none.
+    sinks (Hq): scores of a key more that every query attends to and whose value is 0; -inf is none.
+    kept (Hq, Lq, Lk): which weights dropout keeps; they are divided by 1 - dropout_p.
 
     Returns out (Lq, Hq, D), lse (Hq, Lq) and luck (Lq, Hq), see `luck_of_rows`, all at that dtype. Keys that no query
     of a head attends to never enter: they are replaced by zeros, so NaN and Inf in them cannot spread.
@@ -84,6 +91,9 @@ def one_sequence(
     # Rows with nothing to attend go through the softmax as zeros, so that their gradients are 0, too.
     scores = scores.masked_fill(~allowed, -math.inf).masked_fill(empty[..., None], 0.0)
     probabilities = torch.softmax(scores, dim=-1).masked_fill(empty[..., None], 0.0)
+    if kept is not None:
+        kept = torch.nn.functional.pad(kept, (0, scores.shape[2] - kept.shape[2]))  # a sink has no value
+        probabilities = probabilities.masked_fill(~kept, 0.0) / (1 - dropout_p)
     out = torch.matmul(probabilities, values)
     if scores.shape[2] == 0:
         lse = torch.full(scores.shape[:2], -math.inf, dtype=scores.dtype, device=scores.device)
@@ -122,13 +132,15 @@ def attention(
     windows: Windows = (),
     scale: float | None = None,
     sinks: Tensor | None = None,
+    kept: Tensor | None = None,
+    dropout_p: float = 0.0,
     compute_dtype: torch.dtype | None = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of a whole batch.
 
     q: (total_q, Hq, D) or (B, Sq, Hq, D); k, v likewise. block_masks: per sequence, bool (1 | Hk | Hq, q blocks,
     k blocks). lens_q, lens_k: the lengths of the sequences, also for batched tensors. windows: as in `element_mask`;
-    sinks: as in `one_sequence`.
+    sinks, dropout_p: as in `one_sequence`; kept: bool (B, Hq, queries, keys) of at least the longest sequence.
     compute_dtype: None for the dtype of q.
     Returns out, shaped as q, lse (Hq, total_q) or (B, Hq, Sq), and luck, shaped as out without its last dimension (see
     `luck_of_rows`), at compute_dtype.
@@ -152,6 +164,7 @@ def attention(
         allowed = element_mask(blocks, len_q, len_k, q_block_size, k_block_size, causal, windows)
         tensors = (q[rows_q].to(dtype), k[rows_k].to(dtype), v[rows_k].to(dtype))
         own_sinks = None if sinks is None else sinks.to(dtype)
-        out[rows_q], lse_b, luck[rows_q] = one_sequence(*tensors, allowed, scale, own_sinks)
+        own_kept = None if kept is None else kept[b, :, :len_q, :len_k]
+        out[rows_q], lse_b, luck[rows_q] = one_sequence(*tensors, allowed, scale, own_sinks, own_kept, dropout_p)
         lse[(slice(None), rows_q) if packed else b] = lse_b
     return out, lse, luck

@@ -241,10 +241,15 @@ struct ForwardParams {
   // Of each query head a score, in natural units, that counts in the sum of every query's weights and has no value;
   // -inf or below -1e38: none. (heads_q), or null: no head has one.
   const float* sinks = nullptr;
+  // The probability with which a weight is dropped, from 0 to below 1, rounded to a multiple of 2^-15; the others are
+  // divided by what is left of 1. Which are dropped is a function of two numbers on the device, seed and offset, and of
+  // a weight's sequence, query head, query and key. Not read where the probability is 0. lse is that of all weights.
+  double dropout_p = 0.;
+  const int64_t* dropout_seed = nullptr;  // (2)
 
   MaskView mask;
   bool pack_heads = true;           // as in PlanParams
-  const WorkItem* items = nullptr;  // (num_items)
+  const WorkItem* items = nullptr;  // (num_items); with dropout, of a list `for_backward`
   int64_t num_items = 0;            // num_items() or more, as planned
 
   void* workspace = nullptr;  // device, forward_workspace_size() bytes; not shared by concurrent calls

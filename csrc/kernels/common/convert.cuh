@@ -22,6 +22,18 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   }
 }
 
+// The same with 0 for what is negative.
+template <class Element>
+__device__ __forceinline__ uint32_t pack_positive(float low, float high) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<Element, cutlass::bfloat16_t>) {
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
 // Transposes a matrix of 4 x 4 numbers that the four lanes of a quad hold a row each of. In accumulators, a lane has
 // two columns of every group of 8; afterwards it has all 8 of one of four groups.
 __device__ __forceinline__ void transpose_quad(uint32_t (&row)[4], int lane) {

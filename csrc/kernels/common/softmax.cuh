@@ -150,16 +150,16 @@ struct OnlineSoftmax {
   }
 
   // Sums the quad's shares, divides the output by them and gives the natural log-sum-exp of both rows. A row with
-  // nothing to attend gets output 0 and -inf.
+  // nothing to attend gets output 0 and -inf. `output_scale`: what the output is to be multiplied by.
   template <class Output>
-  __device__ __forceinline__ void finish(Output& output, float scale, float (&lse)[2]) {
+  __device__ __forceinline__ void finish(Output& output, float scale, float output_scale, float (&lse)[2]) {
     float inverse[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       float sum = row_sum[row];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      inverse[row] = sum == 0.f ? 0.f : __fdividef(1.f, sum);
+      inverse[row] = sum == 0.f ? 0.f : __fdividef(output_scale, sum);
       lse[row] = sum == 0.f ? -INFINITY : row_max[row] * scale + __logf(sum);
     }
 #pragma unroll

@@ -6,6 +6,7 @@
 #include "kernels/common/launch.cuh"
 #include "kernels/common/sinks.cuh"
 #include "kernels/rows/rows.h"
+#include "plan/dropout.h"
 #include "plan/layout.h"
 #include "plan/rows.h"
 
@@ -31,6 +32,7 @@ struct RowArguments {
   int heads_q, head_dim;
   bool packed;
   float scale;
+  float kept;  // the share of weights that dropout leaves
   uint4* cleared;
   int64_t cleared_vectors;
 };
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Row
   if (lane == 0) {
     // The weights of a row with nothing to attend become exp(s - inf) = 0.
     args.lse[stack_row + row] = lse == -INFINITY ? INFINITY : lse * static_cast<float>(M_LOG2E);
-    args.delta[stack_row + row] = lse == -INFINITY ? 0.f : delta - grad_lse;
+    args.delta[stack_row + row] = lse == -INFINITY ? 0.f : args.kept * (delta - grad_lse);
   }
   if (chunk == 0 && stack == 0 && threadIdx.x < BackwardWorkspace::kPaddingRows) {
     const int64_t padding = args.workspace.stacks * args.workspace.rows + threadIdx.x;
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(kSinkThreads)
   __syncthreads();
   if (threadIdx.x >= 32) return;
   sum = add_up(sums[threadIdx.x]);
-  if (threadIdx.x == 0) grad_sinks[head] = sum;
+  if (threadIdx.x == 0) grad_sinks[head] = sum / args.kept;
 }
 
 // Queries that belong to no chunk, as no tile has them.
@@ -234,6 +236,7 @@ RowArguments row_arguments(const BackwardParams& params, const BackwardWorkspace
   auto* bytes = static_cast<uint8_t*>(params.workspace);
   const int64_t array = workspace.stacks * workspace.rows + BackwardWorkspace::kPaddingRows;
   auto* lse = reinterpret_cast<float*>(bytes + workspace.statistics);
+  const Dropout dropout = make_dropout(problem);
   return {problem.mask.shape,
           problem.mask.sequences,
           workspace,
@@ -249,7 +252,8 @@ RowArguments row_arguments(const BackwardParams& params, const BackwardWorkspace
           problem.heads_q,
           problem.head_dim,
           problem.packed,
-          problem.softmax_scale,
+          problem.softmax_scale * dropout.scale,
+          dropout.kept,
           reinterpret_cast<uint4*>(bytes + workspace.tickets),
           0};
 }

@@ -10,7 +10,8 @@
 
 namespace hbsattn {
 
-// The kernels. kTileRows: of what a CTA keeps while it streams the rest. kPairs: as in TileShape.
+// The kernels. kTileRows: of what a CTA keeps while it streams the rest. kPairs: as in TileShape. kDropout: the kernel
+// is for calls with dropout alone.
 
 // Whether tiles of query rows need the second, general kernel: for key blocks that are no multiple of a granule, for
 // query blocks whose heads come in one box, and for those that may be united, but for pairs.
@@ -28,6 +29,7 @@ struct Sm90Forward {
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileRows = kTileM;
   static constexpr bool kPairs = false;
+  static constexpr bool kDropout = false;
   static constexpr int kCtasPerSm = kTileM == 64 ? 2 : 1;
   // Whether there is a second kernel for what the fast one has no code for.
   static constexpr bool kWithGeneral = kTileM != 192;
@@ -70,6 +72,7 @@ struct Sm90ForwardPairs {
   static constexpr int kTileM = kPairRows;
   static constexpr int kTileRows = kTileM;
   static constexpr bool kPairs = true;
+  static constexpr bool kDropout = false;
   static constexpr int kCtasPerSm = 1;
   static constexpr bool kWithGeneral = false;
   // Each of the three lists fills whole stages, so half of one is lost for each that is not empty. At head dim 96, the
@@ -95,6 +98,7 @@ struct Sm90BackwardKeys {
   static constexpr int kTileN = kTileN_;
   static constexpr int kTileRows = kTileN;
   static constexpr bool kPairs = false;
+  static constexpr bool kDropout = false;
   static constexpr bool kWide = kHeadDim > 128;
   static constexpr int kCtasPerSm = kWide ? 1 : 128 / kTileN;
   static constexpr int kTileM = 64;
@@ -108,6 +112,12 @@ struct Sm90BackwardKeys {
   static_assert(!kWide || kTileN == 64);
 };
 
+// The same for calls with dropout, which would cost the others registers.
+template <DType kDType_, int kHeadDim_, int kTileN_>
+struct Sm90BackwardKeysDropout : Sm90BackwardKeys<kDType_, kHeadDim_, kTileN_> {
+  static constexpr bool kDropout = true;
+};
+
 // A kernel for sm_90a that computes the gradient of the queries alone, the same in every run. It has tiles as
 // the forward's and streams keys and values as that does, but in narrower stages: two products of their width are in
 // registers.
@@ -118,6 +128,7 @@ struct Sm90GradQueries {
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileRows = kTileM;
   static constexpr bool kPairs = false;
+  static constexpr bool kDropout = false;
   static constexpr int kCtasPerSm = 128 / kTileM;
   static constexpr int kTileN = kHeadDim <= 64 && kTileM == 128 ? 128 : kHeadDim <= 192 ? 64 : 32;
   // A key stage is held until the scores of the next one are there and the product behind them is done.
@@ -138,6 +149,7 @@ struct Sm90BackwardQueries {
   static constexpr int kTileM = 128;
   static constexpr int kTileRows = kTileM;
   static constexpr bool kPairs = false;
+  static constexpr bool kDropout = false;
   static constexpr int kCtasPerSm = 1;
   static constexpr int kTileN = 64;
   static constexpr int kKeyStages = kHeadDim == 128 ? 3 : 4;

@@ -9,13 +9,15 @@
 
 namespace hbsattn::sm90 {
 
-// Makes a first operand of scores.
-template <class Scores, class Operand>
+// Makes a first operand of scores. kPositive: with 0 for those that are negative.
+template <bool kPositive = false, class Scores, class Operand>
 __device__ __forceinline__ void convert_scores(const Scores& scores, Operand& operand) {
+  using Element = typename Operand::value_type;
   auto registers = cute::recast<uint32_t>(operand);
   CUTE_UNROLL
   for (int i = 0; i < cute::size(registers); ++i) {
-    registers(i) = pack_pair<typename Operand::value_type>(scores(2 * i), scores(2 * i + 1));
+    const float low = scores(2 * i), high = scores(2 * i + 1);
+    registers(i) = kPositive ? pack_positive<Element>(low, high) : pack_pair<Element>(low, high);
   }
 }
 

@@ -116,6 +116,7 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.k_batch_heads = k.batch_heads;
   args.v_batch_heads = v.batch_heads;
   args.head_dim = problem.head_dim;
+  args.heads_q = problem.heads_q;
   args.heads_k = problem.heads_k;
   args.united = shape_key_tiles(shape, problem.head_dim).united;
   args.sets = cut_queries(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, params.deterministic,
@@ -130,7 +131,8 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   const int64_t block_rows = std::min<int64_t>(shape.q_block_size, problem.rows_q) * stack.rows();
   args.segments_per_block = static_cast<int>((block_rows + segment - 1) / segment);
   while ((1 << args.segment_log2) < segment) ++args.segment_log2;
-  args.scale = problem.softmax_scale;
+  args.dropout = make_dropout(problem);
+  args.scale = problem.softmax_scale * args.dropout.scale;
   args.scale_log2 = static_cast<float>(problem.softmax_scale * M_LOG2E);
 
   HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, stream));

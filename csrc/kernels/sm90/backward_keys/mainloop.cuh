@@ -8,6 +8,7 @@
 #include <cute/tensor.hpp>
 
 #include "kernels/common/ptx.cuh"
+#include "kernels/sm90/backward_keys/dropout.cuh"
 #include "kernels/sm90/backward_keys/traits.cuh"
 #include "kernels/sm90/operand.cuh"
 #include "kernels/sm90/turn.cuh"
@@ -136,6 +137,7 @@ struct BackwardKeysMainloop {
   uint32_t position = 0;  // stages before this one, over all tiles: where all rings are, in one register
   uint32_t tiles = 0;     // with stages, before this one
   GradKeys grad_keys, grad_values;
+  KeyDropout dropout;  // of the tile, if the kernel drops weights
 
   __device__ __forceinline__ BackwardKeysMainloop(const BackwardKeysArguments& args, Storage& storage, int unit,
                                                   int warp, int lane)
@@ -241,11 +243,20 @@ struct BackwardKeysMainloop {
     for (int i = 0; i < cute::size(scores); ++i) scores(i) = exp2_approx(scores(i) * args.scale_log2 - lse[i]);
   }
 
-  // Turns the gradients of the weights into those of the scores.
+  // Drops weights, if the kernel does, which makes them negative.
+  __device__ __forceinline__ void drop(Scores& weights) {
+    if constexpr (Traits::kDropout) dropout.drop(args, weights, storage.infos[stage()], 0, lane);
+  }
+
+  // Turns the gradients of the weights into those of the scores. A weight that was dropped is negative, and its own
+  // gradient is 0.
   __device__ __forceinline__ void differentiate(const Scores& weights, Scores& grads, const Statistics& delta,
                                                 bool masked) const {
     CUTE_UNROLL
-    for (int i = 0; i < cute::size(grads); ++i) grads(i) = weights(i) * (grads(i) - delta[i]);
+    for (int i = 0; i < cute::size(grads); ++i) {
+      const bool dropped = Traits::kDropout && signbit(weights(i));
+      grads(i) = weights(i) * (dropped ? delta[i] : grads(i) - delta[i]);
+    }
     if (!masked) return;
     // A weight of 0 does not silence a NaN.
     CUTE_UNROLL
@@ -314,7 +325,7 @@ struct BackwardKeysMainloop {
   __device__ __forceinline__ void release_stage(int index) const { mbarrier_arrive_warp(&storage.empty[index], lane); }
 
   // The first stage's weights and gradients of scores. Whether it is masked.
-  __device__ __forceinline__ bool start(Scores& scores, Scores& grad_weights, const QueryLimits& limits) const {
+  __device__ __forceinline__ bool start(Scores& scores, Scores& grad_weights, const QueryLimits& limits) {
     mbarrier_wait(&storage.values_full, tiles & 1);
     wait_stage();
     issue_scores(grad_weights, storage.values, storage.grad_out[0]);
@@ -327,6 +338,7 @@ struct BackwardKeysMainloop {
     cute::warpgroup_fence_operand(grad_weights);
     if (masked) mask_queries(args, scores, storage.infos[stage()], 0, limits, lane);
     exponentiate(scores, lse);
+    drop(scores);
     differentiate(scores, grad_weights, Statistics(storage.delta[stage()], lane), masked);
     return masked;
   }
@@ -343,7 +355,7 @@ struct BackwardKeysMainloop {
     [[maybe_unused]] Scores next_scores, next_grad_weights;
     GradQueries grad_queries, more_grad_queries;
     convert_scores(grad_weights, grads);
-    convert_scores(scores, weights);
+    convert_scores<Traits::kDropout>(scores, weights);
     share(grads);
     turn.take();
     issue_keys(grad_values, weights, storage.grad_out[0]);
@@ -417,6 +429,7 @@ struct BackwardKeysMainloop {
       cute::warpgroup_fence_operand(next_scores);
       if (masked) mask_queries(args, next_scores, storage.infos[stage()], 0, limits, lane);
       exponentiate(next_scores, lse);
+      drop(next_scores);
       const Statistics delta(storage.delta[stage()], lane);
       if constexpr (Traits::kGradLeavesFromStage) {
         bulk_wait_read(lane);

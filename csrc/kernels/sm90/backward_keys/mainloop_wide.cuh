@@ -54,6 +54,7 @@ struct BackwardKeysMainloopWide {
   uint32_t position = 0;  // stages before this one, over all tiles: where all rings are, in one register
   uint32_t tiles = 0;     // with stages, before this one
   GradKeys grad_keys, grad_values;
+  KeyDropout dropout;  // of the tile, if the kernel drops weights
 
   __device__ __forceinline__ BackwardKeysMainloopWide(const BackwardKeysArguments& args, Storage& storage, int unit,
                                                       int warp, int lane)
@@ -145,7 +146,15 @@ struct BackwardKeysMainloopWide {
     }
   }
 
-  // Turns the gradients of the weights into those of the scores.
+  // Drops weights, if the kernel does, which makes them negative.
+  __device__ __forceinline__ void drop(Scores& weights) {
+    if constexpr (Traits::kDropout) {
+      dropout.drop(args, weights, storage.infos[stage()], unit * (Traits::kScoreQueries / kGranule), lane);
+    }
+  }
+
+  // Turns the gradients of the weights into those of the scores. A weight that was dropped is negative, and its own
+  // gradient is 0.
   __device__ __forceinline__ void differentiate(const Scores& weights, Scores& grads, bool masked) const {
     const float* delta = of_columns(storage.delta[stage()]);
     CUTE_UNROLL
@@ -154,7 +163,8 @@ struct BackwardKeysMainloopWide {
       CUTE_UNROLL
       for (int j = 0; j < 4; ++j) {
         float& grad = grads(4 * group + j);
-        grad = weights(4 * group + j) * (grad - (j & 1 ? pair.y : pair.x));
+        const float weight = weights(4 * group + j), of_row = j & 1 ? pair.y : pair.x;
+        grad = weight * (Traits::kDropout && signbit(weight) ? of_row : grad - of_row);
       }
     }
     if (!masked) return;
@@ -165,10 +175,11 @@ struct BackwardKeysMainloopWide {
 
   // Leaves this warpgroup's half of the weights, or of the gradients of scores, where both warpgroups' products read
   // them.
+  template <bool kPositive = false>
   __device__ __forceinline__ void share(const Scores& values, int index) const {
     using namespace cute;
     Tensor rounded = make_tensor<Element>(Scores{}.layout());
-    convert_scores(values, rounded);
+    convert_scores<kPositive>(values, rounded);
     auto tiled_copy = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, MmaScores{});
     auto thread_copy = tiled_copy.get_thread_slice(warp * 32 + lane);
     Tensor sS = make_tensor(make_smem_ptr(&storage.grad_scores[0][0]), typename Traits::SmemLayoutGradScores{});
@@ -238,7 +249,8 @@ struct BackwardKeysMainloopWide {
       cute::warpgroup_fence_operand(next_weights);
       if (masked) mask(next_weights, limits, stage());
       exponentiate(next_weights, stage());
-      share(next_weights, weights_buffer());
+      drop(next_weights);
+      share<Traits::kDropout>(next_weights, weights_buffer());
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(next_grads);
       weights = next_weights;
@@ -262,7 +274,8 @@ struct BackwardKeysMainloopWide {
     cute::warpgroup_fence_operand(weights);
     if (masked) mask(weights, limits, stage());
     exponentiate(weights, stage());
-    share(weights, weights_buffer());
+    drop(weights);
+    share<Traits::kDropout>(weights, weights_buffer());
 #pragma unroll 1
     for (; stages > 1; --stages) step<true>(weights, grads, masked, limits);
     if (lane == 0) mbarrier_arrive(&storage.values_empty);

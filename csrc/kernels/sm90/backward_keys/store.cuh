@@ -141,6 +141,7 @@ __device__ __forceinline__ void leave_keys(const BackwardKeysArguments& args, ty
     if (!sum.add(lane, grad_keys, grad_values)) return;
   }
   const int head = item.query_set / args.sets_per_key_head;
+  const float value_scale = Traits::kDropout ? args.dropout.scale : 1.f;
   if constexpr (Traits::kSendsKeys) {
     // The copy engine would overwrite rows of the next sequence.
     if (warp_key + kGranule <= uniform(item.keys)) {
@@ -148,7 +149,7 @@ __device__ __forceinline__ void leave_keys(const BackwardKeysArguments& args, ty
       float* buffer = storage.grad_queries[unit * 4 + warp];
       if (args.grad_v != nullptr) {
         bulk_wait_read(lane);
-        send_keys<Traits>(args, grad_values, 1.f, args.map_grad_v, row + item.sequence * args.grad_v_batch_rows,
+        send_keys<Traits>(args, grad_values, value_scale, args.map_grad_v, row + item.sequence * args.grad_v_batch_rows,
                           head + item.sequence * args.grad_v_batch_heads, buffer, lane);
       }
       if (args.grad_k != nullptr) {
@@ -161,7 +162,7 @@ __device__ __forceinline__ void leave_keys(const BackwardKeysArguments& args, ty
   }
   store_keys<Traits>(args, item, grad_keys, first_column, args.scale, args.grad_k, args.grad_k_batch_stride,
                      args.grad_k_row_stride, args.grad_k_head_stride, head, warp_key, lane);
-  store_keys<Traits>(args, item, grad_values, first_column, 1.f, args.grad_v, args.grad_v_batch_stride,
+  store_keys<Traits>(args, item, grad_values, first_column, value_scale, args.grad_v, args.grad_v_batch_stride,
                      args.grad_v_row_stride, args.grad_v_head_stride, head, warp_key, lane);
 }
 

@@ -11,6 +11,7 @@
 #include "kernels/common/bit_row.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/sm90/config.h"
+#include "plan/dropout.h"
 #include "plan/rows.h"
 
 namespace hbsattn::sm90 {
@@ -27,6 +28,7 @@ struct StageInfo {
   int queries[kGranules];  // first query, in the sequence, of each granule; of stacked heads, row of the stack
   int with[kGranules];     // united key blocks that are active with it, one bit each
   int chunks[kGranules];   // of the workspace, where its gradient is added up; -1: the granule is padding
+  int stack;               // of query heads, that it is of; where weights are dropped
   HeadRule rule;           // if masked, and heads have rules: that of the stage's; its sink is in places of queries
 };
 
@@ -53,6 +55,7 @@ struct BackwardKeysTraits {
   static constexpr int kTileMLog2 = cutlass::log2_down<kTileM>::value;
   static constexpr int kStages = Config::kStages;
   static constexpr bool kWide = Config::kWide;
+  static constexpr bool kDropout = Config::kDropout;
   static constexpr int kUnits = kWide ? 2 : kTileN / kUnitKeys;  // consumer warpgroups
   static constexpr int kConsumerWarps = 4 * kUnits;
   static constexpr int kThreads = 128 * (1 + kUnits);
@@ -207,7 +210,7 @@ struct BackwardKeysArguments {
   int q_batch_rows, grad_out_batch_rows, k_batch_rows, v_batch_rows;
   int k_batch_heads, v_batch_heads;
   int head_dim;
-  int heads_k;
+  int heads_q, heads_k;
   int united;             // key blocks that a tile may unite
   QuerySets sets;         // a tile streams the queries of one
   int sets_per_key_head;  // if more than one, their tiles of the same keys pass on:
@@ -222,6 +225,7 @@ struct BackwardKeysArguments {
   bool whole_rows;     // maps of whole rows can be used; otherwise all rows come through the clipped maps
   bool whole_queries;  // the same for queries
   float scale, scale_log2;
+  Dropout dropout;
 };
 
 }  // namespace hbsattn::sm90

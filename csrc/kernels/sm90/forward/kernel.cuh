@@ -16,7 +16,7 @@ __device__ __forceinline__ void finish_tile(const QueryTileArguments& args, type
   const int unit = mainloop.unit, lane = mainloop.lane;
 
   float lse[2];
-  mainloop.softmax.finish(mainloop.output, args.scale, lse);
+  mainloop.softmax.finish(mainloop.output, args.scale, kGeneral ? args.dropout.scale : 1.f, lse);
   // Unless a box holds several heads, the rows of a warp lie in one, and one place tells them all. Found outside the
   // branch, it is computed while the last product still runs.
   const int warp_row = unit * kUnitRows + warp * 16;
@@ -66,6 +66,10 @@ __device__ __forceinline__ void run_consumer(const QueryTileArguments& args, typ
     }
     const typename ForwardMainloop<Traits, kGeneral>::Limits limits(args, item, rule, buffer.index,
                                                                     unit * kUnitRows + warp * 16, lane);
+    if (kGeneral && args.dropout.seed != nullptr) {
+      const int warp_row = unit * kUnitRows + warp * 16;
+      leave_rows<kGeneral>(args, item, warp_row, lane, &storage.dropout_rows[warp_row]);
+    }
     mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
     if constexpr (Traits::kPairs) {
       mainloop.run_pair(limits, item, pair, ring_begin, buffer.index * Traits::kUnits + unit);

@@ -31,9 +31,11 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   using Traits = sm90::QueryTileTraits<Config>;
   sm90::QueryTileArguments args{};
   bool general = false;
-  HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(params, false, args, general));
-  const bool pairs =
-      shape_tiles(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, false).pairs;
+  const bool for_backward = takes_gradient_tiles(params);
+  HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(params, for_backward, args, general));
+  const TileShape tiles =
+      shape_tiles(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, for_backward);
+  const bool pairs = tiles.pairs;
   if (pairs) choose_part<Config>(params, args);
   if (params.cycles != nullptr) {
     int device_capability = 0, multiprocessors = 0;

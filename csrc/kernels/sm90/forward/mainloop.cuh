@@ -8,6 +8,7 @@
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/softmax.cuh"
 #include "kernels/sm90/operand.cuh"
+#include "kernels/sm90/query_tiles/dropout.cuh"
 #include "kernels/sm90/query_tiles/limits.cuh"
 #include "kernels/sm90/query_tiles/traits.cuh"
 #include "kernels/sm90/turn.cuh"
@@ -78,6 +79,9 @@ struct ForwardMainloop {
 
   Output output;
   OnlineSoftmax softmax;
+  // Of the general kernel where weights are dropped: the codes of the granules of the last stage whose scores are
+  // there, one in each lane.
+  int granule_code;
 
   __device__ __forceinline__ ForwardMainloop(const QueryTileArguments& args, Storage& storage, int unit, int lane)
       : args(args),
@@ -157,8 +161,14 @@ struct ForwardMainloop {
     fence_operand(probabilities);
   }
 
-  __device__ __forceinline__ void mask(Scores& scores, const Limits& limits) const {
-    mask_scores<Traits>(args, scores, storage, key_stage.index, limits, lane);
+  __device__ __forceinline__ bool drops() const { return kGeneral && args.dropout.seed != nullptr; }
+
+  // `masked`: whether the stage needs it. Where weights are dropped, others come here, too.
+  __device__ __forceinline__ void mask(Scores& scores, const Limits& limits, bool masked) {
+    if (masked) mask_scores<Traits>(args, scores, storage, key_stage.index, limits, lane);
+    if (!drops()) return;
+    granule_code = storage.granules[key_stage.index][(limits.granules * Traits::kGranules + lane) % 32];
+    __syncwarp();  // lane 0 lets the producer overwrite them
   }
 
   __device__ __forceinline__ void release_keys() {
@@ -175,7 +185,7 @@ struct ForwardMainloop {
   template <bool kMasked>
   __device__ __forceinline__ void grow(Scores& scores, Probabilities& probabilities, const Limits& limits,
                                        bool masked = true) {
-    if (kMasked && masked) mask(scores, limits);
+    if constexpr (kMasked) mask(scores, limits, masked);
     release_keys();
     OnlineSoftmax::Growth growth = softmax.find_growth(scores, args.scale_log2);
     hold_back_waits(growth.by[0] + growth.by[1], barriers);
@@ -191,15 +201,23 @@ struct ForwardMainloop {
     softmax.grow(growth, args.scale_log2, output);
   }
 
+  template <bool kDrops>
   __device__ __forceinline__ void weigh(Scores& scores, Probabilities& probabilities) {
     softmax.exponentiate<kPaced>(scores, args.scale_log2, args.zero);
+    if constexpr (kDrops) {
+      if (drops()) {
+        const DropoutRow* rows = &storage.dropout_rows[unit * kUnitRows + threadIdx.x % 128 / 32 * 16];
+        drop_weights(args.dropout, rows, scores, lane,
+                     [&](int i) { return __shfl_sync(0xffffffffu, granule_code, i); });
+      }
+    }
     convert_scores(scores, probabilities);
   }
 
   // Scores of the next stage while the tensor cores also multiply the last one's probabilities with its values.
   template <bool kMasked>
   __device__ __forceinline__ void step(Scores& scores, Probabilities& probabilities, const Limits& limits,
-                                       int query_index, bool accumulate) {
+                                       int query_index, bool accumulate, bool masked = true) {
     mbarrier_wait(keys_full(), key_stage.parity);
     turn.take();
     issue_scores(scores, query_index);
@@ -209,8 +227,8 @@ struct ForwardMainloop {
 
     cute::warpgroup_wait<1>();
     cute::warpgroup_fence_operand(scores);
-    grow<kMasked>(scores, probabilities, limits);
-    weigh(scores, probabilities);
+    grow<kMasked>(scores, probabilities, limits, masked);
+    weigh<kMasked>(scores, probabilities);
   }
 
   // Probabilities of a stage whose maxima are known, while the tensor cores compute the next scores; then its product
@@ -221,7 +239,7 @@ struct ForwardMainloop {
                                              bool masked = true) {
     mbarrier_wait(keys_full(), key_stage.parity);
     issue_scores(next, query_index);
-    weigh(scores, probabilities);
+    weigh<kMasked>(scores, probabilities);
     mbarrier_wait(values_full(), value_stage.parity);
     issue_values(probabilities, accumulate);
 
@@ -250,7 +268,7 @@ struct ForwardMainloop {
     issue_scores(scores, query_index);
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
-    mask(scores, limits);
+    mask(scores, limits, true);
     release_keys();
     softmax.begin(scores, args.scale_log2);
     add_sinks(item);
@@ -266,7 +284,7 @@ struct ForwardMainloop {
   }
 
   // All stages of a tile. Masked stages come first, and the loop after them has no mask code; those from `clean_end` on
-  // are masked again.
+  // are masked again. Where weights are dropped, the first loop takes all.
   __device__ __forceinline__ void run(const Limits& limits, const WorkItem& item, int stages, int masked_stages,
                                       int clean_end, int query_index) {
     Scores scores;
@@ -274,9 +292,10 @@ struct ForwardMainloop {
     begin(scores, limits, item, query_index);
     bool accumulate = false;
     int stage = 1;
+    const auto is_masked = [&](int stage) { return stage < masked_stages || stage >= clean_end; };
     if constexpr (kAhead) {
       // Two stages a round, as the next scores have registers of their own: of an odd number, one comes before.
-      const int singly = masked_stages + ((clean_end - masked_stages) & 1);
+      const int singly = drops() ? stages : masked_stages + ((clean_end - masked_stages) & 1);
       const auto step_singly = [&](bool masked) {
         Scores next;
         step_ahead<true>(scores, next, probabilities, limits, query_index, accumulate, masked);
@@ -284,7 +303,7 @@ struct ForwardMainloop {
         accumulate = true;
       };
 #pragma unroll 1
-      for (; stage < singly; ++stage) step_singly(stage < masked_stages);
+      for (; stage < singly; ++stage) step_singly(is_masked(stage));
 #pragma unroll 1
       for (; stage < clean_end; stage += 2) {
         Scores next;
@@ -294,12 +313,12 @@ struct ForwardMainloop {
       }
 #pragma unroll 1
       for (; stage < stages; ++stage) step_singly(true);
-      weigh(scores, probabilities);
+      weigh<true>(scores, probabilities);
     } else {
-      weigh(scores, probabilities);
+      weigh<true>(scores, probabilities);
 #pragma unroll 1
-      for (; stage < masked_stages; ++stage) {
-        step<true>(scores, probabilities, limits, query_index, accumulate);
+      for (; stage < (drops() ? stages : masked_stages); ++stage) {
+        step<true>(scores, probabilities, limits, query_index, accumulate, !drops() || is_masked(stage));
         accumulate = true;
       }
 #pragma unroll 1
@@ -336,7 +355,7 @@ struct ForwardMainloop {
     Probabilities probabilities;
     move_to(0);
     begin(scores, limits, item, query_index);
-    weigh(scores, probabilities);
+    weigh<true>(scores, probabilities);
     bool accumulate = false;
     int stage = 1;
 #pragma unroll 1

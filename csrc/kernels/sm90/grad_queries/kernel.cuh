@@ -30,6 +30,9 @@ __device__ __forceinline__ void run_query_consumer(const GradQueriesArguments& a
     }
     const KeyLimits<kGeneral> limits(args, item, rule, buffer.index, warp_row, lane);
     const auto rows = RowStatistics::load<kGeneral>(args, item, warp_row, lane);
+    if (kGeneral && args.dropout.seed != nullptr) {
+      leave_rows<kGeneral>(args, item, warp_row, lane, &storage.dropout_rows[warp_row]);
+    }
     mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
     mainloop.run(limits, rows, stages, masked_stages, clean_end, buffer.index * Traits::kUnits + unit);
     mainloop.scale(rows);

@@ -33,6 +33,7 @@ Status set_query_arguments(const BackwardParams& params, const BackwardWorkspace
   args.statistics_lse = reinterpret_cast<const float*>(bytes + workspace.statistics);
   args.delta = args.statistics_lse + workspace.stacks * workspace.rows + BackwardWorkspace::kPaddingRows;
   args.chunks = workspace.chunks;
+  args.scale *= args.dropout.scale;
   return Status::Ok();
 }
 

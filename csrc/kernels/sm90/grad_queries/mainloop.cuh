@@ -2,6 +2,7 @@
 
 #include "kernels/sm90/grad_queries/traits.cuh"
 #include "kernels/sm90/operand.cuh"
+#include "kernels/sm90/query_tiles/dropout.cuh"
 #include "kernels/sm90/query_tiles/limits.cuh"
 
 // What one consumer warpgroup does with the stages of a tile. With S the scaled scores of its 64 queries and the keys
@@ -157,10 +158,12 @@ struct GradQueriesMainloop {
     hold_back_waits(any, unread);
   }
 
+  __device__ __forceinline__ bool drops() const { return kGeneral && args.dropout.seed != nullptr; }
+
   // From a stage's rows to `grads`, its gradients of scores, while those of the stage before are multiplied.
   template <bool kFirst, bool kMasked>
   __device__ __forceinline__ void step(Operand& grads, const KeyLimits<kGeneral>& limits, const RowStatistics& rows,
-                                       int query_index, bool accumulate) {
+                                       int query_index, bool accumulate, bool masked = true) {
     // Declared here, or their last values would count as inputs of the products that overwrite them.
     Scores scores, grad_weights;
     mbarrier_wait(&storage.keys_full[key_stage.index], key_stage.parity);
@@ -173,13 +176,21 @@ struct GradQueriesMainloop {
 
     cute::warpgroup_wait<kFirst ? 1 : 2>();
     cute::warpgroup_fence_operand(scores);
-    if constexpr (kMasked) mask_scores<Traits>(args, scores, storage, key_stage.index, limits, lane);
+    if (kMasked && masked) mask_scores<Traits>(args, scores, storage, key_stage.index, limits, lane);
     exponentiate(scores, rows);
     hold_back(scores);
     cute::warpgroup_wait<kFirst ? 0 : 1>();
     cute::warpgroup_fence_operand(grad_weights);
     if (lane == 0) mbarrier_arrive(&storage.values_empty[value_stage.index]);
     value_stage.advance();
+    if constexpr (kMasked) {
+      if (drops()) {
+        const int32_t* granules = storage.granules[key_stage.index] + limits.granules * Traits::kGranules;
+        const DropoutRow* rows = &storage.dropout_rows[(threadIdx.x - 128) / 32 * 16];
+        drop_weights(args.dropout, rows, grad_weights, lane,
+                     [&](int i) { return __shfl_sync(0xffffffffu, lane == 0 ? granules[i] : 0, 0); });
+      }
+    }
     differentiate<kMasked>(scores, grad_weights, rows);
     if constexpr (!kFirst) {
       hold_back(grad_weights);
@@ -192,7 +203,7 @@ struct GradQueriesMainloop {
   }
 
   // All stages of a tile. Masked stages come first, and the loop after them has no mask code; those from `clean_end` on
-  // are masked again.
+  // are masked again. Where weights are dropped, the first loop takes all.
   __device__ __forceinline__ void run(const KeyLimits<kGeneral>& limits, const RowStatistics& rows, int stages,
                                       int masked_stages, int clean_end, int query_index) {
     Operand grads;
@@ -200,8 +211,9 @@ struct GradQueriesMainloop {
     step<true, true>(grads, limits, rows, query_index, accumulate);
     int stage = 1;
 #pragma unroll 1
-    for (; stage < masked_stages; ++stage) {
-      step<false, true>(grads, limits, rows, query_index, accumulate);
+    for (; stage < (drops() ? stages : masked_stages); ++stage) {
+      const bool masked = !drops() || stage < masked_stages || stage >= clean_end;
+      step<false, true>(grads, limits, rows, query_index, accumulate, masked);
       accumulate = true;
     }
 #pragma unroll 1

@@ -107,9 +107,10 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   args.segments_per_block = (block_keys + segment - 1) / segment;
   while ((1 << args.segment_log2) < segment) ++args.segment_log2;
   args.sinks = params.sinks;
+  args.dropout = make_dropout(params);
   args.scale = params.softmax_scale;
   args.scale_log2 = static_cast<float>(params.softmax_scale * M_LOG2E);
-  general = needs_general_kernel(shape, tiles);
+  general = needs_general_kernel(shape, tiles) || params.dropout_p > 0.;
   return Status::Ok();
 }
 

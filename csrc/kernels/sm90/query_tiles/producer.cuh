@@ -515,7 +515,8 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
           // The block that does not attend to it never reads it.
           if (lane == 0 && owner != kOfBoth) mbarrier_arrive(&empty[ring.index], Traits::kConsumerWarps / 2);
         }
-        if (kKeys && (Traits::kAddsKeys || masked)) {
+        const bool drops = kGeneral && args.dropout.seed != nullptr;  // by where keys lie
+        if (kKeys && (Traits::kAddsKeys || masked || drops)) {
           write_granules(args, plan, stage, storage.granules[ring.index], lane);
         }
         if (lane == 0) {

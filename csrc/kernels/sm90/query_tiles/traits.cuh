@@ -12,6 +12,7 @@
 
 #include "hbsattn/params.h"
 #include "kernels/common/bit_row.cuh"
+#include "kernels/common/dropout.cuh"
 #include "kernels/sm90/config.h"
 #include "plan/pairs.h"
 
@@ -161,6 +162,7 @@ struct QueryTileTraits {
     TileSlot tiles[kTileSlots];
     WorkItem held_items[kQueryBuffers];  // whose queries, or output, the buffers hold
     TileRule rules[kQueryBuffers];       // of the heads of these, where heads have rules
+    DropoutRow dropout_rows[kTileM];     // of the tile at hand, where weights are dropped
     uint64_t unread;                     // where hold_back_waits stores; with it begin the barriers
     uint64_t keys_full[kOwners * kKeyStages], keys_empty[kKeyStages];
     uint64_t values_full[kOwners * kValueStages], values_empty[kValueStages];
@@ -229,6 +231,7 @@ struct QueryTileArguments {
   int tail_vectors;
   int whole_k_rows, whole_v_rows;
   const float* sinks;  // (heads_q), natural; null: there are none
+  Dropout dropout;     // for the general kernel alone
   float scale, scale_log2;
   float zero;  // 0, unknown to the compiler
 };
