@@ -20,7 +20,7 @@ from generate_instances import KERNELS, read_table  # noqa: E402
 SECONDS_ALLOWED = 180
 # Bytes, stores and loads, by what is in a kernel's name; others may not spill. Those of backward_keys are counted in
 # each of the four forms of the warp that streams queries, of which a call runs one. The general forward of head dim 96
-# reloads addresses at the start and the end of a tile, outside of all loops. The general kernels of gradients of queries
+# reloads addresses at the start and the end of a tile, outside of all loops. General kernels of gradients of queries
 # store what dropout leaves no room for: scores of 128 keys at head dim 64.
 SPILLS_ALLOWED = {
     r"Sm90GradQueriesI\w+Li64ELi128EEELb1E": 900,
