@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 import masks
-from hbsattn._dropout import keeps, round_dropout_p
-from workloads import Window, Workload, make_dropout_seed, make_head_sinks
+from workloads import DROPOUT_SEED, Window, Workload, make_head_sinks
 
 HEADS_SAMPLED = 8
 ROWS_SAMPLED = 16
@@ -157,10 +156,10 @@ class _Scores:
     """The formula with what a workload makes of scores, for some query heads of a batch entry."""
 
     def __init__(self, workload: Workload, batch: int, heads: slice, device: torch.device) -> None:
-        self._scale, self._dropout = workload.head_dim**-0.5, round_dropout_p(workload.dropout)
+        self._scale = workload.head_dim**-0.5
+        self._dropout = round(workload.dropout * _dropout.NUMBERS) / _dropout.NUMBERS
         sinks = make_head_sinks(workload, device)
         self._sinks = None if sinks is None else sinks[heads]
-        self._seed = make_dropout_seed(workload, device)
         self._streams = batch * workload.heads + torch.arange(workload.heads, device=device)[heads]
 
     def attend(
@@ -170,9 +169,8 @@ class _Scores:
         sinks = None if self._sinks is None else self._sinks.to(q.dtype)
         kept = None
         if self._dropout:
-            kept = keeps(
-                self._dropout, self._seed, self._streams.view(-1, 1, 1), rows.view(1, -1, 1), keys.view(1, 1, -1)
-            )
+            places = self._streams.view(-1, 1, 1), rows.view(1, -1, 1), keys.view(1, 1, -1)
+            kept = _dropout.is_kept(self._dropout, *DROPOUT_SEED, *places)
         return _oracle.one_sequence(q, k, v, attends, self._scale, sinks, kept, self._dropout)
 
 
@@ -273,12 +271,12 @@ def _larger(a: float, b: float) -> float:
     return b if not b <= a else a  # NaN, too, replaces a number
 
 
-def _load_oracle():
-    path = Path(__file__).resolve().parent.parent / "tests" / "oracle" / "dense.py"
-    spec = importlib.util.spec_from_file_location("hbsattn_tests_dense_oracle", path)
+def _load_oracle(name: str):
+    path = Path(__file__).resolve().parent.parent / "tests" / "oracle" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"hbsattn_tests_{name}_oracle", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-_oracle = _load_oracle()
+_oracle, _dropout = _load_oracle("dense"), _load_oracle("dropout")

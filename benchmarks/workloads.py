@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DROPOUT_SEED = (1, 2)  # a seed and an offset
 LONGEST_DENSE = 131072  # beyond, dense attention takes seconds
 
 # Block sizes that should run at the rate of 128 x 128, what smaller ones are compared with, and those whose rows share
@@ -193,8 +194,8 @@ def make_head_sinks(workload: Workload, device: torch.device | str) -> Tensor | 
 
 
 def make_dropout_seed(workload: Workload, device: torch.device | str) -> Tensor | None:
-    """int64 (2), a seed and an offset; None if nothing is dropped."""
-    return torch.tensor([1, 2], device=device) if workload.dropout else None
+    """int64 (2), None if nothing is dropped."""
+    return torch.tensor(DROPOUT_SEED, device=device) if workload.dropout else None
 
 
 def make_grad_out(workload: Workload, device: torch.device | str, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which weights dropout keeps, from the definition: one pair of a query and a key at a time, in plain integers.
+"""Which weights dropout keeps, from the definition: for integers, or for int64 tensors, element by element.
 
 Judges the product, so it imports nothing from it.
 """
@@ -15,9 +15,8 @@ def philox4x32(counter: tuple[int, ...], key: tuple[int, ...], rounds: int) -> t
     for number in range(rounds):
         if number > 0:
             k = [(k[0] + 0x9E3779B9) & WORD, (k[1] + 0xBB67AE85) & WORD]
-        high0, low0 = divmod(0xD2511F53 * c[0], 1 << 32)
-        high1, low1 = divmod(0xCD9E8D57 * c[2], 1 << 32)
-        c = [high1 ^ c[1] ^ k[0], low1, high0 ^ c[3] ^ k[1], low0]
+        first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]  # of tensors, modulo 2^64
+        c = [second >> 32 & WORD ^ c[1] ^ k[0], second & WORD, first >> 32 & WORD ^ c[3] ^ k[1], first & WORD]
     return tuple(c)
 
 
@@ -32,9 +31,11 @@ def draw(words_of_stream: tuple[int, int], query: int, key: int) -> int:
     row, col = (x // 16 * 4 + x % 8 // 2 for x in (query, key))
     words = philox4x32((row, col, *words_of_stream), (0, 0), 7)
     byte = query // 8 % 2 + 2 * (key // 8 % 2)
-    high = words[2 * (query % 2) + key % 2] >> 8 * byte & 127
-    low = (words[1] ^ words[3] if key % 2 == 0 else words[0] ^ words[2]) >> 8 * byte & 255
-    return high * 256 + low
+    of_even = words[0] * (1 - key % 2) + words[1] * (key % 2)
+    of_odd = words[2] * (1 - key % 2) + words[3] * (key % 2)
+    high = of_even * (1 - query % 2) + of_odd * (query % 2)
+    low = (words[1] ^ words[3]) * (1 - key % 2) + (words[0] ^ words[2]) * (key % 2)
+    return (high >> 8 * byte & 127) * 256 + (low >> 8 * byte & 255)
 
 
 def is_kept(dropout_p: float, seed: int, offset: int, stream: int, query: int, key: int) -> bool:
