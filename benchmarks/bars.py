@@ -582,6 +582,12 @@ def _with_addition(what: str, addition: str, forward: float, backward: float) ->
     ]
 
 
+def _with_short_values(task: str = "") -> Bar:
+    name = f"{task}all-true-s16384-dim192"
+    what = f"values of 128 columns, head dim 192, all true, s 16384{', backward' if task else ''}"
+    return Bar(what, _ours(f"{name}-values128-causal"), _ours(f"{name}-causal"), 0.95, "of the rate with 192")
+
+
 # Heads of every kind, those of one call alike or not: 32 heads, head dim 128, causal. All true is our own mask.
 HEADS = (
     *_half_dense(8192, 1.60, 1.63),
@@ -616,6 +622,8 @@ HEADS = (
     ),
     *_with_addition("a sink for each head", "head-sinks", 1.02, 1.02),
     *_with_addition("dropout 0.1", "dropout0.1", 1.20, 1.25),
+    _with_short_values(),
+    _with_short_values("backward-"),
 )
 
 SETS = {"basics": BASICS, "shapes": SHAPES, "backward": BACKWARD, "real": REAL, "heads": HEADS}

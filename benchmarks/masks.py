@@ -17,11 +17,11 @@ TOPICS = 24
 TOPIC_SCALE = 0.9
 TOPIC_TOKENS = 150
 
-# Floating-point operations for each attending pair and element of a head: a multiplication and an addition in each
-# product, of which the forward has two and the backward five.
-FLOPS = {"forward": 4, "backward": 10, "training": 14}
-# Products of a backward whose other gradients nobody asks for: scores and dP, and dQ alone, or dK and dV.
-FROZEN_FLOPS = {"": 10, "kv": 6, "q": 8}
+# Products of each attending pair, of q's head dim and of v's: scores, and out; in the backward scores, dQ and dK, and
+# dP and dV.
+PRODUCTS = {"forward": (1, 1), "backward": (3, 2), "training": (4, 3)}
+# Those of a backward whose other gradients nobody asks for: scores and dP, and dQ alone, or dK and dV.
+FROZEN_PRODUCTS = {"": (3, 2), "kv": (2, 1), "q": (2, 2)}
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,14 @@ def count_visible_pairs(workload: Workload) -> int:
 
 def count_flops(workload: Workload, pairs: int) -> int:
     """Floating-point operations of the workload's task."""
-    return flops_of_pair(workload) * workload.head_dim * pairs
+    return flops_of_pair(workload) * pairs
 
 
 def flops_of_pair(workload: Workload) -> int:
-    """Floating-point operations of the task for an attending pair and an element of a head."""
-    return FROZEN_FLOPS[workload.frozen] if workload.task == "backward" else FLOPS[workload.task]
+    """Floating-point operations of the task for an attending pair: a multiplication and an addition for each element of
+    a product."""
+    of_q, of_v = FROZEN_PRODUCTS[workload.frozen] if workload.task == "backward" else PRODUCTS[workload.task]
+    return 2 * (of_q * workload.head_dim + of_v * workload.columns_of_v)
 
 
 def _pairs_of_blocks(workload: Workload, device: torch.device | str, window: Window) -> Tensor:

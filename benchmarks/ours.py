@@ -65,7 +65,7 @@ class Ours:
 
     def _call(self) -> tuple[int, int, int, int, bool]:
         work = self._workload
-        return work.heads, work.heads_k, work.head_dim, work.dtype.itemsize, True
+        return work.heads, work.heads_k, max(work.head_dim, work.columns_of_v), work.dtype.itemsize, True
 
     def attend(self) -> Tensor:
         return self._batched(hbsattn.block_sparse_attention(*self._inputs(), self.mask, **self._choices()))
@@ -95,7 +95,7 @@ class Ours:
     def flops(self) -> int:
         """What the mask's own count makes of the task."""
         work = self._workload
-        return self.mask.flops(work.head_dim, work.heads) // masks.FLOPS["forward"] * masks.flops_of_pair(work)
+        return self.mask.flops(1, work.heads) // 4 * masks.flops_of_pair(work)
 
     def scratch_allowed(self) -> int:
         """Bytes that a backward may allocate beside its gradients: sums in float32, and two numbers a query row."""

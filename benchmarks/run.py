@@ -218,6 +218,8 @@ class Bench:
             entry.problem = "not supported: windows of tokens"
         if workload.head_sinks:
             entry.problem = "not supported: sinks of heads"
+        if workload.value_dim is not None:
+            entry.problem = "values of another head dim are timed with hbsattn alone"
         if workload.dropout:
             entry.problem = "dropout is timed with hbsattn alone"
         if entry.problem:

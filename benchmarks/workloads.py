@@ -53,6 +53,7 @@ class Workload:
         unbounded. Blocks are drawn without regard to them.
     head_sinks: each query head has a score without a value, in the sum of all its weights (make_head_sinks).
     dropout: the probability with which a weight is dropped, by make_dropout_seed.
+    value_dim: the head dim of v; None: it is head_dim.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Workload:
     windows: tuple[Window, ...] = ()
     head_sinks: bool = False
     dropout: float = 0.0
+    value_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.lengths and (self.batch != 1 or sum(self.lengths) != self.seqlen or self.listed):
@@ -115,9 +117,13 @@ class Workload:
         return tuple(windows[head % len(windows)] for head in range(self.mask_heads))
 
     @property
-    def problem(self) -> tuple[int, int, int, int, int, torch.dtype]:
+    def columns_of_v(self) -> int:
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def problem(self) -> tuple[int, int, int, int, int, int, torch.dtype]:
         """What decides the tensors q, k and v."""
-        return self.batch, self.seqlen, self.heads, self.heads_k, self.head_dim, self.dtype
+        return self.batch, self.seqlen, self.heads, self.heads_k, self.head_dim, self.columns_of_v, self.dtype
 
     def mask_only(self) -> Workload:
         """What tasks on the same tensors and mask have in common: their forward, without a name."""
@@ -127,8 +133,7 @@ class Workload:
         """The same tensors and task without a mask: what dense attention computes. Packed sequences of one length are
         a batch of it.
         """
-        batch, seqlen, heads, heads_k, head_dim, dtype = self.problem
-        packed = {"lengths": self.lengths}
+        batch, seqlen, packed = self.batch, self.seqlen, {"lengths": self.lengths}
         if len(set(self.lengths)) == 1:
             batch, seqlen, packed = len(self.lengths), self.lengths[0], {}
         workload = Workload(
@@ -137,10 +142,11 @@ class Workload:
             density=1.0,
             causal=self.causal,
             batch=batch,
-            heads=heads,
-            heads_k=heads_k,
-            head_dim=head_dim,
-            dtype=dtype,
+            heads=self.heads,
+            heads_k=self.heads_k,
+            head_dim=self.head_dim,
+            value_dim=self.value_dim,
+            dtype=self.dtype,
             task=self.task,
             frozen=self.frozen,
             **packed,
@@ -183,7 +189,9 @@ class Group:
 
 def make_tensors(workload: Workload, device: torch.device | str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, (batch, seqlen, heads, head_dim), standard normal."""
-    return _normal(workload, (workload.heads, workload.heads_k, workload.heads_k), device, seed)
+    work = workload
+    heads = (work.heads, work.head_dim), (work.heads_k, work.head_dim), (work.heads_k, work.columns_of_v)
+    return _normal(workload, heads, device, seed)
 
 
 def make_head_sinks(workload: Workload, device: torch.device | str) -> Tensor | None:
@@ -199,20 +207,20 @@ def make_dropout_seed(workload: Workload, device: torch.device | str) -> Tensor 
 
 
 def make_grad_out(workload: Workload, device: torch.device | str, seed: int) -> Tensor:
-    """The gradient of the output, as q."""
-    return _normal(workload, (workload.heads,), device, seed)[0]
+    """The gradient of the output, as that."""
+    return _normal(workload, ((workload.heads, workload.columns_of_v),), device, seed)[0]
 
 
 def _normal(
-    workload: Workload, heads_of_each: tuple[int, ...], device: torch.device | str, seed: int
+    workload: Workload, heads_and_dims: tuple[tuple[int, int], ...], device: torch.device | str, seed: int
 ) -> tuple[Tensor, ...]:
     generator = torch.Generator(device).manual_seed(seed)
 
-    def normal(heads: int) -> Tensor:
-        shape = (workload.batch, workload.seqlen, heads, workload.head_dim)
+    def normal(*heads: int) -> Tensor:
+        shape = (workload.batch, workload.seqlen, *heads)
         return torch.randn(shape, dtype=workload.dtype, device=device, generator=generator)
 
-    return tuple(normal(heads) for heads in heads_of_each)
+    return tuple(normal(*heads) for heads in heads_and_dims)
 
 
 def _named(kind: str, workload: Workload, mask: str = "") -> Workload:
@@ -224,6 +232,7 @@ def _named(kind: str, workload: Workload, mask: str = "") -> Workload:
     parts += [f"heads{work.heads}"] if work.heads != 32 else []
     parts += [f"kv{work.heads_k}"] if work.heads_k != work.heads else []
     parts += [f"dim{work.head_dim}"] if work.head_dim != 128 else []
+    parts += [f"values{work.value_dim}"] if work.value_dim is not None else []
     parts += [mask] if mask else []
     parts += [f"sinks{work.sinks}"] if work.sinks is not None else []
     parts += ["diagonal"] if work.diagonal else []
@@ -483,6 +492,11 @@ def head_groups() -> list[Group]:
     additions = [
         _all_true(32768, True, task="backward", **other) for other in ({}, {"head_sinks": True}, {"dropout": 0.1})
     ]
+    values = [
+        _all_true(16384, True, head_dim=192, value_dim=value_dim, **other)
+        for other in ({}, {"task": "backward"})
+        for value_dim in (None, 128)
+    ]
     tokens = [
         _all_true(8192, True, windows=STREAMING),
         _all_true(1048576, True, heads=8, heads_k=8, windows=STREAMING),
@@ -494,6 +508,7 @@ def head_groups() -> list[Group]:
         _brief("heads-s131072", long, []),
         _brief("heads-backward", backward, []),
         _brief("heads-additions-backward", additions, []),
+        _brief("heads-values", values, []),
         _brief("heads-training", _mixes(65536, task="training"), []),
         _brief("heads-streaming", tokens, []),
     ]

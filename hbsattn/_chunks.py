@@ -76,7 +76,7 @@ def attend_in_chunks(
             bits = torch.empty(chunk.bits_shape, dtype=torch.int32, device=mask.device)
             check(*tensors, bits, mask.sequences)
             del bits
-            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
         bits, sequences = chunk.pack()
         part, part_lse = attend(*tensors, bits, sequences)
         out.narrow(rows_dim, chunk.begin, length).copy_(part)

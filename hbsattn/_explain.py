@@ -54,7 +54,7 @@ def explain(
             mask.packed,
             (q.shape[-3], q.shape[-2]),
             (k.shape[-3], k.shape[-2]),
-            q.shape[-1],
+            (q.shape[-1], v.shape[-1]),
             (mask.batch, mask.heads, mask.rows, cols),
             (q_block, k_block),
             bool(causal),

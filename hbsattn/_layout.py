@@ -36,7 +36,7 @@ class CallShape(NamedTuple):
 
     heads_q: int
     heads_k: int
-    head_dim: int
+    head_dim: int  # that of q, or of v, if it is greater
     element_size: int  # bytes
     pack_heads: bool  # query heads that share a mask and a key head may share tiles
 

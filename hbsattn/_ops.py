@@ -150,13 +150,15 @@ def _(
     call: Call, items: Tensor | None, backward_plan: Tensor | None, deterministic: bool = False
 ) -> tuple[Tensor, Tensor]:
     _check_devices(**call._asdict(), items=items, backward_plan=backward_plan)
-    return _fake_results(call.q)
+    return _fake_results(call)
 
 
-def _fake_results(q: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_results(call: Call) -> tuple[Tensor, Tensor]:
+    q = call.q
     *batch, rows, heads, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty((*batch, heads, rows), dtype=lse_dtype)
+    out = q.new_empty((*batch, rows, heads, call.v.shape[-1]))
+    return out, q.new_empty((*batch, heads, rows), dtype=lse_dtype)
 
 
 @torch.library.register_fake("hbsattn::plan_and_forward")
@@ -164,9 +166,10 @@ def _fake_results(q: Tensor) -> tuple[Tensor, Tensor]:
 def _(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     _check_devices(**call._asdict())
     q, bits = call.q, call.bits
-    shape = CallShape(q.shape[-2], call.k.shape[-2], q.shape[-1], q.element_size(), call.pack_heads)
+    head_dim = max(q.shape[-1], call.v.shape[-1])
+    shape = CallShape(q.shape[-2], call.k.shape[-2], head_dim, q.element_size(), call.pack_heads)
     items = bits.new_empty((count_items(bits.shape, MaskLayout(*call.layout), shape), ITEM_INTS))
-    return (*_fake_results(q), items)
+    return (*_fake_results(call), items)
 
 
 @torch.library.register_fake("hbsattn::backward")
@@ -186,18 +189,23 @@ def _(
     return tuple([x.new_empty(x.shape if needed else (0,)) for x, needed in tensors])
 
 
+def _count_flops(call: Call, of_q: int, of_v: int) -> int:
+    """2 for each column of so many products of q's head dim, and of v's, and each pair of a query and a key that
+    attend. A mask without values, as in a traced program, is counted as one of all blocks.
+    """
+    pairs = count_pairs(call.bits, call.sequences, MaskLayout(*call.layout), call.rules)
+    columns = of_q * call.q.shape[-1] + of_v * call.v.shape[-1]
+    return 2 * columns * pairs * (call.q.shape[-2] // max(call.bits.shape[0], 1))
+
+
 @register_flop_formula(ops.forward, get_raw=True)
 @register_flop_formula(ops.plan_and_forward, get_raw=True)
 @takes_call
-def _count_flops(call: Call, *own: object, **kwargs: object) -> int:
-    """4 * head_dim for each pair of a query and a key that attend. A mask without values, as in a traced program, is
-    counted as one of all blocks.
-    """
-    pairs = count_pairs(call.bits, call.sequences, MaskLayout(*call.layout), call.rules)
-    return 4 * call.q.shape[-1] * pairs * (call.q.shape[-2] // max(call.bits.shape[0], 1))
+def _(call: Call, *own: object, **kwargs: object) -> int:
+    return _count_flops(call, 1, 1)
 
 
 @register_flop_formula(ops.backward, get_raw=True)
-def _(*arguments: object, **kwargs: object) -> int:
-    # Five products of the forward's two.
-    return _count_flops(*arguments) * 5 // 2
+@takes_call
+def _(call: Call, *own: object, **kwargs: object) -> int:
+    return _count_flops(call, 3, 2)

@@ -37,7 +37,9 @@ def block_sparse_attention(
             float16 or bfloat16, on a CPU also float32 and float64; any strides with a contiguous last dimension. On
             CUDA, head dims that are no multiple of 8 cost padded copies of q, k, v and out.
         k, v: (total_k, heads_k, head_dim) or (batch, seqlen_k, heads_k, head_dim), dtype and device of q. heads_q is
-            a multiple of heads_k, and query head h reads key head h // (heads_q // heads_k).
+            a multiple of heads_k, and query head h reads key head h // (heads_q // heads_k). The head dim of v, which
+            is that of out, may be another than that of q and k. On CUDA, calls then take the time of the greater one,
+            but for up to 192 beside up to 128 of v, as in multi-head latent attention: these cost what they compute.
         mask: on the same device; it may serve any number of calls.
         softmax_scale: above 0, 1 / sqrt(head_dim) by default.
         sinks: (heads_q), float16, bfloat16, float32 or float64. A score of each query head that takes part in the
@@ -76,9 +78,9 @@ def block_sparse_attention(
     may reach the gradients of all queries in active blocks of its tile, and its own.
 
     Returns:
-        out, shape and dtype of q; with `return_lse` (out, lse). lse holds natural logarithms in float32 (float64 for
-        float64), (heads_q, total_q) or (batch, heads_q, seqlen_q). A query with nothing to attend gets 0 in out, and in
-        lse its head's sink, or -inf without one.
+        out, shape and dtype of q, but the head dim of v; with `return_lse` (out, lse). lse holds natural logarithms in
+        float32 (float64 for float64), (heads_q, total_q) or (batch, heads_q, seqlen_q). A query with nothing to attend
+        gets 0 in out, and in lse its head's sink, or -inf without one.
 
     Raises:
         ValueError, TypeError: for an argument that does not fit; the message says which, its value, and what does.
@@ -131,7 +133,7 @@ def _attend(
     if torch.is_grad_enabled():
         needs = (q.requires_grad, k.requires_grad, v.requires_grad)
         trains = needs != NO_GRADIENTS or (sinks is not None and sinks.requires_grad)
-    shape: Heads = (heads_q, k_shape[-2], head_dim, q.element_size(), pack_heads)
+    shape: Heads = (heads_q, k_shape[-2], max(head_dim, v.shape[-1]), q.element_size(), pack_heads)
     if mask._lists is not None and not trains and not drops and not mask._makes_bits():
         results = _attend_in_chunks(q, k, v, mask, (mask._rules, sinks, None, mask._layout, pack_heads, scale, 0.0))
         return results if return_lse else results[0]

@@ -43,10 +43,15 @@ class Case:
     windows: tuple[tuple[int, int, int], ...] = ()  # left, right and sink of each mask head, or of all
     sinks: bool = False  # each query head has a sink
     dropout_p: float = 0.0
+    value_dim: int | None = None  # head dim of v, where it is another
 
     @property
     def keys(self) -> tuple[int, ...]:
         return self.lens_q if self.lens_k is None else self.lens_k
+
+    @property
+    def columns_of_v(self) -> int:
+        return self.head_dim if self.value_dim is None else self.value_dim
 
     @property
     def mask_form(self) -> str:

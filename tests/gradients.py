@@ -56,7 +56,8 @@ def leaves(problem: Problem) -> tuple[Tensor, ...]:
 def upstream(problem: Problem, lse: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Gradients of out and lse, drawn on the CPU; 0 where lse is -inf."""
     generator = torch.Generator().manual_seed(seed)
-    grad_out = torch.randn(problem.q.shape, generator=generator).to(problem.q.dtype)
+    shape = (*problem.q.shape[:-1], problem.v.shape[-1])
+    grad_out = torch.randn(shape, generator=generator).to(problem.q.dtype)
     grad_lse = torch.randn(lse.shape, generator=generator).to(lse.dtype)
     return grad_out.to(lse.device), grad_lse.to(lse.device).masked_fill(lse == -math.inf, 0.0)
 

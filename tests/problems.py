@@ -96,7 +96,7 @@ def tensors(spec: Case, device: str, dtype: torch.dtype, seed: int) -> tuple[Ten
         lead_q, lead_k = (len(spec.lens_q), spec.lens_q[0]), (len(spec.keys), spec.keys[0])
     q = torch.randn((*lead_q, spec.heads_q, spec.head_dim), generator=generator)
     k = torch.randn((*lead_k, spec.heads_k, spec.head_dim), generator=generator)
-    v = torch.randn((*lead_k, spec.heads_k, spec.head_dim), generator=generator)
+    v = torch.randn((*lead_k, spec.heads_k, spec.columns_of_v), generator=generator)
     if spec.values == "negative":
         # Every logit lies near this value, below what a finite sentinel for "masked" would be.
         logit = -3e4 if dtype == torch.float16 else -131072.0
@@ -330,7 +330,8 @@ def judge(problem: Problem, out: Tensor, lse: Tensor | None) -> None:
     """Asserts that a result is what the contract promises."""
     reference, reference_lse, luck = problem.oracle()
     same_precision, same_precision_lse, _ = problem.oracle(compute_dtype=None)
-    assert out.shape == problem.q.shape and out.dtype == problem.q.dtype and out.device == problem.q.device
+    assert out.shape == (*problem.q.shape[:-1], problem.v.shape[-1])
+    assert out.dtype == problem.q.dtype and out.device == problem.q.device
     # Logits of this size have a resolution in float32; a change of one moves the output by at most twice it, times v.
     logits = reference_lse[torch.isfinite(reference_lse)].abs()
     values = problem.v[torch.isfinite(problem.v)].abs()

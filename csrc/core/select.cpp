@@ -45,13 +45,14 @@ Status check_dtype(DType dtype) {
 
 // Head dims of the compiled kernels that a problem may use.
 struct HeadDims {
+  KernelTiles tiles;
   int chosen = 0;   // the smallest that is large enough; 0: none is
   int largest = 0;  // 0: there is no kernel
 };
 
 template <class Table>
 HeadDims find_head_dims(const ForwardParams& problem, KernelTiles tiles) {
-  HeadDims found;
+  HeadDims found{tiles};
   Table::any([&](auto config) {
     using Config = decltype(config);
     if (Config::kDType != problem.dtype || !(KernelTiles::of<Config>() == tiles)) return false;
@@ -60,6 +61,16 @@ HeadDims find_head_dims(const ForwardParams& problem, KernelTiles tiles) {
     return false;
   });
   return found;
+}
+
+// The same, or those of kernels for short values where these suffice.
+template <class Table>
+HeadDims find_for_values(const ForwardParams& problem, KernelTiles tiles) {
+  const HeadDims found = find_head_dims<Table>(problem, tiles);
+  if (view_of(problem, problem.v).columns > kShortValueDim) return found;
+  tiles.short_values = true;
+  const HeadDims of_short_values = find_head_dims<Table>(problem, tiles);
+  return of_short_values.chosen > 0 && of_short_values.chosen <= found.chosen ? of_short_values : found;
 }
 
 Status refuse_head_dim(int head_dim, int largest, const char* where) {
@@ -83,22 +94,28 @@ KernelTiles backward_tiles(const BackwardParams& params) {
                            problem.dropout_p > 0.};
 }
 
+// Whether a forward needs the general kernel, which those for short values have none of.
+bool needs_general(const ForwardParams& problem) {
+  const TileShape tiles = shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
+                                      problem.pack_heads, takes_gradient_tiles(problem));
+  return problem.dropout_p > 0. || needs_general_kernel(problem.mask.shape, tiles);
+}
+
 HeadDims find_backward_head_dims(const BackwardParams& params) {
   const KernelTiles tiles = backward_tiles(params);
   switch (choose_backward_method(params, kernels::current_policy())) {
     case BackwardMethod::kByQueries:
-      return find_head_dims<Sm90BackwardQueriesKernels>(params.problem, tiles);
+      return find_for_values<Sm90BackwardQueriesKernels>(params.problem, tiles);
     case BackwardMethod::kQueriesOnly:
-      return find_head_dims<Sm90GradQueriesKernels>(params.problem, tiles);
+      return find_for_values<Sm90GradQueriesKernels>(params.problem, tiles);
     default:
-      return find_head_dims<Sm90BackwardKeysKernels>(params.problem, tiles);
+      return find_for_values<Sm90BackwardKeysKernels>(params.problem, tiles);
   }
 }
 
-Status select(const ForwardParams& problem, const HeadDims& found, KernelTiles tiles, const char* where,
-              KernelKey* key) {
+Status select(const ForwardParams& problem, const HeadDims& found, const char* where, KernelKey* key) {
   if (found.chosen == 0) return refuse_head_dim(problem.head_dim, found.largest, where);
-  *key = {problem.dtype, found.chosen, tiles};
+  *key = {problem.dtype, found.chosen, found.tiles};
   return Status::Ok();
 }
 
@@ -131,10 +148,12 @@ Status check_backward_sizes(const ForwardParams& problem) {
       "streamed as one for gradients on CUDA");
 }
 
-Status check_head_dim(int head_dim) {
-  if (head_dim % kHeadDimMultiple == 0) return Status::Ok();
-  return Status::NotSupported("head_dim is " + std::to_string(head_dim) + "; expected a multiple of " +
-                              std::to_string(kHeadDimMultiple) + "; copies with zeros behind each row do");
+Status check_head_dim(const char* name, const ForwardParams& problem, const TensorView& tensor) {
+  const int32_t columns = view_of(problem, tensor).columns;
+  if (columns % kHeadDimMultiple == 0) return Status::Ok();
+  return Status::NotSupported(std::string("the head dim of ") + name + " is " + std::to_string(columns) +
+                              "; expected a multiple of " + std::to_string(kHeadDimMultiple) +
+                              "; copies with zeros behind each row do");
 }
 
 // `rows` and `heads`: of a batch entry.
@@ -182,7 +201,8 @@ bool addressable(const TensorView& view, DType dtype, bool by_rows) {
 }
 
 Status check_addressable(const ForwardParams& params) {
-  HBSATTN_RETURN_IF_ERROR(check_head_dim(params.head_dim));
+  HBSATTN_RETURN_IF_ERROR(check_head_dim("q", params, params.q));
+  HBSATTN_RETURN_IF_ERROR(check_head_dim("v", params, params.v));
   HBSATTN_RETURN_IF_ERROR(check_view("q", params, params.q, params.rows_q, params.heads_q));
   HBSATTN_RETURN_IF_ERROR(check_view("k", params, params.k, params.rows_k, params.heads_k));
   HBSATTN_RETURN_IF_ERROR(check_view("v", params, params.v, params.rows_k, params.heads_k));
@@ -215,12 +235,14 @@ Status select_forward(const ForwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_dtype(params.dtype));
   HBSATTN_RETURN_IF_ERROR(check_keys(params));
   const KernelTiles tiles = query_tiles(params, takes_gradient_tiles(params));
-  return select(params, find_head_dims<Sm90ForwardKernels>(params, tiles), tiles, " on CUDA", key);
+  const HeadDims found = needs_general(params) ? find_head_dims<Sm90ForwardKernels>(params, tiles)
+                                               : find_for_values<Sm90ForwardKernels>(params, tiles);
+  return select(params, found, " on CUDA", key);
 }
 
 Status select_pairs(const ForwardParams& params, KernelKey* key) {
   constexpr KernelTiles kTiles{kPairRows, true};
-  return select(params, find_head_dims<Sm90ForwardKernels>(params, kTiles), kTiles, " on CUDA", key);
+  return select(params, find_head_dims<Sm90ForwardKernels>(params, kTiles), " on CUDA", key);
 }
 
 int choose_backward_head_dim(const BackwardParams& params) { return find_backward_head_dims(params).chosen; }
@@ -231,13 +253,12 @@ Status select_backward(const BackwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_backward_sizes(params.problem));
   // Tiles of keys take them as they are; those of queries tell consumers where blocks end.
   if (backward_lists(params).items) HBSATTN_RETURN_IF_ERROR(check_keys(params.problem));
-  return select(params.problem, find_backward_head_dims(params), backward_tiles(params),
-                " for the backward pass on CUDA", key);
+  return select(params.problem, find_backward_head_dims(params), " for the backward pass on CUDA", key);
 }
 
 Status select_grad_queries(const BackwardParams& params, KernelKey* key) {
   const KernelTiles tiles = query_tiles(params.problem, true);
-  return select(params.problem, find_head_dims<Sm90GradQueriesKernels>(params.problem, tiles), tiles,
+  return select(params.problem, find_for_values<Sm90GradQueriesKernels>(params.problem, tiles),
                 " for the gradient of q on CUDA", key);
 }
 

@@ -7,6 +7,7 @@
 
 #include "hbsattn/hbsattn.h"
 #include "plan/head_sets.h"
+#include "plan/rows.h"
 #include "plan/tiles.h"
 
 namespace hbsattn {
@@ -154,13 +155,24 @@ int64_t count_key_rows(const ForwardParams& params) {
   return (params.packed ? 1 : params.mask.shape.batch) * params.rows_k * params.heads_k;
 }
 
-// The pointers to what forward reads and writes, and backward reads.
+// A tensor of `rows` rows over all heads that has as many columns as another.
+Status check_tensor(const char* name, const ForwardParams& params, const TensorView& tensor, int64_t rows,
+                    const char* like_name, const TensorView& like) {
+  const int32_t columns = view_of(params, tensor).columns, expected = view_of(params, like).columns;
+  if (columns != expected) {
+    return wrong_value((std::string(name) + ".columns").c_str(), columns,
+                       std::to_string(expected) + ", those of " + like_name);
+  }
+  return check_pointer(name, tensor.data, rows * columns);
+}
+
+// What forward reads and writes, and backward reads.
 Status check_tensors(const ForwardParams& params) {
   const int64_t queries = count_query_rows(params), keys = count_key_rows(params);
-  HBSATTN_RETURN_IF_ERROR(check_pointer("q", params.q.data, queries * params.head_dim));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("k", params.k.data, keys * params.head_dim));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("v", params.v.data, keys * params.head_dim));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("out", params.out.data, queries * params.head_dim));
+  HBSATTN_RETURN_IF_ERROR(check_tensor("q", params, params.q, queries, "q", params.q));
+  HBSATTN_RETURN_IF_ERROR(check_tensor("k", params, params.k, keys, "q", params.q));
+  HBSATTN_RETURN_IF_ERROR(check_tensor("v", params, params.v, keys, "v", params.v));
+  HBSATTN_RETURN_IF_ERROR(check_tensor("out", params, params.out, queries, "v", params.v));
   return check_pointer("lse", params.lse, queries);
 }
 
@@ -312,6 +324,14 @@ Status validate_problem(const ForwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(validate_mask(shape));
   HBSATTN_RETURN_IF_ERROR(check_heads(shape, params.heads_q, params.heads_k));
   HBSATTN_RETURN_IF_ERROR(check_range("head_dim", params.head_dim, 1, kMaxHeadDim + 1));
+  const int32_t columns = view_of(params, params.q).columns, value_columns = view_of(params, params.v).columns;
+  HBSATTN_RETURN_IF_ERROR(check_range("q.columns", columns, 1, params.head_dim + 1));
+  HBSATTN_RETURN_IF_ERROR(check_range("v.columns", value_columns, 1, params.head_dim + 1));
+  if (columns < params.head_dim && value_columns < params.head_dim) {
+    return wrong_value(
+        "head_dim", params.head_dim,
+        "the greater of q.columns = " + std::to_string(columns) + " and v.columns = " + std::to_string(value_columns));
+  }
   HBSATTN_RETURN_IF_ERROR(check_range("the number of rows of q", params.rows_q, 0, kInt32Limit));
   HBSATTN_RETURN_IF_ERROR(check_range("the number of rows of k", params.rows_k, 0, kInt32Limit));
   if (!std::isfinite(params.softmax_scale) || params.softmax_scale <= 0.f) {
@@ -373,13 +393,14 @@ Status check_pointers(const BackwardParams& params) {
   constexpr uintptr_t kAlignment = 128;
   const ForwardParams& problem = params.problem;
   const MaskShape& shape = problem.mask.shape;
-  const int64_t queries = count_query_rows(problem) * problem.head_dim;
-  const int64_t keys = count_key_rows(problem) * problem.head_dim;
+  const int64_t queries = count_query_rows(problem), keys = count_key_rows(problem);
   HBSATTN_RETURN_IF_ERROR(check_tensors(problem));
-  HBSATTN_RETURN_IF_ERROR(check_pointer("grad_out", params.grad_out.data, queries));
-  if (params.needs_q) HBSATTN_RETURN_IF_ERROR(check_pointer("grad_q", params.grad_q.data, queries));
-  if (params.needs_k) HBSATTN_RETURN_IF_ERROR(check_pointer("grad_k", params.grad_k.data, keys));
-  if (params.needs_v) HBSATTN_RETURN_IF_ERROR(check_pointer("grad_v", params.grad_v.data, keys));
+  const auto check = [&](const char* name, const TensorView& tensor, int64_t rows, const char* like_name,
+                         const TensorView& like) { return check_tensor(name, problem, tensor, rows, like_name, like); };
+  HBSATTN_RETURN_IF_ERROR(check("grad_out", params.grad_out, queries, "v", problem.v));
+  if (params.needs_q) HBSATTN_RETURN_IF_ERROR(check("grad_q", params.grad_q, queries, "q", problem.q));
+  if (params.needs_k) HBSATTN_RETURN_IF_ERROR(check("grad_k", params.grad_k, keys, "q", problem.q));
+  if (params.needs_v) HBSATTN_RETURN_IF_ERROR(check("grad_v", params.grad_v, keys, "v", problem.v));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", problem.mask.sequences, shape.batch));
   HBSATTN_RETURN_IF_ERROR(check_rules(problem.mask));
   HBSATTN_RETURN_IF_ERROR(check_dropout(problem));

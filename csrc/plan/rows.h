@@ -15,6 +15,7 @@ namespace hbsattn {
 // A tensor of a call. Packed tensors have no batch entries, whatever the stride says.
 constexpr TensorView view_of(const ForwardParams& problem, TensorView view) {
   if (problem.packed) view.batch_stride = 0;
+  if (view.columns == 0) view.columns = problem.head_dim;
   return view;
 }
 

@@ -211,8 +211,12 @@ inline ForwardParams read_problem(const Call& call) {
   check_like_q("v", v);
   TORCH_CHECK_VALUE(k.size(-1) == q.size(-1),
                     describe("k has a head_dim of ", k.size(-1), "; expected ", q.size(-1), ", that of q"));
-  TORCH_CHECK_VALUE(v.sizes() == k.sizes(),
-                    describe("v has shape ", v.sizes(), "; expected ", k.sizes(), ", that of k"));
+  TORCH_CHECK_VALUE(v.sizes().slice(0, v.dim() - 1) == k.sizes().slice(0, k.dim() - 1),
+                    describe("v has shape ", v.sizes(), "; expected ", k.sizes(), ", that of k, but for the head_dim"));
+  // A view of no columns has those of the problem.
+  const int64_t head_dim = std::max(q.size(-1), v.size(-1));
+  TORCH_CHECK_VALUE(head_dim == 0 || std::min(q.size(-1), v.size(-1)) > 0,
+                    describe(q.size(-1) == 0 ? "q" : "v", " has a head_dim of 0; expected at least 1"));
   params.mask = read_mask(call.bits, call.sequences, call.rules, read_layout(call.layout), device);
   if (!params.packed) {
     const int64_t batch = call.sequences.size(0);
@@ -229,7 +233,7 @@ inline ForwardParams read_problem(const Call& call) {
   params.rows_k = k.size(-3);
   params.heads_q = to_int32("heads_q", q.size(-2));
   params.heads_k = to_int32("heads_k", k.size(-2));
-  params.head_dim = to_int32("head_dim", q.size(-1));
+  params.head_dim = to_int32("head_dim", head_dim);
   params.softmax_scale = static_cast<float>(call.softmax_scale);
   params.pack_heads = call.pack_heads;
   if (call.sinks) {
@@ -261,6 +265,13 @@ inline void read_items(const Tensor& items, at::Device device, ForwardParams& pa
   params.num_items = items.size(0);
 }
 
+// Rows of q with the columns of v.
+inline std::vector<int64_t> shape_out(const Tensor& q, const Tensor& v) {
+  std::vector<int64_t> shape = q.sizes().vec();
+  shape.back() = v.size(-1);
+  return shape;
+}
+
 inline std::vector<int64_t> shape_lse(const ForwardParams& params) {
   if (params.packed) return {params.heads_q, params.rows_q};
   return {params.mask.shape.batch, params.heads_q, params.rows_q};
@@ -277,8 +288,9 @@ inline void check_gradients(const Call& call, const Tensor& grad_out, const Opti
   };
   const at::ScalarType lse_dtype = dtype_of_lse(q);
   const std::vector<int64_t> lse_shape = shape_lse(problem);
-  check("grad_out", grad_out, q.scalar_type(), q.sizes());
-  check("out", out, q.scalar_type(), q.sizes());
+  const std::vector<int64_t> out_shape = shape_out(q, call.v);
+  check("grad_out", grad_out, q.scalar_type(), out_shape);
+  check("out", out, q.scalar_type(), out_shape);
   check("lse", lse, lse_dtype, lse_shape);
   if (grad_lse) check("grad_lse", *grad_lse, lse_dtype, lse_shape);
 }

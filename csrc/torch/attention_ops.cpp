@@ -51,15 +51,20 @@ Tensor make_addressable(const char* name, const Tensor& tensor, DType dtype, Ten
   return copy;
 }
 
-// A copy with zeros behind each row, and what belongs to the rows of such a result.
+// Where the kernels cannot take its head dim: a copy with zeros behind each row, and what belongs to the rows of such
+// a result.
 Tensor pad_head_dim(const Tensor& tensor) {
   const int64_t extra = tensor.size(-1) % kHeadDimMultiple;
-  return at::constant_pad_nd(tensor, {0, extra == 0 ? 0 : kHeadDimMultiple - extra});
+  return extra == 0 ? tensor : at::constant_pad_nd(tensor, {0, kHeadDimMultiple - extra});
 }
 
 Tensor cut_head_dim(const Tensor& tensor, int64_t head_dim) {
   // A gradient that nobody needs has one dimension.
-  return tensor.dim() == 1 ? tensor : tensor.narrow(-1, 0, head_dim).contiguous();
+  return tensor.dim() == 1 || tensor.size(-1) == head_dim ? tensor : tensor.narrow(-1, 0, head_dim).contiguous();
+}
+
+bool needs_padding(const Call& call) {
+  return call.q.size(-1) % kHeadDimMultiple != 0 || call.v.size(-1) % kHeadDimMultiple != 0;
 }
 
 const Tensor& check_given(const char* name, const OptionalTensor& tensor, const char* maker) {
@@ -73,12 +78,11 @@ TwoTensors run_forward(const Call& call, const OptionalTensor& items, int64_t* c
   const at::Device device = q.device();
   ForwardParams params = read_problem(call);
   read_items(check_given("items", items, "plan_items"), device, params);
-  const int64_t head_dim = params.head_dim;
-  if (head_dim % kHeadDimMultiple != 0) {
+  if (needs_padding(call)) {
     raise_if_error(supported(params));
     const Tensor padded_q = pad_head_dim(q), padded_k = pad_head_dim(k), padded_v = pad_head_dim(v);
     const auto [out, lse] = run_forward(with_tensors(call, padded_q, padded_k, padded_v), items, cycles, cleared);
-    return {cut_head_dim(out, head_dim), lse};
+    return {cut_head_dim(out, v.size(-1)), lse};
   }
   const bool copies = !addressable(params.q, params.dtype) || !addressable(params.k, params.dtype) ||
                       !addressable(params.v, params.dtype);
@@ -87,7 +91,7 @@ TwoTensors run_forward(const Call& call, const OptionalTensor& items, int64_t* c
   const Tensor k_read = make_addressable("k", k, params.dtype, params.k);
   const Tensor v_read = make_addressable("v", v, params.dtype, params.v);
 
-  Tensor out = at::empty(q.sizes(), q.options());
+  Tensor out = at::empty(shape_out(q, v), q.options());
   Tensor lse = at::empty(shape_lse(params), q.options().dtype(at::kFloat));
   params.out = to_view("out", out);
   params.lse = lse.mutable_data_ptr<float>();
@@ -189,13 +193,12 @@ FourTensors backward_op(const Call& call, const Tensor& grad_out, const Optional
     if (needs[3]) grad_sinks = add_up_sinks(*call.sinks, grad_lse, lse);
     return {zeros(q, needs[0]), zeros(k, needs[1]), zeros(v, needs[2]), grad_sinks};
   }
-  const int64_t head_dim = problem.head_dim;
-  if (head_dim % kHeadDimMultiple != 0) {
+  if (needs_padding(call)) {
     const Tensor padded_q = pad_head_dim(q), padded_k = pad_head_dim(k), padded_v = pad_head_dim(v);
     const auto [grad_q, grad_k, grad_v, padded_grad_sinks] =
         backward_op(with_tensors(call, padded_q, padded_k, padded_v), pad_head_dim(grad_out), grad_lse,
                     pad_head_dim(out), lse, plan, deterministic, needs);
-    return {cut_head_dim(grad_q, head_dim), cut_head_dim(grad_k, head_dim), cut_head_dim(grad_v, head_dim),
+    return {cut_head_dim(grad_q, q.size(-1)), cut_head_dim(grad_k, q.size(-1)), cut_head_dim(grad_v, v.size(-1)),
             padded_grad_sinks};
   }
 

@@ -6,6 +6,7 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <limits>
 #include <string>
 
@@ -108,6 +109,7 @@ inline TensorView to_view(const char* name, const at::Tensor& tensor) {
                     describe(name, " has strides ", tensor.strides(), "; expected a contiguous last dimension"));
   TensorView view;
   view.data = tensor.data_ptr();
+  view.columns = static_cast<int32_t>(std::min<int64_t>(tensor.size(-1), std::numeric_limits<int32_t>::max()));
   view.head_stride = tensor.size(-2) > 1 ? tensor.stride(-2) : tensor.size(-1);
   view.row_stride = tensor.size(-3) > 1 ? tensor.stride(-3) : tensor.size(-2) * view.head_stride;
   if (tensor.dim() == 4 && tensor.size(0) > 1) {

@@ -95,11 +95,12 @@ py::dict to_dict(const hbsattn::Explanation& explanation) {
   return entry;
 }
 
-// `queries` and `keys`: rows and heads; `mask`: batch, heads, rows and cols; `blocks`: queries and keys of a block.
+// `queries` and `keys`: rows and heads; `head_dims`: of q and of v; `mask`: batch, heads, rows and cols; `blocks`:
+// queries and keys of a block.
 std::pair<py::dict, py::dict> explain(const std::string& dtype, bool packed, std::array<int64_t, 2> queries,
-                                      std::array<int64_t, 2> keys, int32_t head_dim, std::array<int64_t, 4> mask,
-                                      std::array<int32_t, 2> blocks, bool causal, bool ruled, bool deterministic,
-                                      std::array<bool, 3> needs) {
+                                      std::array<int64_t, 2> keys, std::array<int32_t, 2> head_dims,
+                                      std::array<int64_t, 4> mask, std::array<int32_t, 2> blocks, bool causal,
+                                      bool ruled, bool deterministic, std::array<bool, 3> needs) {
   hbsattn::BackwardParams params;
   hbsattn::ForwardParams& problem = params.problem;
   problem.dtype = dtype_of(dtype);
@@ -108,7 +109,9 @@ std::pair<py::dict, py::dict> explain(const std::string& dtype, bool packed, std
   problem.heads_q = static_cast<int32_t>(queries[1]);
   problem.rows_k = keys[0];
   problem.heads_k = static_cast<int32_t>(keys[1]);
-  problem.head_dim = head_dim;
+  problem.head_dim = std::max(head_dims[0], head_dims[1]);
+  problem.q.columns = problem.k.columns = head_dims[0];
+  problem.v.columns = problem.out.columns = head_dims[1];
   problem.softmax_scale = 1.f;
   hbsattn::MaskShape& shape = problem.mask.shape;
   shape.batch = static_cast<int32_t>(mask[0]);

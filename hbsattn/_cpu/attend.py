@@ -104,12 +104,13 @@ def _count_bits(bits: Tensor) -> Tensor:
 
 
 class _Tiling:
-    """The tiles of a call whose tensors are (batch, rows, heads, head_dim); batch is 1 for packed ones."""
+    """The tiles of a call whose tensors are (batch, rows, heads, columns); batch is 1 for packed ones."""
 
     def __init__(self, call: Call) -> None:
         self.bits, self.sequences, self.rules = call.bits, call.sequences, call.rules
         self.layout = MaskLayout(*call.layout)
-        self.batch, self.rows_q, self.heads_q, self.head_dim = call.q.shape
+        self.batch, self.rows_q, self.heads_q, columns = call.q.shape
+        self.columns = columns + call.v.shape[-1]  # of a key and its value
         _, self.rows_k, self.heads_k, _ = call.k.shape
         # Numbers of the rows that do not exist.
         self.no_query, self.no_key = call.q.shape[:3].numel(), call.k.shape[:3].numel()
@@ -237,19 +238,19 @@ class _Tiling:
 
 
 def _flatten(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Copies (batch, rows, heads, head_dim) to (numbers of rows, head_dim), with a row of zeros at the end."""
-    batch, rows, heads, head_dim = x.shape
-    result = torch.empty((batch * rows * heads + 1, head_dim), dtype=dtype)
-    result[:-1].view(batch, heads, rows, head_dim).copy_(x.transpose(1, 2))
+    """Copies (batch, rows, heads, columns) to (numbers of rows, columns), with a row of zeros at the end."""
+    batch, rows, heads, columns = x.shape
+    result = torch.empty((batch * rows * heads + 1, columns), dtype=dtype)
+    result[:-1].view(batch, heads, rows, columns).copy_(x.transpose(1, 2))
     result[-1] = 0
     return result
 
 
 def _restore(flat: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_flatten`, in the dtype of `like`."""
-    batch, rows, heads, head_dim = like.shape
-    rows_of_heads = flat[:-1].view(batch, heads, rows, head_dim)
-    return torch.empty(like.shape, dtype=like.dtype).copy_(rows_of_heads.transpose(1, 2))
+    """The inverse of `_flatten`, in the dtype of `like` and with its rows."""
+    batch, rows, heads, _ = like.shape
+    rows_of_heads = flat[:-1].view(batch, heads, rows, flat.shape[-1]).transpose(1, 2)
+    return torch.empty(rows_of_heads.shape, dtype=like.dtype).copy_(rows_of_heads)
 
 
 def _gather(flat: Tensor, numbers: Tensor) -> Tensor:
@@ -272,9 +273,9 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     compute = _compute_dtype(call.q.dtype)
     queries, keys, values = (_flatten(x, compute) for x in (call.q, call.k, call.v))
     queries.mul_(call.softmax_scale)
-    out = torch.zeros_like(queries)
+    out = queries.new_zeros((tiling.no_query + 1, values.shape[-1]))
     lse = torch.full((tiling.no_query + 1,), -torch.inf, dtype=compute)
-    for batch in tiling.batches(2 * tiling.head_dim + tiling.tile_heads * tiling.tile_queries):
+    for batch in tiling.batches(tiling.columns + tiling.tile_heads * tiling.tile_queries):
         scores = _gather(queries, batch.queries) @ _gather(keys, batch.keys).mT
         batch.hide(scores)
         # Finite, so that rows without keys get weights of 0. In others the largest weight is 1.
@@ -331,7 +332,7 @@ def differentiate(
     numbers = torch.arange(tiling.no_query + 1).masked_fill_(row_lse == -torch.inf, tiling.no_query)
 
     grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (queries, keys, values))
-    for batch in tiling.batches(4 * tiling.head_dim + 3 * tiling.tile_heads * tiling.tile_queries):
+    for batch in tiling.batches(2 * tiling.columns + 3 * tiling.tile_heads * tiling.tile_queries):
         rows, cols = numbers[batch.queries], batch.keys
         tile_queries, tile_keys = _gather(queries, rows), _gather(keys, cols)
         scores = tile_queries @ tile_keys.mT

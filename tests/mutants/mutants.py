@@ -375,7 +375,7 @@ MUTANTS = [
     Mutant(
         "columns_past_the_head_dim",
         QUERY_TILES,
-        "clear_tail<Traits>(stages + to_clear.index * Traits::kStageBytes, tail_vectors, lane);",
+        "clear_tail<Traits, kChunks>(stages + to_clear.index * kStageBytes, tail, lane);",
         "",
         ("tests/test_forward.py", "-k", f"other_heads_stay_outside and {HALF} and (112 or 80)"),
     ),

@@ -67,8 +67,9 @@ def one_sequence(
     sinks (Hq): scores of a key more that every query attends to and whose value is 0; -inf is none.
     kept (Hq, Lq, Lk): which weights dropout keeps; they are divided by 1 - dropout_p.
 
-    Returns out (Lq, Hq, D), lse (Hq, Lq) and luck (Lq, Hq), see `luck_of_rows`, all at that dtype. Keys that no query
-    of a head attends to never enter: they are replaced by zeros, so NaN and Inf in them cannot spread.
+    The head dim of v may be another than D. Returns out (Lq, Hq, that of v), lse (Hq, Lq) and luck (Lq, Hq), see
+    `luck_of_rows`, all at that dtype. Keys that no query of a head attends to never enter: they are replaced by zeros,
+    so NaN and Inf in them cannot spread.
     """
     heads_q, heads_k = q.shape[1], k.shape[1]
     allowed = allowed.repeat_interleave(heads_q // allowed.shape[0], dim=0)
@@ -142,15 +143,15 @@ def attention(
     k blocks). lens_q, lens_k: the lengths of the sequences, also for batched tensors. windows: as in `element_mask`;
     sinks, dropout_p: as in `one_sequence`; kept: bool (B, Hq, queries, keys) of at least the longest sequence.
     compute_dtype: None for the dtype of q.
-    Returns out, shaped as q, lse (Hq, total_q) or (B, Hq, Sq), and luck, shaped as out without its last dimension (see
-    `luck_of_rows`), at compute_dtype.
+    Returns out, shaped as q but with the head dim of v, lse (Hq, total_q) or (B, Hq, Sq), and luck, shaped as out
+    without its last dimension (see `luck_of_rows`), at compute_dtype.
     """
     dtype = compute_dtype or q.dtype
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     packed = q.dim() == 3
     begins_q = [0, *itertools.accumulate(lens_q)]
     begins_k = [0, *itertools.accumulate(lens_k)]
-    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    out = torch.zeros((*q.shape[:-1], v.shape[-1]), dtype=dtype, device=q.device)
     luck = torch.zeros(q.shape[:-1], dtype=dtype, device=q.device)
     heads_q = q.shape[-2]
     lse_shape = (heads_q, q.shape[0]) if packed else (q.shape[0], heads_q, q.shape[1])

@@ -217,6 +217,7 @@ struct TensorView {
   int64_t batch_stride = 0;  // not read when packed
   int64_t row_stride = 0;
   int64_t head_stride = 0;
+  int32_t columns = 0;  // its head dim, where that is below the problem's; 0: it is the same
 };
 
 // forward() takes head dims that are multiples of this: the copy engine addresses rows by 16 bytes. Others need copies
@@ -226,8 +227,8 @@ inline constexpr int32_t kHeadDimMultiple = 8;
 struct ForwardParams {
   TensorView q;          // (batch, seqlen_q, heads_q, head_dim) or (total_q, heads_q, head_dim)
   TensorView k;          // (batch, seqlen_k, heads_k, head_dim) or (total_k, heads_k, head_dim)
-  TensorView v;          // as k
-  TensorView out;        // as q
+  TensorView v;          // as k; its columns may be others, those of out
+  TensorView out;        // as q, but for that
   float* lse = nullptr;  // natural log; (batch, heads_q, seqlen_q) or (heads_q, total_q), contiguous
 
   bool packed = false;
@@ -235,7 +236,7 @@ struct ForwardParams {
   int64_t rows_k = 0;  // seqlen_k, or total_k when packed
   int32_t heads_q = 0;
   int32_t heads_k = 0;
-  int32_t head_dim = 0;
+  int32_t head_dim = 0;  // of q and k, or of v and out, if theirs is greater: views of the others have `columns`
   DType dtype = DType::kBFloat16;
   float softmax_scale = 0.f;
   // Of each query head a score, in natural units, that counts in the sum of every query's weights and has no value;
@@ -268,7 +269,7 @@ struct BackwardParams {
   const float* grad_lse = nullptr;  // as lse; null: zeros
   TensorView grad_q;                // out, as q
   TensorView grad_k;                // out, as k
-  TensorView grad_v;                // out, as k
+  TensorView grad_v;                // out, as v
   // Which of the three are computed. The others are not written, and their views may be empty. Without grad_q, or
   // without both grad_k and grad_v, a call takes less time and workspace; one of grad_k and grad_v costs what both do.
   bool needs_q = true, needs_k = true, needs_v = true;

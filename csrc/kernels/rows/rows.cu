@@ -29,7 +29,7 @@ struct RowArguments {
   const float* grad_lse;
   float *lse, *delta, *grad_q_sum;
   int64_t rows_q;
-  int heads_q, head_dim;
+  int heads_q;
   bool packed;
   float scale;
   float kept;  // the share of weights that dropout leaves
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Row
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int vector = lane + i * kRowThreads;
-      if (8 * vector >= args.head_dim) continue;
+      if (8 * vector >= args.out.columns) continue;
       out[i] = __ldcs(out_row + vector);
       grad_out[i] = grad_out_row[vector];
     }
@@ -163,7 +163,7 @@ __device__ void write_gaps(const RowArguments& args, int stack, int lane) {
       args.shape.batch, static_cast<int>(blockIdx.x), mask::smaller<int>(gridDim.x, kGapCtas), lane,
       [&](int index) { return find_query_gap(args.shape, args.sequences, index, rows); },
       [&](int row) {
-        clear_row(grad_q + row * args.grad_q.row_stride, args.grad_q.head_stride, heads, args.head_dim, lane);
+        clear_row(grad_q + row * args.grad_q.row_stride, args.grad_q.head_stride, heads, args.grad_q.columns, lane);
       });
 }
 
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const Ro
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         transpose_quad(columns[i], lane);
-        if (rows[i] != nullptr && column < args.head_dim) {
+        if (rows[i] != nullptr && column < args.grad_q.columns) {
           *reinterpret_cast<uint4*>(rows[i] + column) =
               make_uint4(columns[i][0], columns[i][1], columns[i][2], columns[i][3]);
         }
@@ -250,7 +250,6 @@ RowArguments row_arguments(const BackwardParams& params, const BackwardWorkspace
           reinterpret_cast<float*>(bytes + workspace.sums),
           problem.rows_q,
           problem.heads_q,
-          problem.head_dim,
           problem.packed,
           problem.softmax_scale * dropout.scale,
           dropout.kept,
@@ -266,7 +265,7 @@ struct KeyArguments {
   TensorView grad_k, grad_v;  // null: not needed
   float scale;                // of grad_k
   int64_t rows, batch_rows;   // over the batch, and of a batch entry
-  int heads_k, head_dim, padded_head_dim;
+  int heads_k, padded_head_dim;
 };
 
 // Writes the gradients of keys, or of values, that tiles have added up.
@@ -277,7 +276,7 @@ __global__ void __launch_bounds__(kKeyRows * 256 / kVector) finish_keys_kernel(c
   const int head = blockIdx.y, which = blockIdx.z, column = static_cast<int>(threadIdx.x) * kVector;
   const uint32_t row = blockIdx.x * kKeyRows + threadIdx.y;
   const TensorView grad = which == 0 ? args.grad_k : args.grad_v;
-  if (row >= args.rows || column >= args.head_dim || grad.data == nullptr) return;
+  if (row >= args.rows || column >= grad.columns || grad.data == nullptr) return;
   const int64_t head_row = (int64_t{which} * args.heads_k + head) * args.rows + row;
   const auto* sums = reinterpret_cast<const float4*>(args.sums + head_row * args.padded_head_dim + column);
   const float4 first = __ldcs(sums), second = __ldcs(sums + 1);
@@ -303,9 +302,9 @@ Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& works
   const dim3 grid(static_cast<unsigned>(workspace.chunks.count), static_cast<unsigned>(workspace.stacks));
   return visit_dtype(params.problem.dtype, [&](auto element) {
     using Element = decltype(element);
-    auto* kernel = args.head_dim <= 64    ? prepare_rows_kernel<Element, 1>
-                   : args.head_dim <= 128 ? prepare_rows_kernel<Element, 2>
-                                          : prepare_rows_kernel<Element, 4>;
+    auto* kernel = args.out.columns <= 64    ? prepare_rows_kernel<Element, 1>
+                   : args.out.columns <= 128 ? prepare_rows_kernel<Element, 2>
+                                             : prepare_rows_kernel<Element, 4>;
     return launch("the launch of prepare_rows", kernel, grid, kPrepareThreads, 0, stream, args);
   });
 }
@@ -329,7 +328,6 @@ Status finish_keys(const BackwardParams& params, const BackwardWorkspace& worksp
                           rows,
                           problem.rows_k,
                           problem.heads_k,
-                          problem.head_dim,
                           padded_head_dim};
   const dim3 grid(static_cast<unsigned>(mask::ceil_div(rows, kKeyRows)), static_cast<unsigned>(problem.heads_k), 2);
   return visit_dtype(problem.dtype, [&](auto element) {

@@ -11,7 +11,7 @@
 namespace hbsattn {
 
 // The kernels. kTileRows: of what a CTA keeps while it streams the rest. kPairs: as in TileShape. kDropout: the kernel
-// is for calls with dropout alone.
+// is for calls with dropout alone; kShortValues: for those whose values have few columns beside their keys'.
 
 // Whether tiles of query rows need the second, general kernel: for key blocks that are no multiple of a granule, for
 // query blocks whose heads come in one box, and for those that may be united, but for pairs.
@@ -20,16 +20,20 @@ constexpr bool needs_general_kernel(const MaskShape& shape, const TileShape& til
   return ragged || (tiles.packed_heads > 1 && shape.q_block_size % kGranule != 0) || (tiles.united > 1 && !tiles.pairs);
 }
 
+inline constexpr int kShortValueDim = 128;
+
 // A forward kernel for sm_90a. A CTA owns kTileM query rows, 64 for each consumer warpgroup, and streams the keys of
 // the active blocks in stages of kTileN, each filled from as many key blocks as fit.
 template <DType kDType_, int kHeadDim_, int kTileM_>
 struct Sm90Forward {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
+  static constexpr int kValueDim = kHeadDim;  // of values and outputs
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileRows = kTileM;
   static constexpr bool kPairs = false;
   static constexpr bool kDropout = false;
+  static constexpr bool kShortValues = false;
   static constexpr int kCtasPerSm = kTileM == 64 ? 2 : 1;
   // Whether there is a second kernel for what the fast one has no code for.
   static constexpr bool kWithGeneral = kTileM != 192;
@@ -62,6 +66,19 @@ struct Sm90Forward {
   static constexpr int kConsumerRegisters = kTight ? 160 : kTileM == 192 ? 152 : kTileM == 128 ? 232 : 216;
 };
 
+// The same for values of up to 128 columns beside keys of up to 192, as in multi-head latent attention: so short an
+// output leaves registers for the scores of 128 keys.
+template <DType kDType_, int kHeadDim_, int kTileM_>
+struct Sm90ForwardShortValues : Sm90Forward<kDType_, kHeadDim_, kTileM_> {
+  static constexpr bool kShortValues = true;
+  static constexpr bool kWithGeneral = false;
+  static constexpr int kValueDim = kShortValueDim;
+  static constexpr int kTileN = 128;
+  static constexpr int kKeyStages = 2;
+  static constexpr int kValueStages = 2;
+  static_assert(kHeadDim_ == 192 && kTileM_ == 128, "what fits");
+};
+
 // A forward kernel for sm_90a, up to head dim 128. A CTA owns a pair of query blocks of 64 rows, one for each consumer
 // warpgroup, and streams first the keys that both attend to, then those of each. The plan chooses pairs that attend
 // alike (pays_to_pair); the kernel of tiles of 64 rows takes the others.
@@ -69,10 +86,12 @@ template <DType kDType_, int kHeadDim_>
 struct Sm90ForwardPairs {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
+  static constexpr int kValueDim = kHeadDim;  // of values and outputs
   static constexpr int kTileM = kPairRows;
   static constexpr int kTileRows = kTileM;
   static constexpr bool kPairs = true;
   static constexpr bool kDropout = false;
+  static constexpr bool kShortValues = false;
   static constexpr int kCtasPerSm = 1;
   static constexpr bool kWithGeneral = false;
   // Each of the three lists fills whole stages, so half of one is lost for each that is not empty. At head dim 96, the
@@ -95,10 +114,12 @@ template <DType kDType_, int kHeadDim_, int kTileN_>
 struct Sm90BackwardKeys {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
+  static constexpr int kValueDim = kHeadDim;  // of values and outputs
   static constexpr int kTileN = kTileN_;
   static constexpr int kTileRows = kTileN;
   static constexpr bool kPairs = false;
   static constexpr bool kDropout = false;
+  static constexpr bool kShortValues = false;
   static constexpr bool kWide = kHeadDim > 128;
   static constexpr int kCtasPerSm = kWide ? 1 : 128 / kTileN;
   static constexpr int kTileM = 64;
@@ -118,6 +139,14 @@ struct Sm90BackwardKeysDropout : Sm90BackwardKeys<kDType_, kHeadDim_, kTileN_> {
   static constexpr bool kDropout = true;
 };
 
+// The same for values of up to 128 columns beside keys of up to 192.
+template <DType kDType_, int kHeadDim_, int kTileN_>
+struct Sm90BackwardKeysShortValues : Sm90BackwardKeys<kDType_, kHeadDim_, kTileN_> {
+  static constexpr bool kShortValues = true;
+  static constexpr int kValueDim = kShortValueDim;
+  static_assert(kHeadDim_ == 192 && kTileN_ == 64, "what fits");
+};
+
 // A kernel for sm_90a that computes the gradient of the queries alone, the same in every run. It has tiles as
 // the forward's and streams keys and values as that does, but in narrower stages: two products of their width are in
 // registers.
@@ -125,10 +154,12 @@ template <DType kDType_, int kHeadDim_, int kTileM_>
 struct Sm90GradQueries {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
+  static constexpr int kValueDim = kHeadDim;  // of values and outputs
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileRows = kTileM;
   static constexpr bool kPairs = false;
   static constexpr bool kDropout = false;
+  static constexpr bool kShortValues = false;
   static constexpr int kCtasPerSm = 128 / kTileM;
   static constexpr int kTileN = kHeadDim <= 64 && kTileM == 128 ? 128 : kHeadDim <= 192 ? 64 : 32;
   // A key stage is held until the scores of the next one are there and the product behind them is done.
@@ -140,16 +171,26 @@ struct Sm90GradQueries {
   static constexpr int kConsumerRegisters = kTileM == 128 ? 232 : 216;
 };
 
+// The same for values of up to 128 columns beside keys of up to 192.
+template <DType kDType_, int kHeadDim_, int kTileM_>
+struct Sm90GradQueriesShortValues : Sm90GradQueries<kDType_, kHeadDim_, kTileM_> {
+  static constexpr bool kShortValues = true;
+  static constexpr int kValueDim = kShortValueDim;
+  static_assert(kHeadDim_ == 192 && kTileM_ == 128, "what fits");
+};
+
 // A kernel for sm_90a that computes all gradients by tiles of queries. It has tiles as the forward's, and streams, in
 // stages of 64 keys: as many accumulators of their gradients fit beside those of the queries.
 template <DType kDType_, int kHeadDim_>
 struct Sm90BackwardQueries {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;  // padded: smaller head dims are zero-filled by the tensor maps
+  static constexpr int kValueDim = kHeadDim;  // of values and outputs
   static constexpr int kTileM = 128;
   static constexpr int kTileRows = kTileM;
   static constexpr bool kPairs = false;
   static constexpr bool kDropout = false;
+  static constexpr bool kShortValues = false;
   static constexpr int kCtasPerSm = 1;
   static constexpr int kTileN = 64;
   static constexpr int kKeyStages = kHeadDim == 128 ? 3 : 4;

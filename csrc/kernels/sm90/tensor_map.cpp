@@ -78,7 +78,7 @@ Status encode_rows(const MatrixRows& tensor, int chunk, int box_rows, int box_he
   const cuuint64_t row = tensor.row_stride * kElementSize, head = tensor.head_stride * kElementSize;
   return encode<3>(
       tensor,
-      {static_cast<cuuint64_t>(tensor.head_dim), static_cast<cuuint64_t>(tensor.rows),
+      {static_cast<cuuint64_t>(tensor.columns), static_cast<cuuint64_t>(tensor.rows),
        static_cast<cuuint64_t>(tensor.heads)},
       {row, head},
       {static_cast<cuuint32_t>(chunk), static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_heads)}, map);
@@ -89,8 +89,8 @@ Status encode_whole_rows(const MatrixRows& tensor, int chunk, int chunks, int bo
   const cuuint64_t row = tensor.row_stride * kElementSize, head = tensor.head_stride * kElementSize;
   const cuuint64_t columns = chunk, groups = box_rows / 8;
   return encode<5>(tensor,
-                   {columns, static_cast<cuuint64_t>(tensor.rows), static_cast<cuuint64_t>(chunks), groups,
-                    static_cast<cuuint64_t>(tensor.heads)},
+                   {columns, static_cast<cuuint64_t>(tensor.rows), static_cast<cuuint64_t>(tensor.chunks(chunk)),
+                    groups, static_cast<cuuint64_t>(tensor.heads)},
                    {row, columns * kElementSize, 8 * row, head},
                    {static_cast<cuuint32_t>(chunk), 8, static_cast<cuuint32_t>(chunks), static_cast<cuuint32_t>(groups),
                     static_cast<cuuint32_t>(box_heads)},
@@ -100,7 +100,7 @@ Status encode_whole_rows(const MatrixRows& tensor, int chunk, int chunks, int bo
 Status encode_eight_heads(const MatrixRows& tensor, int chunk, int group, CUtensorMap* map) {
   const cuuint64_t row = tensor.row_stride * kElementSize, head = tensor.head_stride * kElementSize;
   return encode<5>(tensor,
-                   {static_cast<cuuint64_t>(tensor.head_dim), static_cast<cuuint64_t>(group),
+                   {static_cast<cuuint64_t>(tensor.columns), static_cast<cuuint64_t>(group),
                     static_cast<cuuint64_t>(tensor.heads / group), 1, static_cast<cuuint64_t>(tensor.rows)},
                    {head, group * head, row, row}, {static_cast<cuuint32_t>(chunk), 8, 1, 1, 1}, map);
 }
@@ -109,7 +109,7 @@ Status encode_clipped_rows(const MatrixRows& tensor, int chunk, CUtensorMap* map
   const cuuint64_t row = tensor.row_stride * kElementSize, head = tensor.head_stride * kElementSize;
   constexpr cuuint64_t kAny = cuuint64_t{1} << 31;
   return encode<5>(
-      tensor, {static_cast<cuuint64_t>(tensor.head_dim), kRunEnd, kAny, kAny, static_cast<cuuint64_t>(tensor.heads)},
+      tensor, {static_cast<cuuint64_t>(tensor.columns), kRunEnd, kAny, kAny, static_cast<cuuint64_t>(tensor.heads)},
       {row, (cuuint64_t{1} << 34) - row, row, head}, {static_cast<cuuint32_t>(chunk), 8, 1, 1, 1}, map);
 }
 

@@ -16,23 +16,26 @@ struct MatrixRows {
   int64_t row_stride;  // elements
   int64_t heads;
   int64_t head_stride;  // elements
-  int head_dim;
+  int columns;
   DType dtype;
+
+  // Of `chunk` columns each.
+  constexpr int chunks(int chunk) const { return (columns + chunk - 1) / chunk; }
 };
 
 // Boxes are `chunk` = 64 or 32 columns wide, which is also the width of their swizzle.
 
-// (head_dim, rows, heads) with a box of a chunk of `box_rows` rows of `box_heads` heads. Columns from head_dim on read
-// as zeros and are not written.
+// (columns, rows, heads) with a box of a chunk of `box_rows` rows of `box_heads` heads. Columns behind the last read as
+// zeros and are not written.
 Status encode_rows(const MatrixRows& tensor, int chunk, int box_rows, int box_heads, CUtensorMap* map);
 
 // (columns of a chunk, rows, chunks, groups of 8 rows, heads) with a box of `box_rows` whole rows of `chunks` chunks,
-// of `box_heads` heads, which arrive as [head][group of 8][chunk][8][columns]. Columns past head_dim are what follows
-// in memory. Needs box_rows % 8 == 0.
+// of `box_heads` heads, which arrive as [head][group of 8][chunk][8][columns]. Columns behind the last are what follows
+// in memory, up to the end of its chunk; chunks behind that read as zeros. Needs box_rows % 8 == 0.
 Status encode_whole_rows(const MatrixRows& tensor, int chunk, int chunks, int box_rows, CUtensorMap* map,
                          int box_heads = 1);
 
-// (head_dim, heads of a group, groups, 1, rows) with a box of a chunk of 8 heads of a row. Columns from head_dim on and
+// (columns, heads of a group, groups, 1, rows) with a box of a chunk of 8 heads of a row. Columns behind the last and
 // heads of the next group read as zeros.
 Status encode_eight_heads(const MatrixRows& tensor, int chunk, int group, CUtensorMap* map);
 

@@ -15,16 +15,17 @@ struct RowsOfTensor {
 inline RowsOfTensor rows_of(const TensorView& view, const ForwardParams& params, int64_t rows, int heads) {
   const TensorSpan span = span_tensor(params, view, rows, heads);
   // The stride of a dimension of one is arbitrary in torch; the copy engine wants a sane one.
-  const int64_t head_stride = span.heads > 1 ? view.head_stride : params.head_dim;
-  const int64_t row_stride = span.rows > 1 ? view.row_stride : params.head_dim;
-  return {{view.data, span.rows, row_stride, span.heads, head_stride, params.head_dim, params.dtype},
+  const int32_t columns = view_of(params, view).columns;
+  const int64_t head_stride = span.heads > 1 ? view.head_stride : columns;
+  const int64_t row_stride = span.rows > 1 ? view.row_stride : columns;
+  return {{view.data, span.rows, row_stride, span.heads, head_stride, columns, params.dtype},
           static_cast<int>(span.batch_rows),
           static_cast<int>(span.batch_heads)};
 }
 
 // The heads of each row as rows, and the rows as heads.
 inline MatrixRows exchange_rows_and_heads(const MatrixRows& matrix) {
-  return {matrix.data, matrix.heads, matrix.head_stride, matrix.rows, matrix.row_stride, matrix.head_dim, matrix.dtype};
+  return {matrix.data, matrix.heads, matrix.head_stride, matrix.rows, matrix.row_stride, matrix.columns, matrix.dtype};
 }
 
 }  // namespace hbsattn::kernels

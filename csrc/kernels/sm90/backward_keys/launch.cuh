@@ -39,6 +39,7 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   const HeadStack stack = workspace.chunks.stack;
   const bool by_position = workspace.chunks.per_block == 0;
   const int segment = by_position ? kGranule << workspace.chunks.segment_log2 : kGranule;
+  constexpr int kChunks = Traits::kChunks, kValueChunks = Traits::kValueChunks;
   const auto encode_clipped_queries = [&](const RowsOfTensor& tensor, CUtensorMap* map) {
     return stack.heads > 1 ? encode_eight_heads(tensor.matrix, Config::kChunkColumns, stack.heads, map)
                            : encode_clipped_rows(tensor.matrix, Config::kChunkColumns, map);
@@ -47,25 +48,27 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(encode_clipped_queries(grad_out, &args.map_grad_out_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, Config::kChunkColumns, &args.map_k_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, Config::kChunkColumns, &args.map_v_clipped));
-  // Whole rows would take columns past head_dim from the next head.
-  args.whole_rows = problem.head_dim == Config::kHeadDim;
+  // Whole rows would take the rest of their last chunk from the next head.
+  const auto fills_chunks = [](const RowsOfTensor& tensor) {
+    return tensor.matrix.columns % Config::kChunkColumns == 0;
+  };
+  args.whole_rows = fills_chunks(k) && fills_chunks(v);
   // Heads of a stack with padding come by clipped boxes.
   args.whole_queries = args.whole_rows && stack.heads == stack.rows();
   if (args.whole_queries) {
-    const auto encode_queries = [&](const RowsOfTensor& tensor, CUtensorMap* map) {
+    const auto encode_queries = [&](const RowsOfTensor& tensor, int chunks, CUtensorMap* map) {
       const int heads = std::min(stack.heads, segment);
-      return stack.heads > 1 ? encode_whole_rows(exchange_rows_and_heads(tensor.matrix), Config::kChunkColumns,
-                                                 Traits::kChunks, heads, map, segment / heads)
-                             : encode_whole_rows(tensor.matrix, Config::kChunkColumns, Traits::kChunks, segment, map);
+      return stack.heads > 1 ? encode_whole_rows(exchange_rows_and_heads(tensor.matrix), Config::kChunkColumns, chunks,
+                                                 heads, map, segment / heads)
+                             : encode_whole_rows(tensor.matrix, Config::kChunkColumns, chunks, segment, map);
     };
-    HBSATTN_RETURN_IF_ERROR(encode_queries(q, &args.map_q));
-    HBSATTN_RETURN_IF_ERROR(encode_queries(grad_out, &args.map_grad_out));
+    HBSATTN_RETURN_IF_ERROR(encode_queries(q, kChunks, &args.map_q));
+    HBSATTN_RETURN_IF_ERROR(encode_queries(grad_out, kValueChunks, &args.map_grad_out));
   }
   if (args.whole_rows) {
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, Config::kChunkColumns, kChunks, Config::kTileN, &args.map_k));
     HBSATTN_RETURN_IF_ERROR(
-        encode_whole_rows(k.matrix, Config::kChunkColumns, Traits::kChunks, Config::kTileN, &args.map_k));
-    HBSATTN_RETURN_IF_ERROR(
-        encode_whole_rows(v.matrix, Config::kChunkColumns, Traits::kChunks, Config::kTileN, &args.map_v));
+        encode_whole_rows(v.matrix, Config::kChunkColumns, kValueChunks, Config::kTileN, &args.map_v));
   }
 
   if constexpr (Traits::kSendsKeys) {
@@ -93,10 +96,12 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.grad_k_batch_stride = view_of(problem, params.grad_k).batch_stride;
   args.grad_k_row_stride = params.grad_k.row_stride;
   args.grad_k_head_stride = params.grad_k.head_stride;
+  args.grad_k_columns = view_of(problem, params.grad_k).columns;
   args.grad_v = params.needs_v ? params.grad_v.data : nullptr;
   args.grad_v_batch_stride = view_of(problem, params.grad_v).batch_stride;
   args.grad_v_row_stride = params.grad_v.row_stride;
   args.grad_v_head_stride = params.grad_v.head_stride;
+  args.grad_v_columns = view_of(problem, params.grad_v).columns;
   auto* bytes = static_cast<uint8_t*>(params.workspace);
   args.ticket = reinterpret_cast<int*>(bytes + workspace.tickets);
   args.parts_done = args.ticket + BackwardWorkspace::kTickets;
@@ -115,7 +120,6 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   args.v_batch_rows = v.batch_rows;
   args.k_batch_heads = k.batch_heads;
   args.v_batch_heads = v.batch_heads;
-  args.head_dim = problem.head_dim;
   args.heads_q = problem.heads_q;
   args.heads_k = problem.heads_k;
   args.united = shape_key_tiles(shape, problem.head_dim).united;

@@ -30,7 +30,8 @@ struct BackwardKeysMainloopWide {
   using Element = typename Traits::Element;
   using Storage = typename Traits::Storage;
   using MmaScores = typename Traits::MmaScores;
-  using MmaKeys = typename Traits::MmaKeysHalf;
+  using MmaKeys = typename Traits::template MmaHalf<Traits::kHeadDim>;
+  using MmaValues = typename Traits::template MmaHalf<Traits::kValueDim>;
   using MmaQueries = typename Traits::MmaQueries;
 
   // Of half the queries, and of half the columns.
@@ -38,6 +39,8 @@ struct BackwardKeysMainloopWide {
       MmaScores{}, cute::Shape<cute::Int<kUnitKeys>, cute::Int<Traits::kScoreQueries>>{}));
   using GradKeys = decltype(cute::partition_fragment_C(
       MmaKeys{}, cute::Shape<cute::Int<kUnitKeys>, cute::Int<Traits::kGradColumns>>{}));
+  using GradValues = decltype(cute::partition_fragment_C(
+      MmaValues{}, cute::Shape<cute::Int<kUnitKeys>, cute::Int<Traits::kValueDim / 2>>{}));
   using GradQueries = decltype(cute::partition_fragment_C(
       MmaQueries{}, cute::Shape<cute::Int<Traits::kTileM>, cute::Int<Traits::kGradColumns>>{}));
 
@@ -53,7 +56,8 @@ struct BackwardKeysMainloopWide {
   const int warp, lane;
   uint32_t position = 0;  // stages before this one, over all tiles: where all rings are, in one register
   uint32_t tiles = 0;     // with stages, before this one
-  GradKeys grad_keys, grad_values;
+  GradKeys grad_keys;
+  GradValues grad_values;
   KeyDropout dropout;  // of the tile, if the kernel drops weights
 
   __device__ __forceinline__ BackwardKeysMainloopWide(const BackwardKeysArguments& args, Storage& storage, int unit,
@@ -88,27 +92,32 @@ struct BackwardKeysMainloopWide {
   }
 
   // Keys or values x this warpgroup's queries or output gradients of the current stage.
+  template <int kColumns>
   __device__ __forceinline__ void issue_scores(Scores& scores, const Element* keys, const Element* rows) const {
     using namespace cute;
     auto thread_mma = MmaScores{}.get_thread_slice(_0{});
-    Tensor sA = make_tensor(make_smem_ptr(keys + zero), typename Traits::template SmemLayout<Traits::kTileN, 1>{});
-    Tensor sB =
-        make_tensor(make_smem_ptr(rows), typename Traits::template SmemLayout<Traits::kTileM, Traits::kStages>{});
+    Tensor sA =
+        make_tensor(make_smem_ptr(keys + zero), typename Traits::template SmemLayout<Traits::kTileN, 1, kColumns>{});
+    Tensor sB = make_tensor(make_smem_ptr(rows),
+                            typename Traits::template SmemLayout<Traits::kTileM, Traits::kStages, kColumns>{});
     Tensor rA = thread_mma.partition_fragment_A(sA);
     Tensor rB = thread_mma.partition_fragment_B(sB);
     issue<GMMA::ScaleOut::Zero>(MmaScores{}, rA(_, _0{}, _, _0{}), rB(_, unit, _, stage()), scores);
   }
 
   // grad += weights or gradients of scores x this warpgroup's columns of the current stage's rows.
-  __device__ __forceinline__ void issue_keys(GradKeys& grad, int index, const Element* rows) const {
+  template <int kColumns, class Grad>
+  __device__ __forceinline__ void issue_keys(Grad& grad, int index, const Element* rows) const {
     using namespace cute;
-    auto thread_mma = MmaKeys{}.get_thread_slice(_0{});
+    using Mma = typename Traits::template MmaHalf<kColumns>;
+    auto thread_mma = Mma{}.get_thread_slice(_0{});
     Tensor sA = make_tensor(make_smem_ptr(&storage.grad_scores[0][0] + zero), typename Traits::SmemLayoutGradScores{});
-    Tensor sB = make_tensor(make_smem_ptr(rows),
-                            typename Traits::template SmemLayoutTransposed<Traits::kTileM, Traits::kStages>{});
+    Tensor sB =
+        make_tensor(make_smem_ptr(rows),
+                    typename Traits::template SmemLayoutTransposed<Traits::kTileM, Traits::kStages, kColumns>{});
     Tensor rA = thread_mma.partition_fragment_A(sA);
     Tensor rB = thread_mma.partition_fragment_B(sB);
-    issue<GMMA::ScaleOut::One>(MmaKeys{}, rA(_, _0{}, _, index), rB(_, unit, _, stage()), grad);
+    issue<GMMA::ScaleOut::One>(Mma{}, rA(_, _0{}, _, index), rB(_, unit, _, stage()), grad);
   }
 
   // grad = this warpgroup's columns of the gradient of the current stage's queries.
@@ -218,16 +227,16 @@ struct BackwardKeysMainloopWide {
     [[maybe_unused]] Scores next_weights, next_grads;
     [[maybe_unused]] GradQueries grad_queries;
     wait_shared(weights_buffer());
-    issue_keys(grad_values, weights_buffer(), storage.grad_out[0]);
+    issue_keys<Traits::kValueDim>(grad_values, weights_buffer(), storage.grad_out[0]);
     differentiate(weights, grads, masked);
     share(grads, buffer());
     wait_shared(buffer());
-    issue_keys(grad_keys, buffer(), storage.queries[0]);
+    issue_keys<Traits::kHeadDim>(grad_keys, buffer(), storage.queries[0]);
     if constexpr (kWithQueries) issue_queries(grad_queries);
     ++position;
     if constexpr (kNext) {
       wait_stage();
-      issue_scores(next_weights, storage.keys, storage.queries[0]);
+      issue_scores<Traits::kHeadDim>(next_weights, storage.keys, storage.queries[0]);
     }
     constexpr int kScores = kNext ? 1 : 0;
     cute::warpgroup_wait<kScores + kWithQueries>();
@@ -243,7 +252,7 @@ struct BackwardKeysMainloopWide {
     }
     if constexpr (kWithQueries) add_queries(grad_queries, chunk);
     if constexpr (kNext) {
-      issue_scores(next_grads, storage.values, storage.grad_out[0]);
+      issue_scores<Traits::kValueDim>(next_grads, storage.values, storage.grad_out[0]);
       masked = read_info(storage.infos[stage()].masked, lane);
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(next_weights);
@@ -265,9 +274,9 @@ struct BackwardKeysMainloopWide {
     Scores weights, grads;
     mbarrier_wait(&storage.values_full, tiles & 1);
     wait_stage();
-    issue_scores(grads, storage.values, storage.grad_out[0]);
+    issue_scores<Traits::kValueDim>(grads, storage.values, storage.grad_out[0]);
     mbarrier_wait(&storage.keys_full, tiles & 1);
-    issue_scores(weights, storage.keys, storage.queries[0]);
+    issue_scores<Traits::kHeadDim>(weights, storage.keys, storage.queries[0]);
     bool masked = read_info(storage.infos[stage()].masked, lane);
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(grads);

@@ -122,11 +122,11 @@ __device__ __forceinline__ int count_seen_keys(const BackwardKeysArguments& args
 }
 
 // Keys or values of a tile. Lane i knows how many are seen up to the end of united block i; `whole`: all are.
-template <class Traits>
+template <class Traits, int kChunks>
 __device__ __forceinline__ void load_keys(const BackwardKeysArguments& args, const KeyItem& item, int seen, bool whole,
                                           const CUtensorMap& map, const CUtensorMap& map_clipped, int batch_rows,
                                           int batch_heads, typename Traits::Element* keys, uint64_t* full, int lane) {
-  if (lane == 0) mbarrier_arrive_expect(full, Traits::kKeyBytes);
+  if (lane == 0) mbarrier_arrive_expect(full, Traits::kTileN * kChunks * Traits::kChunkBytes);
   __syncwarp();
   const int head = item.query_set / args.sets_per_key_head + item.sequence * batch_heads;
   const int begin = item.k_begin + item.first_key + item.sequence * batch_rows;
@@ -134,10 +134,10 @@ __device__ __forceinline__ void load_keys(const BackwardKeysArguments& args, con
     if (lane == 0) cute::SM90_TMA_LOAD_5D::copy(&map, full, kGradPassThroughL2, keys, 0, begin, 0, 0, head);
     return;
   }
-  constexpr int kBoxes = Traits::kTileN / 8 * Traits::kChunks;  // of 8 rows and one chunk
+  constexpr int kBoxes = Traits::kTileN / 8 * kChunks;  // of 8 rows and one chunk
   for (int first_box = 0; first_box < kBoxes; first_box += 32) {
     const int box = first_box + lane;
-    const int row = box / Traits::kChunks * 8, column = box % Traits::kChunks * Traits::kChunkColumns;
+    const int row = box / kChunks * 8, column = box % kChunks * Traits::kChunkColumns;
     const int block = item.united > 1 ? min(row / args.mask.k_block_size, item.united - 1) : 0;
     const int end = __shfl_sync(0xffffffffu, seen, block);
     if (box < kBoxes) {
@@ -233,7 +233,7 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
   }
   uint64_t* full = &storage.full[stage];
   if (lane == 0) {
-    mbarrier_arrive_expect(full, 2 * (Traits::kStageBytes + Traits::kStatisticBytes));
+    mbarrier_arrive_expect(full, Traits::kStageBytes + 2 * Traits::kStatisticBytes);
   } else {
     mbarrier_arrive(full);
   }
@@ -255,18 +255,19 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
   if ((whole & lanes) == lanes && args.whole_queries) {
     if (mine) {
       const int offset = row * (Traits::kChunks * Traits::kChunkBytes);
+      const int grad_out_offset = row * (Traits::kValueChunks * Traits::kChunkBytes);
       const int query = kStacked ? plan.query >> args.chunks.stack.rows_log2 : plan.query;
       const int q_row = plan.query < 0 ? 1 << 30 : q_begin + query;
       const int grad_out_row = plan.query < 0 ? 1 << 30 : grad_out_begin + query;
       if constexpr (kStacked) {
         const int first_head = stack * args.chunks.stack.heads + args.chunks.head_of_row(plan.query);
         cute::SM90_TMA_LOAD_5D::copy(&args.map_q, full, kGradKeepInL2, queries + offset, 0, first_head, 0, 0, q_row);
-        cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out, full, kGradKeepInL2, grad_out + offset, 0, first_head, 0, 0,
-                                     grad_out_row);
+        cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out, full, kGradKeepInL2, grad_out + grad_out_offset, 0, first_head,
+                                     0, 0, grad_out_row);
       } else {
         cute::SM90_TMA_LOAD_5D::copy(&args.map_q, full, kGradKeepInL2, queries + offset, 0, q_row, 0, 0, stack);
-        cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out, full, kGradKeepInL2, grad_out + offset, 0, grad_out_row, 0, 0,
-                                     stack);
+        cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out, full, kGradKeepInL2, grad_out + grad_out_offset, 0,
+                                     grad_out_row, 0, 0, stack);
       }
     }
   } else {
@@ -277,7 +278,9 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
       const int source = first_lane + (box_row >> args.segment_log2);
       const int first = __shfl_sync(0xffffffffu, plan.query, source), end = __shfl_sync(0xffffffffu, plan.end, source);
       const int from_end = first < 0 ? 0 : max(end - first - row_in_segment(box_row), 0);
-      const int column = box % Traits::kChunks * Traits::kChunkColumns;
+      const int chunk = box % Traits::kChunks, column = chunk * Traits::kChunkColumns;
+      const bool has_grad_out = chunk < Traits::kValueChunks;
+      uint8_t* grad_out_box = grad_out + (box / Traits::kChunks * Traits::kValueChunks + chunk) * Traits::kAtomBytes;
       if constexpr (kStacked) {
         // Heads of one query, as all of these 8 rows are.
         const int stack_row = first + row_in_segment(box_row), query = stack_row >> args.chunks.stack.rows_log2;
@@ -285,16 +288,16 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
         if (box < kBoxes) {
           cute::SM90_TMA_LOAD_5D::copy(&args.map_q_clipped, full, kGradKeepInL2, queries + box * Traits::kAtomBytes,
                                        column, first_head, stack, 0, from_end == 0 ? 1 << 30 : q_begin + query);
-          cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out_clipped, full, kGradKeepInL2,
-                                       grad_out + box * Traits::kAtomBytes, column, first_head, stack, 0,
-                                       from_end == 0 ? 1 << 30 : grad_out_begin + query);
+          if (!has_grad_out) continue;
+          cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out_clipped, full, kGradKeepInL2, grad_out_box, column,
+                                       first_head, stack, 0, from_end == 0 ? 1 << 30 : grad_out_begin + query);
         }
       } else if (box < kBoxes) {
         cute::SM90_TMA_LOAD_5D::copy(&args.map_q_clipped, full, kGradKeepInL2, queries + box * Traits::kAtomBytes,
                                      column, kRunEnd - from_end, int{kRunEnd}, q_begin + end, stack);
-        cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out_clipped, full, kGradKeepInL2,
-                                     grad_out + box * Traits::kAtomBytes, column, kRunEnd - from_end, int{kRunEnd},
-                                     grad_out_begin + end, stack);
+        if (!has_grad_out) continue;
+        cute::SM90_TMA_LOAD_5D::copy(&args.map_grad_out_clipped, full, kGradKeepInL2, grad_out_box, column,
+                                     kRunEnd - from_end, int{kRunEnd}, grad_out_begin + end, stack);
       }
     }
   }
@@ -421,12 +424,12 @@ __device__ __forceinline__ void run_gap_warp(const BackwardKeysArguments& args, 
       args.mask.batch, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), lane,
       [&](int index) { return find_key_gap(args.mask, args.sequences, index, args.rows_k); },
       [&](int row) {
-        const auto clear = [&](void* grad, int64_t row_stride, int64_t head_stride) {
+        const auto clear = [&](void* grad, int64_t row_stride, int64_t head_stride, int columns) {
           if (grad == nullptr) return;  // not needed
-          clear_row(static_cast<uint16_t*>(grad) + row * row_stride, head_stride, args.heads_k, args.head_dim, lane);
+          clear_row(static_cast<uint16_t*>(grad) + row * row_stride, head_stride, args.heads_k, columns, lane);
         };
-        clear(args.grad_k, args.grad_k_row_stride, args.grad_k_head_stride);
-        clear(args.grad_v, args.grad_v_row_stride, args.grad_v_head_stride);
+        clear(args.grad_k, args.grad_k_row_stride, args.grad_k_head_stride, args.grad_k_columns);
+        clear(args.grad_v, args.grad_v_row_stride, args.grad_v_head_stride, args.grad_v_columns);
       });
 }
 
@@ -453,11 +456,11 @@ __device__ __forceinline__ void run_key_warp(const BackwardKeysArguments& args, 
     }
     // Values are free a stage before keys.
     mbarrier_wait(&storage.values_empty, keys.parity);
-    load_keys<Traits>(args, item, seen, whole, args.map_v, args.map_v_clipped, args.v_batch_rows, args.v_batch_heads,
-                      storage.values, &storage.values_full, lane);
+    load_keys<Traits, Traits::kValueChunks>(args, item, seen, whole, args.map_v, args.map_v_clipped, args.v_batch_rows,
+                                            args.v_batch_heads, storage.values, &storage.values_full, lane);
     mbarrier_wait(&storage.keys_empty, keys.parity);
-    load_keys<Traits>(args, item, seen, whole, args.map_k, args.map_k_clipped, args.k_batch_rows, args.k_batch_heads,
-                      storage.keys, &storage.keys_full, lane);
+    load_keys<Traits, Traits::kChunks>(args, item, seen, whole, args.map_k, args.map_k_clipped, args.k_batch_rows,
+                                       args.k_batch_heads, storage.keys, &storage.keys_full, lane);
     keys.advance();
   }
 }

@@ -38,8 +38,8 @@ struct SetSum {
   }
 
   // Whether this warp is the last; its gradients are the sum of all then.
-  template <class GradKeys>
-  __device__ __forceinline__ bool add(int lane, GradKeys& grad_keys, GradKeys& grad_values) const {
+  template <class GradKeys, class GradValues>
+  __device__ __forceinline__ bool add(int lane, GradKeys& grad_keys, GradValues& grad_values) const {
     if (rows <= 0) return false;
     const uint32_t turn = uniform(lane == 0 ? add_acquire(counter, 1) : 0);
     const uint32_t before = turn & kComeMask;
@@ -65,21 +65,24 @@ struct SetSum {
 
  private:
   // Four columns of a lane, of two groups of 8, lie side by side.
-  template <class GradKeys, class Each>
-  __device__ __forceinline__ void visit(int lane, GradKeys& grad_keys, GradKeys& grad_values, Each&& each) const {
+  template <class GradKeys, class GradValues, class Each>
+  __device__ __forceinline__ void visit(int lane, GradKeys& grad_keys, GradValues& grad_values, Each&& each) const {
     constexpr int kGroups = decltype(cute::size(grad_keys))::value / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = lane / 4 + 8 * half;
       if (row >= rows) continue;
       float* place = sums + row * kRowFloats + lane % 4 * 4;
+      const auto visit_groups = [&](auto& grad, int first_group) {
 #pragma unroll
-      for (int group = 0; group < 2 * kGroups; group += 2) {
-        GradKeys& grad = group < kGroups ? grad_keys : grad_values;
-        const int first = 4 * (group % kGroups) + 2 * half;
-        each(reinterpret_cast<float4*>(place + 8 * group), grad(first), grad(first + 1), grad(first + 4),
-             grad(first + 5));
-      }
+        for (int group = 0; group < decltype(cute::size(grad))::value / 4; group += 2) {
+          const int first = 4 * group + 2 * half;
+          each(reinterpret_cast<float4*>(place + 8 * (first_group + group)), grad(first), grad(first + 1),
+               grad(first + 4), grad(first + 5));
+        }
+      };
+      visit_groups(grad_keys, 0);
+      visit_groups(grad_values, kGroups);
     }
   }
 };

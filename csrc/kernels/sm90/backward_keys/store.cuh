@@ -18,7 +18,8 @@ namespace hbsattn::sm90 {
 template <class Traits, class GradKeys>
 __device__ __forceinline__ void store_keys(const BackwardKeysArguments& args, const KeyItem& item, const GradKeys& grad,
                                            int first_column, float scale, void* out, int64_t batch_stride,
-                                           int64_t row_stride, int64_t head_stride, int head, int warp_key, int lane) {
+                                           int64_t row_stride, int64_t head_stride, int columns, int head, int warp_key,
+                                           int lane) {
   using Element = typename Traits::Element;
   if (out == nullptr) return;  // not needed
 #pragma unroll
@@ -29,16 +30,16 @@ __device__ __forceinline__ void store_keys(const BackwardKeysArguments& args, co
         static_cast<Element*>(out) + item.sequence * batch_stride + key * row_stride + head * head_stride;
 #pragma unroll
     for (int group = 0; group < decltype(cute::size(grad))::value / 4; group += 4) {
-      uint32_t columns[4];
+      uint32_t pairs[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        columns[i] =
+        pairs[i] =
             pack_pair<Element>(scale * grad(4 * (group + i) + 2 * row), scale * grad(4 * (group + i) + 2 * row + 1));
       }
-      transpose_quad(columns, lane);
+      transpose_quad(pairs, lane);
       const int column = first_column + (group + (lane & 3)) * 8;
-      if (in_tile < item.keys && column < args.head_dim) {
-        *reinterpret_cast<uint4*>(destination + column) = make_uint4(columns[0], columns[1], columns[2], columns[3]);
+      if (in_tile < item.keys && column < columns) {
+        *reinterpret_cast<uint4*>(destination + column) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
       }
     }
   }
@@ -48,7 +49,8 @@ __device__ __forceinline__ void store_keys(const BackwardKeysArguments& args, co
 // starts that.
 template <class Traits, class GradKeys>
 __device__ __forceinline__ void send_keys(const BackwardKeysArguments& args, const GradKeys& grad, float scale,
-                                          const CUtensorMap& map, int row, int head, float* buffer, int lane) {
+                                          const CUtensorMap& map, int columns, int row, int head, float* buffer,
+                                          int lane) {
   using Element = typename Traits::Element;
   constexpr int kVectors = Traits::kChunkColumns / 8;  // of 16 bytes, in a row of a chunk
   auto* vectors = reinterpret_cast<cute::uint128_t*>(buffer);
@@ -71,7 +73,7 @@ __device__ __forceinline__ void send_keys(const BackwardKeysArguments& args, con
   if (lane == 0) {
 #pragma unroll
     for (int chunk = 0; chunk < Traits::kChunks; ++chunk) {
-      if (chunk * Traits::kChunkColumns < args.head_dim) {
+      if (chunk * Traits::kChunkColumns < columns) {
         cute::SM90_TMA_STORE_3D::copy(&map, vectors + chunk * (kGranule * kVectors), chunk * Traits::kChunkColumns, row,
                                       head);
       }
@@ -82,23 +84,27 @@ __device__ __forceinline__ void send_keys(const BackwardKeysArguments& args, con
 
 // Leaves a part's gradients in the workspace. For the part of a tile that does so last, they become the sum of all, in
 // the order of parts, so that it is the same in every run. Whether this is that part.
-template <class Traits, class GradKeys>
+template <class Traits, class GradKeys, class GradValues>
 __device__ __forceinline__ bool add_parts(const BackwardKeysArguments& args, typename Traits::Storage& storage,
                                           const KeyItem& item, int unit, int warp, int lane, GradKeys& grad_keys,
-                                          GradKeys& grad_values) {
+                                          GradValues& grad_values) {
   constexpr int kVectors = decltype(cute::size(grad_keys))::value / 4;
+  static_assert(decltype(cute::size(grad_values))::value <= decltype(cute::size(grad_keys))::value,
+                "room in the slots");
   constexpr int kSlotVectors = 2 * kVectors * 128;  // of one warpgroup
   const auto sums = [&](int part) {
     return args.part_sums + (int64_t{item.slot} + part) * (Traits::kUnits * kSlotVectors) + unit * kSlotVectors +
            warp * 32 + lane;
   };
   float4* mine = sums(item.part);
+  const auto leave = [&](const auto& grad, int first) {
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    mine[i * 128] = make_float4(grad_keys(4 * i), grad_keys(4 * i + 1), grad_keys(4 * i + 2), grad_keys(4 * i + 3));
-    mine[(kVectors + i) * 128] =
-        make_float4(grad_values(4 * i), grad_values(4 * i + 1), grad_values(4 * i + 2), grad_values(4 * i + 3));
-  }
+    for (int i = 0; i < decltype(cute::size(grad))::value / 4; ++i) {
+      mine[(first + i) * 128] = make_float4(grad(4 * i), grad(4 * i + 1), grad(4 * i + 2), grad(4 * i + 3));
+    }
+  };
+  leave(grad_keys, 0);
+  leave(grad_values, kVectors);
   __threadfence();
   cutlass::arch::NamedBarrier::sync(128, kParts0 + unit);
   if (warp == 0 && lane == 0) {
@@ -112,30 +118,33 @@ __device__ __forceinline__ bool add_parts(const BackwardKeysArguments& args, typ
 #pragma unroll 1
   for (int part = 0; part < item.parts; ++part) {
     const float4* theirs = sums(part);
+    const auto add = [&](auto& grad, int first) {
 #pragma unroll
-    for (int i = 0; i < 2 * kVectors; ++i) {
-      GradKeys& grad = i < kVectors ? grad_keys : grad_values;
-      const int first = 4 * (i % kVectors);
-      const float4 sum = __ldcg(theirs + i * 128);
-      grad(first) += sum.x;
-      grad(first + 1) += sum.y;
-      grad(first + 2) += sum.z;
-      grad(first + 3) += sum.w;
-    }
+      for (int i = 0; i < decltype(cute::size(grad))::value / 4; ++i) {
+        const float4 sum = __ldcg(theirs + (first + i) * 128);
+        grad(4 * i) += sum.x;
+        grad(4 * i + 1) += sum.y;
+        grad(4 * i + 2) += sum.z;
+        grad(4 * i + 3) += sum.w;
+      }
+    };
+    add(grad_keys, 0);
+    add(grad_values, kVectors);
   }
   return true;
 }
 
 // What becomes of the gradients of a tile: they are passed on to the next set of queries, or written.
-template <class Traits, class GradKeys>
+template <class Traits, class GradKeys, class GradValues>
 __device__ __forceinline__ void leave_keys(const BackwardKeysArguments& args, typename Traits::Storage& storage,
                                            const KeyItem& item, int unit, int warp, int lane, GradKeys& grad_keys,
-                                           GradKeys& grad_values) {
+                                           GradValues& grad_values) {
   // Made from these anew for each tile, addresses do not take registers from the mainloop.
   lane = static_cast<int>(opaque(lane));
   warp = uniform(static_cast<int>(opaque(warp)));
   const int warp_key = first_key_of_warp<Traits>(unit, warp);
   const int first_column = Traits::kWide ? unit * Traits::kGradColumns : 0;
+  const int first_value_column = Traits::kWide ? unit * (Traits::kValueDim / 2) : 0;
   if (args.sets_per_key_head > 1) {
     const SetSum<Traits> sum(args, item, unit, warp_key);
     if (!sum.add(lane, grad_keys, grad_values)) return;
@@ -149,21 +158,23 @@ __device__ __forceinline__ void leave_keys(const BackwardKeysArguments& args, ty
       float* buffer = storage.grad_queries[unit * 4 + warp];
       if (args.grad_v != nullptr) {
         bulk_wait_read(lane);
-        send_keys<Traits>(args, grad_values, value_scale, args.map_grad_v, row + item.sequence * args.grad_v_batch_rows,
-                          head + item.sequence * args.grad_v_batch_heads, buffer, lane);
+        send_keys<Traits>(args, grad_values, value_scale, args.map_grad_v, args.grad_v_columns,
+                          row + item.sequence * args.grad_v_batch_rows, head + item.sequence * args.grad_v_batch_heads,
+                          buffer, lane);
       }
       if (args.grad_k != nullptr) {
         bulk_wait_read(lane);
-        send_keys<Traits>(args, grad_keys, args.scale, args.map_grad_k, row + item.sequence * args.grad_k_batch_rows,
-                          head + item.sequence * args.grad_k_batch_heads, buffer, lane);
+        send_keys<Traits>(args, grad_keys, args.scale, args.map_grad_k, args.grad_k_columns,
+                          row + item.sequence * args.grad_k_batch_rows, head + item.sequence * args.grad_k_batch_heads,
+                          buffer, lane);
       }
       return;
     }
   }
   store_keys<Traits>(args, item, grad_keys, first_column, args.scale, args.grad_k, args.grad_k_batch_stride,
-                     args.grad_k_row_stride, args.grad_k_head_stride, head, warp_key, lane);
-  store_keys<Traits>(args, item, grad_values, first_column, value_scale, args.grad_v, args.grad_v_batch_stride,
-                     args.grad_v_row_stride, args.grad_v_head_stride, head, warp_key, lane);
+                     args.grad_k_row_stride, args.grad_k_head_stride, args.grad_k_columns, head, warp_key, lane);
+  store_keys<Traits>(args, item, grad_values, first_value_column, value_scale, args.grad_v, args.grad_v_batch_stride,
+                     args.grad_v_row_stride, args.grad_v_head_stride, args.grad_v_columns, head, warp_key, lane);
 }
 
 }  // namespace hbsattn::sm90

@@ -50,6 +50,7 @@ template <class Config>
 struct BackwardKeysTraits {
   using Element = std::conditional_t<Config::kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
   static constexpr int kHeadDim = Config::kHeadDim;
+  static constexpr int kValueDim = Config::kValueDim;
   static constexpr int kTileN = Config::kTileN;
   static constexpr int kTileM = Config::kTileM;
   static constexpr int kTileMLog2 = cutlass::log2_down<kTileM>::value;
@@ -62,6 +63,7 @@ struct BackwardKeysTraits {
   static constexpr int kGranules = kTileM / kGranule;
   static constexpr int kChunkColumns = Config::kChunkColumns;
   static constexpr int kChunks = kHeadDim / kChunkColumns;
+  static constexpr int kValueChunks = kValueDim / kChunkColumns;
   static constexpr int kTileSlots = 2;                      // a ring
   static constexpr int kTileLead = kTileLeadRows / kTileM;  // in stages
   static constexpr int kTileReaders = kConsumerWarps + 2;   // warps
@@ -102,13 +104,13 @@ struct BackwardKeysTraits {
                                     cute::GMMA::Layout_MN_SW64_Atom<Element>>;
 
   // Rows of keys, values, queries and output gradients lie alike: [group of 8 rows][chunk][8 rows][columns].
-  template <int kRows, int kCount>
+  template <int kRows, int kCount, int kColumns = kHeadDim>
   using SmemLayout =
-      decltype(cute::tile_to_shape(AtomK{}, cute::Shape<cute::Int<kRows>, cute::Int<kHeadDim>, cute::Int<kCount>>{},
+      decltype(cute::tile_to_shape(AtomK{}, cute::Shape<cute::Int<kRows>, cute::Int<kColumns>, cute::Int<kCount>>{},
                                    cute::Step<cute::_2, cute::_1, cute::_3>{}));
-  template <int kRows, int kCount>
+  template <int kRows, int kCount, int kColumns = kHeadDim>
   using SmemLayoutTransposed =
-      decltype(cute::tile_to_shape(AtomMN{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kRows>, cute::Int<kCount>>{},
+      decltype(cute::tile_to_shape(AtomMN{}, cute::Shape<cute::Int<kColumns>, cute::Int<kRows>, cute::Int<kCount>>{},
                                    cute::Step<cute::_1, cute::_2, cute::_3>{}));
 
   // Gradients of the scores: a row for each key, with the stage's queries.
@@ -130,10 +132,11 @@ struct BackwardKeysTraits {
       cute::GMMA::rs_op_selector<Element, Element, float,
                                  cute::Shape<cute::Int<kUnitKeys>, cute::Int<kHeadDim>, cute::Int<kTileM>>,
                                  cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
-  // The same for half the columns, where the weights are not this warpgroup's alone.
-  using MmaKeysHalf = decltype(cute::make_tiled_mma(
+  // The same for half of them, where the weights are not this warpgroup's alone.
+  template <int kColumns>
+  using MmaHalf = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float,
-                                 cute::Shape<cute::Int<kUnitKeys>, cute::Int<kHeadDim / 2>, cute::Int<kTileM>>,
+                                 cute::Shape<cute::Int<kUnitKeys>, cute::Int<kColumns / 2>, cute::Int<kTileM>>,
                                  cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
   // Queries x columns, over keys: gradient of the queries.
   using MmaQueries = decltype(cute::make_tiled_mma(
@@ -141,17 +144,16 @@ struct BackwardKeysTraits {
                                  cute::Shape<cute::Int<kTileM>, cute::Int<kGradColumns>, cute::Int<kGradKeys>>,
                                  cute::GMMA::Major::MN, cute::GMMA::Major::MN>()));
 
-  static constexpr uint32_t kKeyBytes = kTileN * kHeadDim * sizeof(Element);
-  static constexpr uint32_t kStageBytes = kTileM * kHeadDim * sizeof(Element);
+  static constexpr uint32_t kStageBytes = kTileM * (kHeadDim + kValueDim) * sizeof(Element);
   static constexpr uint32_t kStatisticBytes = kTileM * sizeof(float);
   static constexpr uint32_t kChunkBytes = kChunkColumns * sizeof(Element);
   static constexpr uint32_t kAtomBytes = 8 * kChunkBytes;
 
   struct alignas(1024) Storage {
     Element keys[kTileN * kHeadDim];
-    Element values[kTileN * kHeadDim];
+    Element values[kTileN * kValueDim];
     Element queries[kStages][kTileM * kHeadDim];
-    Element grad_out[kStages][kTileM * kHeadDim];
+    Element grad_out[kStages][kTileM * kValueDim];
     Element grad_scores[kGradBuffers][kTileN * kTileM];
     alignas(kSendsKeys ? 1024 : 128) float grad_queries[kConsumerWarps][kGradFloats];
     float lse[kStages][kTileM];    // times log2(e); +inf: the row does not exist or attends to nothing
@@ -177,10 +179,10 @@ struct BackwardKeysArguments {
   // are the rows, and queries the heads.
   CUtensorMap map_q, map_grad_out;
   CUtensorMap map_k, map_v;            // the same, box of a tile
-  CUtensorMap map_grad_k, map_grad_v;  // (head_dim, rows, heads), box of a chunk of 16 rows
+  CUtensorMap map_grad_k, map_grad_v;  // (columns, rows, heads), box of a chunk of 16 rows
   int grad_k_batch_rows, grad_v_batch_rows, grad_k_batch_heads, grad_v_batch_heads;
-  // 8 rows of a chunk that end at any row, see tensor_map.h: (head_dim, rows before the end, wrap, end, heads). Those
-  // of stacked heads: 8 heads of a query, (head_dim, heads of a stack, stacks, 1, queries).
+  // 8 rows of a chunk that end at any row, see tensor_map.h: (columns, rows before the end, wrap, end, heads). Those
+  // of stacked heads: 8 heads of a query, (columns, heads of a stack, stacks, 1, queries).
   CUtensorMap map_q_clipped, map_grad_out_clipped, map_k_clipped, map_v_clipped;
 
   MaskShape mask;
@@ -199,6 +201,7 @@ struct BackwardKeysArguments {
   void *grad_k, *grad_v;                                               // null: not needed
   int64_t grad_k_batch_stride, grad_k_row_stride, grad_k_head_stride;  // elements
   int64_t grad_v_batch_stride, grad_v_row_stride, grad_v_head_stride;
+  int grad_k_columns, grad_v_columns;
 
   float* lse;    // (stacks, chunks, 16), and rows for padding
   float* delta;  // the same
@@ -209,7 +212,6 @@ struct BackwardKeysArguments {
   int rows_q, rows_k;  // per batch entry; all, when packed
   int q_batch_rows, grad_out_batch_rows, k_batch_rows, v_batch_rows;
   int k_batch_heads, v_batch_heads;
-  int head_dim;
   int heads_q, heads_k;
   int united;             // key blocks that a tile may unite
   QuerySets sets;         // a tile streams the queries of one

@@ -67,7 +67,7 @@ __device__ __forceinline__ void run_backward_queries_consumer(const BackwardQuer
     mainloop.scale(rows);
     // The output comes to lie over the queries.
     mainloop.wait_released(mainloop.position - 1);
-    leave_output<Traits>(storage, mainloop.grad_queries, unit, buffer.index, warp, lane);
+    leave_output<Traits, typename Traits::MmaQueries>(storage, mainloop.grad_queries, unit, buffer.index, warp, lane);
     buffer.advance();
   }
 }

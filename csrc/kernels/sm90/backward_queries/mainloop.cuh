@@ -119,13 +119,13 @@ struct BackwardQueriesMainloop : GradQueriesMainloop<Traits, kGeneral> {
 
   __device__ __forceinline__ void issue_stage_scores(Scores& scores) {
     mbarrier_wait(&storage.keys_full[key_stage.index], key_stage.parity);
-    Base::template issue_scores<typename Traits::SmemLayoutK>(scores, &storage.queries[0][0][0], query_index,
-                                                              &storage.keys[0][0], key_stage.index);
+    Base::template issue_scores<typename Traits::SmemLayoutQ, typename Traits::SmemLayoutK>(
+        scores, &storage.queries[0][0][0], query_index, &storage.keys[0][0], key_stage.index);
   }
   __device__ __forceinline__ void issue_stage_weights(Scores& grad_weights) {
     mbarrier_wait(&storage.values_full[value_stage.index], value_stage.parity);
-    Base::template issue_scores<typename Traits::SmemLayoutV>(grad_weights, &storage.grad_out[0][0][0], query_index,
-                                                              &storage.values[0][0], value_stage.index);
+    Base::template issue_scores<typename Traits::SmemLayoutGradOut, typename Traits::SmemLayoutV>(
+        grad_weights, &storage.grad_out[0][0][0], query_index, &storage.values[0][0], value_stage.index);
   }
   __device__ __forceinline__ void release_values() {
     if (lane == 0) mbarrier_arrive(&storage.values_empty[value_stage.index]);

@@ -35,7 +35,7 @@ __device__ __forceinline__ void finish_tile(const QueryTileArguments& args, type
     }
   }
 
-  leave_output<Traits>(storage, mainloop.output, unit, buffer, warp, lane);
+  leave_output<Traits, typename Traits::MmaPV>(storage, mainloop.output, unit, buffer, warp, lane);
 }
 
 template <class Traits, bool kGeneral>

@@ -59,7 +59,7 @@ struct ForwardMainloop {
   using Scores =
       decltype(cute::partition_fragment_C(MmaQK{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<Traits::kTileN>>{}));
   using Output =
-      decltype(cute::partition_fragment_C(MmaPV{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<Traits::kHeadDim>>{}));
+      decltype(cute::partition_fragment_C(MmaPV{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<Traits::kValueDim>>{}));
   // The scores' registers, in order, are those of the second product's first operand.
   using Probabilities = decltype(cute::make_tensor<Element>(
       cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, cute::Int<kValueSteps>>{}));

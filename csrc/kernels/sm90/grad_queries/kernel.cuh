@@ -36,7 +36,7 @@ __device__ __forceinline__ void run_query_consumer(const GradQueriesArguments& a
     mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
     mainloop.run(limits, rows, stages, masked_stages, clean_end, buffer.index * Traits::kUnits + unit);
     mainloop.scale(rows);
-    leave_output<Traits>(storage, mainloop.grad_queries, unit, buffer.index, warp, lane);
+    leave_output<Traits, typename Traits::MmaQueries>(storage, mainloop.grad_queries, unit, buffer.index, warp, lane);
     buffer.advance();
   }
 }

@@ -29,7 +29,7 @@ Status set_query_arguments(const BackwardParams& params, const BackwardWorkspace
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(grad_out.matrix, Config::kChunkColumns, &args.map_grad_out_clipped));
   args.grad_out_batch_rows = grad_out.batch_rows;
   args.grad_out_batch_heads = grad_out.batch_heads;
-  args.query_bytes *= 2;
+  args.query_bytes += args.query_bytes / Config::kHeadDim * Config::kValueDim;
   args.statistics_lse = reinterpret_cast<const float*>(bytes + workspace.statistics);
   args.delta = args.statistics_lse + workspace.stacks * workspace.rows + BackwardWorkspace::kPaddingRows;
   args.chunks = workspace.chunks;

@@ -54,7 +54,7 @@ struct GradQueriesMainloop {
   using Element = typename Traits::Element;
   using Storage = typename Traits::Storage;
   using MmaScores = typename Traits::MmaQK;
-  using MmaQueries = typename Traits::MmaPV;
+  using MmaQueries = typename Traits::MmaQueries;
 
   using Scores =
       decltype(cute::partition_fragment_C(MmaScores{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<Traits::kTileN>>{}));
@@ -77,7 +77,7 @@ struct GradQueriesMainloop {
       : args(args), storage(storage), lane(lane), unread(opaque(shared_address(&storage.unread))) {}
 
   // scores = rows of a buffer x those of a stage, over columns; asynchronous.
-  template <class SmemLayout>
+  template <class SmemLayoutRows, class SmemLayout>
   static __device__ __forceinline__ void issue_scores(Scores& scores, const Element* rows, int row_index,
                                                       const Element* stages, int stage) {
     using namespace cute;
@@ -85,7 +85,7 @@ struct GradQueriesMainloop {
     auto thread_mma = mma.get_thread_slice(_0{});
     // The descriptors of so many steps do not fit the uniform registers. Made anew each time, they are not spilled.
     if constexpr (Traits::kHeadDim > 128) row_index = uniform(opaque(row_index));
-    Tensor sA = make_tensor(make_smem_ptr(rows), typename Traits::SmemLayoutQ{});
+    Tensor sA = make_tensor(make_smem_ptr(rows), SmemLayoutRows{});
     Tensor sB = make_tensor(make_smem_ptr(stages), SmemLayout{});
     Tensor rA = thread_mma.partition_fragment_A(sA);
     Tensor rB = thread_mma.partition_fragment_B(sB);
@@ -167,11 +167,11 @@ struct GradQueriesMainloop {
     // Declared here, or their last values would count as inputs of the products that overwrite them.
     Scores scores, grad_weights;
     mbarrier_wait(&storage.keys_full[key_stage.index], key_stage.parity);
-    issue_scores<typename Traits::SmemLayoutK>(scores, &storage.queries[0][0][0], query_index, &storage.keys[0][0],
-                                               key_stage.index);
+    issue_scores<typename Traits::SmemLayoutQ, typename Traits::SmemLayoutK>(
+        scores, &storage.queries[0][0][0], query_index, &storage.keys[0][0], key_stage.index);
     mbarrier_wait(&storage.values_full[value_stage.index], value_stage.parity);
-    issue_scores<typename Traits::SmemLayoutV>(grad_weights, &storage.grad_out[0][0][0], query_index,
-                                               &storage.values[0][0], value_stage.index);
+    issue_scores<typename Traits::SmemLayoutGradOut, typename Traits::SmemLayoutV>(
+        grad_weights, &storage.grad_out[0][0][0], query_index, &storage.values[0][0], value_stage.index);
     if constexpr (!kFirst) issue_queries(grads, accumulate);
 
     cute::warpgroup_wait<kFirst ? 1 : 2>();

@@ -15,22 +15,31 @@ struct GradQueriesTraits : QueryTileTraits<Config> {
   using Forward::kQueryBuffers;
   using Forward::kTileN;
   using Forward::kUnits;
+  using Forward::kValueDim;
   using Forward::kValueStages;
   using typename Forward::AtomK;
   using typename Forward::AtomMN;
   using typename Forward::Element;
   static constexpr bool kForGradients = true;
 
-  // Values as an operand of the gradients of the weights, and keys as one of those of the queries.
+  // Output gradients, as queries lie; values as an operand of the gradients of the weights, and keys as one of those of
+  // the queries.
+  using SmemLayoutGradOut = decltype(cute::tile_to_shape(
+      AtomK{}, cute::Shape<cute::Int<kUnitRows>, cute::Int<kValueDim>, cute::Int<kUnits * kQueryBuffers>>{}));
   using SmemLayoutV = decltype(cute::tile_to_shape(
-      AtomK{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kValueStages>>{},
+      AtomK{}, cute::Shape<cute::Int<kTileN>, cute::Int<kValueDim>, cute::Int<kValueStages>>{},
       cute::Step<cute::_2, cute::_1, cute::_3>{}));
   using SmemLayoutKt = decltype(cute::tile_to_shape(
       AtomMN{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kKeyStages>>{},
       cute::Step<cute::_1, cute::_2, cute::_3>{}));
 
+  using MmaQueries = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float,
+                                 cute::Shape<cute::Int<kUnitRows>, cute::Int<kHeadDim>, cute::Int<kTileN>>,
+                                 cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+
   struct Storage : Forward::Storage {
-    alignas(1024) Element grad_out[kQueryBuffers][kUnits][kUnitRows * kHeadDim];
+    alignas(1024) Element grad_out[kQueryBuffers][kUnits][kUnitRows * kValueDim];
   };
   static_assert(sizeof(Storage) <= sm90_shared_limit(Config::kCtasPerSm), "a CTA's shared memory");
 };

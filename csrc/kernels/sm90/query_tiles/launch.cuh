@@ -55,19 +55,27 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(q.matrix, Config::kChunkColumns, &args.map_q_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(k.matrix, Config::kChunkColumns, &args.map_k_clipped));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(v.matrix, Config::kChunkColumns, &args.map_v_clipped));
-  // Whole rows take columns past head_dim from what follows. Behind any row but the last one that is the tensor's own
-  // memory.
-  const int tail = Config::kHeadDim - params.head_dim;
-  const auto holds_tail = [&](const MatrixRows& tensor) { return tail == 0 || tensor.row_stride >= tail; };
+  // Whole rows take the rest of their last chunk from what follows. Behind any row but the last one that is the
+  // tensor's own memory.
+  const auto count_tail = [](const MatrixRows& tensor) {
+    return tensor.chunks(Config::kChunkColumns) * Config::kChunkColumns - tensor.columns;
+  };
+  const auto holds_tail = [&](const MatrixRows& tensor) {
+    return count_tail(tensor) == 0 || tensor.row_stride >= count_tail(tensor);
+  };
   args.whole_rows = !args.ragged_blocks && holds_tail(k.matrix) && holds_tail(v.matrix);
   if (args.whole_rows) {
-    const auto encode_map = [&](const MatrixRows& tensor, CUtensorMap* map) {
-      return encode_whole_rows(tensor, Config::kChunkColumns, Traits::kChunks, segment, map);
+    HBSATTN_RETURN_IF_ERROR(encode_whole_rows(k.matrix, Config::kChunkColumns, Traits::kChunks, segment, &args.map_k));
+    HBSATTN_RETURN_IF_ERROR(
+        encode_whole_rows(v.matrix, Config::kChunkColumns, Traits::kValueChunks, segment, &args.map_v));
+    const auto tail_of = [&](const MatrixRows& tensor) {
+      return sm90::RowTail{tensor.columns / 8, count_tail(tensor) / 8};
     };
-    HBSATTN_RETURN_IF_ERROR(encode_map(k.matrix, &args.map_k));
-    HBSATTN_RETURN_IF_ERROR(encode_map(v.matrix, &args.map_v));
-    args.tail_vectors = tail / 8;
-    const auto count_rows = [&](const MatrixRows& tensor) { return static_cast<int>(tensor.rows) - (tail > 0); };
+    args.k_tail = tail_of(k.matrix);
+    args.v_tail = tail_of(v.matrix);
+    const auto count_rows = [&](const MatrixRows& tensor) {
+      return static_cast<int>(tensor.rows) - (count_tail(tensor) > 0);
+    };
     args.whole_k_rows = count_rows(k.matrix);
     args.whole_v_rows = count_rows(v.matrix);
   }
@@ -82,6 +90,7 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   args.ticket = static_cast<int*>(params.workspace);
   args.out = params.out.data;
   args.out_batch_stride = view_of(params, params.out).batch_stride;
+  args.out_columns = view_of(params, params.out).columns;
   args.out_row_stride = params.out.row_stride;
   args.out_head_stride = params.out.head_stride;
   args.lse = params.lse;
@@ -97,7 +106,6 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   args.out_batch_heads = out.batch_heads;
   args.lse_batch_stride_rows = params.packed ? 0 : args.rows_q;
   args.heads_q = params.heads_q;
-  args.head_dim = params.head_dim;
   args.heads_per_key_head = group;
   args.row_words = static_cast<int>(shape.words());
   args.q_block_size = shape.q_block_size;

@@ -166,6 +166,7 @@ __device__ __forceinline__ void load_queries(const Arguments& args, typename Tra
       load(args.map_q, args.map_q_clipped, tensor_row, place.head + item.sequence * args.q_batch_heads,
            storage.queries[buffer][unit]);
       if constexpr (Traits::kForGradients) {
+        if (chunk >= Traits::kValueChunks) continue;
         load(args.map_grad_out, args.map_grad_out_clipped,
              item.q_begin + item.sequence * args.grad_out_batch_rows + place.row,
              place.head + item.sequence * args.grad_out_batch_heads, storage.grad_out[buffer][unit]);
@@ -307,7 +308,7 @@ __device__ __forceinline__ void write_gaps(const QueryTileArguments& args, int l
       [&](int index) { return find_query_gap(args.mask, args.sequences, index, args.rows_q); },
       [&](int row) {
         clear_row(static_cast<uint16_t*>(args.out) + row * args.out_row_stride, args.out_head_stride, args.heads_q,
-                  args.head_dim, lane);
+                  args.out_columns, lane);
         if constexpr (!Traits::kForGradients) {
           for (int head = lane; head < args.heads_q; head += 32) {
             args.lse[static_cast<int64_t>(head) * args.rows_q + row] = -INFINITY;
@@ -422,19 +423,19 @@ __device__ __forceinline__ void write_granules(const QueryTileArguments& args, c
   }
 }
 
-// Clears the columns of a stage past the call's head dim: products would let a NaN or infinity there pass.
-template <class Traits>
-__device__ __forceinline__ void clear_tail(uint8_t* stage, int tail_vectors, int lane) {
+// Clears the columns of a stage past its tensor's: products would let a NaN or infinity there pass.
+template <class Traits, int kChunks>
+__device__ __forceinline__ void clear_tail(uint8_t* stage, RowTail tail, int lane) {
   constexpr int kVectors = Traits::kChunkBytes / 16;
 #pragma unroll 1
-  for (int vector = Traits::kHeadDim / 8 - tail_vectors; vector < Traits::kHeadDim / 8; ++vector) {
+  for (int vector = tail.first; vector < tail.first + tail.count; ++vector) {
     // The swizzle exchanges the vectors of a row by the row's place in the pattern of 1 KB.
     const int swizzled = (vector ^ (lane % 8 * static_cast<int>(Traits::kChunkBytes) / 128)) % kVectors;
-    uint8_t* first = stage + (lane / 8 * Traits::kChunks + vector / kVectors) * Traits::kAtomBytes +
+    uint8_t* first = stage + (lane / 8 * kChunks + vector / kVectors) * Traits::kAtomBytes +
                      lane % 8 * Traits::kChunkBytes + swizzled * 16;
 #pragma unroll
     for (int row = 0; row < Traits::kTileN; row += 32) {
-      *reinterpret_cast<uint4*>(first + row / 8 * Traits::kChunks * Traits::kAtomBytes) = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(first + row / 8 * kChunks * Traits::kAtomBytes) = make_uint4(0, 0, 0, 0);
     }
   }
   cutlass::arch::fence_view_async_shared();
@@ -445,26 +446,29 @@ __device__ __forceinline__ void clear_tail(uint8_t* stage, int tail_vectors, int
 template <class Traits, bool kKeys, bool kGeneral>
 __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, typename Traits::Storage& storage,
                                                 int lane) {
+  constexpr int kChunks = kKeys ? Traits::kChunks : Traits::kValueChunks;
+  constexpr uint32_t kStageBytes = kKeys ? Traits::kKeyBytes : Traits::kValueBytes;
   const int segments_log2 = Traits::kTileNLog2 - args.segment_log2;
   const CUtensorMap* whole = kKeys ? &args.map_k : &args.map_v;
   const CUtensorMap* clipped = kKeys ? &args.map_k_clipped : &args.map_v_clipped;
   const int batch_rows = kKeys ? args.k_batch_rows : args.v_batch_rows;
   const int batch_heads = kKeys ? args.k_batch_heads : args.v_batch_heads;
-  uint8_t* stages = reinterpret_cast<uint8_t*>(kKeys ? storage.keys : storage.values);
+  uint8_t* stages = kKeys ? reinterpret_cast<uint8_t*>(storage.keys) : reinterpret_cast<uint8_t*>(storage.values);
   uint64_t* full = kKeys ? storage.keys_full : storage.values_full;
   uint64_t* empty = kKeys ? storage.keys_empty : storage.values_empty;
-  // Columns past the head dim are multiplied with zeros, except that those of values become columns of an output, which
+  // Columns past the tensor's are multiplied with zeros, except that those of values become columns of an output, which
   // nobody stores.
   constexpr bool kClears = kKeys || Traits::kForGradients;
-  const int tail_vectors = kClears ? args.tail_vectors : 0;
-  uint64_t* landed = tail_vectors == 0 ? full : kKeys ? storage.keys_landed : storage.values_landed;
+  const RowTail tail = kKeys ? args.k_tail : args.v_tail;
+  const bool clears = kClears && tail.count > 0;
+  uint64_t* landed = !clears ? full : kKeys ? storage.keys_landed : storage.values_landed;
   constexpr int kStages = kKeys ? Traits::kKeyStages : Traits::kValueStages;
   // A short stage is consumed sooner than the next one comes: that one is under way before this one is cleared. Of two
   // stages, consumers would wait for what is done only when the next one may come.
   constexpr bool kClearsLate = kStages > 2;
   // Where in a plan this lane's segment lies.
   const int stage_of_lane = lane >> segments_log2, segment_of_lane = lane & ((1 << segments_log2) - 1);
-  const int offset_of_lane = (segment_of_lane << args.segment_log2) * (Traits::kChunks * Traits::kChunkBytes);
+  const int offset_of_lane = (segment_of_lane << args.segment_log2) * (kChunks * Traits::kChunkBytes);
 
   RingPosition<Traits::kTileSlots> slot(0);
   RingPosition<Traits::kSegmentSlots> segment_slot(0);
@@ -472,7 +476,7 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
   uint64_t* full_when_cleared = nullptr;
   const auto clear_stage = [&] {
     mbarrier_wait(&landed[to_clear.index], to_clear.parity);
-    clear_tail<Traits>(stages + to_clear.index * Traits::kStageBytes, tail_vectors, lane);
+    clear_tail<Traits, kChunks>(stages + to_clear.index * kStageBytes, tail, lane);
     if (lane == 0) mbarrier_arrive(Traits::kPairs ? full_when_cleared : &full[to_clear.index]);
     to_clear.advance();
   };
@@ -502,7 +506,7 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
 #pragma unroll 1
       for (int stage = 0; stage < count; ++stage) {
         mbarrier_wait(&empty[ring.index], ring.parity);
-        uint8_t* destination = stages + ring.index * Traits::kStageBytes;
+        uint8_t* destination = stages + ring.index * kStageBytes;
         bool masked = planned + stage < tile.masked_stages;
         if constexpr (!Traits::kPairs) masked = masked || planned + stage >= tile.clean_end;
         uint64_t* arrived = &landed[ring.index];
@@ -511,7 +515,7 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
           const uint32_t described = plan.with_row(stage, 0), owner = described & ~kMaskedStage;
           masked = described & kMaskedStage;
           filled = &full[owner * kStages + ring.index];
-          if (tail_vectors == 0) arrived = filled;
+          if (!clears) arrived = filled;
           // The block that does not attend to it never reads it.
           if (lane == 0 && owner != kOfBoth) mbarrier_arrive(&empty[ring.index], Traits::kConsumerWarps / 2);
         }
@@ -520,7 +524,7 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
           write_granules(args, plan, stage, storage.granules[ring.index], lane);
         }
         if (lane == 0) {
-          mbarrier_arrive_expect(arrived, Traits::kStageBytes);
+          mbarrier_arrive_expect(arrived, kStageBytes);
         } else if (kKeys && kGeneral) {
           mbarrier_arrive(&full[ring.index]);
         }
@@ -530,16 +534,16 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
                                          key_head);
           }
         } else {
-          constexpr int kBoxes = Traits::kTileN / 8 * Traits::kChunks;  // of 8 rows and one chunk
+          constexpr int kBoxes = Traits::kTileN / 8 * kChunks;  // of 8 rows and one chunk
           for (int first_box = 0; first_box < kBoxes; first_box += 32) {
             const int box = first_box + lane;
-            const int row = box / Traits::kChunks * 8 % Traits::kTileN;
+            const int row = box / kChunks * 8 % Traits::kTileN;
             const int key = plan.key_of_row(stage, row), end = plan.end_of_row(stage, row);
             const int from_end = key < 0 || key > end ? 0 : end - key;
             if (box < kBoxes) {
               cute::SM90_TMA_LOAD_5D::copy(clipped, arrived, kKeepInL2, destination + box * Traits::kAtomBytes,
-                                           box % Traits::kChunks * Traits::kChunkColumns, kRunEnd - from_end,
-                                           int{kRunEnd}, run_begin + end, key_head);
+                                           box % kChunks * Traits::kChunkColumns, kRunEnd - from_end, int{kRunEnd},
+                                           run_begin + end, key_head);
             }
           }
         }
@@ -547,12 +551,12 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
           mbarrier_arrive(&storage.tile_wanted);
         }
         if (!kClearsLate) full_when_cleared = filled;
-        if (tail_vectors > 0 && (!kClearsLate || planned + stage > 0)) clear_stage();
+        if (clears && (!kClearsLate || planned + stage > 0)) clear_stage();
         full_when_cleared = filled;
         ring.advance();
       }
     }
-    if (kClearsLate && tail_vectors > 0 && tile.stages > 0) clear_stage();
+    if (kClearsLate && clears && tile.stages > 0) clear_stage();
   }
 }
 
@@ -560,7 +564,7 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
 template <class Traits, bool kGeneral>
 __device__ __forceinline__ void copy_rows(const QueryTileArguments& args, const WorkItem& item, int row_in_tile,
                                           const uint8_t* source, int first, int lane) {
-  const int vectors = args.head_dim / 8;  // of 16 bytes
+  const int vectors = args.out_columns / 8;  // of 16 bytes
   for (int i = lane; i < args.query_piece * vectors; i += 32) {
     const int row = i / vectors, vector = i - row * vectors, in_unit = first + row;
     const RowPlace place = place_row<kSeveralBlocks<Traits, kGeneral>>(args, item, row_in_tile + row);
@@ -585,7 +589,7 @@ __device__ __forceinline__ void store_output(const QueryTileArguments& args, typ
       if (place.count <= 0) continue;
       if (place.count >= args.box_rows) {
         const int row = item.q_begin + item.sequence * args.out_batch_rows + place.row;
-        if (lane < Traits::kChunks && lane * Traits::kChunkColumns < args.head_dim) {
+        if (lane < Traits::kChunks && lane * Traits::kChunkColumns < args.out_columns) {
           cute::SM90_TMA_STORE_3D::copy(&args.map_out, source + (lane * kUnitRows + first) * Traits::kChunkBytes,
                                         lane * Traits::kChunkColumns, row,
                                         place.head + item.sequence * args.out_batch_heads);

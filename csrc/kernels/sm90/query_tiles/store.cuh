@@ -18,8 +18,8 @@ __device__ __forceinline__ float* lse_of_row(const QueryTileArguments& args, con
          static_cast<int64_t>(place.head) * args.rows_q + item.q_begin + place.row;
 }
 
-// Converts the output of 64 rows and leaves it where the buffer warp stores it from.
-template <class Traits, class Output>
+// Converts the output of 64 rows, an accumulator of Mma, and leaves it where the buffer warp stores it from.
+template <class Traits, class Mma, class Output>
 __device__ __forceinline__ void leave_output(typename Traits::Storage& storage, const Output& output, int unit,
                                              int buffer, int warp, int lane) {
   using namespace cute;
@@ -33,10 +33,12 @@ __device__ __forceinline__ void leave_output(typename Traits::Storage& storage, 
 
   // Every warp must be past its last use of the queries before any writes output over them.
   cutlass::arch::NamedBarrier::sync(128, kUnit0 + unit);
-  auto tiled_copy = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaPV{});
+  auto tiled_copy = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, Mma{});
   auto thread_copy = tiled_copy.get_thread_slice(warp * 32 + lane);
-  Tensor sO = make_tensor(make_smem_ptr(&storage.queries[0][0][0]), typename Traits::SmemLayoutQ{});
-  copy(tiled_copy, thread_copy.retile_S(converted), thread_copy.partition_D(sO(_, _, buffer * Traits::kUnits + unit)));
+  constexpr auto kColumns = Int<2 * decltype(size(output))::value>{};
+  constexpr auto kLayout = tile_to_shape(typename Traits::AtomK{}, make_shape(Int<kUnitRows>{}, kColumns));
+  Tensor sO = make_tensor(make_smem_ptr(&storage.queries[buffer][unit][0]), kLayout);
+  copy(tiled_copy, thread_copy.retile_S(converted), thread_copy.partition_D(sO));
   cutlass::arch::fence_view_async_shared();
   mbarrier_arrive_warp(&storage.output_full[buffer][unit], lane);
 }
@@ -46,7 +48,7 @@ __device__ __forceinline__ void leave_output(typename Traits::Storage& storage, 
 template <class Traits, bool kGeneral>
 __device__ __forceinline__ void write_empty_tile(const QueryTileArguments& args, const WorkItem& item, int unit,
                                                  int warp, int lane) {
-  const int vectors = args.head_dim / 8;  // of 16 bytes
+  const int vectors = args.out_columns / 8;  // of 16 bytes
   for (int i = lane; i < 16 * vectors; i += 32) {
     const int row = i / vectors, vector = i - row * vectors;
     const RowPlace place = place_row<kSeveralBlocks<Traits, kGeneral>>(args, item, unit * kUnitRows + warp * 16 + row);

@@ -6,6 +6,7 @@
 #include <cutlass/fast_math.h>
 #include <cutlass/numeric_types.h>
 
+#include <algorithm>
 #include <climits>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
@@ -83,6 +84,7 @@ struct QueryTileTraits {
   using Config = Config_;
   using Element = std::conditional_t<Config::kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
   static constexpr int kHeadDim = Config::kHeadDim;
+  static constexpr int kValueDim = Config::kValueDim;
   static constexpr int kTileN = Config::kTileN;
   static constexpr int kTileNLog2 = cutlass::log2_down<kTileN>::value;
   static constexpr int kKeyStages = Config::kKeyStages;
@@ -95,9 +97,10 @@ struct QueryTileTraits {
   static constexpr int kQueryBuffers = Config::kQueryBuffers;
   static constexpr int kChunkColumns = Config::kChunkColumns;  // of a row, what one swizzle atom spans
   static constexpr int kChunks = kHeadDim / kChunkColumns;
+  static constexpr int kValueChunks = kValueDim / kChunkColumns;
   static constexpr int kGranules = kTileN / kGranule;
   // Blocks that a tile may unite, at most: up to head dim 128, small blocks get tiles of 64 rows.
-  static constexpr int kUnited = kTileM >= 128 && kHeadDim <= 128 ? 1 : kTileM / kGranule;
+  static constexpr int kUnited = kTileM >= 128 && kHeadDim <= 128 ? 1 : std::min(kTileM / kGranule, 32 / kGranules);
   static constexpr bool kPairs = Config::kPairs;
   // Stages that both blocks of a pair attend to, and those of each alone, have barriers of their own that tell that
   // they are full: so nobody waits for what the other alone gets, and still meets each phase of its barriers.
@@ -114,7 +117,7 @@ struct QueryTileTraits {
   static constexpr bool kForGradients = false;  // tiles have output gradients beside their queries
   static constexpr bool kAddsKeys = false;      // consumers need to know where all keys lie
   static_assert(kTileM == kUnits * kUnitRows);
-  static_assert(kHeadDim % kChunkColumns == 0);
+  static_assert(kHeadDim % kChunkColumns == 0 && kValueDim % kChunkColumns == 0 && kValueDim <= kHeadDim);
 
   // 8 rows x kChunkColumns columns, and the same bytes transposed.
   using AtomK = std::conditional_t<kChunkColumns == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
@@ -131,7 +134,7 @@ struct QueryTileTraits {
       AtomK{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kKeyStages>>{},
       cute::Step<cute::_2, cute::_1, cute::_3>{}));
   using SmemLayoutVt = decltype(cute::tile_to_shape(
-      AtomMN{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kValueStages>>{},
+      AtomMN{}, cute::Shape<cute::Int<kValueDim>, cute::Int<kTileN>, cute::Int<kValueStages>>{},
       cute::Step<cute::_1, cute::_2, cute::_3>{}));
 
   using MmaQK = decltype(cute::make_tiled_mma(
@@ -139,17 +142,18 @@ struct QueryTileTraits {
                                  cute::Shape<cute::Int<kUnitRows>, cute::Int<kTileN>, cute::Int<kHeadDim>>>()));
   using MmaPV = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float,
-                                 cute::Shape<cute::Int<kUnitRows>, cute::Int<kHeadDim>, cute::Int<kTileN>>,
+                                 cute::Shape<cute::Int<kUnitRows>, cute::Int<kValueDim>, cute::Int<kTileN>>,
                                  cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
 
-  static constexpr uint32_t kStageBytes = kTileN * kHeadDim * sizeof(Element);
+  static constexpr uint32_t kKeyBytes = kTileN * kHeadDim * sizeof(Element);  // of a stage
+  static constexpr uint32_t kValueBytes = kTileN * kValueDim * sizeof(Element);
   static constexpr uint32_t kUnitBytes = kUnitRows * kHeadDim * sizeof(Element);
   static constexpr uint32_t kChunkBytes = kChunkColumns * sizeof(Element);
   static constexpr uint32_t kAtomBytes = 8 * kChunkBytes;
 
   struct alignas(1024) Storage {
     Element keys[kKeyStages][kTileN * kHeadDim];
-    Element values[kValueStages][kTileN * kHeadDim];
+    Element values[kValueStages][kTileN * kValueDim];
     Element queries[kQueryBuffers][kUnits][kUnitRows * kHeadDim];  // the output leaves from here too
     int32_t columns[kColumnEntries * (kPairs ? 2 : 1)];            // active blocks, as the tile warp expands them
     int32_t segment_keys[kSegmentSlots][32];                       // first keys of segments; -1: none
@@ -180,14 +184,19 @@ struct QueryTileTraits {
 template <class Traits, bool kGeneral>
 inline constexpr bool kSeveralBlocks = kGeneral || Traits::kPairs;
 
+// Columns of a row past its tensor's, up to the end of their chunk, in vectors of 16 bytes.
+struct RowTail {
+  int first, count;
+};
+
 // What the kernel gets, by value. Coordinates of batched tensors are batch * *_batch_rows + row and
 // batch * *_batch_heads + head.
 struct QueryTileArguments {
-  CUtensorMap map_q;    // (head_dim, rows, heads), box kChunkColumns x box_rows x box_heads
+  CUtensorMap map_q;    // (columns, rows, heads), box kChunkColumns x box_rows x box_heads
   CUtensorMap map_out;  // the same
   // Whole rows: (columns of a chunk, rows, chunks, groups of 8 rows, heads), box of one segment.
   CUtensorMap map_k, map_v;
-  // 8 rows of a chunk that end at any row, see tensor_map.h: (head_dim, rows before the end, wrap, end, heads).
+  // 8 rows of a chunk that end at any row, see tensor_map.h: (columns, rows before the end, wrap, end, heads).
   CUtensorMap map_k_clipped, map_v_clipped;
   CUtensorMap map_q_clipped;  // the same, for boxes of one head
 
@@ -204,13 +213,14 @@ struct QueryTileArguments {
 
   void* out;
   int64_t out_batch_stride, out_row_stride, out_head_stride;  // elements
+  int out_columns;
   float* lse;
 
   int rows_q, rows_k;  // per batch entry; all, when packed
   int q_batch_rows, k_batch_rows, v_batch_rows, out_batch_rows;
   int q_batch_heads, k_batch_heads, v_batch_heads, out_batch_heads;
   int lse_batch_stride_rows;  // 0 when packed
-  int heads_q, head_dim;
+  int heads_q;
   cutlass::FastDivmod heads_per_key_head;
   int row_words;  // of a bit row
   cutlass::FastDivmod q_block_size;
@@ -225,10 +235,9 @@ struct QueryTileArguments {
   cutlass::FastDivmod segments_per_block;
   bool ragged_blocks;  // k_block_size is no multiple of a granule: the last segment of a block is short
   bool whole_rows;     // map_k and map_v can be used; otherwise every stage goes through the clipped maps
-  // Columns of the kernel's head dim past the call's, in vectors of 16 bytes. Boxes of whole rows bring there what
-  // follows in memory; behind the last row of a tensor, which whole_k_rows and whole_v_rows leave out, that may be
-  // nobody's.
-  int tail_vectors;
+  // Boxes of whole rows bring there what follows in memory; behind the last row of a tensor, which whole_k_rows and
+  // whole_v_rows leave out, that may be nobody's.
+  RowTail k_tail, v_tail;
   int whole_k_rows, whole_v_rows;
   const float* sinks;  // (heads_q), natural; null: there are none
   Dropout dropout;     // for the general kernel alone
