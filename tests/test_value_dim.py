@@ -47,6 +47,7 @@ SPECS = [
     case("192_rows", head_dim=96, value_dim=128, q_block=192, k_block=48, lens_q=(400, 191, 5), causal=True),
     case("pairs", head_dim=128, value_dim=96, lens_q=(1100, 70), lens_k=(1100, 600), density=0.9),
     case("pairs_longer_values", head_dim=64, value_dim=96, lens_q=(1100,), density=0.9, causal=True),
+    case("padded", head_dim=128, value_dim=64, q_block=128, k_block=128, layout="padded", causal=True),
     case("tails", head_dim=40, value_dim=72, q_block=112, k_block=96, lens_q=(111, 113), layout="padded"),
     case("tails_of_values", head_dim=72, value_dim=40, q_block=64, k_block=64, layout="padded", causal=True),
     case("odd", head_dim=101, value_dim=18, causal=True, layout="odd"),
@@ -64,7 +65,7 @@ METHODS = [dataclasses.replace(s, value_dim=d) for s in cases.BACKWARD_METHODS f
 
 
 def by_name(spec: Case) -> str:
-    return spec.name
+    return f"{spec.name}-{spec.head_dim}-{spec.value_dim}"
 
 
 @pytest.mark.parametrize("device,dtype", DEVICE_DTYPES)
@@ -85,7 +86,7 @@ def test_backward(spec: Case, device: str, dtype: torch.dtype, deterministic: bo
 
 
 @pytest.mark.parametrize("device,dtype", DEVICE_DTYPES)
-@pytest.mark.parametrize("spec", METHODS, ids=lambda s: f"{s.name}-{s.value_dim}")
+@pytest.mark.parametrize("spec", METHODS, ids=by_name)
 def test_each_method(spec: Case, device: str, dtype: torch.dtype):
     problem = make_problem(spec, device, dtype)
     judge(problem, *problem.run())

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "hbsattn/params.h"
+#include "plan/tiles.h"
 
 namespace hbsattn {
 
@@ -32,7 +33,7 @@ inline Dropout make_dropout(const ForwardParams& params) {
   dropout.seed = params.dropout_seed;
   dropout.below_are_kept = 2 * dropped > kNumbers;
   dropout.limit = static_cast<uint32_t>(dropout.below_are_kept ? kNumbers - dropped : dropped);
-  dropout.aligned = params.mask.shape.q_block_size % 16 == 0 && params.mask.shape.k_block_size % 16 == 0;
+  dropout.aligned = params.mask.shape.q_block_size % kGranule == 0 && params.mask.shape.k_block_size % kGranule == 0;
   dropout.kept = static_cast<float>(kNumbers - dropped) / kNumbers;
   dropout.scale = static_cast<float>(kNumbers) / static_cast<float>(kNumbers - dropped);
   return dropout;

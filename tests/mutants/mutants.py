@@ -44,7 +44,30 @@ RULES = ("tests/test_windows.py", "-k", f"test_cases and {HALF} and (batched or 
 SINKS = ("tests/test_sinks.py", "-k", f"test_cases and {HALF} and (groups or alike or stacks or empty_rows)")
 DROPOUT = ("tests/test_dropout.py", "-k", f"test_cases and {HALF} and (128x128 or 100x100 or 7x128 or tokens)")
 
+VALUE_DIM = ("tests/test_value_dim.py", "-k", f"(test_forward or test_backward) and {HALF} and (128-64 or 64-128)")
+
 MUTANTS = [
+    Mutant(
+        "values_as_wide_as_the_kernel",
+        "kernels/sm90/*.cpp",
+        "static_cast<cuuint64_t>(tensor.chunks(chunk))",
+        "static_cast<cuuint64_t>(chunks)",
+        VALUE_DIM,
+    ),
+    Mutant(
+        "gradients_of_values_as_wide_as_keys",
+        BACKWARD_KEYS,
+        "args.grad_v_columns = view_of(problem, params.grad_v).columns;",
+        "args.grad_v_columns = view_of(problem, params.grad_k).columns;",
+        VALUE_DIM,
+    ),
+    Mutant(
+        "outputs_as_wide_as_queries",
+        QUERY_TILES,
+        "args.out_columns = view_of(params, params.out).columns;",
+        "args.out_columns = view_of(params, params.q).columns;",
+        VALUE_DIM,
+    ),
     Mutant(
         "dropout_of_a_group_s_first_head",
         QUERY_TILES,
