@@ -44,6 +44,10 @@ def explain(
     if mask._lists is None:  # whose bits may take too much memory
         numbers = (mask._layout, True, 1.0, 0.0)  # whatever the scores are
         ops.check_forward.default(q, k, v, mask._kept_bits(), mask.sequences, mask._rules, None, None, *numbers)
+    elif v.shape[:-1] != k.shape[:-1] or not 0 < v.shape[-1] <= 256:
+        raise ValueError(
+            f"v has shape {tuple(v.shape)}; expected {tuple(k.shape)}, that of k, but for a head_dim of 1 to 256"
+        )
     if q.device.type == "cpu":
         return {"forward": {"kernel": "cpu"}, "backward": {"kernel": "cpu"}}
     cols, q_block, k_block, causal = mask._layout

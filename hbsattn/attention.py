@@ -38,8 +38,9 @@ def block_sparse_attention(
             CUDA, head dims that are no multiple of 8 cost padded copies of q, k, v and out.
         k, v: (total_k, heads_k, head_dim) or (batch, seqlen_k, heads_k, head_dim), dtype and device of q. heads_q is
             a multiple of heads_k, and query head h reads key head h // (heads_q // heads_k). The head dim of v, which
-            is that of out, may be another than that of q and k. On CUDA, calls then take the time of the greater one,
-            but for up to 192 beside up to 128 of v, as in multi-head latent attention: these cost what they compute.
+            is that of out, may be another than that of q and k. On CUDA, calls then take about the time of the greater
+            one, but for one of 136 to 192 beside up to 128 of v, as in multi-head latent attention: these cost what
+            they compute, unless weights are dropped.
         mask: on the same device; it may serve any number of calls.
         softmax_scale: above 0, 1 / sqrt(head_dim) by default.
         sinks: (heads_q), float16, bfloat16, float32 or float64. A score of each query head that takes part in the
@@ -62,12 +63,13 @@ def block_sparse_attention(
     Gradients flow from out and lse to q, k, v and sinks, in their dtype; what attends to nothing gets 0, whatever its
     own gradients are. Those of tensors that require none are not computed: with k and v frozen, or with q frozen,
     backward takes less time. A NaN in a gradient of out reaches that of its head's sink. On CUDA, backward allocates
-    float32 sums, of about the size of q, besides up to 10 MB, or of several times that where blocks of few queries,
-    over the heads that share a mask, are padded to 16 rows; for key blocks below 64, in most shapes, of the size of k
-    and v instead; for those of 64, in most shapes, none; and of k and v, too, where several query heads read a key head
-    of long sequences. The first call with gradients plans the work of backward, and later ones with that mask share the
-    plan. Weights come from the log-sum-exp in float32: at scores beyond 2^16 gradients lose digits. A NaN or infinity
-    in q or in a gradient of out may reach gradients of all keys in active blocks.
+    float32 sums, of about the size of q, or of out, if that is greater, besides up to 10 MB, or of several times that
+    where blocks of few queries, over the heads that share a mask, are padded to 16 rows; for key blocks below 64, in
+    most shapes, of the size of k and v instead; for those of 64, in most shapes, none; and of k and v, too, where
+    several query heads read a key head of long sequences. The first call with gradients plans the work of backward, and
+    later ones with that mask share the plan. Weights come from the log-sum-exp in float32: at scores beyond 2^16
+    gradients lose digits. A NaN or infinity in q or in a gradient of out may reach gradients of all keys in active
+    blocks.
 
     Rows of packed tensors that no sequence covers get 0, here as in the result, and -inf in lse. Results of a sequence
     do not depend on what lies beside it, but in their last bits where blocks are longer than the mask's longest
@@ -133,7 +135,8 @@ def _attend(
     if torch.is_grad_enabled():
         needs = (q.requires_grad, k.requires_grad, v.requires_grad)
         trains = needs != NO_GRADIENTS or (sinks is not None and sinks.requires_grad)
-    shape: Heads = (heads_q, k_shape[-2], max(head_dim, v.shape[-1]), q.element_size(), pack_heads)
+    widest = max(head_dim, v.shape[-1]) if v.dim() else head_dim  # the op refuses a v without dimensions
+    shape: Heads = (heads_q, k_shape[-2], widest, q.element_size(), pack_heads)
     if mask._lists is not None and not trains and not drops and not mask._makes_bits():
         results = _attend_in_chunks(q, k, v, mask, (mask._rules, sinks, None, mask._layout, pack_heads, scale, 0.0))
         return results if return_lse else results[0]

@@ -33,7 +33,7 @@ def HBSAttention(
     `block_sparse_attention` pack and plan it once.
 
     Args:
-        q, k, v: (total_q, heads_q, head_dim) and (total_k, heads_k, head_dim).
+        q, k, v: (total_q, heads_q, head_dim) and (total_k, heads_k, head_dim); that of v may be another.
         cu_q_seqlens, cu_k_seqlens: int32 (batch + 1).
         block_mask: bool (heads, query blocks of all sequences, key blocks of all sequences) with 1, heads_k or heads_q
             heads; what lies outside the block diagonal of the sequences is ignored.
@@ -42,7 +42,7 @@ def HBSAttention(
         num_q_block, ..., cu_num_k_block: accepted and ignored; the plan is made on the device.
 
     Returns:
-        (total_q, heads_q, head_dim), dtype of q.
+        (total_q, heads_q, head dim of v), dtype of q.
     """
     if tile_mode not in ("auto", "fix"):
         raise ValueError(f"tile_mode is {tile_mode!r}; expected 'auto' or 'fix'")

@@ -568,15 +568,17 @@ class BlockMask:
         dense[:, row, begin[row] + col] = mask[:, used][:, row, col]
         return dense
 
-    def flops(self, head_dim: int, num_heads: int) -> int:
-        """Counts the floating-point operations of the forward: 4 * head_dim for each pair of a query and a key that
-        attend, over all `num_heads` query heads. Exact, with causality, windows and short blocks. Waits for the device.
+    def flops(self, head_dim: int, num_heads: int, value_dim: int | None = None) -> int:
+        """Counts the floating-point operations of the forward: 2 * (head_dim + value_dim), that of v, which is head_dim
+        by default, for each pair of a query and a key that attend, over all `num_heads` query heads. Exact, with
+        causality, windows and short blocks. Waits for the device.
         """
         head_dim, num_heads = check_index("head_dim", head_dim), check_index("num_heads", num_heads)
+        value_dim = head_dim if value_dim is None else check_index("value_dim", value_dim)
         if num_heads % max(self.heads, 1) != 0:
             raise ValueError(f"num_heads is {num_heads}; expected a multiple of the {self.heads} heads of the mask")
         pairs = count_pairs(self.bits, self.sequences, MaskLayout(*self._layout), self._rules)
-        return 4 * head_dim * pairs * (num_heads // max(self.heads, 1))
+        return 2 * (head_dim + value_dim) * pairs * (num_heads // max(self.heads, 1))
 
     def plot(self, head: int = 0, *, sequence: int = 0, ax: Any = None) -> Any:
         """Draws a head of a sequence with matplotlib, and returns the axes: `ax`, or new ones. Blocks of which

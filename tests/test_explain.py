@@ -30,6 +30,24 @@ def test_what_does_not_fit(device: str):
         hbsattn.explain(*(x.int() for x in (problem.q, problem.k, problem.v)), problem.mask())
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_values_beside_lists(device: str, monkeypatch: pytest.MonkeyPatch):
+    """Masks that stay lists have no bits to check a call with."""
+    monkeypatch.setattr("hbsattn.mask.stays_lists", lambda *_: True)
+    spec = case("lists", q_block=1, k_block=16, source="indices")
+    problem = make_problem(spec, device, torch.float16)
+    mask = problem.mask()
+    assert hbsattn.explain(problem.q, problem.k, problem.v[..., :8], mask)["forward"]["kernel"]
+    for wrong in (
+        problem.v[:-1],
+        problem.v[..., :0],
+        problem.v.new_ones(()),
+        problem.v.new_ones((*problem.v.shape[:2], 257)),
+    ):
+        with pytest.raises(ValueError, match="v has shape"):
+            hbsattn.explain(problem.q, problem.k, wrong, mask)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "q_block,k_block,deterministic,method,rows",

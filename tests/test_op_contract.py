@@ -478,6 +478,7 @@ def test_build_info():
             "arch",
             "dtype",
             "head_dim",
+            "value_dim",
             "tile_m",
             "tile_n",
             "key_stages",

@@ -55,6 +55,7 @@ TAKERS: dict[str, tuple[Callable[[Any], Any], int]] = {
     "max_seqlen_k": (lambda x: BlockMask.from_dense(dense(1, 6, 6), 32, 32, **packed(), max_seqlen_k=x), 100),
     "block_size": (lambda x: calculate_blocks(cu_seqlens((100, 37), "cpu"), x), 32),
     "head_dim": (lambda x: BlockMask.from_dense(dense(1, 1, 4, 4), 32, 32).flops(x, 1), 64),
+    "value_dim": (lambda x: BlockMask.from_dense(dense(1, 1, 4, 4), 32, 32).flops(64, 1, x), 64),
     "num_heads": (lambda x: BlockMask.from_dense(dense(1, 1, 4, 4), 32, 32).flops(64, x), 2),
 }
 

@@ -53,8 +53,8 @@ void list_kernels(const char* direction, const char* tile, Stages&& stages, Byte
     using Config = decltype(config);
     const std::string name = name_kernel<Config>(direction, tile);
     const auto [key_stages, value_stages] = stages(config);
-    kernels.push_back({name, "sm_90a", Config::kDType, Config::kHeadDim, Config::kTileM, Config::kTileN, key_stages,
-                       value_stages, bytes(config)});
+    kernels.push_back({name, "sm_90a", Config::kDType, Config::kHeadDim, Config::kValueDim, Config::kTileM,
+                       Config::kTileN, key_stages, value_stages, bytes(config)});
     return false;
   });
 }
@@ -97,7 +97,7 @@ void explain_queries(const ForwardParams& problem, bool for_backward, Explanatio
   const MaskShape& shape = problem.mask.shape;
   const TileShape tiles =
       shape_tiles(shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads, for_backward);
-  explanation->general = needs_general_kernel(shape, tiles) || problem.dropout_p > 0.;
+  explanation->general = needs_general_kernel(problem, tiles);
   explanation->tile_rows = tiles.tile_rows;
   explanation->tile_heads = tiles.packed_heads;
   explanation->num_items =

@@ -73,10 +73,12 @@ HeadDims find_for_values(const ForwardParams& problem, KernelTiles tiles) {
   return of_short_values.chosen > 0 && of_short_values.chosen <= found.chosen ? of_short_values : found;
 }
 
-Status refuse_head_dim(int head_dim, int largest, const char* where) {
+Status refuse_head_dim(const ForwardParams& problem, int largest, const char* where) {
   const std::string expected = largest > 0 ? "1 to " + std::to_string(largest)
                                            : std::string("a head dim whose kernels this build of hbsattn has");
-  return Status::NotSupported("head_dim is " + std::to_string(head_dim) + "; expected " + expected + where);
+  const bool of_v = view_of(problem, problem.q).columns < problem.head_dim;
+  return Status::NotSupported(std::string(of_v ? "the head dim of v is " : "head_dim is ") +
+                              std::to_string(problem.head_dim) + "; expected " + expected + where);
 }
 
 KernelTiles query_tiles(const ForwardParams& problem, bool for_backward) {
@@ -98,7 +100,7 @@ KernelTiles backward_tiles(const BackwardParams& params) {
 bool needs_general(const ForwardParams& problem) {
   const TileShape tiles = shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
                                       problem.pack_heads, takes_gradient_tiles(problem));
-  return problem.dropout_p > 0. || needs_general_kernel(problem.mask.shape, tiles);
+  return needs_general_kernel(problem, tiles);
 }
 
 HeadDims find_backward_head_dims(const BackwardParams& params) {
@@ -114,7 +116,7 @@ HeadDims find_backward_head_dims(const BackwardParams& params) {
 }
 
 Status select(const ForwardParams& problem, const HeadDims& found, const char* where, KernelKey* key) {
-  if (found.chosen == 0) return refuse_head_dim(problem.head_dim, found.largest, where);
+  if (found.chosen == 0) return refuse_head_dim(problem, found.largest, where);
   *key = {problem.dtype, found.chosen, found.tiles};
   return Status::Ok();
 }

@@ -323,8 +323,9 @@ Status validate_problem(const ForwardParams& params) {
   const MaskShape& shape = params.mask.shape;
   HBSATTN_RETURN_IF_ERROR(validate_mask(shape));
   HBSATTN_RETURN_IF_ERROR(check_heads(shape, params.heads_q, params.heads_k));
-  HBSATTN_RETURN_IF_ERROR(check_range("head_dim", params.head_dim, 1, kMaxHeadDim + 1));
   const int32_t columns = view_of(params, params.q).columns, value_columns = view_of(params, params.v).columns;
+  const char* whose = columns < params.head_dim ? "the head dim of v" : "head_dim";
+  HBSATTN_RETURN_IF_ERROR(check_range(whose, params.head_dim, 1, kMaxHeadDim + 1));
   HBSATTN_RETURN_IF_ERROR(check_range("q.columns", columns, 1, params.head_dim + 1));
   HBSATTN_RETURN_IF_ERROR(check_range("v.columns", value_columns, 1, params.head_dim + 1));
   if (columns < params.head_dim && value_columns < params.head_dim) {

@@ -47,6 +47,7 @@ py::dict build_info() {
     entry["arch"] = kernel.arch;
     entry["dtype"] = name_of(kernel.dtype);
     entry["head_dim"] = kernel.head_dim;
+    entry["value_dim"] = kernel.value_dim;
     entry["tile_m"] = kernel.tile_m;
     entry["tile_n"] = kernel.tile_n;
     entry["key_stages"] = kernel.key_stages;

@@ -242,6 +242,15 @@ int check_refusals() {
   if (status.code != hbsattn::StatusCode::kInvalidValue) return fail("forward took 3 query heads for 2 key heads");
   if (status.message.find("heads_q") == std::string::npos) return fail("unclear message: " + status.message);
 
+  // Values of another head dim: the problem's is the greater one.
+  params = forward_params(buffers);
+  params.v.columns = params.out.columns = kHeadDim / 2;
+  if (!(status = hbsattn::validate_forward(params)).ok()) return fail("validate_forward: " + status.message);
+  params.v.columns = params.out.columns = 2 * kHeadDim;
+  status = hbsattn::validate_forward(params);
+  if (status.code != hbsattn::StatusCode::kInvalidValue) return fail("forward took values wider than the problem");
+  if (status.message.find("v.columns") == std::string::npos) return fail("unclear message: " + status.message);
+
   // Rows of a tile are numbered on past the last one of a block, over the heads that share it.
   hbsattn::PlanParams plan;
   plan.mask = mask_view(buffers);

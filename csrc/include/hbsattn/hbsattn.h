@@ -97,8 +97,8 @@ HBSATTN_API Status validate_key_plan(const KeyPlanParams& params);
 HBSATTN_API Status validate_forward(const ForwardParams& params);
 HBSATTN_API Status validate_backward(const BackwardParams& params);
 
-// All checks of `forward` or `backward` but those of pointers, of `addressable` and of kHeadDimMultiple: whether the
-// problem is valid and this build has a kernel for it on the current device.
+// All checks of `forward` or `backward` but those of pointers, of `addressable` and of kHeadDimMultiple, and of other
+// views than q and v: whether the problem is valid and this build has a kernel for it on the current device.
 HBSATTN_API Status supported(const ForwardParams& params);
 HBSATTN_API Status supported(const BackwardParams& params);
 
@@ -115,6 +115,7 @@ struct KernelInfo {
   std::string arch;  // e.g. "sm_90a"
   DType dtype;
   int32_t head_dim;      // head dims up to this one, and above the next smaller, use it
+  int32_t value_dim;     // if less: such calls whose values have up to so many columns do
   int32_t tile_m;        // query rows of a tile; backward: of a stage
   int32_t tile_n;        // keys of a stage; backward: of a tile
   int32_t key_stages;    // backward: of queries

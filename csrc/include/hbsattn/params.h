@@ -152,7 +152,7 @@ struct PlanParams {
   MaskView mask;
   int32_t heads_q = 0;
   int32_t heads_k = 0;
-  int32_t head_dim = 0;
+  int32_t head_dim = 0;       // as in the ForwardParams of the calls that use the list
   int32_t element_size = 2;   // bytes
   bool pack_heads = true;     // let query heads that share a mask and a key head share tiles
   bool for_backward = false;  // a list for gradients, whose tiles may have fewer rows, and add to gradients of keys
@@ -200,7 +200,7 @@ struct KeyPlanParams {
   const uint32_t* columns = nullptr;  // (heads, cols, row_words)
   int32_t heads_q = 0;
   int32_t heads_k = 0;
-  int32_t head_dim = 0;
+  int32_t head_dim = 0;        // as in the ForwardParams of the calls that use the list
   int32_t element_size = 2;    // bytes
   bool deterministic = false;  // as in the BackwardParams of the calls that use the list
   bool packed = false;         // likewise

@@ -20,6 +20,11 @@ constexpr bool needs_general_kernel(const MaskShape& shape, const TileShape& til
   return ragged || (tiles.packed_heads > 1 && shape.q_block_size % kGranule != 0) || (tiles.united > 1 && !tiles.pairs);
 }
 
+// The same for a call: it drops weights.
+constexpr bool needs_general_kernel(const ForwardParams& problem, const TileShape& tiles) {
+  return problem.dropout_p > 0. || needs_general_kernel(problem.mask.shape, tiles);
+}
+
 inline constexpr int kShortValueDim = 128;
 
 // A forward kernel for sm_90a. A CTA owns kTileM query rows, 64 for each consumer warpgroup, and streams the keys of

@@ -12,7 +12,7 @@
 #include "kernels/sm90/backward_keys/traits.cuh"
 #include "kernels/sm90/operand.cuh"
 
-// The same as backward_mainloop.cuh for head dims above 128, where two consumer warpgroups share the tile's 64 keys.
+// The same as mainloop.cuh for head dims above 128, where two consumer warpgroups share the tile's 64 keys.
 // Each computes the scores of half the stage's queries, and all gradients in half the columns: P and dS both go through
 // shared memory, where they are first operands of dV, dK and (dS transposed) dQ. kWithQueries: dQ is wanted.
 //

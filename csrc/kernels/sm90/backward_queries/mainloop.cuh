@@ -13,7 +13,7 @@
 // The gradient of the queries stays in registers. Those of a stage's keys and values are products over all queries of
 // the tile: P and dS go through shared memory, each warpgroup makes one of the two a stage late, so that neither waits
 // for the other, and adds it to float32 in global memory. They take turns with the tensor cores, as in
-// backward_mainloop.cuh.
+// backward_keys/mainloop.cuh.
 
 namespace hbsattn::sm90 {
 

@@ -118,7 +118,7 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   args.dropout = make_dropout(params);
   args.scale = params.softmax_scale;
   args.scale_log2 = static_cast<float>(params.softmax_scale * M_LOG2E);
-  general = needs_general_kernel(shape, tiles) || params.dropout_p > 0.;
+  general = needs_general_kernel(params, tiles);
   return Status::Ok();
 }
 
