@@ -60,8 +60,9 @@ def check(
     seed: int = 0,
 ) -> Verdict:
     """Judges sampled rows of out (batch, seqlen, heads, head_dim) and lse (batch, heads, seqlen)."""
-    if out.shape != q.shape:
-        raise ValueError(f"out has shape {tuple(out.shape)}; expected that of q, {tuple(q.shape)}")
+    shape = (*q.shape[:-1], v.shape[-1])
+    if out.shape != shape:
+        raise ValueError(f"out has shape {tuple(out.shape)}; expected {shape}, the rows of q and the columns of v")
     choice = random.Random(seed)
     error = allowed_error = lse_error = 0.0
     sampled = 0

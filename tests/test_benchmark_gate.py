@@ -27,11 +27,17 @@ def test_gate():
 
 def main() -> None:
     sys.path.insert(0, str(BENCHMARKS))
+    for value_dim in (None, 48):
+        judge_right_and_wrong(value_dim)
+
+
+def judge_right_and_wrong(value_dim: int | None) -> None:
     import gate
     import masks
     import workloads
 
-    work = workloads.Workload("gate", 300, 64, 32, 0.3, causal=True, heads=4, heads_k=2, head_dim=32)
+    shape = {"causal": True, "heads": 4, "heads_k": 2, "head_dim": 32, "value_dim": value_dim}
+    work = workloads.Workload("gate", 300, 64, 32, 0.3, **shape)
     qkv = workloads.make_tensors(work, "cpu", 1)
     block_mask = masks.make_mask(work, "cpu", 2)
     lengths = {"seqlen_q": work.seqlen, "seqlen_k": work.seqlen}
