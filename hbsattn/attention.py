@@ -36,11 +36,12 @@ def block_sparse_attention(
         q: packed (total_q, heads_q, head_dim) or batched (batch, seqlen_q, heads_q, head_dim), as the mask is.
             float16 or bfloat16, on a CPU also float32 and float64; any strides with a contiguous last dimension. On
             CUDA, head dims that are no multiple of 8 cost padded copies of q, k, v and out.
-        k, v: (total_k, heads_k, head_dim) or (batch, seqlen_k, heads_k, head_dim), dtype and device of q. heads_q is
-            a multiple of heads_k, and query head h reads key head h // (heads_q // heads_k). The head dim of v, which
-            is that of out, may be another than that of q and k. On CUDA, calls then take about the time of the greater
+        k, v: (total_k, heads_k, head_dim) or (batch, seqlen_k, heads_k, head_dim), dtype and device of q. heads_q is a
+            multiple of heads_k, and query head h reads key head h // (heads_q // heads_k). The head dim of v, which is
+            that of out, may be another than that of q and k. On CUDA, calls then take about the time of the greater
             one, but for one of 136 to 192 beside up to 128 of v, as in multi-head latent attention: these cost what
-            they compute, unless weights are dropped or, in the forward, blocks are no multiples of 16.
+            they compute, unless weights are dropped or, as `explain` tells, the forward is general: for key blocks of
+            no multiple of 16, and for most query blocks below 128 rows, over the heads that share a mask.
         mask: on the same device; it may serve any number of calls.
         softmax_scale: above 0, 1 / sqrt(head_dim) by default.
         sinks: (heads_q), float16, bfloat16, float32 or float64. A score of each query head that takes part in the
