@@ -622,6 +622,7 @@ HEADS = (
     ),
     *_with_addition("a sink for each head", "head-sinks", 1.02, 1.02),
     *_with_addition("dropout 0.1", "dropout0.1", 1.20, 1.25),
+    *_with_addition("a softcap of 50", "softcap50", 1.12, 1.12),
     _with_short_values(),
     _with_short_values("backward-"),
 )

@@ -157,7 +157,7 @@ class _Scores:
     """The formula with what a workload makes of scores, for some query heads of a batch entry."""
 
     def __init__(self, workload: Workload, batch: int, heads: slice, device: torch.device) -> None:
-        self._scale = workload.head_dim**-0.5
+        self._scale, self._softcap = workload.head_dim**-0.5, workload.softcap
         self._dropout = round(workload.dropout * _dropout.NUMBERS) / _dropout.NUMBERS
         sinks = make_head_sinks(workload, device)
         self._sinks = None if sinks is None else sinks[heads]
@@ -172,7 +172,7 @@ class _Scores:
         if self._dropout:
             places = self._streams.view(-1, 1, 1), rows.view(1, -1, 1), keys.view(1, 1, -1)
             kept = _dropout.is_kept(self._dropout, *DROPOUT_SEED, *places)
-        return _oracle.one_sequence(q, k, v, attends, self._scale, sinks, kept, self._dropout)
+        return _oracle.one_sequence(q, k, v, attends, self._scale, sinks, kept, self._dropout, self._softcap)
 
 
 def _differentiate(

@@ -49,14 +49,14 @@ class Ours:
     def plan(self) -> Tensor:
         """From bits to the work list, which the mask keeps after its first call."""
         work, mask = self._workload, self.mask
-        shape = (self._layout(), self._call(), work.dropout > 0)
+        shape = (self._layout(), self._call(), work.altered)
         return torch.ops.hbsattn.plan_items(mask.bits, mask.sequences, self._rules, *shape)
 
     def plan_columns(self) -> Tensor:
         """From bits to what a backward needs, which the mask keeps after its first call with gradients."""
         work, mask = self._workload, self.mask
         needs = tuple(name not in work.frozen for name in "qkv")
-        shape = (self._layout(), self._call(), work.seqlen, mask.packed, work.deterministic, needs, work.dropout)
+        shape = (self._layout(), self._call(), work.seqlen, mask.packed, work.deterministic, needs, work.altered)
         return torch.ops.hbsattn.plan_backward(mask.bits, mask.sequences, self._rules, *shape)
 
     def _layout(self) -> tuple[int, int, int, int]:
@@ -74,6 +74,7 @@ class Ours:
         work = self._workload
         choices: dict[str, object] = {"deterministic": True} if work.deterministic else {}
         choices |= {"sinks": self._sinks} if work.head_sinks else {}
+        choices |= {"softcap": work.softcap} if work.softcap else {}
         return choices | ({"dropout_p": work.dropout, "dropout_seed": self._dropout_seed} if work.dropout else {})
 
     def attend_with_lse(self) -> tuple[Tensor, Tensor]:
@@ -111,8 +112,9 @@ class Ours:
         """The attention kernel alone: int64 (thread blocks, 2), the SM's clock at the begin and the end of each."""
         mask = self.mask
         tables = (mask.bits, mask.sequences, self._rules)
-        scores = (self._layout(), True, self._workload.head_dim**-0.5, self._workload.dropout)
-        call = (*self._inputs(), *tables, self._sinks, self._dropout_seed, *scores)
+        work = self._workload
+        numbers = (self._layout(), True, work.head_dim**-0.5, work.dropout, work.softcap)
+        call = (*self._inputs(), *tables, self._sinks, self._dropout_seed, *numbers)
         return torch.ops.hbsattn.profile_forward(*call, self.items)[2]
 
 

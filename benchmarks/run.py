@@ -220,8 +220,8 @@ class Bench:
             entry.problem = "not supported: sinks of heads"
         if workload.value_dim is not None:
             entry.problem = "values of another head dim are timed with hbsattn alone"
-        if workload.dropout:
-            entry.problem = "dropout is timed with hbsattn alone"
+        if workload.altered:
+            entry.problem = "dropout and softcaps are timed with hbsattn alone"
         if entry.problem:
             return entry
         begin = time.perf_counter()

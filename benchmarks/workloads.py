@@ -53,6 +53,7 @@ class Workload:
         unbounded. Blocks are drawn without regard to them.
     head_sinks: each query head has a score without a value, in the sum of all its weights (make_head_sinks).
     dropout: the probability with which a weight is dropped, by make_dropout_seed.
+    softcap: where scores end; 0: nowhere.
     value_dim: the head dim of v; None: it is head_dim.
     """
 
@@ -82,6 +83,7 @@ class Workload:
     windows: tuple[Window, ...] = ()
     head_sinks: bool = False
     dropout: float = 0.0
+    softcap: float = 0.0
     value_dim: int | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +92,11 @@ class Workload:
                 f"workload {self.name!r} packs sequences of {self.seqlen} tokens; expected batch 1, "
                 f"{sum(self.lengths)} tokens, and no lists"
             )
+
+    @property
+    def altered(self) -> bool:
+        """Whether weights are altered, as hbsattn's ops of planning ask."""
+        return self.dropout > 0 or self.softcap > 0
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -241,6 +248,7 @@ def _named(kind: str, workload: Workload, mask: str = "") -> Workload:
     parts += [f"window-{'+'.join(map(_spell_window, work.windows))}"] if work.windows else []
     parts += ["head-sinks"] if work.head_sinks else []
     parts += [f"dropout{work.dropout}"] if work.dropout else []
+    parts += [f"softcap{work.softcap:g}"] if work.softcap else []
     parts += ["causal"] if work.causal else []
     parts += ["unbounded"] if not work.bounded else []
     parts += [f"frozen-{work.frozen}"] if work.frozen else []
@@ -486,11 +494,12 @@ def head_groups() -> list[Group]:
     sliding = {"windows": SLIDING}
     shorter, short, middle, long = (_mixes(seqlen) for seqlen in (8192, 32768, 65536, 131072))
     short += [_all_true(32768, True, windows=(NO_WINDOW,)), _all_true(32768, True, head_sinks=True)]
-    short += [_all_true(32768, True, dropout=0.1)]
+    short += [_all_true(32768, True, dropout=0.1), _all_true(32768, True, softcap=50.0)]
     middle += [_all_true(65536, True, windows=windows) for windows in (SLIDING, STREAMING)]
     backward = [_all_true(65536, True, task="backward", **windows) for windows in ({}, sliding)]
     additions = [
-        _all_true(32768, True, task="backward", **other) for other in ({}, {"head_sinks": True}, {"dropout": 0.1})
+        _all_true(32768, True, task="backward", **other)
+        for other in ({}, {"head_sinks": True}, {"dropout": 0.1}, {"softcap": 50.0})
     ]
     values = [
         _all_true(16384, True, head_dim=192, value_dim=value_dim, **other)

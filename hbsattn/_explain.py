@@ -4,20 +4,27 @@ import torch
 from torch import Tensor
 
 import hbsattn._C as _C
-from hbsattn._checks import check_bool, check_is_tensor
+from hbsattn._checks import check_bool, check_is_tensor, check_number
+from hbsattn._dropout import check_dropout_p
 from hbsattn._ops import ops
 from hbsattn.mask import BlockMask, check_is_mask
 
 
 def explain(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, deterministic: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
 ) -> dict[str, dict[str, object]]:
     """Tells how `block_sparse_attention(q, k, v, mask)` would be computed, without computing it or reading the device.
 
     Args:
-        q, k, v, mask, deterministic: as for `block_sparse_attention`; sinks change nothing of it. Gradients are those
-            of the tensors that require one; of all three if none does. Of a call without dropout, which has other
-            kernels and may have other tiles.
+        q, k, v, mask, softcap, dropout_p, deterministic: as for `block_sparse_attention`; sinks change nothing of it.
+            Gradients are those of the tensors that require one; of all three if none does.
 
     Returns:
         {"forward": ..., "backward": ...}. On a CPU each is {"kernel": "cpu"}. On CUDA each has
@@ -41,8 +48,9 @@ def explain(
     check_is_tensor("v", v)
     mask._check_use(q, k, q.shape, k.shape)
     check_bool("deterministic", deterministic)
+    softcap, dropout_p = check_number("softcap", softcap), check_dropout_p("dropout_p", dropout_p)
     if mask._lists is None:  # whose bits may take too much memory
-        numbers = (mask._layout, True, 1.0, 0.0)  # whatever the scores are
+        numbers = (mask._layout, True, 1.0, 0.0, softcap)  # whatever the scores are
         ops.check_forward.default(q, k, v, mask._kept_bits(), mask.sequences, mask._rules, None, None, *numbers)
     elif v.shape[:-1] != k.shape[:-1] or not 0 < v.shape[-1] <= 256:
         raise ValueError(
@@ -65,5 +73,7 @@ def explain(
             mask._rules is not None,
             deterministic or torch.are_deterministic_algorithms_enabled(),
             needs if any(needs) else (True, True, True),
+            softcap,
+            dropout_p,
         )
     return {"forward": forward, "backward": backward}

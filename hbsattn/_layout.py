@@ -56,6 +56,7 @@ class Call(NamedTuple):
     pack_heads: bool
     softmax_scale: float
     dropout_p: float
+    softcap: float  # 0: none
 
 
 def takes_call(function: Callable[..., Any]) -> Callable[..., Any]:

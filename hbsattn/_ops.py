@@ -130,7 +130,7 @@ def _(
     packed: bool,
     deterministic: bool,
     needs: Sequence[bool],
-    dropout_p: float = 0.0,
+    altered: bool = False,
 ) -> Tensor:
     _check_devices(bits=bits, sequences=sequences, rules=rules)
     shape = (bits.shape, sequences.shape[0], MaskLayout(*layout), CallShape(*heads))

@@ -25,6 +25,7 @@ def block_sparse_attention(
     *,
     softmax_scale: float | None = None,
     sinks: Tensor | None = None,
+    softcap: float = 0.0,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     return_lse: bool = False,
@@ -40,14 +41,17 @@ def block_sparse_attention(
             multiple of heads_k, and query head h reads key head h // (heads_q // heads_k). The head dim of v, which is
             that of out, may be another than that of q and k. On CUDA, calls then take about the time of the greater
             one, but for one of 136 to 192 beside up to 128 of v, as in multi-head latent attention: these cost what
-            they compute, unless weights are dropped or, as `explain` tells, the forward is general: for key blocks of
-            no multiple of 16, and for most query blocks below 128 rows, over the heads that share a mask.
+            they compute, unless weights are dropped, scores are capped or, as `explain` tells, the forward is general:
+            for key blocks of no multiple of 16, and for most query blocks below 128 rows, over the heads that share a
+            mask.
         mask: on the same device; it may serve any number of calls.
         softmax_scale: above 0, 1 / sqrt(head_dim) by default.
         sinks: (heads_q), float16, bfloat16, float32 or float64. A score of each query head that takes part in the
             softmax of all its queries and has no value, so that their weights sum to less than 1; not a token, as
             `windowed` has them. Finite, or -inf for none, as which any below -1e38 counts; NaN or +inf makes its head
             NaN. lse counts it, so `merge` joins results of which one at most has sinks.
+        softcap: where scores end, 0 for nowhere: a scaled score s becomes softcap * tanh(s / softcap) before the
+            softmax, as in Gemma 2. 0.01 to 1e6. Sinks are not capped.
         dropout_p: the probability with which the weight of a query and a key is dropped after the softmax, at least 0
             and less than 1, rounded to a multiple of 2^-15; the other weights are divided by what it leaves of 1. lse
             is that of all weights. Which are dropped is a function of `dropout_seed`, the number of the sequence, the
@@ -90,7 +94,7 @@ def block_sparse_attention(
         NotImplementedError: from a second derivative, from forward-mode derivatives, and from derivatives inside the
             transforms of torch.func.
     """
-    options = (softmax_scale, sinks, dropout_p, dropout_seed, return_lse, deterministic)
+    options = (softmax_scale, sinks, softcap, dropout_p, dropout_seed, return_lse, deterministic)
     return _attend(q, k, v, mask, *options, True)
 
 
@@ -101,6 +105,7 @@ def _attend(
     mask: BlockMask,
     softmax_scale: float | None,
     sinks: Tensor | None,
+    softcap: float,
     dropout_p: float,
     dropout_seed: Tensor | None,
     return_lse: bool,
@@ -130,7 +135,9 @@ def _attend(
     if type(dropout_p) is not float or dropout_p != 0.0 or dropout_seed is not None:
         dropout_p = check_dropout_p("dropout_p", dropout_p)
         dropout_seed = seed_of_call(dropout_p, dropout_seed, q.device)
-    drops = dropout_seed is not None
+    if type(softcap) is not float or softcap != 0.0:
+        softcap = check_number("softcap", softcap)  # whose range the op checks
+    altered = dropout_seed is not None or softcap != 0.0  # by kernels of their own
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     needs, trains = NO_GRADIENTS, False  # whether anything does
     if torch.is_grad_enabled():
@@ -138,14 +145,15 @@ def _attend(
         trains = needs != NO_GRADIENTS or (sinks is not None and sinks.requires_grad)
     widest = max(head_dim, v.shape[-1]) if v.dim() else head_dim  # the op refuses a v without dimensions
     shape: Heads = (heads_q, k_shape[-2], widest, q.element_size(), pack_heads)
-    if mask._lists is not None and not trains and not drops and not mask._makes_bits():
-        results = _attend_in_chunks(q, k, v, mask, (mask._rules, sinks, None, mask._layout, pack_heads, scale, 0.0))
+    if mask._lists is not None and not trains and dropout_seed is None and not mask._makes_bits():
+        numbers = (mask._rules, sinks, None, mask._layout, pack_heads, scale, 0.0, softcap)
+        results = _attend_in_chunks(q, k, v, mask, numbers)
         return results if return_lse else results[0]
     tables = (mask._kept_bits(), mask.sequences, mask._rules)
-    call = (q, k, v, *tables, sinks, dropout_seed, mask._layout, pack_heads, scale, dropout_p)  # a Call
+    call = (q, k, v, *tables, sinks, dropout_seed, mask._layout, pack_heads, scale, dropout_p, softcap)  # a Call
     items = backward_plan = None
     if device != "cpu":  # which needs no plans
-        key = ("items", shape, drops)
+        key = ("items", shape, altered)
         plan = mask._plans.find(key)
         if plan is not None:
             items = plan[0]
@@ -157,7 +165,7 @@ def _attend(
             ops.check_forward.default(*call)
             items = mask._plan(key, lambda mask: _plan_items(mask, *key[1:]))[0]
         if needs != NO_GRADIENTS:
-            backward = (shape, k_shape[-3], deterministic, needs, drops)
+            backward = (shape, k_shape[-3], deterministic, needs, altered)
             backward_plan = mask._plan(("backward", *backward), lambda mask: _plan_backward(mask, *backward))[0]
     results = ops.forward.default(*call, items, backward_plan, deterministic)
     return results if return_lse else results[0]
@@ -185,16 +193,15 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _plan_items(mask: BlockMask, shape: Heads, drops: bool) -> tuple[Tensor]:
-    # A forward with dropout has the tiles of gradients.
-    return (ops.plan_items.default(mask._kept_bits(), mask.sequences, mask._rules, mask._layout, shape, drops),)
+def _plan_items(mask: BlockMask, shape: Heads, altered: bool) -> tuple[Tensor]:
+    # A forward that alters weights has the tiles of gradients.
+    return (ops.plan_items.default(mask._kept_bits(), mask.sequences, mask._rules, mask._layout, shape, altered),)
 
 
 def _plan_backward(
-    mask: BlockMask, shape: Heads, rows_k: int, deterministic: bool, needs: tuple[bool, bool, bool], drops: bool
+    mask: BlockMask, shape: Heads, rows_k: int, deterministic: bool, needs: tuple[bool, bool, bool], altered: bool
 ) -> tuple[Tensor]:
-    dropout_p = 0.5 if drops else 0.0  # whatever the rate is
-    arguments = (mask._rules, mask._layout, shape, rows_k, mask.packed, deterministic, needs, dropout_p)
+    arguments = (mask._rules, mask._layout, shape, rows_k, mask.packed, deterministic, needs, altered)
     return (ops.plan_backward.default(mask._kept_bits(), mask.sequences, *arguments),)
 
 

@@ -56,4 +56,4 @@ def HBSAttention(
         cu_seqlens_k=cu_k_seqlens,
         causal=causal,
     )
-    return _attend(q, k, v, mask, softmax_scale, None, 0.0, None, False, False, tile_mode == "auto")
+    return _attend(q, k, v, mask, softmax_scale, None, 0.0, 0.0, None, False, False, tile_mode == "auto")

@@ -42,6 +42,7 @@ class Case:
     scale: float | None = None
     windows: tuple[tuple[int, int, int], ...] = ()  # left, right and sink of each mask head, or of all
     sinks: bool = False  # each query head has a sink
+    softcap: float = 0.0
     dropout_p: float = 0.0
     value_dim: int | None = None  # head dim of v, where it is another
 

@@ -44,6 +44,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: hbsattn.BlockMask, **options: 
         return hbsattn.block_sparse_attention(q, k, v, mask, **options)
 
 
+def call_and_differentiate(tensors: tuple[Tensor, ...], mask: hbsattn.BlockMask, **options: object) -> list[Tensor]:
+    """Its result, and gradients of the sum of its squares."""
+    out = attend(*tensors, mask, deterministic=True, **options)
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), tensors)]
+
+
 def inputs(problem: Problem) -> tuple[Tensor, ...]:
     tensors = (problem.q, problem.k, problem.v)
     return tensors if problem.sinks is None else (*tensors, problem.sinks)

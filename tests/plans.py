@@ -38,15 +38,16 @@ def call_of(
     pack_heads: bool = True,
     scale: float = 0.125,
     dropout_p: float = 0.0,
+    softcap: float = 0.0,
 ) -> tuple[Any, ...]:
     """What each op of an attention call takes first. `bits` and `rules`: instead of the mask's own."""
     tables = (mask.bits if bits is None else bits, mask.sequences, mask._rules if rules is None else rules)
-    return (q, k, v, *tables, sinks, dropout_seed, layout_of(mask), pack_heads, scale, dropout_p)
+    return (q, k, v, *tables, sinks, dropout_seed, layout_of(mask), pack_heads, scale, dropout_p, softcap)
 
 
 def plan_items(mask: hbsattn.BlockMask, *call: int, for_backward: bool = False) -> Tensor:
     """The forward's list, dead records behind the others. `call`: heads_q, heads_k, head_dim, element size, and whether
-    heads share tiles. `for_backward`: that of a forward with dropout."""
+    heads share tiles. `for_backward`: that of a forward with dropout or a softcap."""
     return ops.plan_items(mask.bits, mask.sequences, mask._rules, layout_of(mask), call, for_backward)
 
 
@@ -57,11 +58,11 @@ def plan_backward(
     deterministic: bool = False,
     needs: tuple[bool, bool, bool] = (True, True, True),
     sequences: Tensor | None = None,
-    dropout_p: float = 0.0,
+    altered: bool = False,
 ) -> Tensor:
     table = mask.sequences if sequences is None else sequences
     tables = (mask.bits, table, mask._rules)
-    return ops.plan_backward(*tables, layout_of(mask), call, rows_k, mask.packed, deterministic, needs, dropout_p)
+    return ops.plan_backward(*tables, layout_of(mask), call, rows_k, mask.packed, deterministic, needs, altered)
 
 
 def take_apart(mask: hbsattn.BlockMask, plan: Tensor, *call: int) -> Lists:

@@ -148,6 +148,7 @@ class Problem:
             sinks=self.sinks,
             kept=self.kept(),
             dropout_p=round(spec.dropout_p * 2**15) / 2**15,
+            softcap=spec.softcap,
             compute_dtype=compute_dtype,
         )
 
@@ -169,7 +170,7 @@ class Problem:
     def options(self) -> dict[str, Any]:
         """Of a call, beside its mask."""
         dropout = {"dropout_p": self.case.dropout_p, "dropout_seed": self.dropout_seed}
-        return {"softmax_scale": self.case.scale, "sinks": self.sinks, **dropout}
+        return {"softmax_scale": self.case.scale, "sinks": self.sinks, "softcap": self.case.softcap, **dropout}
 
 
 def make_problem(spec: Case, device: str, dtype: torch.dtype, seed: int = 0) -> Problem:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import cases
 import hbsattn
 from cases import BACKWARD_METHODS, DEVICE_DTYPES, DEVICES, Case, case
-from gradients import attend, differentiate, inputs, judge_gradients, leaves, upstream
+from gradients import attend, call_and_differentiate, differentiate, inputs, judge_gradients, leaves, upstream
 from hbsattn import _dropout
 from oracle import dropout
 from problems import judge, make_dropout_seed, make_problem, same
@@ -298,11 +298,6 @@ def test_no_dropout(device: str, dtype: torch.dtype):
         got = call_and_differentiate(tensors, mask, **options)
         assert all(same(x, y) for x, y in zip(got, plain, strict=True))
     assert torch.equal(state, torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state())
-
-
-def call_and_differentiate(tensors: tuple[Tensor, ...], mask: hbsattn.BlockMask, **options: object) -> list[Tensor]:
-    out = attend(*tensors, mask, deterministic=True, **options)
-    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), tensors)]
 
 
 @pytest.mark.parametrize("device,dtype", DEVICE_DTYPES)

@@ -7,7 +7,7 @@ import torch
 
 import hbsattn
 from cases import DEVICES, case
-from gradients import leaves
+from gradients import any_order, leaves
 from plans import plan_items
 from problems import make_problem
 
@@ -62,8 +62,7 @@ def test_on_a_gpu(q_block: int, k_block: int, deterministic: bool, method: str, 
     spec = case("explained", q_block=q_block, k_block=k_block, head_dim=128, lens_q=(500, 300))
     problem = make_problem(spec, "cuda", torch.bfloat16)
     mask = problem.mask()
-    with torch.random.fork_rng():
-        torch.use_deterministic_algorithms(False)
+    with any_order():
         told = hbsattn.explain(*leaves(problem), mask, deterministic=deterministic)
     forward, backward = told["forward"], told["backward"]
     names = {kernel["name"] for kernel in hbsattn.build_info()["kernels"]}
@@ -81,3 +80,26 @@ def test_windows(device: str):
     problem = make_problem(case("explained", windows=((20, 0, 3),)), device, torch.float16)
     told = hbsattn.explain(problem.q, problem.k, problem.v, problem.mask())
     assert told.keys() == {"forward", "backward"} and told["forward"]["kernel"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"softcap": 50.0}, {"dropout_p": 0.1}], ids=["softcap", "dropout"])
+def test_what_alters_weights(options: dict[str, float]):
+    """Kernels of their own, and tiles of 128 rows where others have 192; by queries there is none."""
+    names = {kernel["name"] for kernel in hbsattn.build_info()["kernels"]}
+    for q_block, k_block, method in ((192, 128, "by_keys"), (128, 16, "by_keys_and_queries")):
+        spec = case("explained", q_block=q_block, k_block=k_block, head_dim=128, lens_q=(500,))
+        problem = make_problem(spec, "cuda", torch.bfloat16)
+        with any_order():
+            told = hbsattn.explain(problem.q, problem.k, problem.v, problem.mask(), **options)
+        assert told["forward"]["kernel"] == "sm90_forward_altered_bf16_hd128_m128"
+        assert told["backward"]["kernel"] in names and "altered" in told["backward"]["kernel"]
+        assert told["backward"]["method"] == method
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_numbers_out_of_range(device: str):
+    problem = make_problem(case("explained"), device, torch.float16)
+    for options in ({"softcap": -1.0}, {"dropout_p": 1.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            hbsattn.explain(problem.q, problem.k, problem.v, problem.mask(), **options)

@@ -46,6 +46,7 @@ SPECS = [
     case("packed", q_block=48, k_block=16, causal=True, heads_q=8, mask_heads=2, windows=((30, 0, 9), (-1, -1, 0))),
     case("sinks", q_block=16, causal=True, sinks=True),
     case("dropout", q_block=48, k_block=16, causal=True, dropout_p=0.3),
+    case("softcap", q_block=48, causal=True, softcap=3.0),
     case("batched", lens_q=(90, 90), lens_k=(70, 70), packed=False),
     case("empty", pattern="none"),
     case("zero_length", lens_q=(0, 70, 50), lens_k=(40, 0, 90)),
@@ -87,18 +88,19 @@ def op_arguments(name: str, spec: Case, device: str) -> tuple[Any, ...]:
         return (mask.batch, mask.heads, *table)
     shape = (spec.heads_q, spec.heads_k, spec.head_dim, problem.q.element_size(), True)
     tables = (mask.bits, mask.sequences, mask._rules, layout_of(mask))
+    altered = spec.dropout_p > 0 or spec.softcap > 0
     if name == "plan_items":
-        return (*tables, shape, spec.dropout_p > 0)
+        return (*tables, shape, altered)
     if name == "plan_backward":
-        return (*tables, shape, problem.k.shape[-3], spec.packed, spec.causal, (True, True, True), spec.dropout_p)
-    dropout = {"dropout_seed": problem.dropout_seed, "dropout_p": spec.dropout_p}
-    call = call_of(problem.q, problem.k, problem.v, mask, sinks=problem.sinks, **dropout)
+        return (*tables, shape, problem.k.shape[-3], spec.packed, spec.causal, (True, True, True), altered)
+    numbers = {"dropout_seed": problem.dropout_seed, "dropout_p": spec.dropout_p, "softcap": spec.softcap}
+    call = call_of(problem.q, problem.k, problem.v, mask, sinks=problem.sinks, **numbers)
     if name in ("check_forward", "plan_and_forward"):
         return call
     plans = (None, None)
     if device == "cuda":
-        plan = plan_backward(mask, *shape, rows_k=problem.k.shape[-3], dropout_p=spec.dropout_p)
-        plans = (plan_items(mask, *shape, for_backward=spec.dropout_p > 0), plan)
+        plan = plan_backward(mask, *shape, rows_k=problem.k.shape[-3], altered=altered)
+        plans = (plan_items(mask, *shape, for_backward=altered), plan)
     return (*call, *plans)
 
 
@@ -154,9 +156,9 @@ def test_gradients_that_nobody_needs(needs: tuple[bool, bool, bool], needs_sinks
 
 
 # What `backward` takes behind the call, by position.
-GRAD_OUT, GRAD_LSE, OUT, LSE, PLAN = range(12, 17)
-SINKS, DROPOUT_SEED, LAYOUT, _, SCALE, DROPOUT_P = range(6, 12)
-ITEMS = 12  # of `forward`
+GRAD_OUT, GRAD_LSE, OUT, LSE, PLAN = range(13, 18)
+SINKS, DROPOUT_SEED, LAYOUT, _, SCALE, DROPOUT_P, SOFTCAP = range(6, 13)
+ITEMS = 13  # of `forward`
 
 # Position among the arguments, what becomes of it, and what the message says.
 BACKWARD_ERRORS: dict[str, tuple[int, Any, str]] = {
@@ -176,6 +178,8 @@ BACKWARD_ERRORS: dict[str, tuple[int, Any, str]] = {
     "dropout_seed_dtype": (DROPOUT_SEED, lambda x: x.int(), r"dropout_seed has dtype int32; expected int64"),
     "dropout_seed_strides": (DROPOUT_SEED, lambda x: x[:1].expand(2), r"dropout_seed is not contiguous"),
     "dropout_p_nan": (DROPOUT_P, lambda _: math.nan, r"dropout_p is nan; expected a number from 0 to below 1"),
+    "softcap_nan": (SOFTCAP, lambda _: math.nan, r"softcap is nan; expected 0, or a number from 0.01 to 1e6"),
+    "softcap_below_0": (SOFTCAP, lambda _: -1.0, r"softcap is -1(\.0*)?; expected 0, or a number from 0.01 to 1e6"),
     "dropout_p_of_all": (DROPOUT_P, lambda _: 1.0, r"dropout_p is 1(\.0*)?; expected a number from 0 to below 1"),
 }
 PLAN_ERRORS: dict[str, tuple[int, Any, str]] = {

@@ -37,7 +37,7 @@ template <class Config>
 std::string name_kernel(const char* direction, const char* tile) {
   return std::string("sm90_") + direction +
          (Config::kPairs         ? "_pairs"
-          : Config::kDropout     ? "_dropout"
+          : Config::kAltered     ? "_altered"
           : Config::kShortValues ? "_short_values"
                                  : "") +
          (Config::kDType == DType::kBFloat16 ? "_bf16" : "_fp16") + "_hd" + std::to_string(Config::kHeadDim) + "_" +

@@ -84,7 +84,7 @@ Status refuse_head_dim(const ForwardParams& problem, int largest, const char* wh
 KernelTiles query_tiles(const ForwardParams& problem, bool for_backward) {
   const TileShape tiles = shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
                                       problem.pack_heads, for_backward);
-  return {tiles.tile_rows};
+  return {tiles.tile_rows, false, alters_weights(problem)};
 }
 
 KernelTiles backward_tiles(const BackwardParams& params) {
@@ -93,7 +93,7 @@ KernelTiles backward_tiles(const BackwardParams& params) {
   return method == BackwardMethod::kByQueries || method == BackwardMethod::kQueriesOnly
              ? query_tiles(problem, true)
              : KernelTiles{shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys, false,
-                           problem.dropout_p > 0.};
+                           alters_weights(problem)};
 }
 
 // Whether a forward needs the general kernel, which those for short values have none of.

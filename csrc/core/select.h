@@ -10,15 +10,15 @@ namespace hbsattn {
 struct KernelTiles {
   int rows;  // queries of a tile; keys of one in the backward pass by keys
   bool pairs = false;
-  bool dropout = false;  // of tiles of keys, whose kernels that drop weights do nothing else
+  bool altered = false;  // of calls that alter weights
   bool short_values = false;
 
   template <class Config>
   static constexpr KernelTiles of() {
-    return {Config::kTileRows, Config::kPairs, Config::kDropout, Config::kShortValues};
+    return {Config::kTileRows, Config::kPairs, Config::kAltered, Config::kShortValues};
   }
   constexpr bool operator==(const KernelTiles& other) const {
-    return rows == other.rows && pairs == other.pairs && dropout == other.dropout && short_values == other.short_values;
+    return rows == other.rows && pairs == other.pairs && altered == other.altered && short_values == other.short_values;
   }
 };
 

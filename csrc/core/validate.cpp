@@ -341,6 +341,9 @@ Status validate_problem(const ForwardParams& params) {
   if (!(params.dropout_p >= 0. && params.dropout_p < 1.)) {
     return wrong_value("dropout_p", static_cast<float>(params.dropout_p), "a number from 0 to below 1");
   }
+  if (params.softcap != 0.f && !(params.softcap >= kLeastSoftcap && params.softcap <= kMostSoftcap)) {
+    return wrong_value("softcap", params.softcap, "0, or a number from 0.01 to 1e6");
+  }
   HBSATTN_RETURN_IF_ERROR(params.packed ? check_packed_sizes(params) : check_batched_sizes(params));
   return Status::Ok();
 }

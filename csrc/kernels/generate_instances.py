@@ -29,11 +29,13 @@ class Kernel(NamedTuple):
 KERNELS = {
     "forward": Kernel("Sm90Forward", True, "forward", "ForwardParams"),
     "forward_pairs": Kernel("Sm90ForwardPairs", False, "forward", "ForwardParams"),
+    "forward_altered": Kernel("Sm90ForwardAltered", True, "forward", "ForwardParams"),
     "forward_short_values": Kernel("Sm90ForwardShortValues", True, "forward", "ForwardParams"),
     "grad_queries": Kernel("Sm90GradQueries", True, "grad_queries", "BackwardParams"),
+    "grad_queries_altered": Kernel("Sm90GradQueriesAltered", True, "grad_queries", "BackwardParams"),
     "grad_queries_short_values": Kernel("Sm90GradQueriesShortValues", True, "grad_queries", "BackwardParams"),
     "backward_queries": Kernel("Sm90BackwardQueries", False, "backward_queries", "BackwardParams"),
-    "backward_keys_dropout": Kernel("Sm90BackwardKeysDropout", True, "backward_keys", "BackwardParams"),
+    "backward_keys_altered": Kernel("Sm90BackwardKeysAltered", True, "backward_keys", "BackwardParams"),
     "backward_keys_short_values": Kernel("Sm90BackwardKeysShortValues", True, "backward_keys", "BackwardParams"),
     "backward_keys": Kernel("Sm90BackwardKeys", True, "backward_keys", "BackwardParams"),
 }

@@ -95,9 +95,11 @@ constexpr TileShape shape_tiles(const MaskShape& shape, int32_t heads_q, int32_t
           pairs};
 }
 
-// Whether a forward has the tiles, and the list, of gradients: those of pairs and of 192 rows have no general kernel,
-// which is the one that drops weights.
-constexpr bool takes_gradient_tiles(const ForwardParams& params) { return params.dropout_p > 0.; }
+// Whether a call alters scores or weights on their way, which kernels of their own do.
+constexpr bool alters_weights(const ForwardParams& params) { return params.dropout_p > 0. || params.softcap > 0.f; }
+
+// Whether a forward has the tiles, and the list, of gradients: of pairs and of 192 rows, no kernel alters weights.
+constexpr bool takes_gradient_tiles(const ForwardParams& params) { return alters_weights(params); }
 
 // Rows of the tiles of the backward pass: how the key blocks of a problem are cut, the one place that tells.
 struct KeyTileShape {

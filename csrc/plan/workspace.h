@@ -23,7 +23,7 @@ enum class BackwardMethod {
 // Tiles of keys compute scores of whole tiles. Where several key blocks share one, tiles of queries compute only those
 // that are wanted; as many additions to global memory as tiles of 64 keys need make them slower else.
 constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t heads_q, int32_t heads_k,
-                                                int32_t head_dim, bool pack_heads, bool deterministic, bool dropout,
+                                                int32_t head_dim, bool pack_heads, bool deterministic, bool altered,
                                                 bool needs_q, bool needs_keys, const DevicePolicy& policy) {
   if (!needs_keys) return BackwardMethod::kQueriesOnly;
   if (!needs_q) return BackwardMethod::kKeysOnly;
@@ -32,8 +32,8 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
   if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return BackwardMethod::kByKeys;
   const TileShape tiles = shape_tiles(shape, heads_q, heads_k, head_dim, pack_heads, true);
   if (head_dim <= 128 && shape.k_block_size < 64 && tiles.tile_rows == 128) {
-    // Whose kernel drops no weights.
-    return dropout ? BackwardMethod::kByKeysAndQueries : BackwardMethod::kByQueries;
+    // Whose kernel alters no weights.
+    return altered ? BackwardMethod::kByKeysAndQueries : BackwardMethod::kByQueries;
   }
   // Key blocks that share tiles of 64 with full tiles of queries, too (H200, 64x16: 0.72 to 0.85 of the time).
   const bool shared = shape.k_block_size < 64 && shape.k_block_size % kGranule == 0 && tiles.block_rows >= 64;
@@ -45,7 +45,7 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
 constexpr BackwardMethod choose_backward_method(const BackwardParams& params, const DevicePolicy& policy) {
   const ForwardParams& problem = params.problem;
   return choose_backward_method(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
-                                problem.pack_heads, params.deterministic, problem.dropout_p > 0., params.needs_q,
+                                problem.pack_heads, params.deterministic, alters_weights(problem), params.needs_q,
                                 params.needs_k || params.needs_v, policy);
 }
 

@@ -74,13 +74,13 @@ struct CallArguments {
   const OptionalTensor &rules, &sinks, &dropout_seed;
   Ints layout;
   Required<bool> pack_heads;
-  Required<double> softmax_scale, dropout_p;
+  Required<double> softmax_scale, dropout_p, softcap;
 
   // `function` of all of them, and of `own` behind them.
   template <class Function, class... Own>
   auto apply(const Function& function, const Own&... own) const {
     return function(q, k, v, bits, sequences, rules, sinks, dropout_seed, layout, pack_heads, softmax_scale, dropout_p,
-                    own...);
+                    softcap, own...);
   }
 };
 
@@ -114,9 +114,10 @@ template <class Result, class Ints, class... Own, Result (*f)(const CallArgument
 struct Operator<f> {
   static Result run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
                     const OptionalTensor& rules, const OptionalTensor& sinks, const OptionalTensor& dropout_seed,
-                    Ints layout, bool pack_heads, double softmax_scale, double dropout_p, Own... own) {
-    return f({q, k, v, bits, sequences, rules, sinks, dropout_seed, layout, pack_heads, softmax_scale, dropout_p},
-             std::forward<Own>(own)...);
+                    Ints layout, bool pack_heads, double softmax_scale, double dropout_p, double softcap, Own... own) {
+    return f(
+        {q, k, v, bits, sequences, rules, sinks, dropout_seed, layout, pack_heads, softmax_scale, dropout_p, softcap},
+        std::forward<Own>(own)...);
   }
 };
 
@@ -243,6 +244,7 @@ inline ForwardParams read_problem(const Call& call) {
     TORCH_CHECK_VALUE(call.sinks->is_contiguous(), "sinks is not contiguous; expected a contiguous tensor");
     if (device.is_cuda()) params.sinks = call.sinks->const_data_ptr<float>();
   }
+  params.softcap = static_cast<float>(call.softcap);
   params.dropout_p = call.dropout_p;
   TORCH_CHECK_VALUE(
       call.dropout_p == 0. || call.dropout_seed,

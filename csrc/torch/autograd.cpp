@@ -136,6 +136,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     context->saved_data["pack_heads"] = call.pack_heads.value;
     context->saved_data["softmax_scale"] = call.softmax_scale.value;
     context->saved_data["dropout_p"] = call.dropout_p.value;
+    context->saved_data["softcap"] = call.softcap.value;
     context->saved_data["deterministic"] = deterministic;
     context->saved_data["needs"] =
         std::vector<bool>{q.requires_grad(), k.requires_grad(), v.requires_grad(), requires_grad(sinks)};
@@ -149,9 +150,10 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     const std::vector<c10::SymInt> layout = data["layout"].toSymIntVector();
     const bool pack_heads = data["pack_heads"].toBool();
     const double softmax_scale = data["softmax_scale"].toDouble(), dropout_p = data["dropout_p"].toDouble();
+    const double softcap = data["softcap"].toDouble();
     const OptionalTensor rules = if_defined(saved[8]), sinks = if_defined(saved[9]), seed = if_defined(saved[10]);
-    const TracedCall call{saved[0], saved[1], saved[2], saved[3],   saved[4],      rules,
-                          sinks,    seed,     layout,   pack_heads, softmax_scale, dropout_p};
+    const TracedCall call{saved[0], saved[1], saved[2],   saved[3],      saved[4],  rules,  sinks,
+                          seed,     layout,   pack_heads, softmax_scale, dropout_p, softcap};
     const Tensor &out = saved[5], &lse = saved[6];
     const c10::List<bool> needed = data["needs"].toBoolList();
     const std::array<bool, 4> needs{needed[0], needed[1], needed[2], needed[3]};

@@ -194,14 +194,14 @@ Tensor plan_items_op(const Tensor& bits, const Tensor& sequences, const Optional
 
 // A backward call, as far as its work lists depend on it.
 BackwardParams make_problem(const PlanParams& plan, bool deterministic, const std::array<bool, 3>& needs,
-                            double dropout_p) {
+                            bool altered) {
   BackwardParams params;
   params.problem.mask = plan.mask;
   params.problem.heads_q = plan.heads_q;
   params.problem.heads_k = plan.heads_k;
   params.problem.head_dim = plan.head_dim;
   params.problem.pack_heads = plan.pack_heads;
-  params.problem.dropout_p = dropout_p;
+  params.problem.softcap = altered ? 1.f : 0.f;  // which stands for whatever alters weights
   params.deterministic = deterministic;
   params.needs_q = needs[0];
   params.needs_k = needs[1];
@@ -211,7 +211,7 @@ BackwardParams make_problem(const PlanParams& plan, bool deterministic, const st
 
 Tensor plan_backward_op(const Tensor& bits, const Tensor& sequences, const OptionalTensor& rules,
                         at::IntArrayRef layout, at::IntArrayRef heads, int64_t rows_k, bool packed, bool deterministic,
-                        std::array<bool, 3> needs, double dropout_p) {
+                        std::array<bool, 3> needs, bool altered) {
   const at::Device device = bits.device();
   const c10::DeviceGuard guard(device);
   const CallShape call = read_call_shape(heads);
@@ -231,7 +231,7 @@ Tensor plan_backward_op(const Tensor& bits, const Tensor& sequences, const Optio
   const PlanParts parts(shape, call.heads_q, call.heads_k, call.pack_heads, rows_k, packed);
   Tensor plan = empty_ints({parts.ints}, device);
   int32_t* ints = plan.mutable_data_ptr<int32_t>();
-  const BackwardLists lists = backward_lists(make_problem(items, deterministic, needs, dropout_p));
+  const BackwardLists lists = backward_lists(make_problem(items, deterministic, needs, altered));
   const Stream stream = current_stream(device);
   if (lists.keys) {
     TransposeParams transpose;

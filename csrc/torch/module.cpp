@@ -101,7 +101,8 @@ py::dict to_dict(const hbsattn::Explanation& explanation) {
 std::pair<py::dict, py::dict> explain(const std::string& dtype, bool packed, std::array<int64_t, 2> queries,
                                       std::array<int64_t, 2> keys, std::array<int32_t, 2> head_dims,
                                       std::array<int64_t, 4> mask, std::array<int32_t, 2> blocks, bool causal,
-                                      bool ruled, bool deterministic, std::array<bool, 3> needs) {
+                                      bool ruled, bool deterministic, std::array<bool, 3> needs, double softcap,
+                                      double dropout_p) {
   hbsattn::BackwardParams params;
   hbsattn::ForwardParams& problem = params.problem;
   problem.dtype = dtype_of(dtype);
@@ -114,6 +115,8 @@ std::pair<py::dict, py::dict> explain(const std::string& dtype, bool packed, std
   problem.q.columns = problem.k.columns = head_dims[0];
   problem.v.columns = problem.out.columns = head_dims[1];
   problem.softmax_scale = 1.f;
+  problem.softcap = static_cast<float>(softcap);
+  problem.dropout_p = dropout_p;
   hbsattn::MaskShape& shape = problem.mask.shape;
   shape.batch = static_cast<int32_t>(mask[0]);
   shape.heads = static_cast<int32_t>(mask[1]);

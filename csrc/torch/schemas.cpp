@@ -26,18 +26,18 @@ TORCH_LIBRARY(hbsattn, m) {
   define("pack_csr(Tensor indptr, Tensor indices, Tensor sequences, " + blocks + " -> Tensor");
   define("check_mask(SymInt batch, int heads, " + blocks + " -> ()");
 
-  // for_backward: the list of a forward with dropout.
+  // for_backward: the list of a forward with dropout or a softcap. altered: that of gradients of one.
   define(
       "plan_items(Tensor bits, Tensor sequences, Tensor? rules, SymInt[] layout, int[] heads, "
       "bool for_backward=False) -> Tensor");
   define(
       "plan_backward(Tensor bits, Tensor sequences, Tensor? rules, SymInt[] layout, int[] heads, SymInt rows_k, "
-      "bool packed, bool deterministic, bool[3] needs, float dropout_p=0.) -> Tensor");
+      "bool packed, bool deterministic, bool[3] needs, bool altered=False) -> Tensor");
 
   // What each operator of an attention call takes first: CallArguments of arguments.h.
   const std::string call =
       "(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor? rules, Tensor? sinks, "
-      "Tensor? dropout_seed, SymInt[] layout, bool pack_heads, float softmax_scale, float dropout_p";
+      "Tensor? dropout_seed, SymInt[] layout, bool pack_heads, float softmax_scale, float dropout_p, float softcap";
   define("check_forward" + call + ") -> ()");
   define("forward" + call +
          ", Tensor? items, Tensor? backward_plan, bool deterministic=False) -> (Tensor out, Tensor lse)");

@@ -45,7 +45,7 @@ LEAST_SINK = -1e38  # csrc/kernels/common/sinks.cuh
 # MKL chooses the code of a function at its first call. Where several threads make that call at once, one of them may
 # run code of low accuracy (PyTorch issue 188792): it put log-sum-exps off by 5e-5. Here one thread makes it.
 for _dtype in (torch.float32, torch.float64):
-    torch.ones(1, dtype=_dtype, device="cpu").exp_().log_()
+    torch.ones(1, dtype=_dtype, device="cpu").exp_().log_().tanh_()
 
 
 class _Tiles(NamedTuple):
@@ -257,6 +257,16 @@ def _gather(flat: Tensor, numbers: Tensor) -> Tensor:
     return flat.index_select(0, numbers.flatten()).unflatten(0, numbers.shape)
 
 
+def _cap(scores: Tensor, softcap: float) -> Tensor | None:
+    """Caps scores in place. What their gradients are to be multiplied by."""
+    if softcap == 0:
+        return None
+    capped = scores.div_(softcap).tanh_()
+    slope = 1 - capped.square()
+    capped.mul_(softcap)
+    return slope
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -277,6 +287,7 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     lse = torch.full((tiling.no_query + 1,), -torch.inf, dtype=compute)
     for batch in tiling.batches(tiling.columns + tiling.tile_heads * tiling.tile_queries):
         scores = _gather(queries, batch.queries) @ _gather(keys, batch.keys).mT
+        _cap(scores, call.softcap)
         batch.hide(scores)
         # Finite, so that rows without keys get weights of 0. In others the largest weight is 1.
         largest = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(compute).min)
@@ -304,7 +315,8 @@ def differentiate(
 
     With P the weights and S the scaled scores: grad_v = P^T grad_out, and grad_S = P * (grad_out v^T - delta) with
     delta = rowsum(grad_out * out) - grad_lse, because the log-sum-exp's derivative is P (FlashAttention-2, 3.1).
-    Dropout D makes them D(P)^T grad_out and P * (D(grad_out v^T) - delta).
+    Dropout D makes them D(P)^T grad_out and P * (D(grad_out v^T) - delta); of capped scores, grad_S takes the cap's
+    slope, too.
     Of large scores, the log-sum-exp is rounded more coarsely than P may be. It cancels: P is E / rowsum(E) with
     E = exp(S - lse), and the sums divide grad_out and delta, which are smaller than E. A sink is one more S, whose
     value is 0.
@@ -332,10 +344,12 @@ def differentiate(
     numbers = torch.arange(tiling.no_query + 1).masked_fill_(row_lse == -torch.inf, tiling.no_query)
 
     grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (queries, keys, values))
-    for batch in tiling.batches(2 * tiling.columns + 3 * tiling.tile_heads * tiling.tile_queries):
+    products = 3 if call.softcap == 0 else 4  # of a query and a key
+    for batch in tiling.batches(2 * tiling.columns + products * tiling.tile_heads * tiling.tile_queries):
         rows, cols = numbers[batch.queries], batch.keys
         tile_queries, tile_keys = _gather(queries, rows), _gather(keys, cols)
         scores = tile_queries @ tile_keys.mT
+        slope = _cap(scores, call.softcap)
         batch.hide(scores)
         weights = scores.sub_(row_lse[rows].unsqueeze(-1)).exp_()
         total = weights.sum(-1, keepdim=True)
@@ -346,6 +360,8 @@ def differentiate(
         drop = batch.dropout(call)
         grad_scores = drop(tile_grads @ _gather(values, cols).mT)
         grad_scores.sub_(deltas[rows].unsqueeze(-1).div_(total)).mul_(weights)
+        if slope is not None:
+            grad_scores.mul_(slope)
 
         # A query is in one tile, a key in many.
         grad_q[rows] = grad_scores @ tile_keys

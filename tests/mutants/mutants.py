@@ -43,6 +43,7 @@ RULES = ("tests/test_windows.py", "-k", f"test_cases and {HALF} and (batched or 
 
 SINKS = ("tests/test_sinks.py", "-k", f"test_cases and {HALF} and (groups or alike or stacks or empty_rows)")
 DROPOUT = ("tests/test_dropout.py", "-k", f"test_cases and {HALF} and (128x128 or 100x100 or 7x128 or tokens)")
+SOFTCAP = ("tests/test_softcap.py", "-k", f"{HALF} and (every_size or 128x128 or 100x100 or tokens or sinks)")
 
 VALUE_DIM = ("tests/test_value_dim.py", "-k", f"(test_forward or test_backward) and {HALF} and (128-64 or 64-128)")
 
@@ -99,9 +100,38 @@ MUTANTS = [
     Mutant(
         "values_of_dropout_not_scaled",
         BACKWARD_KEYS,
-        "value_scale = Traits::kDropout ? args.dropout.scale : 1.f;",
+        "value_scale = Traits::kAltered ? args.dropout.scale : 1.f;",
         "value_scale = 1.f;",
         DROPOUT,
+    ),
+    Mutant(
+        "caps_without_a_polynomial_near_0",
+        "plan/*.h",
+        "kNearCap = 0.25",
+        "kNearCap = 0.",
+        SOFTCAP,
+    ),
+    Mutant(
+        "slope_of_a_cap_squared_twice",
+        "kernels/common/*.cuh",
+        "fmaxf(1.f - x * x, 0.f)",
+        "fmaxf(1.f - x * x * x * x, 0.f)",
+        SOFTCAP,
+    ),
+    Mutant(
+        "queries_forget_the_slope_of_a_cap",
+        "kernels/sm90/grad_queries/*.cuh",
+        "weight * (1.f - scores(i) * scores(i))",
+        "weight",
+        SOFTCAP,
+    ),
+    Mutant(
+        "sinks_are_capped",
+        FORWARD,
+        "softmax.add_sink(row, sink_of_head(args, place.head) *",
+        "softmax.add_sink(row, (args.cap.scale > 0.f ? args.scale * tanhf(sink_of_head(args, place.head) / args.scale)"
+        " : sink_of_head(args, place.head)) *",
+        SOFTCAP,
     ),
     Mutant(
         "sink_of_a_group_s_first_head",

@@ -61,11 +61,13 @@ def one_sequence(
     sinks: Tensor | None = None,
     kept: Tensor | None = None,
     dropout_p: float = 0.0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formula at the dtype of q, k (Lk, Hk, D) and v, for q (Lq, Hq, D) and allowed (1 | Hk | Hq, Lq, Lk).
 
     sinks (Hq): scores of a key more that every query attends to and whose value is 0; -inf is none.
     kept (Hq, Lq, Lk): which weights dropout keeps; they are divided by 1 - dropout_p.
+    softcap: scaled scores s become softcap * tanh(s / softcap); 0: they stay. Not sinks.
 
     The head dim of v may be another than D. Returns out (Lq, Hq, that of v), lse (Hq, Lq) and luck (Lq, Hq), see
     `luck_of_rows`, all at that dtype. Keys that no query of a head attends to never enter: they are replaced by zeros,
@@ -81,6 +83,8 @@ def one_sequence(
     values = torch.where(attended, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
     scores = torch.matmul(queries, keys.transpose(1, 2)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if sinks is not None:
         # The sink's own -inf is one that softmax and logsumexp never see.
         column = torch.where(sinks == -math.inf, 0.0, sinks)[:, None, None]
@@ -135,13 +139,14 @@ def attention(
     sinks: Tensor | None = None,
     kept: Tensor | None = None,
     dropout_p: float = 0.0,
+    softcap: float = 0.0,
     compute_dtype: torch.dtype | None = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of a whole batch.
 
     q: (total_q, Hq, D) or (B, Sq, Hq, D); k, v likewise. block_masks: per sequence, bool (1 | Hk | Hq, q blocks,
     k blocks). lens_q, lens_k: the lengths of the sequences, also for batched tensors. windows: as in `element_mask`;
-    sinks, dropout_p: as in `one_sequence`; kept: bool (B, Hq, queries, keys) of at least the longest sequence.
+    sinks, dropout_p, softcap: as in `one_sequence`; kept: bool (B, Hq, queries, keys) of at least the longest sequence.
     compute_dtype: None for the dtype of q.
     Returns out, shaped as q but with the head dim of v, lse (Hq, total_q) or (B, Hq, Sq), and luck, shaped as out
     without its last dimension (see `luck_of_rows`), at compute_dtype.
@@ -166,6 +171,7 @@ def attention(
         tensors = (q[rows_q].to(dtype), k[rows_k].to(dtype), v[rows_k].to(dtype))
         own_sinks = None if sinks is None else sinks.to(dtype)
         own_kept = None if kept is None else kept[b, :, :len_q, :len_k]
-        out[rows_q], lse_b, luck[rows_q] = one_sequence(*tensors, allowed, scale, own_sinks, own_kept, dropout_p)
+        numbers = (scale, own_sinks, own_kept, dropout_p, softcap)
+        out[rows_q], lse_b, luck[rows_q] = one_sequence(*tensors, allowed, *numbers)
         lse[(slice(None), rows_q) if packed else b] = lse_b
     return out, lse, luck

@@ -224,6 +224,9 @@ struct TensorView {
 // with zeros behind each row.
 inline constexpr int32_t kHeadDimMultiple = 8;
 
+// Below, gradients lose the slope of the cap, which they find from weights; beyond, scores may leave float32.
+inline constexpr float kLeastSoftcap = 0.01f, kMostSoftcap = 1e6f;
+
 struct ForwardParams {
   TensorView q;          // (batch, seqlen_q, heads_q, head_dim) or (total_q, heads_q, head_dim)
   TensorView k;          // (batch, seqlen_k, heads_k, head_dim) or (total_k, heads_k, head_dim)
@@ -247,10 +250,13 @@ struct ForwardParams {
   // a weight's sequence, query head, query and key. Not read where the probability is 0. lse is that of all weights.
   double dropout_p = 0.;
   const int64_t* dropout_seed = nullptr;  // (2)
+  // Where a scaled score s ends: it becomes softcap * tanh(s / softcap). 0: nowhere; else kLeastSoftcap to
+  // kMostSoftcap. Sinks are not capped.
+  float softcap = 0.f;
 
   MaskView mask;
   bool pack_heads = true;           // as in PlanParams
-  const WorkItem* items = nullptr;  // (num_items); with dropout, of a list `for_backward`
+  const WorkItem* items = nullptr;  // (num_items); with dropout or a softcap, of a list `for_backward`
   int64_t num_items = 0;            // num_items() or more, as planned
 
   void* workspace = nullptr;  // device, forward_workspace_size() bytes; not shared by concurrent calls

@@ -147,12 +147,13 @@ __device__ __forceinline__ void drop_patch(const Dropout& dropout, const Dropout
   }
 }
 
-// The same for weights anywhere, kCount of a thread; is_dropped_at(i) tells of the i-th, one after the other.
+// The same for weights anywhere, kCount of a thread; is_dropped_at(i) tells of the i-th. In a loop, of which some
+// rounds hide the latency of each other.
 template <DropAs kAs, int kCount, class Weights, class IsDroppedAt>
 __device__ __forceinline__ void drop_singly(Weights& weights, IsDroppedAt&& is_dropped_at) {
   constexpr int kWords = (kCount + 31) / 32;
   uint32_t dropped[kWords] = {};
-#pragma unroll 1
+#pragma unroll 4
   for (int i = 0; i < kCount; ++i) {
     const uint32_t bit = static_cast<uint32_t>(is_dropped_at(i)) << (i % 32);
 #pragma unroll

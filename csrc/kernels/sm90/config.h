@@ -10,8 +10,9 @@
 
 namespace hbsattn {
 
-// The kernels. kTileRows: of what a CTA keeps while it streams the rest. kPairs: as in TileShape. kDropout: the kernel
-// is for calls with dropout alone; kShortValues: for those whose values have few columns beside their keys'.
+// The kernels. kTileRows: of what a CTA keeps while it streams the rest. kPairs: as in TileShape. kAltered: the kernel
+// is for calls alone that drop weights or cap scores, which would cost the others registers; kShortValues: for those
+// whose values have few columns beside their keys'.
 
 // Whether tiles of query rows need the second, general kernel: for key blocks that are no multiple of a granule, for
 // query blocks whose heads come in one box, and for those that may be united, but for pairs.
@@ -20,9 +21,9 @@ constexpr bool needs_general_kernel(const MaskShape& shape, const TileShape& til
   return ragged || (tiles.packed_heads > 1 && shape.q_block_size % kGranule != 0) || (tiles.united > 1 && !tiles.pairs);
 }
 
-// The same for a call: it drops weights.
+// The same for a call: kernels that alter weights are general ones.
 constexpr bool needs_general_kernel(const ForwardParams& problem, const TileShape& tiles) {
-  return problem.dropout_p > 0. || needs_general_kernel(problem.mask.shape, tiles);
+  return alters_weights(problem) || needs_general_kernel(problem.mask.shape, tiles);
 }
 
 inline constexpr int kShortValueDim = 128;
@@ -37,7 +38,7 @@ struct Sm90Forward {
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileRows = kTileM;
   static constexpr bool kPairs = false;
-  static constexpr bool kDropout = false;
+  static constexpr bool kAltered = false;
   static constexpr bool kShortValues = false;
   static constexpr int kCtasPerSm = kTileM == 64 ? 2 : 1;
   // Whether there is a second kernel for what the fast one has no code for.
@@ -71,6 +72,13 @@ struct Sm90Forward {
   static constexpr int kConsumerRegisters = kTight ? 160 : kTileM == 192 ? 152 : kTileM == 128 ? 232 : 216;
 };
 
+// The same for calls that alter weights.
+template <DType kDType_, int kHeadDim_, int kTileM_>
+struct Sm90ForwardAltered : Sm90Forward<kDType_, kHeadDim_, kTileM_> {
+  static constexpr bool kAltered = true;
+  static_assert(kTileM_ != 192, "what has a general kernel");
+};
+
 // The same for values of up to 128 columns beside keys of up to 192, as in multi-head latent attention: so short an
 // output leaves registers for the scores of 128 keys.
 template <DType kDType_, int kHeadDim_, int kTileM_>
@@ -95,7 +103,7 @@ struct Sm90ForwardPairs {
   static constexpr int kTileM = kPairRows;
   static constexpr int kTileRows = kTileM;
   static constexpr bool kPairs = true;
-  static constexpr bool kDropout = false;
+  static constexpr bool kAltered = false;
   static constexpr bool kShortValues = false;
   static constexpr int kCtasPerSm = 1;
   static constexpr bool kWithGeneral = false;
@@ -123,7 +131,7 @@ struct Sm90BackwardKeys {
   static constexpr int kTileN = kTileN_;
   static constexpr int kTileRows = kTileN;
   static constexpr bool kPairs = false;
-  static constexpr bool kDropout = false;
+  static constexpr bool kAltered = false;
   static constexpr bool kShortValues = false;
   static constexpr bool kWide = kHeadDim > 128;
   static constexpr int kCtasPerSm = kWide ? 1 : 128 / kTileN;
@@ -138,10 +146,10 @@ struct Sm90BackwardKeys {
   static_assert(!kWide || kTileN == 64);
 };
 
-// The same for calls with dropout, which would cost the others registers.
+// The same for calls that alter weights.
 template <DType kDType_, int kHeadDim_, int kTileN_>
-struct Sm90BackwardKeysDropout : Sm90BackwardKeys<kDType_, kHeadDim_, kTileN_> {
-  static constexpr bool kDropout = true;
+struct Sm90BackwardKeysAltered : Sm90BackwardKeys<kDType_, kHeadDim_, kTileN_> {
+  static constexpr bool kAltered = true;
 };
 
 // The same for values of up to 128 columns beside keys of up to 192.
@@ -163,7 +171,7 @@ struct Sm90GradQueries {
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileRows = kTileM;
   static constexpr bool kPairs = false;
-  static constexpr bool kDropout = false;
+  static constexpr bool kAltered = false;
   static constexpr bool kShortValues = false;
   static constexpr int kCtasPerSm = 128 / kTileM;
   static constexpr int kTileN = kHeadDim <= 64 && kTileM == 128 ? 128 : kHeadDim <= 192 ? 64 : 32;
@@ -174,6 +182,12 @@ struct Sm90GradQueries {
   static constexpr int kChunkColumns = kHeadDim % 64 == 0 ? 64 : 32;
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = kTileM == 128 ? 232 : 216;
+};
+
+// The same for calls that alter weights.
+template <DType kDType_, int kHeadDim_, int kTileM_>
+struct Sm90GradQueriesAltered : Sm90GradQueries<kDType_, kHeadDim_, kTileM_> {
+  static constexpr bool kAltered = true;
 };
 
 // The same for values of up to 128 columns beside keys of up to 192.
@@ -194,7 +208,7 @@ struct Sm90BackwardQueries {
   static constexpr int kTileM = 128;
   static constexpr int kTileRows = kTileM;
   static constexpr bool kPairs = false;
-  static constexpr bool kDropout = false;
+  static constexpr bool kAltered = false;
   static constexpr bool kShortValues = false;
   static constexpr int kCtasPerSm = 1;
   static constexpr int kTileN = 64;

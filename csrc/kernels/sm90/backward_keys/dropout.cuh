@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/common/dropout.cuh"
+#include "kernels/sm90/altered.cuh"
 #include "kernels/sm90/backward_keys/traits.cuh"
 
 namespace hbsattn::sm90 {

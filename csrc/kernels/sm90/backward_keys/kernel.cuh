@@ -46,7 +46,7 @@ __device__ __forceinline__ void run_key_consumer(const BackwardKeysArguments& ar
     mbarrier_wait(&storage.tile_full[slot.index], slot.parity);
     const KeyTileSlot& tile = storage.tiles[slot.index];
     if (uniform(tile.item.column) < 0) break;
-    if constexpr (Traits::kDropout) mainloop.dropout = KeyDropout(tile.item, warp_key);
+    if (drops_weights<Traits>(args)) mainloop.dropout = KeyDropout(tile.item, warp_key);
     mainloop.run(QueryLimits(args, tile.item, warp_key, lane), uniform(tile.stages));
     if (uniform(tile.item.parts) == 1 ||
         add_parts<Traits>(args, storage, tile.item, unit, warp, lane, mainloop.grad_keys, mainloop.grad_values)) {
@@ -99,9 +99,12 @@ __global__ void __launch_bounds__(BackwardKeysTraits<Config>::kThreads, Config::
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-    using Narrow = std::conditional_t<kWithQueries, BackwardKeysMainloop<Traits>, KeysOnlyMainloop<Traits>>;
-    using Mainloop = std::conditional_t<Traits::kWide, BackwardKeysMainloopWide<Traits, kWithQueries>, Narrow>;
-    run_key_consumer<Traits, Mainloop>(args, storage, warpgroup - 1, warp % 4, lane);
+    choose_consumer<Traits>(args, [&](auto traits) __attribute__((always_inline)) {
+      using Own = decltype(traits);
+      using Narrow = std::conditional_t<kWithQueries, BackwardKeysMainloop<Own>, KeysOnlyMainloop<Own>>;
+      using Mainloop = std::conditional_t<Traits::kWide, BackwardKeysMainloopWide<Own, kWithQueries>, Narrow>;
+      run_key_consumer<Own, Mainloop>(args, storage, warpgroup - 1, warp % 4, lane);
+    });
   }
 }
 

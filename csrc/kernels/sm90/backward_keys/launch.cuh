@@ -12,6 +12,7 @@
 #include "kernels/sm90/backward_keys/kernel.cuh"
 #include "kernels/sm90/tensor_rows.h"
 #include "plan/mask_heads.h"
+#include "plan/score_scale.h"
 
 namespace hbsattn::kernels {
 
@@ -137,7 +138,10 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   while ((1 << args.segment_log2) < segment) ++args.segment_log2;
   args.dropout = make_dropout(problem);
   args.scale = problem.softmax_scale * args.dropout.scale;
-  args.scale_log2 = static_cast<float>(problem.softmax_scale * M_LOG2E);
+  const ScoreScale scale = make_score_scale(problem);
+  args.scale_log2 = scale.log2;
+  args.cap = scale.cap;
+  args.inverse_scale_log2 = 1.f / scale.log2;
 
   HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, stream));
   const bool with_queries = method == BackwardMethod::kByKeys;

@@ -8,6 +8,7 @@
 #include <cute/tensor.hpp>
 
 #include "kernels/common/ptx.cuh"
+#include "kernels/common/softcap.cuh"
 #include "kernels/sm90/backward_keys/dropout.cuh"
 #include "kernels/sm90/backward_keys/traits.cuh"
 #include "kernels/sm90/operand.cuh"
@@ -137,7 +138,7 @@ struct BackwardKeysMainloop {
   uint32_t position = 0;  // stages before this one, over all tiles: where all rings are, in one register
   uint32_t tiles = 0;     // with stages, before this one
   GradKeys grad_keys, grad_values;
-  KeyDropout dropout;  // of the tile, if the kernel drops weights
+  KeyDropout dropout;  // of the tile, if the kernel alters weights
 
   __device__ __forceinline__ BackwardKeysMainloop(const BackwardKeysArguments& args, Storage& storage, int unit,
                                                   int warp, int lane)
@@ -238,14 +239,13 @@ struct BackwardKeysMainloop {
     }
   };
 
-  __device__ __forceinline__ void exponentiate(Scores& scores, const Statistics& lse) const {
+  // From the products of the current stage to its weights. Those that are dropped are negative.
+  __device__ __forceinline__ void weigh(Scores& scores, const Statistics& lse, const QueryLimits& limits, bool masked) {
+    if constexpr (Traits::kCaps) cap_scores(scores, args.cap);
+    if (masked) mask_queries(args, scores, storage.infos[stage()], 0, limits, lane);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(scores); ++i) scores(i) = exp2_approx(scores(i) * args.scale_log2 - lse[i]);
-  }
-
-  // Drops weights, if the kernel does, which makes them negative.
-  __device__ __forceinline__ void drop(Scores& weights) {
-    if constexpr (Traits::kDropout) dropout.drop(args, weights, storage.infos[stage()], 0, lane);
+    if (drops_weights<Traits>(args)) dropout.drop(args, scores, storage.infos[stage()], 0, lane);
   }
 
   // Turns the gradients of the weights into those of the scores. A weight that was dropped is negative, and its own
@@ -254,8 +254,15 @@ struct BackwardKeysMainloop {
                                                 bool masked) const {
     CUTE_UNROLL
     for (int i = 0; i < cute::size(grads); ++i) {
-      const bool dropped = Traits::kDropout && signbit(weights(i));
+      const bool dropped = Traits::kAltered && signbit(weights(i));
       grads(i) = weights(i) * (dropped ? delta[i] : grads(i) - delta[i]);
+    }
+    if constexpr (Traits::kCaps) {
+      const Statistics lse(storage.lse[stage()], lane);
+      CUTE_UNROLL
+      for (int i = 0; i < cute::size(grads); ++i) {
+        grads(i) *= slope_of_cap(weights(i), lse[i], args.inverse_scale_log2);
+      }
     }
     if (!masked) return;
     // A weight of 0 does not silence a NaN.
@@ -336,9 +343,7 @@ struct BackwardKeysMainloop {
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
     cute::warpgroup_fence_operand(grad_weights);
-    if (masked) mask_queries(args, scores, storage.infos[stage()], 0, limits, lane);
-    exponentiate(scores, lse);
-    drop(scores);
+    weigh(scores, lse, limits, masked);
     differentiate(scores, grad_weights, Statistics(storage.delta[stage()], lane), masked);
     return masked;
   }
@@ -355,7 +360,7 @@ struct BackwardKeysMainloop {
     [[maybe_unused]] Scores next_scores, next_grad_weights;
     GradQueries grad_queries, more_grad_queries;
     convert_scores(grad_weights, grads);
-    convert_scores<Traits::kDropout>(scores, weights);
+    convert_scores<Traits::kAltered>(scores, weights);
     share(grads);
     turn.take();
     issue_keys(grad_values, weights, storage.grad_out[0]);
@@ -427,9 +432,7 @@ struct BackwardKeysMainloop {
       if constexpr (!Traits::kSendsFirst) send_queries(leaving_chunk, last_part, this_stage);
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(next_scores);
-      if (masked) mask_queries(args, next_scores, storage.infos[stage()], 0, limits, lane);
-      exponentiate(next_scores, lse);
-      drop(next_scores);
+      weigh(next_scores, lse, limits, masked);
       const Statistics delta(storage.delta[stage()], lane);
       if constexpr (Traits::kGradLeavesFromStage) {
         bulk_wait_read(lane);

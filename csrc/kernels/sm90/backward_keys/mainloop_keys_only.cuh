@@ -29,7 +29,7 @@ struct KeysOnlyMainloop : BackwardKeysMainloop<Traits> {
     // Declared here, or their last values would count as inputs of the products that overwrite them.
     [[maybe_unused]] Scores next_scores, next_grad_weights;
     convert_scores(grad_weights, grads);
-    convert_scores<Traits::kDropout>(scores, weights);
+    convert_scores<Traits::kAltered>(scores, weights);
     this->issue_keys(grad_values, weights, storage.grad_out[0]);
     this->issue_keys(grad_keys, grads, storage.queries[0]);
     ++position;
@@ -49,9 +49,7 @@ struct KeysOnlyMainloop : BackwardKeysMainloop<Traits> {
       const Statistics lse(storage.lse[stage()], lane);
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(next_scores);
-      if (masked) mask_queries(this->args, next_scores, storage.infos[stage()], 0, limits, lane);
-      this->exponentiate(next_scores, lse);
-      this->drop(next_scores);
+      this->weigh(next_scores, lse, limits, masked);
       const Statistics delta(storage.delta[stage()], lane);
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(next_grad_weights);

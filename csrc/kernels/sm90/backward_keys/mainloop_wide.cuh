@@ -58,7 +58,7 @@ struct BackwardKeysMainloopWide {
   uint32_t tiles = 0;     // with stages, before this one
   GradKeys grad_keys;
   GradValues grad_values;
-  KeyDropout dropout;  // of the tile, if the kernel drops weights
+  KeyDropout dropout;  // of the tile, if the kernel alters weights
 
   __device__ __forceinline__ BackwardKeysMainloopWide(const BackwardKeysArguments& args, Storage& storage, int unit,
                                                       int warp, int lane)
@@ -133,17 +133,17 @@ struct BackwardKeysMainloopWide {
     issue<GMMA::ScaleOut::Zero>(MmaQueries{}, rA(_, _0{}, _, buffer()), rB(_, unit, _, _0{}), grad);
   }
 
-  __device__ __forceinline__ void mask(Scores& scores, const QueryLimits& limits, int stage) const {
-    mask_queries(args, scores, storage.infos[stage], unit * (Traits::kScoreQueries / kGranule), limits, lane);
-  }
-
   // Of the stage's statistics, those of this thread's first two columns.
   __device__ __forceinline__ const float* of_columns(const float* statistics) const {
     return statistics + unit * Traits::kScoreQueries + 2 * (lane & 3);
   }
 
-  __device__ __forceinline__ void exponentiate(Scores& scores, int stage) const {
-    const float* lse = of_columns(storage.lse[stage]);
+  // From the products of the current stage to its weights. Those that are dropped are negative.
+  __device__ __forceinline__ void weigh(Scores& scores, const QueryLimits& limits, bool masked) {
+    const int first_granule = unit * (Traits::kScoreQueries / kGranule);
+    if constexpr (Traits::kCaps) cap_scores(scores, args.cap);
+    if (masked) mask_queries(args, scores, storage.infos[stage()], first_granule, limits, lane);
+    const float* lse = of_columns(storage.lse[stage()]);
     CUTE_UNROLL
     for (int group = 0; group < Traits::kScoreQueries / 8; ++group) {
       const float2 pair = *reinterpret_cast<const float2*>(lse + 8 * group);
@@ -153,13 +153,7 @@ struct BackwardKeysMainloopWide {
         score = exp2_approx(score * args.scale_log2 - (j & 1 ? pair.y : pair.x));
       }
     }
-  }
-
-  // Drops weights, if the kernel does, which makes them negative.
-  __device__ __forceinline__ void drop(Scores& weights) {
-    if constexpr (Traits::kDropout) {
-      dropout.drop(args, weights, storage.infos[stage()], unit * (Traits::kScoreQueries / kGranule), lane);
-    }
+    if (drops_weights<Traits>(args)) dropout.drop(args, scores, storage.infos[stage()], first_granule, lane);
   }
 
   // Turns the gradients of the weights into those of the scores. A weight that was dropped is negative, and its own
@@ -173,7 +167,19 @@ struct BackwardKeysMainloopWide {
       for (int j = 0; j < 4; ++j) {
         float& grad = grads(4 * group + j);
         const float weight = weights(4 * group + j), of_row = j & 1 ? pair.y : pair.x;
-        grad = weight * (Traits::kDropout && signbit(weight) ? of_row : grad - of_row);
+        grad = weight * (Traits::kAltered && signbit(weight) ? of_row : grad - of_row);
+      }
+    }
+    if constexpr (Traits::kCaps) {
+      const float* lse = of_columns(storage.lse[stage()]);
+      CUTE_UNROLL
+      for (int group = 0; group < Traits::kScoreQueries / 8; ++group) {
+        const float2 pair = *reinterpret_cast<const float2*>(lse + 8 * group);
+        CUTE_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          grads(4 * group + j) *=
+              slope_of_cap(weights(4 * group + j), j & 1 ? pair.y : pair.x, args.inverse_scale_log2);
+        }
       }
     }
     if (!masked) return;
@@ -256,10 +262,8 @@ struct BackwardKeysMainloopWide {
       masked = read_info(storage.infos[stage()].masked, lane);
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(next_weights);
-      if (masked) mask(next_weights, limits, stage());
-      exponentiate(next_weights, stage());
-      drop(next_weights);
-      share<Traits::kDropout>(next_weights, weights_buffer());
+      weigh(next_weights, limits, masked);
+      share<Traits::kAltered>(next_weights, weights_buffer());
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(next_grads);
       weights = next_weights;
@@ -281,10 +285,8 @@ struct BackwardKeysMainloopWide {
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(grads);
     cute::warpgroup_fence_operand(weights);
-    if (masked) mask(weights, limits, stage());
-    exponentiate(weights, stage());
-    drop(weights);
-    share<Traits::kDropout>(weights, weights_buffer());
+    weigh(weights, limits, masked);
+    share<Traits::kAltered>(weights, weights_buffer());
 #pragma unroll 1
     for (; stages > 1; --stages) step<true>(weights, grads, masked, limits);
     if (lane == 0) mbarrier_arrive(&storage.values_empty);

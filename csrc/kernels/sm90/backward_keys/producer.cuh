@@ -225,7 +225,7 @@ __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, ty
     }
     const bool masked = (clean & lanes) != lanes;
     if (lane == 0) info.masked = masked;
-    if (Traits::kDropout && lane == 0) info.stack = stack;
+    if (Traits::kAltered && lane == 0) info.stack = stack;
     if (kRuled && masked && lane == 0) {
       info.rule = rule_of_stack<kStacked>(args, stack);
       info.rule.sink -= item.diagonal;

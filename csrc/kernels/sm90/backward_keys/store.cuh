@@ -150,7 +150,7 @@ __device__ __forceinline__ void leave_keys(const BackwardKeysArguments& args, ty
     if (!sum.add(lane, grad_keys, grad_values)) return;
   }
   const int head = item.query_set / args.sets_per_key_head;
-  const float value_scale = Traits::kDropout ? args.dropout.scale : 1.f;
+  const float value_scale = Traits::kAltered ? args.dropout.scale : 1.f;
   if constexpr (Traits::kSendsKeys) {
     // The copy engine would overwrite rows of the next sequence.
     if (warp_key + kGranule <= uniform(item.keys)) {

@@ -13,6 +13,7 @@
 #include "kernels/sm90/config.h"
 #include "plan/dropout.h"
 #include "plan/rows.h"
+#include "plan/score_scale.h"
 
 namespace hbsattn::sm90 {
 
@@ -56,7 +57,8 @@ struct BackwardKeysTraits {
   static constexpr int kTileMLog2 = cutlass::log2_down<kTileM>::value;
   static constexpr int kStages = Config::kStages;
   static constexpr bool kWide = Config::kWide;
-  static constexpr bool kDropout = Config::kDropout;
+  static constexpr bool kAltered = Config::kAltered;
+  static constexpr bool kCaps = false;                           // of consumers, see altered.cuh
   static constexpr int kUnits = kWide ? 2 : kTileN / kUnitKeys;  // consumer warpgroups
   static constexpr int kConsumerWarps = 4 * kUnits;
   static constexpr int kThreads = 128 * (1 + kUnits);
@@ -224,10 +226,13 @@ struct BackwardKeysArguments {
   int heads_of_mask;   // query heads that share a mask
   int segment_log2;    // a segment is the largest power of two rows, up to kTileM, that divides a block's, over a stack
   cutlass::FastDivmod segments_per_block;
-  bool whole_rows;     // maps of whole rows can be used; otherwise all rows come through the clipped maps
-  bool whole_queries;  // the same for queries
-  float scale, scale_log2;
+  bool whole_rows;          // maps of whole rows can be used; otherwise all rows come through the clipped maps
+  bool whole_queries;       // the same for queries
+  float scale, scale_log2;  // of gradients of keys, and of scores
+  // Of kernels that alter weights.
   Dropout dropout;
+  ScoreCap cap;
+  float inverse_scale_log2;  // 1 / scale_log2
 };
 
 }  // namespace hbsattn::sm90

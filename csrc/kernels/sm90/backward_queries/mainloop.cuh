@@ -185,8 +185,7 @@ struct BackwardQueriesMainloop : GradQueriesMainloop<Traits, kGeneral> {
       turn.pass();
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(next_weights);
-      if (masked) mask_scores<Traits>(this->args, next_weights, storage, key_stage.index, limits, lane);
-      this->exponentiate(next_weights, rows);
+      this->weigh(next_weights, rows, limits, masked);
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(next_grads);
       release_values();
@@ -206,8 +205,7 @@ struct BackwardQueriesMainloop : GradQueriesMainloop<Traits, kGeneral> {
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(weights);
     cute::warpgroup_fence_operand(grads);
-    mask_scores<Traits>(this->args, weights, storage, key_stage.index, limits, lane);
-    this->exponentiate(weights, rows);
+    this->weigh(weights, rows, limits, true);
     release_values();
     differentiate(weights, grads, rows, true);
     int late_granule = kNoKey, stage = 1;

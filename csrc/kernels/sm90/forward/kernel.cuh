@@ -16,7 +16,7 @@ __device__ __forceinline__ void finish_tile(const QueryTileArguments& args, type
   const int unit = mainloop.unit, lane = mainloop.lane;
 
   float lse[2];
-  mainloop.softmax.finish(mainloop.output, args.scale, kGeneral ? args.dropout.scale : 1.f, lse);
+  mainloop.softmax.finish(mainloop.output, args.scale, Traits::kAltered ? args.dropout.scale : 1.f, lse);
   // Unless a box holds several heads, the rows of a warp lie in one, and one place tells them all. Found outside the
   // branch, it is computed while the last product still runs.
   const int warp_row = unit * kUnitRows + warp * 16;
@@ -66,9 +66,9 @@ __device__ __forceinline__ void run_consumer(const QueryTileArguments& args, typ
     }
     const typename ForwardMainloop<Traits, kGeneral>::Limits limits(args, item, rule, buffer.index,
                                                                     unit * kUnitRows + warp * 16, lane);
-    if (kGeneral && args.dropout.seed != nullptr) {
+    if (drops_weights<Traits>(args)) {
       const int warp_row = unit * kUnitRows + warp * 16;
-      leave_rows<kGeneral>(args, item, warp_row, lane, &storage.dropout_rows[warp_row]);
+      leave_rows(args, item, warp_row, lane, &storage.dropout_rows[warp_row]);
     }
     mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
     if constexpr (Traits::kPairs) {
@@ -120,7 +120,9 @@ __global__ void __launch_bounds__(QueryTileTraits<Config>::kThreads, Config::kCt
     run_producer<Traits, kGeneral>(args, storage, warp, lane);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-    run_consumer<Traits, kGeneral>(args, storage, warpgroup - 1, warp % 4, lane);
+    choose_consumer<Traits>(args, [&](auto traits) __attribute__((always_inline)) {
+      run_consumer<decltype(traits), kGeneral>(args, storage, warpgroup - 1, warp % 4, lane);
+    });
     if (args.cycles != nullptr && threadIdx.x % 128 == 0) record_cycles(args, true);
   }
 }

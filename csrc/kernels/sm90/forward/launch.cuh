@@ -43,7 +43,7 @@ Status run_forward(const ForwardParams& params, Stream stream) {
     args.cycles = reinterpret_cast<unsigned long long*>(params.cycles);
     args.cycle_rows = 2 * multiprocessors;
   }
-  auto* kernel = sm90::forward_kernel<Config, false>;
+  auto* kernel = sm90::forward_kernel<Config, Config::kAltered>;
   if constexpr (Config::kWithGeneral) {
     if (general) kernel = sm90::forward_kernel<Config, true>;
   } else if (general) {

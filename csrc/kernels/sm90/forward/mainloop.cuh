@@ -6,6 +6,7 @@
 #include <cute/tensor.hpp>
 
 #include "kernels/common/ptx.cuh"
+#include "kernels/common/softcap.cuh"
 #include "kernels/common/softmax.cuh"
 #include "kernels/sm90/operand.cuh"
 #include "kernels/sm90/query_tiles/dropout.cuh"
@@ -52,7 +53,7 @@ struct ForwardMainloop {
   static constexpr bool kPaced = Traits::kHeadDim <= 64;  // exponentials take as long as products
   // Registers hold the scores of two stages beside such a short output. No turns then: no warpgroup waits for its
   // scores.
-  static constexpr bool kAhead = kPaced && Traits::kUnits == 2 && !Traits::kPairs;
+  static constexpr bool kAhead = kPaced && Traits::kUnits == 2 && !Traits::kPairs && !Traits::kAltered;
   // Nor for pairs, whose warpgroups have unequal numbers of stages: in those of both, turns bring nothing.
   static constexpr bool kTakesTurns = !kAhead && !Traits::kPairs;
 
@@ -79,8 +80,7 @@ struct ForwardMainloop {
 
   Output output;
   OnlineSoftmax softmax;
-  // Of the general kernel where weights are dropped: the codes of the granules of the last stage whose scores are
-  // there, one in each lane.
+  // Where weights are dropped: the codes of the granules of the last stage whose scores are there, one in each lane.
   int granule_code;
 
   __device__ __forceinline__ ForwardMainloop(const QueryTileArguments& args, Storage& storage, int unit, int lane)
@@ -161,12 +161,11 @@ struct ForwardMainloop {
     fence_operand(probabilities);
   }
 
-  __device__ __forceinline__ bool drops() const { return kGeneral && args.dropout.seed != nullptr; }
-
-  // `masked`: whether the stage needs it. Where weights are dropped, others come here, too.
+  // `masked`: whether the stage needs it. Where weights are altered, others come here, too.
   __device__ __forceinline__ void mask(Scores& scores, const Limits& limits, bool masked) {
+    if constexpr (Traits::kCaps) cap_scores(scores, args.cap);
     if (masked) mask_scores<Traits>(args, scores, storage, key_stage.index, limits, lane);
-    if (!drops()) return;
+    if (!drops_weights<Traits>(args)) return;
     granule_code = storage.granules[key_stage.index][(limits.granules * Traits::kGranules + lane) % 32];
     __syncwarp();  // lane 0 lets the producer overwrite them
   }
@@ -189,10 +188,7 @@ struct ForwardMainloop {
     release_keys();
     OnlineSoftmax::Growth growth = softmax.find_growth(scores, args.scale_log2);
     hold_back_waits(growth.by[0] + growth.by[1], barriers);
-    cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(output);
-    fence_operand(probabilities);
-    release_values();
+    finish_values(probabilities);
     if constexpr (kGeneral) {
       // Rows that do not exist have no say in when the others are rescaled, or results would differ from run to run.
       if (limits.value[0] <= limits.kNoRow) growth.by[0] = -INFINITY;
@@ -201,17 +197,22 @@ struct ForwardMainloop {
     softmax.grow(growth, args.scale_log2, output);
   }
 
-  template <bool kDrops>
   __device__ __forceinline__ void weigh(Scores& scores, Probabilities& probabilities) {
     softmax.exponentiate<kPaced>(scores, args.scale_log2, args.zero);
-    if constexpr (kDrops) {
-      if (drops()) {
-        const DropoutRow* rows = &storage.dropout_rows[unit * kUnitRows + threadIdx.x % 128 / 32 * 16];
-        drop_weights(args.dropout, rows, scores, lane,
-                     [&](int i) { return __shfl_sync(0xffffffffu, granule_code, i); });
-      }
+    if (drops_weights<Traits>(args)) {
+      const DropoutRow* rows = &storage.dropout_rows[unit * kUnitRows + threadIdx.x % 128 / 32 * 16];
+      drop_weights<DropAs::kZero>(args.dropout, rows, scores, lane,
+                                  [&](int i) { return __shfl_sync(0xffffffffu, granule_code, i); });
     }
     convert_scores(scores, probabilities);
+  }
+
+  // Waits for the product with values that is on its way.
+  __device__ __forceinline__ void finish_values(Probabilities& probabilities) {
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(output);
+    fence_operand(probabilities);
+    release_values();
   }
 
   // Scores of the next stage while the tensor cores also multiply the last one's probabilities with its values.
@@ -228,7 +229,7 @@ struct ForwardMainloop {
     cute::warpgroup_wait<1>();
     cute::warpgroup_fence_operand(scores);
     grow<kMasked>(scores, probabilities, limits, masked);
-    weigh<kMasked>(scores, probabilities);
+    weigh(scores, probabilities);
   }
 
   // Probabilities of a stage whose maxima are known, while the tensor cores compute the next scores; then its product
@@ -239,7 +240,7 @@ struct ForwardMainloop {
                                              bool masked = true) {
     mbarrier_wait(keys_full(), key_stage.parity);
     issue_scores(next, query_index);
-    weigh<kMasked>(scores, probabilities);
+    weigh(scores, probabilities);
     mbarrier_wait(values_full(), value_stage.parity);
     issue_values(probabilities, accumulate);
 
@@ -277,14 +278,11 @@ struct ForwardMainloop {
   __device__ __forceinline__ void finish(Probabilities& probabilities, bool accumulate) {
     mbarrier_wait(values_full(), value_stage.parity);
     issue_values(probabilities, accumulate);
-    cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(output);
-    fence_operand(probabilities);
-    release_values();
+    finish_values(probabilities);
   }
 
   // All stages of a tile. Masked stages come first, and the loop after them has no mask code; those from `clean_end` on
-  // are masked again. Where weights are dropped, the first loop takes all.
+  // are masked again. Where weights are altered, one loop takes all.
   __device__ __forceinline__ void run(const Limits& limits, const WorkItem& item, int stages, int masked_stages,
                                       int clean_end, int query_index) {
     Scores scores;
@@ -292,10 +290,9 @@ struct ForwardMainloop {
     begin(scores, limits, item, query_index);
     bool accumulate = false;
     int stage = 1;
-    const auto is_masked = [&](int stage) { return stage < masked_stages || stage >= clean_end; };
     if constexpr (kAhead) {
       // Two stages a round, as the next scores have registers of their own: of an odd number, one comes before.
-      const int singly = drops() ? stages : masked_stages + ((clean_end - masked_stages) & 1);
+      const int singly = masked_stages + ((clean_end - masked_stages) & 1);
       const auto step_singly = [&](bool masked) {
         Scores next;
         step_ahead<true>(scores, next, probabilities, limits, query_index, accumulate, masked);
@@ -303,7 +300,7 @@ struct ForwardMainloop {
         accumulate = true;
       };
 #pragma unroll 1
-      for (; stage < singly; ++stage) step_singly(is_masked(stage));
+      for (; stage < singly; ++stage) step_singly(stage < masked_stages);
 #pragma unroll 1
       for (; stage < clean_end; stage += 2) {
         Scores next;
@@ -313,12 +310,20 @@ struct ForwardMainloop {
       }
 #pragma unroll 1
       for (; stage < stages; ++stage) step_singly(true);
-      weigh<true>(scores, probabilities);
-    } else {
-      weigh<true>(scores, probabilities);
+      weigh(scores, probabilities);
+    } else if constexpr (Traits::kAltered) {
+      weigh(scores, probabilities);
 #pragma unroll 1
-      for (; stage < (drops() ? stages : masked_stages); ++stage) {
-        step<true>(scores, probabilities, limits, query_index, accumulate, !drops() || is_masked(stage));
+      for (; stage < stages; ++stage) {
+        const bool masked = stage < masked_stages || stage >= clean_end;
+        step<true>(scores, probabilities, limits, query_index, accumulate, masked);
+        accumulate = true;
+      }
+    } else {
+      weigh(scores, probabilities);
+#pragma unroll 1
+      for (; stage < masked_stages; ++stage) {
+        step<true>(scores, probabilities, limits, query_index, accumulate);
         accumulate = true;
       }
 #pragma unroll 1
@@ -355,7 +360,7 @@ struct ForwardMainloop {
     Probabilities probabilities;
     move_to(0);
     begin(scores, limits, item, query_index);
-    weigh<true>(scores, probabilities);
+    weigh(scores, probabilities);
     bool accumulate = false;
     int stage = 1;
 #pragma unroll 1

@@ -30,8 +30,8 @@ __device__ __forceinline__ void run_query_consumer(const GradQueriesArguments& a
     }
     const KeyLimits<kGeneral> limits(args, item, rule, buffer.index, warp_row, lane);
     const auto rows = RowStatistics::load<kGeneral>(args, item, warp_row, lane);
-    if (kGeneral && args.dropout.seed != nullptr) {
-      leave_rows<kGeneral>(args, item, warp_row, lane, &storage.dropout_rows[warp_row]);
+    if (drops_weights<Traits>(args)) {
+      leave_rows(args, item, warp_row, lane, &storage.dropout_rows[warp_row]);
     }
     mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
     mainloop.run(limits, rows, stages, masked_stages, clean_end, buffer.index * Traits::kUnits + unit);
@@ -63,7 +63,9 @@ __global__ void __launch_bounds__(GradQueriesTraits<Config>::kThreads, Config::k
     run_producer<Traits, kGeneral>(args, storage, warp, lane);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-    run_query_consumer<Traits, kGeneral>(args, storage, warpgroup - 1, warp % 4, lane);
+    choose_consumer<Traits>(args, [&](auto traits) __attribute__((always_inline)) {
+      run_query_consumer<decltype(traits), kGeneral>(args, storage, warpgroup - 1, warp % 4, lane);
+    });
   }
 }
 

@@ -33,7 +33,7 @@ Status set_query_arguments(const BackwardParams& params, const BackwardWorkspace
   args.statistics_lse = reinterpret_cast<const float*>(bytes + workspace.statistics);
   args.delta = args.statistics_lse + workspace.stacks * workspace.rows + BackwardWorkspace::kPaddingRows;
   args.chunks = workspace.chunks;
-  args.scale *= args.dropout.scale;
+  args.scale = problem.softmax_scale * args.dropout.scale;
   return Status::Ok();
 }
 
@@ -48,7 +48,10 @@ Status run_grad_queries(const BackwardParams& params, Stream stream) {
   sm90::GradQueriesArguments args{};
   bool general = false;
   HBSATTN_RETURN_IF_ERROR(set_query_arguments<Config>(params, workspace, args, general));
-  auto* kernel = general ? sm90::grad_queries_kernel<Config, true> : sm90::grad_queries_kernel<Config, false>;
+  auto* kernel = sm90::grad_queries_kernel<Config, true>;
+  if constexpr (!Config::kAltered) {
+    if (!general) kernel = sm90::grad_queries_kernel<Config, false>;
+  }
   ++args.ticket;  // the other kernel has the first
   if (alone) HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, stream));
   return launch_tiles(kernel, args, Traits::kThreads, Config::kCtasPerSm, grad_queries_shared_bytes<Config>(),

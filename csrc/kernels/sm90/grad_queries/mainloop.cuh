@@ -1,5 +1,6 @@
 #pragma once
 
+#include "kernels/common/softcap.cuh"
 #include "kernels/sm90/grad_queries/traits.cuh"
 #include "kernels/sm90/operand.cuh"
 #include "kernels/sm90/query_tiles/dropout.cuh"
@@ -129,20 +130,38 @@ struct GradQueriesMainloop {
     if (lane == 0) mbarrier_arrive(&storage.keys_empty[last_key_stage]);
   }
 
-  __device__ __forceinline__ void exponentiate(Scores& scores, const RowStatistics& rows) const {
+  // From the products of the current stage to its weights, which are multiplied by the cap's derivative, if there is
+  // one. Those that are dropped are negative.
+  __device__ __forceinline__ void weigh(Scores& scores, const RowStatistics& rows, const KeyLimits<kGeneral>& limits,
+                                        bool masked) const {
+    if constexpr (Traits::kCaps) cap_scores(scores, args.cap);
+    if (masked) mask_scores<Traits>(args, scores, storage, key_stage.index, limits, lane);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(scores); ++i) {
-      scores(i) = exp2_approx(scores(i) * args.scale_log2 - rows.lse[(i >> 1) & 1]);
+      const float weight = exp2_approx(scores(i) * args.scale_log2 - rows.lse[(i >> 1) & 1]);
+      if constexpr (Traits::kCaps) {
+        // The score of a key that a query must not see is -inf, and its weight 0.
+        scores(i) = weight == 0.f ? 0.f : weight * (1.f - scores(i) * scores(i));
+      } else {
+        scores(i) = weight;
+      }
     }
+    if (!drops_weights<Traits>(args)) return;
+    const int32_t* granules = storage.granules[key_stage.index] + limits.granules * Traits::kGranules;
+    const DropoutRow* of_rows = &storage.dropout_rows[(threadIdx.x - 128) / 32 * 16];
+    drop_weights<DropAs::kNegative>(args.dropout, of_rows, scores, lane,
+                                    [&](int i) { return __shfl_sync(0xffffffffu, lane == 0 ? granules[i] : 0, 0); });
   }
 
-  // Turns the gradients of the weights into those of the scores.
+  // Turns the gradients of the weights into those of the scores. A weight that was dropped is negative, and its own
+  // gradient is 0.
   template <bool kMasked>
   static __device__ __forceinline__ void differentiate(const Scores& weights, Scores& grads,
                                                        const RowStatistics& rows) {
     CUTE_UNROLL
     for (int i = 0; i < cute::size(grads); ++i) {
-      const float grad = weights(i) * (grads(i) - rows.delta[(i >> 1) & 1]);
+      const bool dropped = Traits::kAltered && signbit(weights(i));
+      const float delta = rows.delta[(i >> 1) & 1], grad = weights(i) * (dropped ? delta : grads(i) - delta);
       // A weight of 0 does not silence a NaN.
       grads(i) = kMasked && weights(i) == 0.f ? 0.f : grad;
     }
@@ -157,8 +176,6 @@ struct GradQueriesMainloop {
     for (int i = 1; i < cute::size(words); ++i) any ^= words(i);
     hold_back_waits(any, unread);
   }
-
-  __device__ __forceinline__ bool drops() const { return kGeneral && args.dropout.seed != nullptr; }
 
   // From a stage's rows to `grads`, its gradients of scores, while those of the stage before are multiplied.
   template <bool kFirst, bool kMasked>
@@ -176,21 +193,12 @@ struct GradQueriesMainloop {
 
     cute::warpgroup_wait<kFirst ? 1 : 2>();
     cute::warpgroup_fence_operand(scores);
-    if (kMasked && masked) mask_scores<Traits>(args, scores, storage, key_stage.index, limits, lane);
-    exponentiate(scores, rows);
+    weigh(scores, rows, limits, kMasked && masked);
     hold_back(scores);
     cute::warpgroup_wait<kFirst ? 0 : 1>();
     cute::warpgroup_fence_operand(grad_weights);
     if (lane == 0) mbarrier_arrive(&storage.values_empty[value_stage.index]);
     value_stage.advance();
-    if constexpr (kMasked) {
-      if (drops()) {
-        const int32_t* granules = storage.granules[key_stage.index] + limits.granules * Traits::kGranules;
-        const DropoutRow* rows = &storage.dropout_rows[(threadIdx.x - 128) / 32 * 16];
-        drop_weights(args.dropout, rows, grad_weights, lane,
-                     [&](int i) { return __shfl_sync(0xffffffffu, lane == 0 ? granules[i] : 0, 0); });
-      }
-    }
     differentiate<kMasked>(scores, grad_weights, rows);
     if constexpr (!kFirst) {
       hold_back(grad_weights);
@@ -203,7 +211,7 @@ struct GradQueriesMainloop {
   }
 
   // All stages of a tile. Masked stages come first, and the loop after them has no mask code; those from `clean_end` on
-  // are masked again. Where weights are dropped, the first loop takes all.
+  // are masked again. Where weights are altered, the first loop takes all.
   __device__ __forceinline__ void run(const KeyLimits<kGeneral>& limits, const RowStatistics& rows, int stages,
                                       int masked_stages, int clean_end, int query_index) {
     Operand grads;
@@ -211,20 +219,22 @@ struct GradQueriesMainloop {
     step<true, true>(grads, limits, rows, query_index, accumulate);
     int stage = 1;
 #pragma unroll 1
-    for (; stage < (drops() ? stages : masked_stages); ++stage) {
-      const bool masked = !drops() || stage < masked_stages || stage >= clean_end;
+    for (; stage < (Traits::kAltered ? stages : masked_stages); ++stage) {
+      const bool masked = !Traits::kAltered || stage < masked_stages || stage >= clean_end;
       step<false, true>(grads, limits, rows, query_index, accumulate, masked);
       accumulate = true;
     }
+    if constexpr (!Traits::kAltered) {
 #pragma unroll 1
-    for (; stage < clean_end; ++stage) {
-      step<false, false>(grads, limits, rows, query_index, accumulate);
-      accumulate = true;
-    }
+      for (; stage < clean_end; ++stage) {
+        step<false, false>(grads, limits, rows, query_index, accumulate);
+        accumulate = true;
+      }
 #pragma unroll 1
-    for (; stage < stages; ++stage) {
-      step<false, true>(grads, limits, rows, query_index, accumulate);
-      accumulate = true;
+      for (; stage < stages; ++stage) {
+        step<false, true>(grads, limits, rows, query_index, accumulate);
+        accumulate = true;
+      }
     }
     issue_queries(grads, accumulate);
     cute::warpgroup_wait<0>();

@@ -10,6 +10,7 @@
 #include "kernels/instances.h"
 #include "kernels/sm90/query_tiles/traits.cuh"
 #include "kernels/sm90/tensor_rows.h"
+#include "plan/score_scale.h"
 
 namespace hbsattn::kernels {
 
@@ -116,8 +117,10 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   while ((1 << args.segment_log2) < segment) ++args.segment_log2;
   args.sinks = params.sinks;
   args.dropout = make_dropout(params);
-  args.scale = params.softmax_scale;
-  args.scale_log2 = static_cast<float>(params.softmax_scale * M_LOG2E);
+  const ScoreScale scale = make_score_scale(params);
+  args.cap = scale.cap;
+  args.scale = scale.natural;
+  args.scale_log2 = scale.log2;
   general = needs_general_kernel(params, tiles);
   return Status::Ok();
 }

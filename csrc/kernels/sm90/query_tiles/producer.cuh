@@ -8,6 +8,7 @@
 #include "kernels/common/launch.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/sinks.cuh"
+#include "kernels/sm90/altered.cuh"
 #include "kernels/sm90/query_tiles/pairs.cuh"
 #include "kernels/sm90/query_tiles/traits.cuh"
 #include "kernels/sm90/tensor_map.h"
@@ -519,7 +520,7 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
           // The block that does not attend to it never reads it.
           if (lane == 0 && owner != kOfBoth) mbarrier_arrive(&empty[ring.index], Traits::kConsumerWarps / 2);
         }
-        const bool drops = kGeneral && args.dropout.seed != nullptr;  // by where keys lie
+        const bool drops = drops_weights<CappingTraits<Traits>>(args);  // by where keys lie
         if (kKeys && (Traits::kAddsKeys || masked || drops)) {
           write_granules(args, plan, stage, storage.granules[ring.index], lane);
         }

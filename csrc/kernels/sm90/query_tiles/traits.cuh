@@ -16,6 +16,7 @@
 #include "kernels/common/dropout.cuh"
 #include "kernels/sm90/config.h"
 #include "plan/pairs.h"
+#include "plan/score_scale.h"
 
 namespace hbsattn::sm90 {
 
@@ -102,6 +103,8 @@ struct QueryTileTraits {
   // Blocks that a tile may unite, at most: up to head dim 128, small blocks get tiles of 64 rows.
   static constexpr int kUnited = kTileM >= 128 && kHeadDim <= 128 ? 1 : std::min(kTileM / kGranule, 32 / kGranules);
   static constexpr bool kPairs = Config::kPairs;
+  static constexpr bool kAltered = Config::kAltered;
+  static constexpr bool kCaps = false;  // of consumers, see altered.cuh
   // Stages that both blocks of a pair attend to, and those of each alone, have barriers of their own that tell that
   // they are full: so nobody waits for what the other alone gets, and still meets each phase of its barriers.
   static constexpr int kOwners = kPairs ? 3 : 1;
@@ -240,9 +243,10 @@ struct QueryTileArguments {
   RowTail k_tail, v_tail;
   int whole_k_rows, whole_v_rows;
   const float* sinks;  // (heads_q), natural; null: there are none
-  Dropout dropout;     // for the general kernel alone
-  float scale, scale_log2;
-  float zero;  // 0, unknown to the compiler
+  Dropout dropout;     // of kernels that alter weights, as is `cap`
+  ScoreCap cap;
+  float scale, scale_log2;  // of scores; of gradients of queries, `scale` is theirs
+  float zero;               // 0, unknown to the compiler
 };
 
 // Stages that a slot of segments holds. With many segments a stage, a lane's worth of them each; with few, no more than
