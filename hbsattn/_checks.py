@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 BLOCK_LIMIT = 1 << 30  # block sizes are below
+LEAST_SOFTCAP, MOST_SOFTCAP = 0.01, 1e6
 LENGTH_LIMIT = 1 << 31  # lengths and batches are below
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -63,6 +64,13 @@ def check_number(name: str, value: object) -> float:
         raise ValueError(f"{name} is {value}; expected {accepted} in the range of a float") from None
 
 
+def check_softcap(value: object) -> float:
+    softcap = check_number("softcap", value)
+    if not (softcap == 0 or LEAST_SOFTCAP <= softcap <= MOST_SOFTCAP):
+        raise ValueError(f"softcap is {softcap}; expected 0, or a number from {LEAST_SOFTCAP} to 1e6")
+    return softcap
+
+
 def hint_at_flex(value: object) -> str:
     """What to do with a mask of FlexAttention, for the end of a message; nothing if `value` is none."""
     if not type_name(value).startswith("torch.nn.attention.flex_attention."):
@@ -117,7 +125,10 @@ def check_same_device(name: str, tensor: Tensor, device: torch.device, whose: st
 def check_device(device: object) -> torch.device:
     if isinstance(device, bool) or not isinstance(device, torch.device | str | int):
         raise TypeError(f"device is {device!r}; expected a torch.device, a str or an int")
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}; expected one that torch.device knows, such as cpu or cuda:0") from None
 
 
 def _is_host_scalar(tensor: Tensor) -> bool:

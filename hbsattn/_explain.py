@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import hbsattn._C as _C
-from hbsattn._checks import check_bool, check_is_tensor, check_number
+from hbsattn._checks import check_bool, check_is_tensor, check_softcap
 from hbsattn._dropout import check_dropout_p
 from hbsattn._ops import ops
 from hbsattn.mask import BlockMask, check_is_mask
@@ -48,7 +48,7 @@ def explain(
     check_is_tensor("v", v)
     mask._check_use(q, k, q.shape, k.shape)
     check_bool("deterministic", deterministic)
-    softcap, dropout_p = check_number("softcap", softcap), check_dropout_p("dropout_p", dropout_p)
+    softcap, dropout_p = check_softcap(softcap), check_dropout_p("dropout_p", dropout_p)
     if mask._lists is None:  # whose bits may take too much memory
         numbers = (mask._layout, True, 1.0, 0.0, softcap)  # whatever the scores are
         ops.check_forward.default(q, k, v, mask._kept_bits(), mask.sequences, mask._rules, None, None, *numbers)

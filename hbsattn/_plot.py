@@ -52,6 +52,8 @@ def plot(mask: "BlockMask", head: int, sequence: int, ax: Any) -> Any:
     states = block_states(mask, head, sequence)
     if ax is None:
         _, ax = pyplot.subplots()
+    elif not hasattr(ax, "imshow"):
+        raise TypeError(f"ax is {ax!r}; expected axes of matplotlib")
     rows, cols = states.shape
     extent = (0, cols * mask._k_block, rows * mask._q_block, 0)
     ax.imshow(states, cmap=ListedColormap(COLORS), vmin=OFF, vmax=WHOLLY, extent=extent, interpolation="nearest")

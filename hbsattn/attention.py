@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hbsattn._checks import FLOATS, check_bool, check_is_tensor, check_number, check_tensor
+from hbsattn._checks import FLOATS, check_bool, check_is_tensor, check_number, check_softcap, check_tensor
 from hbsattn._chunks import attend_in_chunks
 from hbsattn._dropout import check_dropout_p, seed_of_call
 from hbsattn._ops import ops
@@ -50,8 +50,8 @@ def block_sparse_attention(
             softmax of all its queries and has no value, so that their weights sum to less than 1; not a token, as
             `windowed` has them. Finite, or -inf for none, as which any below -1e38 counts; NaN or +inf makes its head
             NaN. lse counts it, so `merge` joins results of which one at most has sinks.
-        softcap: where scores end, 0 for nowhere: a scaled score s becomes softcap * tanh(s / softcap) before the
-            softmax, as in Gemma 2. 0.01 to 1e6. Sinks are not capped.
+        softcap: a bound of scores, 0 for none: a scaled score s becomes softcap * tanh(s / softcap) before the softmax,
+            as in Gemma 2. 0.01 to 1e6, and 1e-7 to 3e7 times softmax_scale. Sinks are not capped.
         dropout_p: the probability with which the weight of a query and a key is dropped after the softmax, at least 0
             and less than 1, rounded to a multiple of 2^-15; the other weights are divided by what it leaves of 1. lse
             is that of all weights. Which are dropped is a function of `dropout_seed`, the number of the sequence, the
@@ -73,8 +73,8 @@ def block_sparse_attention(
     most shapes, of the size of k and v instead; for those of 64, in most shapes, none; and of k and v, too, where
     several query heads read a key head of long sequences. The first call with gradients plans the work of backward, and
     later ones with that mask share the plan. Weights come from the log-sum-exp in float32: at scores beyond 2^16
-    gradients lose digits. A NaN or infinity in q or in a gradient of out may reach gradients of all keys in active
-    blocks.
+    gradients lose digits, as they do on CUDA at softcaps near 0.01. A NaN or infinity in q or in a gradient of out may
+    reach gradients of all keys in active blocks.
 
     Rows of packed tensors that no sequence covers get 0, here as in the result, and -inf in lse. Results of a sequence
     do not depend on what lies beside it, but in their last bits where blocks are longer than the mask's longest
@@ -136,7 +136,7 @@ def _attend(
         dropout_p = check_dropout_p("dropout_p", dropout_p)
         dropout_seed = seed_of_call(dropout_p, dropout_seed, q.device)
     if type(softcap) is not float or softcap != 0.0:
-        softcap = check_number("softcap", softcap)  # whose range the op checks
+        softcap = check_softcap(softcap)
     altered = dropout_seed is not None or softcap != 0.0  # by kernels of their own
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     needs, trains = NO_GRADIENTS, False  # whether anything does

@@ -346,7 +346,9 @@ def pooled_scores(blocks: Blocks, q: Tensor, k: Tensor) -> Tensor:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({place.batch}, {seqlen}, heads, head_dim)")
         means.append(_mean_of_blocks(blocks, name, x, size, count))
     mean_q, mean_k = means
-    if mean_q.shape[2] % mean_k.shape[2] != 0:
+    if mean_k.shape[3] != mean_q.shape[3]:
+        raise ValueError(f"k has a head_dim of {mean_k.shape[3]}; expected {mean_q.shape[3]}, that of q")
+    if mean_k.shape[2] == 0 or mean_q.shape[2] % mean_k.shape[2] != 0:
         raise ValueError(f"q has {mean_q.shape[2]} heads; expected a multiple of the {mean_k.shape[2]} heads of k")
     mean_k = mean_k.repeat_interleave(mean_q.shape[2] // mean_k.shape[2], dim=2)
     return torch.einsum("bnhd,bmhd->bhnm", mean_q, mean_k) * q.shape[-1] ** -0.5
@@ -358,6 +360,8 @@ def select_heads(masks: Sequence[BlockMask], choice: Sequence[int]) -> BlockMask
     All masks have the place of the first: lengths, block sizes, causality. Some may have windows and others not, so one
     call has heads of every kind: dense, block-sparse, streaming by blocks or by tokens.
     """
+    if isinstance(masks, BlockMask):
+        raise TypeError("masks is a BlockMask; expected a sequence of them")
     if not masks:
         raise ValueError("masks is empty; expected a BlockMask or more")
     for mask in masks:

@@ -100,6 +100,6 @@ def test_what_alters_weights(options: dict[str, float]):
 @pytest.mark.parametrize("device", DEVICES)
 def test_numbers_out_of_range(device: str):
     problem = make_problem(case("explained"), device, torch.float16)
-    for options in ({"softcap": -1.0}, {"dropout_p": 1.0}):
+    for options in ({"softcap": -1.0}, {"softcap": 1e-50}, {"dropout_p": 1.0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             hbsattn.explain(problem.q, problem.k, problem.v, problem.mask(), **options)

@@ -111,6 +111,8 @@ def test_moves():
     for wrong in (torch.float16, None, True):
         with pytest.raises(TypeError, match=r"device is .*; expected a torch.device, a str or an int"):
             mask.to(wrong)
+    with pytest.raises(ValueError, match=r"device is 'gpu'; expected one that torch.device knows"):
+        mask.to("gpu")
 
 
 def test_identity():

@@ -179,6 +179,7 @@ BACKWARD_ERRORS: dict[str, tuple[int, Any, str]] = {
     "dropout_seed_strides": (DROPOUT_SEED, lambda x: x[:1].expand(2), r"dropout_seed is not contiguous"),
     "dropout_p_nan": (DROPOUT_P, lambda _: math.nan, r"dropout_p is nan; expected a number from 0 to below 1"),
     "softcap_nan": (SOFTCAP, lambda _: math.nan, r"softcap is nan; expected 0, or a number from 0.01 to 1e6"),
+    "softcap_of_no_float": (SOFTCAP, lambda _: 1e-50, r"softcap is 1e-50; expected 0, or a number from 0.01 to 1e6"),
     "softcap_below_0": (SOFTCAP, lambda _: -1.0, r"softcap is -1(\.0*)?; expected 0, or a number from 0.01 to 1e6"),
     "dropout_p_of_all": (DROPOUT_P, lambda _: 1.0, r"dropout_p is 1(\.0*)?; expected a number from 0 to below 1"),
 }

@@ -319,6 +319,7 @@ def test_nothing_waits(place: str):
 BLOCKS = PLACES["batched"].blocks("cpu")
 OTHER = PLACES["batched_causal"].blocks("cpu")
 SCORES = torch.zeros(2, 2, *BLOCKS.shape[1:])
+QUERIES = torch.zeros(2, 300, 2, 8)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +342,14 @@ SCORES = torch.zeros(2, 2, *BLOCKS.shape[1:])
         (lambda: patterns.top_k(BLOCKS, SCORES.long(), 2), TypeError, ["scores has dtype"]),
         (lambda: patterns.top_p(BLOCKS, SCORES, 1.5), ValueError, ["p is 1.5", "0 to 1"]),
         (lambda: patterns.pooled_scores(BLOCKS, torch.zeros(2, 9, 1, 8), SCORES), ValueError, ["q has shape", "300"]),
+        (
+            lambda: patterns.pooled_scores(BLOCKS, QUERIES, QUERIES[:, :260, :, :4]),
+            ValueError,
+            ["k has a head_dim of 4", "8"],
+        ),
+        (lambda: patterns.pooled_scores(BLOCKS, QUERIES, QUERIES[:, :260, :0]), ValueError, ["the 0 heads of k"]),
+        (lambda: patterns.Blocks(64, 64, seqlen_q=8, seqlen_k=8, device="gpu"), ValueError, ["device is 'gpu'"]),
+        (lambda: patterns.select_heads(patterns.dense(BLOCKS), [0]), TypeError, ["masks is a BlockMask"]),
         (lambda: patterns.select_heads([], [0]), ValueError, ["masks is empty"]),
         (lambda: patterns.select_heads([patterns.dense(BLOCKS)], [1]), ValueError, ["choice[0] is 1"]),
         (lambda: patterns.select_heads([patterns.dense(BLOCKS)], []), ValueError, ["choice is empty"]),

@@ -64,6 +64,8 @@ def test_plot():
     assert torch.equal(axes.states, block_states(mask, 0, 1))
     assert axes.named["extent"] == (0, 96, 64, 0)
     assert axes.labels["xlim"] == (0, 90) and axes.labels["ylim"] == (40, 0) and axes.labels["xlabel"] == "key"
+    with pytest.raises(TypeError, match=r"ax is 3; expected axes of matplotlib"):
+        mask.plot(ax=3)
     drawn = mask.plot()
     assert drawn.images[0].get_array().shape == block_states(mask, 0, 0).shape
     assert drawn.images[0].get_cmap().colors == COLORS

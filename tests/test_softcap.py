@@ -41,6 +41,8 @@ SPECS = [
     case("sinks", q_block=16, k_block=80, heads_q=8, heads_k=2, mask_heads=2, sinks=True, softcap=2.0),
     case("dropout", q_block=128, k_block=64, causal=True, head_dim=128, sinks=True, dropout_p=0.2, softcap=1.0),
     case("dropout_ragged", q_block=48, k_block=20, causal=True, dropout_p=0.2, softcap=2.0),
+    case("dropout_wide", q_block=64, k_block=64, head_dim=192, causal=True, dropout_p=0.2, softcap=1.0),
+    case("longer_values", head_dim=64, value_dim=128, q_block=128, causal=True, softcap=1.0),
     case("alike", pattern="alike", heads_q=8, mask_heads=8, k_block=16, lens_q=(300,), head_dim=128, softcap=1.0),
     case("zero_length", lens_q=(0, 70, 0, 50, 33, 0), lens_k=(40, 70, 0, 0, 90, 0), causal=True, softcap=1.0),
     case("q_longer", lens_q=(200, 130, 64), lens_k=(90, 129, 10), causal=True, density=0.7, softcap=1.0),
@@ -187,6 +189,7 @@ def test_masks_that_stay_lists(device: str, monkeypatch: pytest.MonkeyPatch):
     mask = problem.mask()
     assert mask._lists is not None
     judge(problem, *problem.run(mask))
+    judge_gradients(problem, differentiate(problem, mask=mask))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -227,6 +230,9 @@ def test_graph():
 @pytest.mark.parametrize(
     "cap,error,message",
     [
+        (1e-50, ValueError, r"softcap is 1e-50; expected 0, or a number from 0.01 to 1e6"),
+        (-1e-50, ValueError, r"softcap is -1e-50; expected 0"),
+        (1000001, ValueError, r"softcap is 1000001.0; expected 0, or a number from 0.01 to 1e6"),
         (-1.0, ValueError, r"softcap is -1(\.0*)?; expected 0, or a number from 0.01 to 1e6"),
         (0.009, ValueError, r"softcap is .*; expected 0, or a number from 0.01 to 1e6"),
         (2e6, ValueError, r"softcap is .*; expected 0, or a number"),
@@ -243,3 +249,11 @@ def test_refused(cap: object, error: type[Exception], message: str, trains: bool
     tensors = leaves(problem) if trains else inputs(problem)
     with pytest.raises(error, match=message):
         attend(*tensors, problem.mask(), softcap=cap)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_scales_that_no_cap_goes_with(scale: float, device: str):
+    problem = make_problem(case("refused"), device, dtype_of(device))
+    with pytest.raises(ValueError, match=r"softmax_scale / softcap is .*; expected a number from 3e-8 to 1e7"):
+        attend(*inputs(problem), problem.mask(), softmax_scale=scale, softcap=1.0)

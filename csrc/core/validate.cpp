@@ -344,6 +344,12 @@ Status validate_problem(const ForwardParams& params) {
   if (params.softcap != 0.f && !(params.softcap >= kLeastSoftcap && params.softcap <= kMostSoftcap)) {
     return wrong_value("softcap", params.softcap, "0, or a number from 0.01 to 1e6");
   }
+  // What coefficients of ScoreCap hold.
+  constexpr double kLeastRatio = 3e-8, kMostRatio = 1e7;
+  const double ratio = double{params.softmax_scale} / double{params.softcap};
+  if (params.softcap > 0.f && !(ratio >= kLeastRatio && ratio <= kMostRatio)) {
+    return wrong_value("softmax_scale / softcap", static_cast<float>(ratio), "a number from 3e-8 to 1e7");
+  }
   HBSATTN_RETURN_IF_ERROR(params.packed ? check_packed_sizes(params) : check_batched_sizes(params));
   return Status::Ok();
 }

@@ -245,6 +245,9 @@ inline ForwardParams read_problem(const Call& call) {
     if (device.is_cuda()) params.sinks = call.sinks->const_data_ptr<float>();
   }
   params.softcap = static_cast<float>(call.softcap);
+  TORCH_CHECK_VALUE(
+      params.softcap != 0.f || call.softcap == 0.,
+      describe("softcap is ", c10::str(call.softcap.value), "; expected 0, or a number from 0.01 to 1e6"));
   params.dropout_p = call.dropout_p;
   TORCH_CHECK_VALUE(
       call.dropout_p == 0. || call.dropout_seed,

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "plan/tiles.h"
 #include "torch/arguments.h"
 #include "torch/plan_parts.h"
 
@@ -124,7 +125,7 @@ ThreeTensors plan_and_forward(const Call& call) {
   plan.head_dim = params.head_dim;
   plan.element_size = static_cast<int32_t>(call.q.element_size());
   plan.pack_heads = params.pack_heads;
-  plan.for_backward = params.dropout_p > 0. || params.softcap > 0.f;
+  plan.for_backward = takes_gradient_tiles(params);
   const c10::DataPtr workspace = allocate_scratch(forward_workspace_size());
   plan.workspace = workspace.get();
   const Tensor items = make_items(plan, device);

@@ -257,14 +257,9 @@ def _gather(flat: Tensor, numbers: Tensor) -> Tensor:
     return flat.index_select(0, numbers.flatten()).unflatten(0, numbers.shape)
 
 
-def _cap(scores: Tensor, softcap: float) -> Tensor | None:
-    """Caps scores in place. What their gradients are to be multiplied by."""
-    if softcap == 0:
-        return None
-    capped = scores.div_(softcap).tanh_()
-    slope = 1 - capped.square()
-    capped.mul_(softcap)
-    return slope
+def _cap(scores: Tensor, softcap: float) -> Tensor:
+    """tanh of scores, in place, in parts of the cap."""
+    return scores.div_(softcap).tanh_()
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -287,7 +282,8 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     lse = torch.full((tiling.no_query + 1,), -torch.inf, dtype=compute)
     for batch in tiling.batches(tiling.columns + tiling.tile_heads * tiling.tile_queries):
         scores = _gather(queries, batch.queries) @ _gather(keys, batch.keys).mT
-        _cap(scores, call.softcap)
+        if call.softcap > 0:
+            _cap(scores, call.softcap).mul_(call.softcap)
         batch.hide(scores)
         # Finite, so that rows without keys get weights of 0. In others the largest weight is 1.
         largest = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(compute).min)
@@ -349,7 +345,9 @@ def differentiate(
         rows, cols = numbers[batch.queries], batch.keys
         tile_queries, tile_keys = _gather(queries, rows), _gather(keys, cols)
         scores = tile_queries @ tile_keys.mT
-        slope = _cap(scores, call.softcap)
+        if call.softcap > 0:
+            slope = 1 - _cap(scores, call.softcap).square()
+            scores.mul_(call.softcap)
         batch.hide(scores)
         weights = scores.sub_(row_lse[rows].unsqueeze(-1)).exp_()
         total = weights.sum(-1, keepdim=True)
@@ -360,7 +358,7 @@ def differentiate(
         drop = batch.dropout(call)
         grad_scores = drop(tile_grads @ _gather(values, cols).mT)
         grad_scores.sub_(deltas[rows].unsqueeze(-1).div_(total)).mul_(weights)
-        if slope is not None:
+        if call.softcap > 0:
             grad_scores.mul_(slope)
 
         # A query is in one tile, a key in many.

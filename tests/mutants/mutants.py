@@ -43,7 +43,7 @@ RULES = ("tests/test_windows.py", "-k", f"test_cases and {HALF} and (batched or 
 
 SINKS = ("tests/test_sinks.py", "-k", f"test_cases and {HALF} and (groups or alike or stacks or empty_rows)")
 DROPOUT = ("tests/test_dropout.py", "-k", f"test_cases and {HALF} and (128x128 or 100x100 or 7x128 or tokens)")
-SOFTCAP = ("tests/test_softcap.py", "-k", f"{HALF} and (every_size or 128x128 or 100x100 or tokens or sinks)")
+SOFTCAP = ("tests/test_softcap.py", "-k", f"{HALF} and (every_size or 128x128 or 100x100 or tokens or dropout)")
 
 VALUE_DIM = ("tests/test_value_dim.py", "-k", f"(test_forward or test_backward) and {HALF} and (128-64 or 64-128)")
 
@@ -116,6 +116,13 @@ MUTANTS = [
         "kernels/common/*.cuh",
         "fmaxf(1.f - x * x, 0.f)",
         "fmaxf(1.f - x * x * x * x, 0.f)",
+        SOFTCAP,
+    ),
+    Mutant(
+        "dropped_weights_have_no_slope",
+        "kernels/common/*.cuh",
+        "log2_approx(fabsf(weight))",
+        "log2_approx(weight)",
         SOFTCAP,
     ),
     Mutant(

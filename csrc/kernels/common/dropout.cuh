@@ -153,7 +153,7 @@ template <DropAs kAs, int kCount, class Weights, class IsDroppedAt>
 __device__ __forceinline__ void drop_singly(Weights& weights, IsDroppedAt&& is_dropped_at) {
   constexpr int kWords = (kCount + 31) / 32;
   uint32_t dropped[kWords] = {};
-#pragma unroll 4
+#pragma unroll 2
   for (int i = 0; i < kCount; ++i) {
     const uint32_t bit = static_cast<uint32_t>(is_dropped_at(i)) << (i % 32);
 #pragma unroll

@@ -188,6 +188,7 @@ struct Sm90GradQueries {
 template <DType kDType_, int kHeadDim_, int kTileM_>
 struct Sm90GradQueriesAltered : Sm90GradQueries<kDType_, kHeadDim_, kTileM_> {
   static constexpr bool kAltered = true;
+  static constexpr int kTileN = kHeadDim_ <= 192 ? 64 : 32;  // scores of 128 keys leave no registers for more
 };
 
 // The same for values of up to 128 columns beside keys of up to 192.
