@@ -2,7 +2,6 @@
 
 // From a product of a query and a key to its score.
 
-#include <algorithm>
 #include <cmath>
 
 #include "hbsattn/params.h"
@@ -10,7 +9,8 @@
 namespace hbsattn {
 
 // tanh(scale * product), where there is a softcap. Up to kNearCap of scale * product it is the polynomial of degree 5
-// of least relative error, 4e-7 (Remez), whose coefficients take the scale in.
+// of least relative error, 4e-7 (Remez), whose coefficients take the scale in: validate_problem refuses what they
+// cannot hold.
 struct ScoreCap {
   float scale;  // 0: there is no cap
   float near;   // |product| up to which the polynomial holds
@@ -27,9 +27,7 @@ inline ScoreCap make_score_cap(const ForwardParams& params) {
   if (params.softcap == 0.f) return {};
   constexpr double kNearCap = 0.25;
   constexpr double kLinear = 0.9999996043, kCubic = -0.3332190823, kFifth = 0.1284161343;
-  // Beyond, coefficients would leave float32.
-  constexpr double kLeast = 1e-30, kMost = 1e7;
-  const double scale = std::clamp(double{params.softmax_scale} / double{params.softcap}, kLeast, kMost);
+  const double scale = double{params.softmax_scale} / double{params.softcap};
   return {static_cast<float>(scale), static_cast<float>(kNearCap / scale), static_cast<float>(kLinear * scale),
           static_cast<float>(kCubic * std::pow(scale, 3)), static_cast<float>(kFifth * std::pow(scale, 5))};
 }
