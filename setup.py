@@ -173,7 +173,7 @@ def extension():
             self.build_temp = str(ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{kind}")
 
         def build_extensions(self) -> None:
-            jobs = f", {os.environ['MAX_JOBS']} at a time; one with kernels takes up to a minute" if cuda else ""
+            jobs = f", {os.environ['MAX_JOBS']} at a time; one with kernels takes up to two minutes" if cuda else ""
             note(f"compiling {len(module.sources)} sources{jobs}")
             super().build_extensions()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import hbsattn
 from cases import Case
 from oracle import plan
-from problems import Problem, compare, same
+from problems import Problem, compare, judge, same
 
 SLACK = {torch.bfloat16: 1e-3}  # beside that of `compare`, of the largest gradient up to 1
 SMALL_NORM = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-6, torch.float64: 1e-6}
@@ -163,3 +163,25 @@ def assert_same_gradients(got: Gradients, want: Gradients, spec: Case) -> None:
             assert same(x, y)
         else:
             torch.testing.assert_close(x, y)
+
+
+def judge_everything(problem: Problem) -> None:
+    """Results, and gradients with those of log-sum-exps and without; deterministic ones are the same twice."""
+    judge(problem, *problem.run())
+    mask = problem.mask()
+    judge_gradients(problem, differentiate(problem, mask=mask))
+    grads = [differentiate(problem, mask=mask, with_lse=False, deterministic=True) for _ in range(2)]
+    judge_gradients(problem, grads[0], with_lse=False)
+    assert all(same(x, y) for x, y in zip(*grads, strict=True))
+
+
+def judge_frozen(problem: Problem, names: str) -> None:
+    """The gradients of some tensors alone, of q, k, v and s, the sinks, are those of all."""
+    tensors = dict(zip("qkvs", inputs(problem), strict=True))
+    wanted = [x.detach().requires_grad_() for name, x in tensors.items() if name in names]
+    tensors |= zip(names, wanted, strict=True)
+    q, k, v, sinks = tensors.values()
+    out, lse = attend(q, k, v, problem.mask(), **problem.options() | {"sinks": sinks, "return_lse": True})
+    grads = torch.autograd.grad((out, lse), wanted, upstream(problem, lse.detach(), 7))
+    of_all = dict(zip("qkvs", differentiate(problem), strict=True)) | dict(zip(names, grads, strict=True))
+    judge_gradients(problem, tuple(of_all.values()))

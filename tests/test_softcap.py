@@ -12,7 +12,17 @@ from torch import Tensor
 import cases
 import hbsattn
 from cases import BACKWARD_METHODS, DEVICE_DTYPES, DEVICES, Case, case
-from gradients import attend, call_and_differentiate, differentiate, inputs, judge_gradients, leaves, upstream
+from gradients import (
+    attend,
+    call_and_differentiate,
+    differentiate,
+    inputs,
+    judge_everything,
+    judge_frozen,
+    judge_gradients,
+    leaves,
+    upstream,
+)
 from problems import judge, make_problem, same
 
 TOKENS = {"q_block": 1, "heads_q": 16, "heads_k": 1, "mask_heads": 1}
@@ -65,13 +75,7 @@ def dtype_of(device: str) -> torch.dtype:
 @pytest.mark.parametrize("device,dtype", DEVICE_DTYPES)
 @pytest.mark.parametrize("spec", SPECS, ids=by_name)
 def test_cases(spec: Case, device: str, dtype: torch.dtype):
-    problem = make_problem(spec, device, dtype)
-    judge(problem, *problem.run())
-    mask = problem.mask()
-    judge_gradients(problem, differentiate(problem, mask=mask))
-    grads = [differentiate(problem, mask=mask, with_lse=False, deterministic=True) for _ in range(2)]
-    judge_gradients(problem, grads[0], with_lse=False)
-    assert all(same(x, y) for x, y in zip(*grads, strict=True))
+    judge_everything(make_problem(spec, device, dtype))
 
 
 @pytest.mark.gpu
@@ -146,17 +150,8 @@ def test_gradients_in_float64():
 @pytest.mark.parametrize("names", ["q", "k", "v", "kv", "s"])
 @pytest.mark.parametrize("k_block", [16, 64])
 def test_frozen(k_block: int, names: str, device: str):
-    """The gradients of some tensors alone, which are those of all."""
     spec = case("frozen", causal=True, sinks=True, q_block=128, k_block=k_block, head_dim=128, softcap=1.0)
-    problem = make_problem(spec, device, dtype_of(device))
-    tensors = dict(zip("qkvs", inputs(problem), strict=True))
-    wanted = [x.detach().requires_grad_() for name, x in tensors.items() if name in names]
-    tensors |= zip(names, wanted, strict=True)
-    q, k, v, sinks = tensors.values()
-    out, lse = attend(q, k, v, problem.mask(), **problem.options() | {"sinks": sinks, "return_lse": True})
-    grads = torch.autograd.grad((out, lse), wanted, upstream(problem, lse.detach(), 7))
-    of_all = dict(zip("qkvs", differentiate(problem), strict=True)) | dict(zip(names, grads, strict=True))
-    judge_gradients(problem, tuple(of_all.values()))
+    judge_frozen(make_problem(spec, device, dtype_of(device)), names)
 
 
 @pytest.mark.parametrize("device,dtype", DEVICE_DTYPES)
