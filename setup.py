@@ -1,8 +1,9 @@
 """Builds hbsattn._C. Environment variables (README.md, "Build switches"):
 
 HBSATTN_CUDA         AUTO (default: if nvcc and a CUDA build of PyTorch are here), ON or OFF
-TORCH_CUDA_ARCH_LIST architectures, of which 9.0a alone has kernels: the others are left out with a note, and a list
-                     without it is an error; default, and "native": those of the visible GPUs, or else 9.0a
+TORCH_CUDA_ARCH_LIST architectures, 8.0 or newer: 9.0 stands for 9.0a, which has kernels of its own, and all others
+                     are served by code for 8.0; older ones are left out with a note, and a list of these alone is an
+                     error; default, and "native": those of the visible GPUs, or else 9.0a
 HBSATTN_HEAD_DIMS    kernels to compile; default: all, "64,96,128,192,256"
 HBSATTN_DTYPES       likewise; default: all, "fp16,bf16"
 MAX_JOBS             compilers at a time; default: what cores and memory allow
@@ -28,7 +29,12 @@ sys.path[:0] = [str(ROOT / "third_party"), str(ROOT / "csrc" / "kernels")]
 from find_cutlass import CutlassError, find_cutlass  # noqa: E402
 from generate_instances import generate  # noqa: E402
 
-ARCHES = {"9.0": "9.0a", "9.0a": "9.0a"}  # what TORCH_CUDA_ARCH_LIST may name, and what has kernels
+HOPPER, PORTABLE = "9.0a", "8.0"  # what has code in a build: the latter for whatever is as new, or newer
+GENERATIONS = {"Ampere": "8.0", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0"}
+GENCODE = {
+    HOPPER: "-gencode=arch=compute_90a,code=sm_90a",
+    PORTABLE: "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+}
 GIB_PER_JOB = 3  # a kernel's translation unit peaks below this
 
 
@@ -46,13 +52,19 @@ def read_sources(groups: Iterable[str]) -> list[str]:
     return [f"csrc/{path}" for group, path in filter(None, lines) if group in groups]
 
 
-def generate_instances() -> list[str]:
+def generate_instances(families: str) -> list[str]:
     """Writes the instances of kernels that are to be compiled, and returns their paths."""
     try:
-        sources = generate(GENERATED, os.environ.get("HBSATTN_HEAD_DIMS"), os.environ.get("HBSATTN_DTYPES"))
+        sources = generate(GENERATED, os.environ.get("HBSATTN_HEAD_DIMS"), os.environ.get("HBSATTN_DTYPES"), families)
     except ValueError as error:
         fail(str(error))
     return [str(source.relative_to(ROOT)) for source in sources]
+
+
+def is_for_hopper_alone(source: str) -> bool:
+    """Whether a source holds kernels that other architectures have no instructions for."""
+    path = Path(source)
+    return path.parent.name == "instances" and not path.name.startswith("sm80_")
 
 
 def find_nvcc() -> Path | None:
@@ -91,23 +103,32 @@ def use_cuda() -> bool:
     return not missing
 
 
-def arch_flags() -> list[str]:
-    """nvcc's flags for the architectures to build."""
+def code_for(arch: str) -> str | None:
+    """Which code serves an architecture, as TORCH_CUDA_ARCH_LIST names it; None: there is none."""
+    match = re.fullmatch(r"(\d+)\.(\d)[af]?(?:\+PTX)?", arch)
+    if match is None or int(match[1]) < 8:
+        return None
+    return HOPPER if match[1] == "9" else PORTABLE
+
+
+def choose_codes() -> tuple[str, ...]:
+    """What to compile for."""
     import torch
 
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    if wanted and wanted != "native":
-        names = re.split(r"[;,\s]+", wanted.strip().replace("Hopper", "9.0"))
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").removeprefix("native")
+    if wanted:
+        names = [name for name in re.split(r"[;,\s]+", wanted) if name]
+        names = [re.sub(r"^[A-Z][a-z]+", lambda name: GENERATIONS.get(name[0], name[0]), name) for name in names]
     else:
         names = ["{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())]
-    arches = sorted({ARCHES[name.split("+")[0]] for name in names if name.split("+")[0] in ARCHES})
-    others = sorted({name for name in names if name.split("+")[0] not in ARCHES})
-    if wanted and not arches:
-        fail(f"TORCH_CUDA_ARCH_LIST is {wanted!r}, for which hbsattn has no kernels; expected 9.0a in it")
+    codes = {name: code_for(name) for name in names}
+    chosen = {code for code in codes.values() if code is not None}
+    others = sorted(name for name, code in codes.items() if code is None)
+    if wanted and not chosen:
+        fail(f"TORCH_CUDA_ARCH_LIST is {wanted!r}, for which hbsattn has no kernels; expected 9.0a, 8.0 or newer in it")
     if others:
         note(f"no kernels for compute capability {', '.join(others)}: CUDA tensors there are refused")
-    numbers = [arch.replace(".", "") for arch in arches or sorted(set(ARCHES.values()))]
-    return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+    return tuple(sorted(chosen or {HOPPER}))
 
 
 def default_jobs(threads: int) -> int:
@@ -130,8 +151,11 @@ def extension():
     cuda = use_cuda()
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    sources = read_sources(("core", "torch", "cuda", "sm90") if cuda else ("core", "torch"))
-    macros = {"HBSATTN_WITH_CUDA": int(cuda), "HBSATTN_SM90": int(cuda)}
+    codes = choose_codes() if cuda else ()
+    hopper = HOPPER in codes
+    sources = read_sources(["core", "torch", *["cuda"] * cuda, *["sm90"] * hopper])
+    macros = {"HBSATTN_WITH_CUDA": int(cuda), "HBSATTN_SM90": int(hopper), "HBSATTN_SM80": int(cuda)}
+    macros["HBSATTN_PTX80"] = int(PORTABLE in codes)  # whether devices that are newer than any of those find code
     macros |= {"HBSATTN_CUDA_VERSION": '""', "HBSATTN_CUTLASS_VERSION": '""'}
     include_dirs = [str(ROOT / "csrc" / "include"), str(ROOT / "csrc"), str(GENERATED)]
     # Most Pythons add -g, which makes the module 18 MB larger.
@@ -142,13 +166,14 @@ def extension():
             cutlass = find_cutlass()
         except CutlassError as error:
             fail(str(error))
-        sources = generate_instances() + sources  # what takes longest to compile first
+        # What takes longest to compile first.
+        sources = generate_instances("sm90,sm80" if hopper else "sm80") + sources
         version = subprocess.check_output([Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc", "--version"], text=True)
         macros["HBSATTN_CUTLASS_VERSION"] = f'"{cutlass.version}"'
         macros["HBSATTN_CUDA_VERSION"] = '"{}"'.format(re.search(r"release (\d+\.\d+)", version)[1])
         threads = int(os.environ.get("NVCC_THREADS", "1"))
         nvcc = ["-O3", "-std=c++17", "-Xptxas=-v", "-Xcompiler=-fvisibility=hidden", f"--threads={threads}"]
-        nvcc += [f"-isystem={cutlass.include}", *arch_flags()]
+        nvcc.append(f"-isystem={cutlass.include}")
         # Kernels take a quarter of the room, and are unpacked when one is first used.
         nvcc.append("-Xfatbin=-compress-all")
         # PyTorch removes the operators of half types, which CUTLASS uses.
@@ -180,9 +205,22 @@ def extension():
         def build_extension(self, ext) -> None:
             # setuptools sorts sources by name. ninja starts them in the order in which it gets them.
             compile_sources = self.compiler.compile
-            self.compiler.compile = lambda sources, **options: compile_sources(
-                sorted(sources, key=module.sources.index), **options
-            )
+
+            def compile_in_order(sources, output_dir, extra_postargs, **options):
+                by_codes: dict[tuple[str, ...], list[str]] = {}
+                for source in sorted(sources, key=module.sources.index):
+                    by_codes.setdefault((HOPPER,) if is_for_hopper_alone(source) else codes, []).append(source)
+                objects = []
+                for number, (own_codes, chosen) in enumerate(by_codes.items()):
+                    # A folder for each: PyTorch writes a file for ninja there.
+                    folder = str(Path(output_dir) / str(number)) if len(by_codes) > 1 else output_dir
+                    flags = [*extra_postargs["nvcc"], *(GENCODE[code] for code in own_codes)]
+                    objects += compile_sources(
+                        chosen, folder, extra_postargs={**extra_postargs, "nvcc": flags}, **options
+                    )
+                return objects
+
+            self.compiler.compile = compile_in_order
             super().build_extension(ext)
 
     return module, Build

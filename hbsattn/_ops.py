@@ -34,6 +34,7 @@ from hbsattn._layout import (
 )
 
 build_info = _C.build_info
+kernel_family, set_kernel_family = _C.kernel_family, _C.set_kernel_family
 ops = torch.ops.hbsattn
 
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from hbsattn._checks import FLOATS, check_bool, check_is_tensor, check_number, check_softcap, check_tensor
 from hbsattn._chunks import attend_in_chunks
 from hbsattn._dropout import check_dropout_p, seed_of_call
-from hbsattn._ops import ops
+from hbsattn._ops import kernel_family, ops
 from hbsattn.mask import BlockMask, check_is_mask
+from hbsattn.utils import use_kernels
 
 NO_GRADIENTS = (False, False, False)  # of q, k and v
 DEVICES = ("cpu", "cuda")
@@ -153,7 +154,9 @@ def _attend(
     call = (q, k, v, *tables, sinks, dropout_seed, mask._layout, pack_heads, scale, dropout_p, softcap)  # a Call
     items = backward_plan = None
     if device != "cpu":  # which needs no plans
-        key = ("items", shape, altered)
+        # A compiled program keeps no plans, and cannot ask.
+        kernels = None if torch.compiler.is_compiling() else kernel_family()
+        key = ("items", kernels, shape, altered)
         plan = mask._plans.find(key)
         if plan is not None:
             items = plan[0]
@@ -165,13 +168,15 @@ def _attend(
             ops.check_forward.default(*call)
             items = mask._plan(key, lambda mask: _plan_items(mask, *key[1:]))[0]
         if needs != NO_GRADIENTS:
-            backward = (shape, k_shape[-3], deterministic, needs, altered)
+            backward = (kernels, shape, k_shape[-3], deterministic, needs, altered)
             backward_plan = mask._plan(("backward", *backward), lambda mask: _plan_backward(mask, *backward))[0]
     results = ops.forward.default(*call, items, backward_plan, deterministic)
     return results if return_lse else results[0]
 
 
-def _plan_and_attend(mask: BlockMask, key: tuple[str, Heads, bool], call: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def _plan_and_attend(
+    mask: BlockMask, key: tuple[str, str | None, Heads, bool], call: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
     """The first call of its shape, in one op. The mask keeps the work list that comes with the results."""
     version = mask._plans.version()
     out, lse, items = ops.plan_and_forward.default(*call)
@@ -193,14 +198,29 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _plan_items(mask: BlockMask, shape: Heads, altered: bool) -> tuple[Tensor]:
+# `kernels`: whose plan it is, which may be made again under another choice; None: that of the call.
+
+
+def _plan_items(mask: BlockMask, kernels: str | None, shape: Heads, altered: bool) -> tuple[Tensor]:
+    if kernels is not None and kernels != kernel_family():
+        with use_kernels(kernels):
+            return _plan_items(mask, None, shape, altered)
     # A forward that alters weights has the tiles of gradients.
     return (ops.plan_items.default(mask._kept_bits(), mask.sequences, mask._rules, mask._layout, shape, altered),)
 
 
 def _plan_backward(
-    mask: BlockMask, shape: Heads, rows_k: int, deterministic: bool, needs: tuple[bool, bool, bool], altered: bool
+    mask: BlockMask,
+    kernels: str | None,
+    shape: Heads,
+    rows_k: int,
+    deterministic: bool,
+    needs: tuple[bool, bool, bool],
+    altered: bool,
 ) -> tuple[Tensor]:
+    if kernels is not None and kernels != kernel_family():
+        with use_kernels(kernels):
+            return _plan_backward(mask, None, shape, rows_k, deterministic, needs, altered)
     arguments = (mask._rules, mask._layout, shape, rows_k, mask.packed, deterministic, needs, altered)
     return (ops.plan_backward.default(mask._kept_bits(), mask.sequences, *arguments),)
 

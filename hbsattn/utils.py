@@ -1,9 +1,13 @@
 """Helpers beside the attention call."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from hbsattn._checks import BLOCK_LIMIT, check_index, check_is_tensor, check_tensor
+from hbsattn._ops import kernel_family, set_kernel_family
 from hbsattn._placement import CU_SEQLENS
 
 
@@ -34,3 +38,26 @@ def calculate_blocks(cu_seqlens: Tensor, block_size: int) -> tuple[int, Tensor, 
     block = torch.arange(num_block, dtype=torch.int32, device=cu_seqlens.device) - cu_num_block[block_to_batch]
     cu_block = torch.cat([begins[block_to_batch] + block * block_size, cu_seqlens[-1:]]).to(torch.int32)
     return num_block, cu_block, block_to_batch, cu_num_block
+
+
+@contextlib.contextmanager
+def use_kernels(name: str) -> Iterator[None]:
+    """Chooses the kernels of all calls inside, of the whole process; to compare them, and to look for faults.
+
+    No other thread may call hbsattn meanwhile. Gradients have to be computed under the choice of their forward, and
+    what torch.compile made inside has to run inside. The CPU backend has no kernels to choose from.
+
+    Args:
+        name: "auto", on each device the kernels that suit it; or as the names of kernels in `build_info()` begin.
+
+    Raises:
+        ValueError, TypeError: if there are no such kernels, or if the current device or this build cannot run them.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name is a {type(name).__name__}; expected a str")
+    before = kernel_family()
+    set_kernel_family(name)
+    try:
+        yield
+    finally:
+        set_kernel_family(before)

@@ -10,6 +10,7 @@ too, so an output that a kernel forgets to write shows.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 
@@ -21,20 +22,21 @@ import pytest_timeout
 import torch
 
 import hbsattn
+from hbsattn.utils import use_kernels
 
 
-def _why_no_gpu() -> str | None:
+def _why_not(kernels: str) -> str | None:
+    """Why the current device does not run these kernels. Those of sm80 run wherever any do."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    capability = torch.cuda.get_device_capability()
-    if capability != (9, 0):
-        return f"the CUDA device has compute capability {capability[0]}.{capability[1]}, the kernels need 9.0"
-    if not hbsattn.build_info()["cuda"]:
-        return "hbsattn was built without CUDA"
-    return None
+    try:
+        with use_kernels(kernels):
+            return None
+    except ValueError as error:
+        return str(error)
 
 
-NO_GPU = _why_no_gpu()
+NO_GPU, NO_SM90 = _why_not("sm80"), _why_not("sm90")
 
 
 # Seconds of one test: fast and slow ones on a GPU, and all others.
@@ -45,8 +47,20 @@ GPU_LIMIT, SLOW_GPU_LIMIT, CPU_LIMIT = 60, 240, 900
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kernels", choices=("auto", "sm90", "sm80"), default="auto", help="for all CUDA calls of a run")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    kernels = config.getoption("--kernels")
+    if kernels != "auto":
+        if (reason := _why_not(kernels)) is not None:
+            raise pytest.UsageError(f"--kernels {kernels}: {reason}")
+        choice = contextlib.ExitStack()
+        choice.enter_context(use_kernels(kernels))
+        config.add_cleanup(choice.close)
     config.addinivalue_line("markers", "gpu: needs a CUDA device that the kernels support")
+    config.addinivalue_line("markers", "sm90: on a GPU, of what the kernels for 9.0 and their plans alone have")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
@@ -64,11 +78,14 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Setting
     return True
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    other_kernels = "--kernels sm80" if config.getoption("--kernels") == "sm80" else NO_SM90
     for item in items:
         gpu, slow = item.get_closest_marker("gpu"), item.get_closest_marker("slow")
         if gpu and NO_GPU is not None:
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
+        elif gpu and item.get_closest_marker("sm90") and other_kernels is not None:
+            item.add_marker(pytest.mark.skip(reason=f"of the kernels for 9.0: {other_kernels}"))
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout((SLOW_GPU_LIMIT if slow else GPU_LIMIT) if gpu else CPU_LIMIT))
 
@@ -76,7 +93,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if "gpu" in r.keywords]
     if skipped:
-        terminalreporter.write_line(f"GPU tests skipped: {len(skipped)} ({NO_GPU})", yellow=True)
+        why = NO_GPU or "see their reasons: -rs"
+        terminalreporter.write_line(f"GPU tests skipped: {len(skipped)} ({why})", yellow=True)
 
 
 @pytest.fixture(autouse=True)

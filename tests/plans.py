@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import hbsattn
+from hbsattn._ops import kernel_family
 
 ops = torch.ops.hbsattn
 RECORD_INTS = 16
@@ -19,6 +20,14 @@ class Lists(NamedTuple):
     columns: Tensor  # (mask heads, cols, words)
     key_items: Tensor  # (records, 16)
     items: Tensor  # (records, 16)
+
+
+def uses_sm80() -> bool:
+    """Whether CUDA calls use the kernels for 8.0 and newer, whose forward shares its lists with gradients, and whose
+    tiles of keys are planned as those of deterministic calls, and never cut."""
+    name = kernel_family()
+    suits = torch.cuda.get_device_capability() == (9, 0) and "sm_90a" in hbsattn.build_info()["archs"]
+    return name == "sm80" or (name == "auto" and not suits)
 
 
 def layout_of(mask: hbsattn.BlockMask) -> tuple[int, int, int, int]:

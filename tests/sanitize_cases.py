@@ -8,13 +8,14 @@ wrote.
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 
 import hbsattn
 from cases import BACKWARD_METHODS, HOSTILE_LENGTHS, HOSTILE_ROWS, Case, case
 from gradients import attend, differentiate, judge_gradients
+from hbsattn.utils import use_kernels
 from problems import judge, make_problem
 
 # Left, right and sink of the heads: no window, one inside a block, one across blocks, and a sink that ends in a block.
@@ -166,7 +167,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main() -> None:
-    names = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--kernels", choices=("auto", "sm90", "sm80"), default="auto", help="see hbsattn.utils")
+    options = parser.parse_args()
+    with use_kernels(options.kernels):
+        run_cases(options.names)
+
+
+def run_cases(names: list[str]) -> None:
     compiled = {kernel["dtype"] for kernel in hbsattn.build_info()["kernels"]}
     dtypes = [dtype for name, dtype in DTYPES.items() if name in compiled]
     for number, spec in enumerate(CASES):

@@ -92,6 +92,7 @@ def test_low_log_sum_exp(causal: bool, device: str, dtype: torch.dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.sm90
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("size", [64, 128])
 def test_tiles_in_parts(size: int, causal: bool):

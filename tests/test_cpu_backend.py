@@ -17,7 +17,7 @@ from gradients import upstream
 from hbsattn._cpu.attend import attend, differentiate
 from hbsattn._layout import Call, MaskLayout
 from oracle import plan
-from plans import layout_of, plan_items
+from plans import layout_of, plan_items, uses_sm80
 from problems import Problem, judge, make_problem, same
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -374,7 +374,7 @@ def test_agrees_with_cuda(name: str):
     masks = [p.mask() for p in (here, there)]
     assert same(masks[0].bits, masks[1].bits.cpu()) and same(masks[0].sequences, masks[1].sequences.cpu())
     call = (spec.heads_q, spec.heads_k, spec.head_dim, 2, True)
-    want = plan.plan_items(masks[0].bits, masks[0].sequences, *layout_of(masks[0]), *call)
+    want = plan.plan_items(masks[0].bits, masks[0].sequences, *layout_of(masks[0]), *call, uses_sm80())
     got = plan_items(masks[1], *call).cpu()
     assert same(*(items[items[:, plan.BLOCKS] > 0] for items in (want, got)))
     judge(here, *here.run(masks[0]))

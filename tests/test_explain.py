@@ -49,6 +49,7 @@ def test_values_beside_lists(device: str, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.sm90
 @pytest.mark.parametrize(
     "q_block,k_block,deterministic,method,rows",
     [
@@ -83,6 +84,7 @@ def test_windows(device: str):
 
 
 @pytest.mark.gpu
+@pytest.mark.sm90
 @pytest.mark.parametrize("options", [{"softcap": 50.0}, {"dropout_p": 0.1}], ids=["softcap", "dropout"])
 def test_what_alters_weights(options: dict[str, float]):
     """Kernels of their own, none of tiles of 192 rows, nor by queries."""

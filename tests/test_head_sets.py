@@ -42,6 +42,7 @@ SETS_OF_HEADS = [
 
 
 @pytest.mark.gpu
+@pytest.mark.sm90
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("spec", SETS_OF_HEADS, ids=by_name)
 def test_sets_of_heads(spec: Case, dtype: torch.dtype):
@@ -68,6 +69,7 @@ WINDOWS = [
 
 
 @pytest.mark.gpu
+@pytest.mark.sm90
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("spec", WINDOWS, ids=by_name)
 def test_windows_of_queries(spec: Case, dtype: torch.dtype):
@@ -99,6 +101,7 @@ def test_sets_of_heads_again_and_again():
 
 
 @pytest.mark.gpu
+@pytest.mark.sm90
 @pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("q_block", [WIDE_BLOCK, STACKED_BLOCK])
 @pytest.mark.parametrize("lie", [(0, 337, 0, 337), (0, 128, 64, 192), (337, 200, 100, 0), (0, 0, 0, 337)])
@@ -120,6 +123,7 @@ def test_lying_lengths_of_sets(lie: tuple[int, ...], q_block: int, head_dim: int
 
 
 @pytest.mark.gpu
+@pytest.mark.sm90
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("q_block", [WIDE_BLOCK, STACKED_BLOCK])

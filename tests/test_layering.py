@@ -49,7 +49,7 @@ RULES: dict[str, list[tuple[str, str]]] = {
         (CUTLASS, "core never parses CuTe"),
         (ALLOCATES, "core allocates no device memory"),
         (r"^\s*#\s*include\s*\"torch/", "core does not know its callers"),
-        (r"^\s*#\s*include\s*\"kernels/(?!(sm90/config|instances)\.h\")", "core sees configs and instances.h alone"),
+        (r"^\s*#\s*include\s*\"kernels/(?!(sm[89]0/config|instances)\.h\")", "core sees configs and instances.h alone"),
         (r"<<<", "core launches no kernels itself"),
     ],
     "csrc/plan": [

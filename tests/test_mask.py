@@ -15,7 +15,7 @@ import cases
 import hbsattn
 from cases import Case, case
 from oracle import dense, plan
-from plans import layout_of, plan_backward, plan_items, take_apart
+from plans import layout_of, plan_backward, plan_items, take_apart, uses_sm80
 from problems import block_lists, block_masks, build_mask, cu_seqlens, dense_mask, local_rows, make_problem, same
 
 
@@ -393,6 +393,11 @@ def unite(items: list[Item], rows: Tensor, k_block: int) -> list[Item]:
     return [first]
 
 
+def tile_rows(spec: Case, mask: hbsattn.BlockMask, packed: int, head_dim: int, for_backward: bool) -> int:
+    for_backward = for_backward or (mask.bits.is_cuda and uses_sm80())
+    return plan.choose_query_tile_rows(packed * spec.q_block, head_dim, spec.k_block, for_backward)
+
+
 def expected_items(
     spec: Case,
     mask: hbsattn.BlockMask,
@@ -403,7 +408,7 @@ def expected_items(
 ) -> set[Item]:
     """The records of all tiles that hold queries, from the definition of WorkItem. rows: the trimmed bits as bool."""
     packed = packed_heads(spec, pack_heads)
-    tile = plan.choose_query_tile_rows(packed * spec.q_block, head_dim, spec.k_block, for_backward)
+    tile = tile_rows(spec, mask, packed, head_dim, for_backward)
     block_rows = packed * spec.q_block
     # Only CUDA unites neighbours.
     united = tile // block_rows if mask.bits.is_cuda and block_rows % 16 == 0 and tile % block_rows == 0 else 1
@@ -445,7 +450,7 @@ def test_plan(spec: Case, pack_heads: bool, for_backward: bool, device: str):
     items = work_list(mask, spec.heads_q, spec.heads_k, 64, pack_heads, for_backward)
     assert items.dtype == torch.int32 and items.device.type == device
     packed = packed_heads(spec, pack_heads)
-    tile = plan.choose_query_tile_rows(packed * spec.q_block, 64, spec.k_block, for_backward)
+    tile = tile_rows(spec, mask, packed, 64, for_backward)
     tiles = -(-spec.q_block * packed // tile)
     assert items.shape[0] <= spec.heads_q // packed * mask.rows * tiles
 
@@ -511,7 +516,7 @@ def test_list_is_the_oracle_s(spec: Case):
     spec = dataclasses.replace(spec, q_block=128, k_block=128)
     mask = build_mask(spec, block_masks(spec, 0), "cuda")
     call = (spec.heads_q, spec.heads_k, 128, 2, True)
-    want = plan.plan_items(mask.bits.cpu(), mask.sequences.cpu(), *layout_of(mask), *call)
+    want = plan.plan_items(mask.bits.cpu(), mask.sequences.cpu(), *layout_of(mask), *call, uses_sm80())
     got = plan_items(mask, *call).cpu()
     assert torch.equal(got[: len(want)], want) and bool((got[len(want) :, 0] == -1).all())
 

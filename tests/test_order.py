@@ -12,6 +12,7 @@ BLOCKS, HEAD = 5, 2  # columns of a record
 
 
 @pytest.mark.gpu
+@pytest.mark.sm90
 @pytest.mark.parametrize("heads", [1, 3, 32])
 def test_light_items_of_all_sections_come_last(heads: int):
     """Of heads that are alike: more of them than the L2 cache holds, so that the list has sections."""

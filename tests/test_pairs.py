@@ -16,6 +16,8 @@ from cases import Case, case
 from plans import call_of, plan_items
 from problems import Problem, attended_keys, build_mask, judge, make_problem, same
 
+pytestmark = pytest.mark.sm90
+
 UNITED = 13  # of a WorkItem
 # How a block's list and its neighbour's are alike. `mixed`: each two another way, by turns, in MIXED's order: causality
 # leaves the first ones little to attend to.

@@ -78,6 +78,7 @@ def test_many_tiles_by_queries(head_dim: int, causal: bool):
     judge_gradients(problem, differentiate(problem))
 
 
+@pytest.mark.sm90
 def test_lists_for_backward():
     """Where the forward's tiles are not those of gradients, each has a list of its own."""
     spec = case("lists", lens_q=(400,), q_block=192, k_block=64, head_dim=128)

@@ -184,6 +184,7 @@ def test_compile(device: str):
 
 
 @pytest.mark.gpu
+@pytest.mark.sm90
 @pytest.mark.parametrize(
     "changes,kernel,queries_kernel",
     [

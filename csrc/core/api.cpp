@@ -3,7 +3,6 @@
 #include <utility>
 #include <vector>
 
-#include "core/kernel_table.h"
 #include "core/select.h"
 #include "core/validate.h"
 #include "hbsattn/hbsattn.h"
@@ -17,45 +16,93 @@ namespace {
 constexpr size_t kWorkspaceBytes = 16;
 static_assert(kForwardTickets * sizeof(int32_t) <= kWorkspaceBytes);
 
-// Calls run(Config{}) for the kernel of a key.
-template <class Table, class Run>
-Status dispatch(const KernelKey& key, const char* what, Run&& run) {
-  Status status = Status::NotSupported("this build of hbsattn has no " + std::string(what) + " kernel for " +
-                                       name_of(key.dtype) + " and head_dim " + std::to_string(key.head_dim));
-  Table::any([&](auto config) {
-    using Config = decltype(config);
-    const bool chosen =
-        Config::kDType == key.dtype && Config::kHeadDim == key.head_dim && KernelTiles::of<Config>() == key.tiles;
-    if (chosen) status = run(config);
-    return chosen;
+// Calls run(KernelsOf<...>{}, Config{}) for the kernel of a key.
+template <KernelKind kind, class Run>
+Status dispatch(const KernelKey& key, Run&& run) {
+  return with_kernels<kind>(key.family, [&](auto kernels) {
+    using Kernels = decltype(kernels);
+    Status status = Status::NotSupported(std::string("this build of hbsattn has no ") + Kernels::kFamily +
+                                         (kind == KernelKind::kForward ? " forward" : " backward") + " kernel for " +
+                                         name_of(key.dtype) + " and head_dim " + std::to_string(key.head_dim));
+    Kernels::Table::any([&](auto config) {
+      using Config = decltype(config);
+      const bool chosen = Config::kDType == key.dtype && Config::kHeadDim == key.head_dim &&
+                          Kernels::template tiles<Config>() == key.tiles;
+      if (chosen) status = run(kernels, config);
+      return chosen;
+    });
+    return status;
   });
-  return status;
 }
 
-// `tile`: "m" or "n", which of a kernel's extents names it.
-template <class Config>
-std::string name_kernel(const char* direction, const char* tile) {
-  return std::string("sm90_") + direction +
-         (Config::kPairs         ? "_pairs"
-          : Config::kAltered     ? "_altered"
-          : Config::kShortValues ? "_short_values"
-                                 : "") +
-         (Config::kDType == DType::kBFloat16 ? "_bf16" : "_fp16") + "_hd" + std::to_string(Config::kHeadDim) + "_" +
-         tile + std::to_string(Config::kTileRows);
+// Launches the kernel of a key.
+template <KernelKind kind, class Params>
+Status run(const KernelKey& key, const Params& params, Stream stream) {
+  return dispatch<kind>(key, [&](auto kernels, auto config) {
+    return decltype(kernels)::template run<decltype(config)>(params, stream);
+  });
 }
 
-// Adds the kernels of a table to `kernels`. `tile`: "m" or "n", which of their tiles' extents names them;
-// stages(Config{}): of keys and of values, or of queries twice; bytes(Config{}): of shared memory.
-template <class Table, class Stages, class Bytes>
-void list_kernels(const char* direction, const char* tile, Stages&& stages, Bytes&& bytes,
-                  [[maybe_unused]] std::vector<KernelInfo>& kernels) {
-  Table::any([&](auto config) {
+const char* name_of(KernelKind kind) {
+  switch (kind) {
+    case KernelKind::kForward:
+      return "forward";
+    case KernelKind::kBackwardKeys:
+      return "backward_keys";
+    case KernelKind::kBackwardQueries:
+      return "backward_queries";
+    case KernelKind::kGradQueries:
+      return "grad_queries";
+  }
+  return "unknown";
+}
+
+template <KernelKind kind, class Kernels, class Config>
+std::string name_kernel(Kernels, Config) {
+  constexpr KernelTiles kTiles = Kernels::template tiles<Config>();
+  return std::string(Kernels::kFamily) + "_" + name_of(kind) +
+         (kTiles.pairs          ? "_pairs"
+          : kTiles.altered      ? "_altered"
+          : kTiles.short_values ? "_short_values"
+                                : "") +
+         (Config::kDType == DType::kBFloat16 ? "_bf16" : "_fp16") + "_hd" + std::to_string(Config::kHeadDim) +
+         (kind == KernelKind::kBackwardKeys ? "_n" : "_m") + std::to_string(kTiles.rows);
+}
+
+// Tells the kernel of a key, and rows of what it streams.
+template <KernelKind kind>
+Status explain_kernel(const KernelKey& key, std::string* name, int32_t* stage_rows = nullptr) {
+  return dispatch<kind>(key, [&](auto kernels, auto config) {
     using Config = decltype(config);
-    const std::string name = name_kernel<Config>(direction, tile);
-    const auto [key_stages, value_stages] = stages(config);
-    kernels.push_back({name, "sm_90a", Config::kDType, Config::kHeadDim, Config::kValueDim, Config::kTileM,
-                       Config::kTileN, key_stages, value_stages, bytes(config)});
-    return false;
+    *name = name_kernel<kind>(kernels, config);
+    if (stage_rows != nullptr) *stage_rows = kind == KernelKind::kBackwardKeys ? Config::kTileM : Config::kTileN;
+    return Status::Ok();
+  });
+}
+
+template <KernelKind kind, class Kernels, class Config>
+KernelInfo describe_kernel(Kernels kernels, Config config) {
+  const auto [key_stages, value_stages] = Kernels::template stages<Config>();
+  return {name_kernel<kind>(kernels, config),
+          Kernels::kArch,
+          Config::kDType,
+          Config::kHeadDim,
+          Kernels::template value_dim<Config>(),
+          Config::kTileM,
+          Config::kTileN,
+          key_stages,
+          value_stages,
+          Kernels::template shared_bytes<Config>()};
+}
+
+// Adds a family's kernels of a kind to those of build_info.
+template <KernelKind kind>
+void list_kernels(KernelFamily family, [[maybe_unused]] std::vector<KernelInfo>& infos) {
+  with_kernels<kind>(family, [&](auto kernels) {
+    return decltype(kernels)::Table::any([&](auto config) {
+      infos.push_back(describe_kernel<kind>(kernels, config));
+      return false;
+    });
   });
 }
 
@@ -78,18 +125,8 @@ const char* name_of(BackwardMethod method) {
 // Whether a forward call looks for pairs of query blocks.
 bool takes_pairs(const ForwardParams& problem) {
   return shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads,
-                     takes_gradient_tiles(problem))
+                     takes_gradient_tiles(problem, kernels::current_policy()))
       .pairs;
-}
-
-// The kernels of a forward call in the order in which they run.
-template <class Run>
-Status dispatch_forward(const ForwardParams& params, const KernelKey& key, Run&& run) {
-  HBSATTN_RETURN_IF_ERROR(dispatch<Sm90ForwardKernels>(key, "forward", run));
-  if (!takes_pairs(params)) return Status::Ok();
-  KernelKey pairs;
-  HBSATTN_RETURN_IF_ERROR(select_pairs(params, &pairs));
-  return dispatch<Sm90ForwardKernels>(pairs, "forward", run);
 }
 
 // The parts of an explanation about tiles of queries, and about those of keys.
@@ -97,7 +134,8 @@ void explain_queries(const ForwardParams& problem, bool for_backward, Explanatio
   const MaskShape& shape = problem.mask.shape;
   const TileShape tiles =
       shape_tiles(shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads, for_backward);
-  explanation->general = needs_general_kernel(problem, tiles);
+  explanation->general =
+      kernels::current_policy().family == KernelFamily::kSm90 && needs_general_kernel(problem, tiles);
   explanation->tile_rows = tiles.tile_rows;
   explanation->tile_heads = tiles.packed_heads;
   explanation->num_items =
@@ -136,7 +174,8 @@ Status pack_mask(const PackParams& params, Stream stream) {
 int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim, bool pack_heads,
                   bool for_backward) {
   if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return 0;
-  return count_query_items(shape, heads_q, heads_k, head_dim, pack_heads, for_backward);
+  return count_query_items(shape, heads_q, heads_k, head_dim, pack_heads,
+                           for_backward || kernels::current_policy().shares_lists());
 }
 
 int64_t item_capacity(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads) {
@@ -153,7 +192,9 @@ Status plan_items(const PlanParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(check_device());
   HBSATTN_RETURN_IF_ERROR(validate_plan(params));
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
-  return kernels::plan_items(params, stream);
+  PlanParams plan = params;
+  plan.for_backward = plan.for_backward || kernels::current_policy().shares_lists();
+  return kernels::plan_items(plan, stream);
 }
 
 size_t plan_scratch_size(int64_t num_items) { return 5 * sizeof(int32_t) * static_cast<size_t>(num_items); }
@@ -199,8 +240,10 @@ Status forward(const ForwardParams& params, Stream stream) {
   if (params.mask.shape.batch == 0 || params.rows_q == 0) return Status::Ok();
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
   HBSATTN_RETURN_IF_ERROR(check_addressable(params));
-  return dispatch_forward(params, key,
-                          [&](auto config) { return kernels::run_forward<decltype(config)>(params, stream); });
+  HBSATTN_RETURN_IF_ERROR(run<KernelKind::kForward>(key, params, stream));
+  if (!takes_pairs(params)) return Status::Ok();
+  HBSATTN_RETURN_IF_ERROR(select_pairs(params, &key));
+  return run<KernelKind::kForward>(key, params, stream);
 }
 
 BackwardLists backward_lists(const BackwardParams& params) {
@@ -237,20 +280,14 @@ namespace {
 // The tiles of a backward, behind a pass over rows that fills the workspace.
 Status run_backward_tiles(const BackwardParams& params, BackwardMethod method, const KernelKey& key,
                           KernelKey queries_key, Stream stream) {
-  if (method == BackwardMethod::kByQueries) {
-    return dispatch<Sm90BackwardQueriesKernels>(
-        key, "backward", [&](auto config) { return kernels::run_backward_queries<decltype(config)>(params, stream); });
-  }
+  if (method == BackwardMethod::kByQueries) return run<KernelKind::kBackwardQueries>(key, params, stream);
   if (method == BackwardMethod::kQueriesOnly) {
     queries_key = key;
   } else {
-    HBSATTN_RETURN_IF_ERROR(dispatch<Sm90BackwardKeysKernels>(
-        key, "backward", [&](auto config) { return kernels::run_backward_keys<decltype(config)>(params, stream); }));
+    HBSATTN_RETURN_IF_ERROR(run<KernelKind::kBackwardKeys>(key, params, stream));
   }
   if (method == BackwardMethod::kByKeys || method == BackwardMethod::kKeysOnly) return Status::Ok();
-  return dispatch<Sm90GradQueriesKernels>(queries_key, "backward", [&](auto config) {
-    return kernels::run_grad_queries<decltype(config)>(params, stream);
-  });
+  return run<KernelKind::kGradQueries>(queries_key, params, stream);
 }
 
 }  // namespace
@@ -280,13 +317,11 @@ Status explain(const ForwardParams& params, Explanation* explanation) {
   KernelKey key;
   HBSATTN_RETURN_IF_ERROR(select_forward(params, &key));
   explanation->method = "forward";
-  explain_queries(params, takes_gradient_tiles(params), explanation);
-  return dispatch_forward(params, key, [&](auto config) {
-    using Config = decltype(config);
-    (Config::kPairs ? explanation->pairs_kernel : explanation->kernel) = name_kernel<Config>("forward", "m");
-    if (!Config::kPairs) explanation->stage_rows = Config::kTileN;
-    return Status::Ok();
-  });
+  explain_queries(params, takes_gradient_tiles(params, kernels::current_policy()), explanation);
+  HBSATTN_RETURN_IF_ERROR(explain_kernel<KernelKind::kForward>(key, &explanation->kernel, &explanation->stage_rows));
+  if (!takes_pairs(params)) return Status::Ok();
+  HBSATTN_RETURN_IF_ERROR(select_pairs(params, &key));
+  return explain_kernel<KernelKind::kForward>(key, &explanation->pairs_kernel);
 }
 
 Status explain(const BackwardParams& params, Explanation* explanation) {
@@ -297,56 +332,28 @@ Status explain(const BackwardParams& params, Explanation* explanation) {
   const BackwardMethod method = choose_backward_method(params, kernels::current_policy());
   const BackwardLists lists = backward_lists(params);
   explanation->method = name_of(method);
-  KernelKey key;
   if (lists.items) explain_queries(params.problem, true, explanation);
-  if (lists.keys) {
-    explain_keys(params, explanation);
-    HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
-    HBSATTN_RETURN_IF_ERROR(dispatch<Sm90BackwardKeysKernels>(key, "backward", [&](auto config) {
-      explanation->kernel = name_kernel<decltype(config)>("backward_keys", "n");
-      explanation->stage_rows = decltype(config)::kTileM;
-      return Status::Ok();
-    }));
-    if (method != BackwardMethod::kByKeysAndQueries) return Status::Ok();
-    HBSATTN_RETURN_IF_ERROR(select_grad_queries(params, &key));
-    return dispatch<Sm90GradQueriesKernels>(key, "backward", [&](auto config) {
-      explanation->queries_kernel = name_kernel<decltype(config)>("grad_queries", "m");
-      return Status::Ok();
-    });
-  }
+  if (lists.keys) explain_keys(params, explanation);
+  KernelKey key;
   HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
-  if (method == BackwardMethod::kQueriesOnly) {
-    return dispatch<Sm90GradQueriesKernels>(key, "backward", [&](auto config) {
-      explanation->kernel = name_kernel<decltype(config)>("grad_queries", "m");
-      explanation->stage_rows = decltype(config)::kTileN;
-      return Status::Ok();
-    });
-  }
-  return dispatch<Sm90BackwardQueriesKernels>(key, "backward", [&](auto config) {
-    explanation->kernel = name_kernel<decltype(config)>("backward_queries", "m");
-    explanation->stage_rows = decltype(config)::kTileN;
-    return Status::Ok();
-  });
+  std::string* name = &explanation->kernel;
+  int32_t* stage_rows = &explanation->stage_rows;
+  if (method == BackwardMethod::kByQueries) return explain_kernel<KernelKind::kBackwardQueries>(key, name, stage_rows);
+  if (method == BackwardMethod::kQueriesOnly) return explain_kernel<KernelKind::kGradQueries>(key, name, stage_rows);
+  HBSATTN_RETURN_IF_ERROR(explain_kernel<KernelKind::kBackwardKeys>(key, name, stage_rows));
+  if (method != BackwardMethod::kByKeysAndQueries) return Status::Ok();
+  HBSATTN_RETURN_IF_ERROR(select_grad_queries(params, &key));
+  return explain_kernel<KernelKind::kGradQueries>(key, &explanation->queries_kernel);
 }
 
 BuildInfo build_info() {
   BuildInfo info{HBSATTN_WITH_CUDA != 0, HBSATTN_CUDA_VERSION, HBSATTN_CUTLASS_VERSION, {}};
-  const auto of_keys = [](auto config) {
-    return std::pair(decltype(config)::kKeyStages, decltype(config)::kValueStages);
-  };
-  const auto of_queries = [](auto config) { return std::pair(decltype(config)::kStages, decltype(config)::kStages); };
-  list_kernels<Sm90ForwardKernels>(
-      "forward", "m", of_keys, [](auto config) { return kernels::forward_shared_bytes<decltype(config)>(); },
-      info.kernels);
-  list_kernels<Sm90BackwardKeysKernels>(
-      "backward_keys", "n", of_queries,
-      [](auto config) { return kernels::backward_keys_shared_bytes<decltype(config)>(); }, info.kernels);
-  list_kernels<Sm90BackwardQueriesKernels>(
-      "backward_queries", "m", of_keys,
-      [](auto config) { return kernels::backward_queries_shared_bytes<decltype(config)>(); }, info.kernels);
-  list_kernels<Sm90GradQueriesKernels>(
-      "grad_queries", "m", of_keys, [](auto config) { return kernels::grad_queries_shared_bytes<decltype(config)>(); },
-      info.kernels);
+  for (KernelFamily family : {KernelFamily::kSm90, KernelFamily::kSm80}) {
+    list_kernels<KernelKind::kForward>(family, info.kernels);
+    list_kernels<KernelKind::kBackwardKeys>(family, info.kernels);
+    list_kernels<KernelKind::kBackwardQueries>(family, info.kernels);
+    list_kernels<KernelKind::kGradQueries>(family, info.kernels);
+  }
   return info;
 }
 

@@ -1,17 +1,17 @@
 #include "core/select.h"
 
 #include <algorithm>
+#include <optional>
 #include <string>
 
-#include "core/kernel_table.h"
 #include "hbsattn/hbsattn.h"
 #include "plan/rows.h"
 
 namespace hbsattn {
 namespace {
 
-constexpr int kSm90 = 90;
-constexpr int kVectorBytes = 16;  // what the copy engine moves at least
+constexpr int kVectorBytes = 16;           // what the copy engine moves at least
+constexpr const char* kSuitable = "auto";  // what no family is forced is called
 
 int64_t size_of(DType dtype) {
   switch (dtype) {
@@ -26,50 +26,64 @@ int64_t size_of(DType dtype) {
   return 8;
 }
 
+KernelFamily current_family() { return kernels::current_policy().family; }
+
+bool is_compiled(KernelFamily family, DType dtype) {
+  return with_kernels<KernelKind::kForward>(family, [&](auto kernels) {
+    return decltype(kernels)::Table::any([&](auto config) { return decltype(config)::kDType == dtype; });
+  });
+}
+
 // "float16 or bfloat16"
-std::string compiled_dtypes() {
+std::string compiled_dtypes(KernelFamily family) {
   std::string names;
   for (DType dtype : {DType::kFloat16, DType::kBFloat16}) {
-    const bool compiled = Sm90ForwardKernels::any([&](auto config) { return decltype(config)::kDType == dtype; });
-    if (compiled) names += (names.empty() ? "" : " or ") + std::string(name_of(dtype));
+    if (is_compiled(family, dtype)) names += (names.empty() ? "" : " or ") + std::string(name_of(dtype));
   }
   return names;
 }
 
 Status check_dtype(DType dtype) {
-  const bool compiled = Sm90ForwardKernels::any([&](auto config) { return decltype(config)::kDType == dtype; });
-  if (compiled) return Status::Ok();
-  return Status::NotSupported(std::string("the dtype of q is ") + name_of(dtype) + "; expected " + compiled_dtypes() +
-                              " on CUDA");
+  const KernelFamily family = current_family();
+  if (is_compiled(family, dtype)) return Status::Ok();
+  return Status::NotSupported(std::string("the dtype of q is ") + name_of(dtype) + "; expected " +
+                              compiled_dtypes(family) + " on CUDA");
 }
 
 // Head dims of the compiled kernels that a problem may use.
 struct HeadDims {
   KernelTiles tiles;
-  int chosen = 0;   // the smallest that is large enough; 0: none is
-  int largest = 0;  // 0: there is no kernel
+  int chosen = 0;        // the smallest that is large enough; 0: none is
+  int shared_bytes = 0;  // of its CTAs
+  int largest = 0;       // 0: there is no kernel
 };
 
-template <class Table>
+template <KernelKind kind>
 HeadDims find_head_dims(const ForwardParams& problem, KernelTiles tiles) {
   HeadDims found{tiles};
-  Table::any([&](auto config) {
-    using Config = decltype(config);
-    if (Config::kDType != problem.dtype || !(KernelTiles::of<Config>() == tiles)) return false;
-    if (found.chosen == 0 && problem.head_dim <= Config::kHeadDim) found.chosen = Config::kHeadDim;
-    found.largest = Config::kHeadDim;
-    return false;
+  with_kernels<kind>(current_family(), [&](auto kernels) {
+    using Kernels = decltype(kernels);
+    return Kernels::Table::any([&](auto config) {
+      using Config = decltype(config);
+      if (Config::kDType != problem.dtype || !(Kernels::template tiles<Config>() == tiles)) return false;
+      if (found.chosen == 0 && problem.head_dim <= Config::kHeadDim) {
+        found.chosen = Config::kHeadDim;
+        found.shared_bytes = Kernels::template shared_bytes<Config>();
+      }
+      found.largest = Config::kHeadDim;
+      return false;
+    });
   });
   return found;
 }
 
 // The same, or those of kernels for short values where these suffice.
-template <class Table>
+template <KernelKind kind>
 HeadDims find_for_values(const ForwardParams& problem, KernelTiles tiles) {
-  const HeadDims found = find_head_dims<Table>(problem, tiles);
+  const HeadDims found = find_head_dims<kind>(problem, tiles);
   if (view_of(problem, problem.v).columns > kShortValueDim) return found;
   tiles.short_values = true;
-  const HeadDims of_short_values = find_head_dims<Table>(problem, tiles);
+  const HeadDims of_short_values = find_head_dims<kind>(problem, tiles);
   return of_short_values.chosen > 0 && of_short_values.chosen <= found.chosen ? of_short_values : found;
 }
 
@@ -81,10 +95,17 @@ Status refuse_head_dim(const ForwardParams& problem, int largest, const char* wh
                               std::to_string(problem.head_dim) + "; expected " + expected + where);
 }
 
+// Whether the kernels of a call are those that alter weights alone.
+bool is_altered_apart(const ForwardParams& problem) {
+  const bool apart = with_kernels<KernelKind::kForward>(current_family(),
+                                                        [](auto kernels) { return decltype(kernels)::kAlteredApart; });
+  return apart && alters_weights(problem);
+}
+
 KernelTiles query_tiles(const ForwardParams& problem, bool for_backward) {
   const TileShape tiles = shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
                                       problem.pack_heads, for_backward);
-  return {tiles.tile_rows, false, alters_weights(problem)};
+  return {tiles.tile_rows, false, is_altered_apart(problem)};
 }
 
 KernelTiles backward_tiles(const BackwardParams& params) {
@@ -93,13 +114,13 @@ KernelTiles backward_tiles(const BackwardParams& params) {
   return method == BackwardMethod::kByQueries || method == BackwardMethod::kQueriesOnly
              ? query_tiles(problem, true)
              : KernelTiles{shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys, false,
-                           alters_weights(problem)};
+                           is_altered_apart(problem)};
 }
 
 // Whether a forward needs the general kernel, which those for short values have none of.
 bool needs_general(const ForwardParams& problem) {
   const TileShape tiles = shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
-                                      problem.pack_heads, takes_gradient_tiles(problem));
+                                      problem.pack_heads, takes_gradient_tiles(problem, kernels::current_policy()));
   return needs_general_kernel(problem, tiles);
 }
 
@@ -107,24 +128,30 @@ HeadDims find_backward_head_dims(const BackwardParams& params) {
   const KernelTiles tiles = backward_tiles(params);
   switch (choose_backward_method(params, kernels::current_policy())) {
     case BackwardMethod::kByQueries:
-      return find_for_values<Sm90BackwardQueriesKernels>(params.problem, tiles);
+      return find_for_values<KernelKind::kBackwardQueries>(params.problem, tiles);
     case BackwardMethod::kQueriesOnly:
-      return find_for_values<Sm90GradQueriesKernels>(params.problem, tiles);
+      return find_for_values<KernelKind::kGradQueries>(params.problem, tiles);
     default:
-      return find_for_values<Sm90BackwardKeysKernels>(params.problem, tiles);
+      return find_for_values<KernelKind::kBackwardKeys>(params.problem, tiles);
   }
 }
 
 Status select(const ForwardParams& problem, const HeadDims& found, const char* where, KernelKey* key) {
   if (found.chosen == 0) return refuse_head_dim(problem, found.largest, where);
-  *key = {problem.dtype, found.chosen, found.tiles};
+  const int most = kernels::block_shared_bytes();
+  if (found.shared_bytes > most && most > 0) {
+    return Status::NotSupported("head_dim is " + std::to_string(problem.head_dim) + ", whose kernel takes " +
+                                std::to_string(found.shared_bytes) + " bytes of shared memory" + where +
+                                "; expected a smaller one, as this device has " + std::to_string(most) + " for a CTA");
+  }
+  *key = {current_family(), problem.dtype, found.chosen, found.tiles};
   return Status::Ok();
 }
 
 // What streams keys past tiles of queries.
 Status check_keys(const ForwardParams& problem) {
   const int32_t k_block_size = problem.mask.shape.k_block_size;
-  if (k_block_size % kGranule == 0 || problem.rows_k < kSm90RaggedKeyLimit) return Status::Ok();
+  if (k_block_size % kGranule == 0 || problem.rows_k < kRaggedKeyLimit) return Status::Ok();
   return Status::NotSupported("k has " + std::to_string(problem.rows_k) + " rows and k_block_size is " +
                               std::to_string(k_block_size) +
                               "; expected fewer than 2^27 rows, or a block size that is a multiple of 16");
@@ -176,7 +203,30 @@ Status check_view(const char* name, const ForwardParams& problem, const TensorVi
                               (by_rows ? "" : " or of the head stride"));
 }
 
+// Whether this build has code of a family for a device.
+bool has_code(KernelFamily family, int capability) {
+  constexpr int kOldest = 80, kHopper = 90;
+  const bool on_hopper = HBSATTN_SM90 && capability == kHopper;
+  if (family == KernelFamily::kSm90) return on_hopper;
+  return HBSATTN_SM80 && (on_hopper || (HBSATTN_PTX80 && capability >= kOldest));
+}
+
+Status check_code(KernelFamily family, int capability) {
+  if (has_code(family, capability)) return Status::Ok();
+  const bool on_hopper_alone = family == KernelFamily::kSm90 || !HBSATTN_PTX80;
+  const std::string expected =
+      !on_hopper_alone ? "8.0 or newer"
+      : HBSATTN_SM90   ? "9.0 (Hopper)"
+                       : std::string("none, as this build of hbsattn has no ") + name_of(family) + " kernels";
+  return Status::NotSupported("the device has compute capability " + std::to_string(capability / 10) + "." +
+                              std::to_string(capability % 10) + "; expected " + expected);
+}
+
 }  // namespace
+
+const char* name_of(KernelFamily family) {
+  return with_kernels<KernelKind::kForward>(family, [](auto kernels) { return decltype(kernels)::kFamily; });
+}
 
 const char* name_of(DType dtype) {
   switch (dtype) {
@@ -226,25 +276,48 @@ Status check_addressable(const BackwardParams& params) {
 Status check_device() {
   int capability = 0, multiprocessors = 0;
   HBSATTN_RETURN_IF_ERROR(kernels::current_device(&capability, &multiprocessors));
-  if (HBSATTN_SM90 && capability == kSm90) return Status::Ok();
-  return Status::NotSupported("the device has compute capability " + std::to_string(capability / 10) + "." +
-                              std::to_string(capability % 10) + "; expected " +
-                              (HBSATTN_SM90 ? "9.0 (Hopper)" : "none, as this build of hbsattn has no kernels"));
+  return check_code(current_family(), capability);
+}
+
+Status use_kernels(const std::string& name) {
+  std::optional<KernelFamily> family;
+  for (KernelFamily known : {KernelFamily::kSm90, KernelFamily::kSm80}) {
+    if (name == name_of(known)) family = known;
+  }
+  if (!family && name != kSuitable) {
+    return Status::InvalidValue("name is " + name + "; expected auto, sm90 or sm80");
+  }
+  if (family) {
+    int capability = 0, multiprocessors = 0;
+    Status status = kernels::current_device(&capability, &multiprocessors);
+    if (status.ok()) status = check_code(*family, capability);
+    if (!status.ok()) {
+      status.message = "name is " + name + ", but " + status.message;
+      return status;
+    }
+  }
+  kernels::force_family(family);
+  return Status::Ok();
+}
+
+std::string used_kernels() {
+  const std::optional<KernelFamily> family = kernels::forced_family();
+  return family ? name_of(*family) : kSuitable;
 }
 
 Status select_forward(const ForwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_device());
   HBSATTN_RETURN_IF_ERROR(check_dtype(params.dtype));
   HBSATTN_RETURN_IF_ERROR(check_keys(params));
-  const KernelTiles tiles = query_tiles(params, takes_gradient_tiles(params));
-  const HeadDims found = needs_general(params) ? find_head_dims<Sm90ForwardKernels>(params, tiles)
-                                               : find_for_values<Sm90ForwardKernels>(params, tiles);
+  const KernelTiles tiles = query_tiles(params, takes_gradient_tiles(params, kernels::current_policy()));
+  const HeadDims found = needs_general(params) ? find_head_dims<KernelKind::kForward>(params, tiles)
+                                               : find_for_values<KernelKind::kForward>(params, tiles);
   return select(params, found, " on CUDA", key);
 }
 
 Status select_pairs(const ForwardParams& params, KernelKey* key) {
   constexpr KernelTiles kTiles{kPairRows, true};
-  return select(params, find_head_dims<Sm90ForwardKernels>(params, kTiles), " on CUDA", key);
+  return select(params, find_head_dims<KernelKind::kForward>(params, kTiles), " on CUDA", key);
 }
 
 int choose_backward_head_dim(const BackwardParams& params) { return find_backward_head_dims(params).chosen; }
@@ -260,7 +333,7 @@ Status select_backward(const BackwardParams& params, KernelKey* key) {
 
 Status select_grad_queries(const BackwardParams& params, KernelKey* key) {
   const KernelTiles tiles = query_tiles(params.problem, true);
-  return select(params.problem, find_for_values<Sm90GradQueriesKernels>(params.problem, tiles),
+  return select(params.problem, find_for_values<KernelKind::kGradQueries>(params.problem, tiles),
                 " for the gradient of q on CUDA", key);
 }
 

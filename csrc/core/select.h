@@ -1,33 +1,22 @@
 #pragma once
 
+#include "core/kernel_table.h"
 #include "hbsattn/params.h"
 #include "hbsattn/status.h"
 #include "plan/workspace.h"
 
 namespace hbsattn {
 
-// What tells the kernels of a table apart that have one dtype and head dim.
-struct KernelTiles {
-  int rows;  // queries of a tile; keys of one in the backward pass by keys
-  bool pairs = false;
-  bool altered = false;  // of calls that alter weights
-  bool short_values = false;
-
-  template <class Config>
-  static constexpr KernelTiles of() {
-    return {Config::kTileRows, Config::kPairs, Config::kAltered, Config::kShortValues};
-  }
-  constexpr bool operator==(const KernelTiles& other) const {
-    return rows == other.rows && pairs == other.pairs && altered == other.altered && short_values == other.short_values;
-  }
-};
-
 // Which compiled kernel runs a problem.
 struct KernelKey {
+  KernelFamily family;
   DType dtype;
   int head_dim;  // that it is compiled for
   KernelTiles tiles;
 };
+
+// The name that a family is told by: "sm90" or "sm80".
+const char* name_of(KernelFamily family);
 
 // Whether this build has device code for the current device.
 Status check_device();

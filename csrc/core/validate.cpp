@@ -7,6 +7,7 @@
 
 #include "hbsattn/hbsattn.h"
 #include "plan/head_sets.h"
+#include "plan/lists.h"
 #include "plan/rows.h"
 #include "plan/tiles.h"
 
@@ -356,9 +357,13 @@ Status validate_problem(const ForwardParams& params) {
 
 // The work list of query tiles. `for_backward`: how it was made.
 Status validate_items(const ForwardParams& params, bool for_backward) {
+  if (params.items == nullptr) {
+    // What has no list may be a call on a CPU, which asks for no device.
+    return check_num_items(count_query_items(params.mask.shape, params.heads_q, params.heads_k, params.head_dim,
+                                             params.pack_heads, for_backward));
+  }
   const int64_t items = count_items(params, for_backward);
   HBSATTN_RETURN_IF_ERROR(check_num_items(items));
-  if (params.items == nullptr) return Status::Ok();
   return check_room("the number of work items", params.num_items, items,
                     "as plan_items makes for this mask, heads_q = " + std::to_string(params.heads_q) +
                         " and heads_k = " + std::to_string(params.heads_k) + (for_backward ? ", for a backward" : ""));
@@ -366,7 +371,7 @@ Status validate_items(const ForwardParams& params, bool for_backward) {
 
 Status validate_forward(const ForwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(validate_problem(params));
-  return validate_items(params, takes_gradient_tiles(params));
+  return validate_items(params, alters_weights(params));
 }
 
 Status check_pointers(const ForwardParams& params) {

@@ -1,3 +1,4 @@
+#include <atomic>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -11,6 +12,7 @@ namespace {
 struct Device {
   int capability = 0;  // major * 10 + minor; 0: not asked for yet
   DevicePolicy policy;
+  int block_shared_bytes = 0;                             // that a CTA may have
   std::vector<std::pair<const void*, int>> shared_bytes;  // that kernels may have
 };
 
@@ -25,18 +27,27 @@ Devices& devices() {
   return all;
 }
 
+constexpr int kNoFamily = -1;
+std::atomic<int> forced{kNoFamily};
+
+// Whether a device runs what was compiled for 9.0. Others run what was compiled for 8.0, however new they are.
+constexpr bool runs_sm90_code(int capability) { return HBSATTN_SM90 && capability == 90; }
+
 Status ask_runtime(int index, Device& device) {
   int major = 0, minor = 0, multiprocessors = 0, l2_bytes = 0, shared_bytes = 0, memory_khz = 0, memory_bits = 0;
   for (auto [value, attribute] :
        {std::pair{&major, cudaDevAttrComputeCapabilityMajor}, std::pair{&minor, cudaDevAttrComputeCapabilityMinor},
         std::pair{&multiprocessors, cudaDevAttrMultiProcessorCount}, std::pair{&l2_bytes, cudaDevAttrL2CacheSize},
         std::pair{&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+        std::pair{&device.block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin},
         std::pair{&memory_khz, cudaDevAttrMemoryClockRate}, std::pair{&memory_bits, cudaDevAttrGlobalMemoryBusWidth}}) {
     HBSATTN_RETURN_IF_ERROR(cuda_status(cudaDeviceGetAttribute(value, attribute, index), "cudaDeviceGetAttribute"));
   }
   // Twice in each clock.
-  device.policy = {multiprocessors, l2_bytes, shared_bytes, int64_t{memory_khz} * memory_bits / 4 / 1000};
+  const int64_t memory_rate = int64_t{memory_khz} * memory_bits / 4 / 1000;
   device.capability = major * 10 + minor;
+  device.policy = {multiprocessors, l2_bytes, shared_bytes, memory_rate,
+                   runs_sm90_code(device.capability) ? KernelFamily::kSm90 : KernelFamily::kSm80};
   return Status::Ok();
 }
 
@@ -68,7 +79,31 @@ DevicePolicy current_policy() {
     policy = device.policy;
     return Status::Ok();
   });
-  return status.ok() ? policy : DevicePolicy{};
+  if (!status.ok()) policy = DevicePolicy{};
+  policy.family = forced_family().value_or(policy.family);
+  return policy;
+}
+
+int block_shared_bytes() {
+  int bytes = 0;
+  const Status status = with_current_device([&](const Device& device) {
+    bytes = device.block_shared_bytes;
+    return Status::Ok();
+  });
+  return status.ok() ? bytes : 0;
+}
+
+void force_family(std::optional<KernelFamily> family) { forced = family ? static_cast<int>(*family) : kNoFamily; }
+
+std::optional<KernelFamily> forced_family() {
+  const int family = forced;
+  return family == kNoFamily ? std::nullopt : std::optional(static_cast<KernelFamily>(family));
+}
+
+// Code for 8.0 does not wait for earlier kernels, on devices that could overlap them either.
+bool overlaps_kernels() {
+  int capability = 0, multiprocessors = 0;
+  return current_device(&capability, &multiprocessors).ok() && runs_sm90_code(capability);
 }
 
 Status allow_shared_bytes(const void* kernel, int bytes) {

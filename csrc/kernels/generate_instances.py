@@ -1,10 +1,12 @@
-"""Makes the sources of the kernels in sm90/instances.txt, and the list of them that core/kernel_table.h includes.
+"""Makes the sources of the kernels in sm90/instances.txt and sm80/instances.txt, and the lists of them that
+core/kernel_table.h includes.
 
-setup.py imports this file; CMakeLists.txt runs `generate_instances.py FOLDER [--head-dims 64,128] [--dtypes bf16]`.
-It writes FOLDER/instances/*.cu and FOLDER/instances/sm90_kernels.h, and prints the paths of the sources, a line each,
-those that take longest to compile first.
+setup.py imports this file; CMakeLists.txt runs
+`generate_instances.py FOLDER [--head-dims 64,128] [--dtypes bf16] [--families sm90]`.
+It writes FOLDER/instances/*.cu and FOLDER/instances/*_kernels.h, and prints the paths of the sources, a line each,
+those that take longest to compile first. Sources of another family than sm90 have its name before theirs.
 
-A source holds an entry of the table for all chosen dtypes: the compiler reads the headers once for both, and shares the
+A source holds an entry of a table for all chosen dtypes: the compiler reads the headers once for both, and shares the
 layouts that it derives from them.
 """
 
@@ -13,83 +15,113 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-TABLE = Path(__file__).resolve().parent / "sm90" / "instances.txt"
+FOLDER = Path(__file__).resolve().parent
 DTYPES = {"bf16": "DType::kBFloat16", "fp16": "DType::kFloat16"}
 
 
 class Kernel(NamedTuple):
-    """A column of the table."""
+    """A column of a table."""
 
     template: str  # of its Config
     takes_rows: bool  # whether that takes tile rows
-    function: str  # what runs it, run_*: the kernels of one function are a list, and come from one folder
+    function: str  # the folder that it comes from; what runs it is run_*, and its kernels are a list
     parameters: str  # of that function
 
 
+# The columns of each family's table.
 KERNELS = {
-    "forward": Kernel("Sm90Forward", True, "forward", "ForwardParams"),
-    "forward_pairs": Kernel("Sm90ForwardPairs", False, "forward", "ForwardParams"),
-    "forward_altered": Kernel("Sm90ForwardAltered", True, "forward", "ForwardParams"),
-    "forward_short_values": Kernel("Sm90ForwardShortValues", True, "forward", "ForwardParams"),
-    "grad_queries": Kernel("Sm90GradQueries", True, "grad_queries", "BackwardParams"),
-    "grad_queries_altered": Kernel("Sm90GradQueriesAltered", True, "grad_queries", "BackwardParams"),
-    "grad_queries_short_values": Kernel("Sm90GradQueriesShortValues", True, "grad_queries", "BackwardParams"),
-    "backward_queries": Kernel("Sm90BackwardQueries", False, "backward_queries", "BackwardParams"),
-    "backward_keys_altered": Kernel("Sm90BackwardKeysAltered", True, "backward_keys", "BackwardParams"),
-    "backward_keys_short_values": Kernel("Sm90BackwardKeysShortValues", True, "backward_keys", "BackwardParams"),
-    "backward_keys": Kernel("Sm90BackwardKeys", True, "backward_keys", "BackwardParams"),
+    "sm90": {
+        "forward": Kernel("Sm90Forward", True, "forward", "ForwardParams"),
+        "forward_pairs": Kernel("Sm90ForwardPairs", False, "forward", "ForwardParams"),
+        "forward_altered": Kernel("Sm90ForwardAltered", True, "forward", "ForwardParams"),
+        "forward_short_values": Kernel("Sm90ForwardShortValues", True, "forward", "ForwardParams"),
+        "grad_queries": Kernel("Sm90GradQueries", True, "grad_queries", "BackwardParams"),
+        "grad_queries_altered": Kernel("Sm90GradQueriesAltered", True, "grad_queries", "BackwardParams"),
+        "grad_queries_short_values": Kernel("Sm90GradQueriesShortValues", True, "grad_queries", "BackwardParams"),
+        "backward_queries": Kernel("Sm90BackwardQueries", False, "backward_queries", "BackwardParams"),
+        "backward_keys_altered": Kernel("Sm90BackwardKeysAltered", True, "backward_keys", "BackwardParams"),
+        "backward_keys_short_values": Kernel("Sm90BackwardKeysShortValues", True, "backward_keys", "BackwardParams"),
+        "backward_keys": Kernel("Sm90BackwardKeys", True, "backward_keys", "BackwardParams"),
+    },
+    "sm80": {
+        "forward": Kernel("Sm80Forward", True, "forward", "ForwardParams"),
+        "grad_queries": Kernel("Sm80GradQueries", True, "grad_queries", "BackwardParams"),
+        "backward_keys": Kernel("Sm80BackwardKeys", True, "backward_keys", "BackwardParams"),
+    },
 }
 
 
 class Instance(NamedTuple):
     """One compiled kernel."""
 
-    kernel: str
+    family: str
+    name: str
     dtype: str
     head_dim: str
     tile_rows: str
 
     @property
+    def kernel(self) -> Kernel:
+        return KERNELS[self.family][self.name]
+
+    @property
     def config(self) -> str:
-        kernel = KERNELS[self.kernel]
-        rows = f", {self.tile_rows}" if kernel.takes_rows else ""
-        return f"{kernel.template}<{DTYPES[self.dtype]}, {self.head_dim}{rows}>"
+        rows = f", {self.tile_rows}" if self.kernel.takes_rows else ""
+        return f"{self.kernel.template}<{DTYPES[self.dtype]}, {self.head_dim}{rows}>"
+
+    @property
+    def prefix(self) -> str:
+        """Of files and functions."""
+        return "" if self.family == "sm90" else f"{self.family}_"
 
     @property
     def file(self) -> str:
-        return f"{self.kernel}_hd{self.head_dim}_{self.tile_rows}.cu"
+        return f"{self.prefix}{self.name}_hd{self.head_dim}_{self.tile_rows}.cu"
 
     @property
     def instantiation(self) -> str:
-        kernel = KERNELS[self.kernel]
+        function = self.prefix + self.kernel.function
         return (
-            f"template Status run_{kernel.function}<{self.config}>(const {kernel.parameters}&, Stream);\n"
-            f"template int {kernel.function}_shared_bytes<{self.config}>();\n\n"
+            f"template Status run_{function}<{self.config}>(const {self.kernel.parameters}&, Stream);\n"
+            f"template int {function}_shared_bytes<{self.config}>();\n\n"
         )
 
 
 def source_of(instances: list[Instance]) -> str:
     """The text of a source file that holds these instances of one kernel."""
+    first = instances[0]
     return (
-        f'#include "kernels/sm90/{KERNELS[instances[0].kernel].function}/launch.cuh"\n\n'
+        f'#include "kernels/{first.family}/{first.kernel.function}/launch.cuh"\n\n'
         "namespace hbsattn::kernels {\n\n"
         + "".join(instance.instantiation for instance in instances)
         + "}  // namespace hbsattn::kernels\n"
     )
 
 
-def read_table() -> list[Instance]:
-    """All kernels there are, by kernel, then dtype, then ascending head dim."""
-    lines = [line.split() for line in TABLE.read_text().splitlines() if line.strip() and not line.startswith("#")]
+def read_table(family: str) -> list[Instance]:
+    """All kernels of a family, by kernel, then dtype, then ascending head dim."""
+    text = (FOLDER / family / "instances.txt").read_text()
+    lines = [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     kernels, rows = lines[0][1:], sorted(lines[1:], key=lambda row: int(row[0]))
     return [
-        Instance(kernel, dtype, row[0], tile_rows)
+        Instance(family, kernel, dtype, row[0], tile_rows)
         for column, kernel in enumerate(kernels, 1)
         for dtype in DTYPES
         for row in rows
         for tile_rows in row[column].split(",")
         if tile_rows != "-"
     ]
+
+
+def list_of(family: str, chosen: list[Instance]) -> str:
+    """The text of the header that lists a family's kernels."""
+    lines = ["#pragma once", "", "namespace hbsattn {", ""]
+    for name, kernel in KERNELS[family].items():
+        if name != kernel.function:
+            continue
+        configs = ",\n    ".join(x.config for x in chosen if x.family == family and x.kernel.function == name)
+        lines += [f"using {kernel.template}Kernels = KernelTable<", f"    {configs}>;", ""]
+    return "\n".join([*lines, "}  // namespace hbsattn", ""])
 
 
 def choose(name: str, given: str | None, known: list[str]) -> list[str]:
@@ -107,33 +139,31 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def generate(folder: Path, head_dims: str | None = None, dtypes: str | None = None) -> list[Path]:
-    """Writes the sources of the selected kernels, and their list, below `folder`.
+def generate(
+    folder: Path, head_dims: str | None = None, dtypes: str | None = None, families: str | None = None
+) -> list[Path]:
+    """Writes the sources of the selected kernels, and their lists, below `folder`.
 
     Returns the sources, those first that take longest to compile.
     """
-    table = read_table()
+    chosen_families = choose("families", families, list(KERNELS))
+    table = [instance for family in chosen_families for instance in read_table(family)]
     chosen_dims = choose("HBSATTN_HEAD_DIMS", head_dims, [instance.head_dim for instance in table])
     chosen_dtypes = choose("HBSATTN_DTYPES", dtypes, [instance.dtype for instance in table])
     chosen = [instance for instance in table if instance.head_dim in chosen_dims and instance.dtype in chosen_dtypes]
     folder = folder / "instances"
     folder.mkdir(parents=True, exist_ok=True)
-    # The table's columns, and in them the head dims, run from what compiles fast to what takes long.
-    held = {folder / instance.file: [] for instance in reversed(chosen)}
+    # A table's columns, and in them the head dims, run from what compiles fast to what takes long.
+    held: dict[Path, list[Instance]] = {}
+    for family in chosen_families:
+        held |= {folder / instance.file: [] for instance in reversed(chosen) if instance.family == family}
+        write_if_changed(folder / f"{family}_kernels.h", list_of(family, chosen))
     for instance in chosen:
         held[folder / instance.file].append(instance)
     for path, instances in held.items():
         write_if_changed(path, source_of(instances))
     for path in set(folder.glob("*.cu")) - set(held):
         path.unlink()
-    lines = ["#pragma once", "", "namespace hbsattn {", ""]
-    for name, kernel in KERNELS.items():
-        if name != kernel.function:
-            continue
-        held_in = [instance.config for instance in chosen if KERNELS[instance.kernel].function == name]
-        configs = ",\n    ".join(held_in)
-        lines += [f"using {kernel.template}Kernels = KernelTable<", f"    {configs}>;", ""]
-    write_if_changed(folder / "sm90_kernels.h", "\n".join([*lines, "}  // namespace hbsattn", ""]))
     return list(held)
 
 
@@ -142,8 +172,9 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--head-dims")
     parser.add_argument("--dtypes")
+    parser.add_argument("--families")
     options = parser.parse_args()
     try:
-        print(*generate(options.folder, options.head_dims, options.dtypes), sep="\n")
+        print(*generate(options.folder, options.head_dims, options.dtypes, options.families), sep="\n")
     except ValueError as error:
         sys.exit(str(error))

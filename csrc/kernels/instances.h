@@ -3,6 +3,8 @@
 // The border between core/ and the translation units that nvcc compiles: declarations only, so that host code never
 // parses CuTe.
 
+#include <optional>
+
 #include "hbsattn/params.h"
 #include "hbsattn/status.h"
 #include "kernels/rows/rows.h"
@@ -44,10 +46,37 @@ Status run_backward_queries(const BackwardParams& params, Stream stream);
 template <class Config>
 int backward_queries_shared_bytes();
 
+// sm80/, likewise for each kernel of sm80/instances.txt
+template <class Config>
+Status run_sm80_forward(const ForwardParams& params, Stream stream);
+
+template <class Config>
+int sm80_forward_shared_bytes();
+
+template <class Config>
+Status run_sm80_backward_keys(const BackwardParams& params, Stream stream);
+
+template <class Config>
+int sm80_backward_keys_shared_bytes();
+
+template <class Config>
+Status run_sm80_grad_queries(const BackwardParams& params, Stream stream);
+
+template <class Config>
+int sm80_grad_queries_shared_bytes();
+
 // Compute capability (major * 10 + minor) and multiprocessors of the current device.
 Status current_device(int* compute_capability, int* multiprocessors);
 
-// What planning knows of the current device; the defaults where there is none.
+// What planning knows of the current device; the defaults where there is none. Its family suits the device, unless one
+// is forced.
 DevicePolicy current_policy();
+
+// Bytes of shared memory that a CTA may have on the current device; 0: there is none.
+int block_shared_bytes();
+
+// The family that current_policy names on whatever device, in the whole process; none: nothing is forced.
+void force_family(std::optional<KernelFamily> family);
+std::optional<KernelFamily> forced_family();
 
 }  // namespace hbsattn::kernels

@@ -92,7 +92,7 @@ constexpr int32_t count_tile_heads(const MaskShape& shape, int32_t heads_q, int3
                                    int32_t element_size, bool deterministic, const DevicePolicy& policy) {
   const int32_t group = heads_q / heads_k;
   // Without sums of queries, whole groups are faster (GQA 8, H100: 1.57 ms where sets took 2.07).
-  if (deterministic || group < 4 || shape.batch < 1) return group;
+  if (policy.keeps_order(deterministic) || group < 4 || shape.batch < 1) return group;
   if (prefers_two_kernels(shape, heads_q, heads_k, head_dim, policy)) return group;
   const int64_t of_head = count_query_bytes(shape, head_dim, element_size);
   if (of_head <= policy.together_bytes() / group) return group;
@@ -123,7 +123,8 @@ constexpr QuerySets cut_queries(const MaskShape& shape, int32_t heads_q, int32_t
   const HeadStack stack = stack_heads(shape, heads_q, heads_k);
   // Two kernels, which small key blocks have, too, if tiles of queries are full, add nothing up.
   const bool full = head_dim <= 128 && shape.k_block_size < 64 && int64_t{stack.heads} * shape.q_block_size >= 64;
-  const bool two_kernels = deterministic || full || prefers_two_kernels(shape, heads_q, heads_k, head_dim, policy);
+  const bool two_kernels =
+      policy.keeps_order(deterministic) || full || prefers_two_kernels(shape, heads_q, heads_k, head_dim, policy);
   if (two_kernels || shape.batch < 1 || stack.heads == 1) return {heads, 1, 0};
   const int64_t bytes = heads / stack.heads * stack.rows() * count_query_bytes(shape, head_dim, element_size);
   const int64_t wanted = (bytes - 1) / policy.running_bytes() + 1, most = wanted < heads ? wanted : heads;
@@ -135,7 +136,8 @@ constexpr QuerySets cut_queries(const MaskShape& shape, int32_t heads_q, int32_t
 
 // Parts of tiles that the backward pass has room for: 10 MB of float32 gradients of keys and values. As many items may
 // follow those of whole tiles in its work list.
-constexpr int64_t count_part_slots(int64_t tiles, int32_t tile_keys, int32_t head_dim) {
+constexpr int64_t count_part_slots(int64_t tiles, int32_t tile_keys, int32_t head_dim, const DevicePolicy& policy) {
+  if (!policy.cuts_tiles()) return 0;
   const int64_t slots = (int64_t{10} << 20) / (2 * 4 * int64_t{tile_keys} * ((head_dim + 63) / 64 * 64));
   return tiles < slots ? tiles : slots;
 }

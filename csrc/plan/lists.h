@@ -78,14 +78,14 @@ constexpr KeyListSize size_key_list(const MaskShape& shape, int32_t heads_q, int
   const int64_t groups = shape_key_list(shape, tiles, rows_k, packed).groups;
   const int64_t longest = multiply_items(multiply_items(count, shape.batch), tiles.count(shape));
   return {sets, multiply_items(multiply_items(count, groups), tiles.tiles),
-          count_part_slots(longest, tiles.tile_keys, head_dim)};
+          count_part_slots(longest, tiles.tile_keys, head_dim, policy)};
 }
 
 // At least as many as size_key_list says, for every head dim, in both modes and on every card: there are no more sets
 // than heads, and a tile has at least 64 keys.
 constexpr int64_t max_key_items(const MaskShape& shape, int32_t heads_q, int64_t rows_k, bool packed) {
   constexpr int64_t kMostSlots = 512;
-  static_assert(count_part_slots(INT64_MAX, 64, 1) <= kMostSlots);
+  static_assert(count_part_slots(INT64_MAX, 64, 1, DevicePolicy{}) <= kMostSlots);
   const KeyTileShape tiles = cut_key_blocks(shape.k_block_size, 64);
   const int64_t groups = shape_key_list(shape, tiles, rows_k, packed).groups;
   return multiply_items(multiply_items(heads_q, groups), tiles.tiles) + kMostSlots;

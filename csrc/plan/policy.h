@@ -8,6 +8,12 @@
 
 namespace hbsattn {
 
+// Kernels that are chosen together, as they read the same plans.
+enum class KernelFamily {
+  kSm90,  // for compute capability 9.0
+  kSm80,  // for 8.0 and newer
+};
+
 // The limits were swept on one H200, by the times of whole forward and backward passes; its numbers are the defaults,
 // which hold where there is no device. That limits of bytes grow with the L2 cache, and those of tiles with the number
 // of multiprocessors, is a guess for other cards. few_keys() was measured on an H100, too.
@@ -16,6 +22,17 @@ struct DevicePolicy {
   int64_t l2_bytes = int64_t{60} << 20;
   int64_t shared_bytes = int64_t{228} << 10;  // of a multiprocessor
   int64_t memory_rate = 4'916'736;            // bytes a microsecond
+  KernelFamily family = KernelFamily::kSm90;  // of the kernels that calls on this device use
+
+  // Whether the forward takes the list of gradients: the kernels of kSm80 have no pairs, and no tiles of 192 rows.
+  constexpr bool shares_lists() const { return family == KernelFamily::kSm80; }
+
+  // Whether nothing is added up in global memory: the kernels of kSm80 never do that, so that their gradients are the
+  // same in every run. `deterministic`: whether that is asked for.
+  constexpr bool keeps_order(bool deterministic) const { return deterministic || family == KernelFamily::kSm80; }
+
+  // Whether tiles of keys with far more to do than others are cut into parts.
+  constexpr bool cuts_tiles() const { return family == KernelFamily::kSm90; }
 
   // What the items of a section of a work list may read and add to, so that tiles which run at the same time find it in
   // L2: 32 MB of an H200's 60. What tiles keep and write, and the far partition, take a share of the rest.

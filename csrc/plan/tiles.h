@@ -6,12 +6,16 @@
 
 #include "hbsattn/params.h"
 #include "plan/pairs.h"
+#include "plan/policy.h"
 
 namespace hbsattn {
 
 // Block sizes that are multiples of this run at full rate: one warp's rows of the tensor core, one 16-key step of the
 // second product.
 inline constexpr int kGranule = 16;
+
+// Keys where key blocks are no whole granules: what tells where a block ends takes the bits above.
+inline constexpr int kRaggedKeyLimit = 1 << 27;
 
 // Query heads that share tiles: those of one key head, if they have one mask. A warp's rows must belong to one head, or
 // all heads of a tile must come in one box, whose rows fit one warpgroup.
@@ -99,7 +103,9 @@ constexpr TileShape shape_tiles(const MaskShape& shape, int32_t heads_q, int32_t
 constexpr bool alters_weights(const ForwardParams& params) { return params.dropout_p > 0. || params.softcap > 0.f; }
 
 // Whether a forward has the tiles, and the list, of gradients: of pairs and of 192 rows, no kernel alters weights.
-constexpr bool takes_gradient_tiles(const ForwardParams& params) { return alters_weights(params); }
+constexpr bool takes_gradient_tiles(const ForwardParams& params, const DevicePolicy& policy) {
+  return alters_weights(params) || policy.shares_lists();
+}
 
 // Rows of the tiles of the backward pass: how the key blocks of a problem are cut, the one place that tells.
 struct KeyTileShape {

@@ -27,7 +27,7 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
                                                 bool needs_q, bool needs_keys, const DevicePolicy& policy) {
   if (!needs_keys) return BackwardMethod::kQueriesOnly;
   if (!needs_q) return BackwardMethod::kKeysOnly;
-  if (deterministic) return BackwardMethod::kByKeysAndQueries;
+  if (policy.keeps_order(deterministic)) return BackwardMethod::kByKeysAndQueries;
   // Sizes yet to be checked.
   if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return BackwardMethod::kByKeys;
   const TileShape tiles = shape_tiles(shape, heads_q, heads_k, head_dim, pack_heads, true);
@@ -92,7 +92,7 @@ constexpr BackwardWorkspace lay_out_backward(const BackwardParams& params, int32
   const int64_t all_tiles = int64_t{sets.count(problem.heads_q)} * shape.batch * tiles.count(shape);
   const int64_t keys = problem.heads_k * problem.rows_k * (problem.packed ? 1 : shape.batch);
   const int64_t key_bytes = 2 * 4 * keys * padded_head_dim;
-  const int64_t slots = key_tiles ? count_part_slots(all_tiles, tiles.tile_keys, problem.head_dim) : 0;
+  const int64_t slots = key_tiles ? count_part_slots(all_tiles, tiles.tile_keys, problem.head_dim, policy) : 0;
   BackwardWorkspace workspace{};
   workspace.chunks = chunk_queries(problem);
   workspace.slots = slots;

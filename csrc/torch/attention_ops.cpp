@@ -125,7 +125,7 @@ ThreeTensors plan_and_forward(const Call& call) {
   plan.head_dim = params.head_dim;
   plan.element_size = static_cast<int32_t>(call.q.element_size());
   plan.pack_heads = params.pack_heads;
-  plan.for_backward = takes_gradient_tiles(params);
+  plan.for_backward = alters_weights(params);
   const c10::DataPtr workspace = allocate_scratch(forward_workspace_size());
   plan.workspace = workspace.get();
   const Tensor items = make_items(plan, device);

@@ -9,6 +9,7 @@
 
 #include <array>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -24,6 +25,13 @@ using TwoTensors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using TracedCall = CallArguments<c10::SymIntArrayRef>;
+
+// Plans are for the kernels that were chosen when they were made.
+void check_same_kernels(const std::string& of_forward) {
+  const std::string kernels = used_kernels();
+  TORCH_CHECK_VALUE(kernels == of_forward, describe("use_kernels is ", kernels, "; expected ", of_forward,
+                                                    ", as it was for the forward of these gradients"));
+}
 
 // Calls the operator that has this autograd rule.
 template <auto rule, class... Own>
@@ -138,6 +146,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     context->saved_data["dropout_p"] = call.dropout_p.value;
     context->saved_data["softcap"] = call.softcap.value;
     context->saved_data["deterministic"] = deterministic;
+    context->saved_data["kernels"] = used_kernels();
     context->saved_data["needs"] =
         std::vector<bool>{q.requires_grad(), k.requires_grad(), v.requires_grad(), requires_grad(sinks)};
     context->set_materialize_grads(false);  // log-sum-exps are seldom used: no zeros for their gradients
@@ -147,6 +156,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const variable_list saved = context->get_saved_variables();
     auto& data = context->saved_data;
+    if (saved[0].is_cuda()) check_same_kernels(data["kernels"].toStringRef());
     const std::vector<c10::SymInt> layout = data["layout"].toSymIntVector();
     const bool pack_heads = data["pack_heads"].toBool();
     const double softmax_scale = data["softmax_scale"].toDouble(), dropout_p = data["dropout_p"].toDouble();

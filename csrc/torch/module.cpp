@@ -136,11 +136,15 @@ std::pair<py::dict, py::dict> explain(const std::string& dtype, bool packed, std
   return {to_dict(forward), to_dict(backward)};
 }
 
+void set_kernel_family(const std::string& name) { hbsattn::raise_if_error(hbsattn::use_kernels(name)); }
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "What this build contains. archs, head_dims, dtypes and kernels are what was compiled for CUDA: in a host-only "
         "build, where cuda is False, they are empty. cpu_dtypes are those of CPU tensors, the same in every build.");
+  m.def("set_kernel_family", &set_kernel_family, "Chooses the kernels of all later calls: auto, sm90 or sm80.");
+  m.def("kernel_family", &hbsattn::used_kernels, "The name that was set last; auto at first.");
   m.def("explain", &explain, "How a call on the current device would be computed: (forward, backward).");
 }

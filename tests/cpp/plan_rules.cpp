@@ -13,6 +13,7 @@
 #include "plan/layout.h"
 #include "plan/lists.h"
 #include "plan/pairs.h"
+#include "plan/workspace.h"
 
 namespace {
 
@@ -82,6 +83,7 @@ Problem draw_problem() {
   if (draw(0, 3) != 0) {
     problem.policy = {static_cast<int32_t>(draw(1, 300)), draw(1, 400) << 18, draw(64, 256) << 10, draw(1, 20'000'000)};
   }
+  problem.policy.family = draw(0, 2) == 0 ? KernelFamily::kSm80 : KernelFamily::kSm90;
   return problem;
 }
 
@@ -124,6 +126,36 @@ int check_lengths(int rounds) {
     if (longer.tiles < size.tiles || longer.slots != size.slots ||
         longer.sets.count(problem.heads_q) != size.sets.count(problem.heads_q)) {
       return fail("a list for more keys", problem, longer.tiles, size.tiles);
+    }
+  }
+  return 0;
+}
+
+// What the kernels of kSm80 are planned with: they add nothing up, share no tiles of keys, and have no lists of their
+// own for the forward.
+int check_sm80(int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    Problem problem = draw_problem();
+    problem.policy.family = KernelFamily::kSm80;
+    const KeyListSize size = size_list(problem, problem.rows_k);
+    if (size.sets.count(problem.heads_q) != problem.heads_k || size.sets.windows != 1 || size.slots != 0) {
+      return fail("tiles that share keys", problem, size.sets.count(problem.heads_q), problem.heads_k);
+    }
+    BackwardParams params;
+    params.deterministic = problem.deterministic;
+    ForwardParams& forward = params.problem;
+    forward.mask.shape = problem.shape;
+    forward.heads_q = problem.heads_q;
+    forward.heads_k = problem.heads_k;
+    forward.head_dim = problem.head_dim;
+    forward.softcap = draw(0, 1) == 0 ? 0.f : 1.f;
+    if (!takes_gradient_tiles(forward, problem.policy)) return fail("a forward's own tiles", problem, 0, 1);
+    for (const auto& [needs_q, needs_k, method] :
+         {std::tuple(true, true, BackwardMethod::kByKeysAndQueries),
+          std::tuple(true, false, BackwardMethod::kQueriesOnly), std::tuple(false, true, BackwardMethod::kKeysOnly)}) {
+      params.needs_q = needs_q;
+      params.needs_k = params.needs_v = needs_k;
+      if (choose_backward_method(params, problem.policy) != method) return fail("a method", problem, needs_q, needs_k);
     }
   }
   return 0;
@@ -594,6 +626,6 @@ int main() {
   if (check_rules(100000) || check_windows(100000) || check_window_items(2000)) return 1;
   if (check_pair_order() || check_paying_pairs(100000)) return 1;
   if (check_lengths(400000) || check_key_places(20000, true) || check_key_places(20000, false)) return 1;
-  if (check_query_sets(20000) || check_places_of_rows(20000)) return 1;
+  if (check_query_sets(20000) || check_sm80(100000) || check_places_of_rows(20000)) return 1;
   return check_empty_tiles(1000);
 }

@@ -24,6 +24,9 @@ class Mutant:
 
 FORWARD = "kernels/sm90/forward/*.cuh"
 QUERY_TILES = "kernels/sm90/query_tiles/*.cuh"
+COMMON = "kernels/common/*.cuh"
+QUERY_LISTS = "kernels/common/query_tiles*.cuh"
+KEY_TILES = "kernels/common/key_tiles*.cuh"
 BACKWARD_KEYS = "kernels/sm90/backward_keys/*.cuh"
 BACKWARD_QUERIES = "kernels/sm90/backward_queries/*.cuh"
 
@@ -43,7 +46,11 @@ RULES = ("tests/test_windows.py", "-k", f"test_cases and {HALF} and (batched or 
 
 SINKS = ("tests/test_sinks.py", "-k", f"test_cases and {HALF} and (groups or alike or stacks or empty_rows)")
 DROPOUT = ("tests/test_dropout.py", "-k", f"test_cases and {HALF} and (128x128 or 100x100 or 7x128 or tokens)")
-SOFTCAP = ("tests/test_softcap.py", "-k", f"{HALF} and (every_size or 128x128 or 100x100 or tokens or dropout)")
+SOFTCAP = (
+    "tests/test_softcap.py",
+    "-k",
+    f"{HALF} and (every_size or 128x128 or 100x100 or tokens or dropout) and not wide",
+)
 
 VALUE_DIM = ("tests/test_value_dim.py", "-k", f"(test_forward or test_backward) and {HALF} and (128-64 or 64-128)")
 
@@ -57,21 +64,21 @@ MUTANTS = [
     ),
     Mutant(
         "gradients_of_values_as_wide_as_keys",
-        BACKWARD_KEYS,
+        KEY_TILES,
         "args.grad_v_columns = view_of(problem, params.grad_v).columns;",
         "args.grad_v_columns = view_of(problem, params.grad_k).columns;",
         VALUE_DIM,
     ),
     Mutant(
         "outputs_as_wide_as_queries",
-        QUERY_TILES,
+        QUERY_LISTS,
         "args.out_columns = view_of(params, params.out).columns;",
         "args.out_columns = view_of(params, params.q).columns;",
         VALUE_DIM,
     ),
     Mutant(
         "dropout_of_a_group_s_first_head",
-        QUERY_TILES,
+        COMMON,
         "DropoutStream::open(args.dropout, item.sequence, args.heads_q, place.head)",
         "DropoutStream::open(args.dropout, item.sequence, args.heads_q, item.head)",
         DROPOUT,
@@ -163,9 +170,9 @@ MUTANTS = [
     ),
     Mutant(
         "masked_stages_one_short",
-        QUERY_TILES,
-        "min(stages, max(1, masked))",
-        "min(stages, max(1, masked - 1))",
+        QUERY_LISTS,
+        "min(tile.stages, max(1, masked))",
+        "min(tile.stages, max(1, masked - 1))",
         CAUSAL,
     ),
     Mutant(
@@ -177,42 +184,42 @@ MUTANTS = [
     ),
     Mutant(
         "limits_of_a_stack_in_queries",
-        BACKWARD_KEYS,
+        COMMON,
         "(max(query, 0) << args.chunks.stack.rows_log2)",
         "max(query, 0)",
         WINDOWS,
     ),
     Mutant(
         "tail_of_a_rule_not_masked",
-        QUERY_TILES,
-        "announced.clean_end = max(stages - tail, announced.masked_stages);",
-        "announced.clean_end = stages;",
+        QUERY_LISTS,
+        "tile.clean_end = max(tile.stages - tail, tile.masked);",
+        "tile.clean_end = tile.stages;",
         RULES,
     ),
     Mutant(
         "window_begins_a_key_late",
-        QUERY_TILES,
+        COMMON,
         "key >= first && key <= limit; });",
         "key > first && key <= limit; });",
         RULES,
     ),
     Mutant(
         "sink_a_key_short",
-        QUERY_TILES,
+        COMMON,
         "return key < sink ? key <= sink_limit",
         "return key + 1 < sink ? key <= sink_limit",
         RULES,
     ),
     Mutant(
         "window_of_a_key_ends_early",
-        BACKWARD_KEYS,
+        COMMON,
         "if (left < most - place) end = place + left + 1;",
         "if (left < most - place) end = place + left;",
         RULES,
     ),
     Mutant(
         "rule_of_the_first_head",
-        BACKWARD_KEYS,
+        KEY_TILES,
         "const int head = kStacked ? stack * args.chunks.stack.heads : stack;",
         "const int head = 0 * stack;",
         RULES,
@@ -233,7 +240,7 @@ MUTANTS = [
     ),
     Mutant(
         "statistics_of_a_stack_s_first_head",
-        "kernels/sm90/grad_queries/*.cuh",
+        COMMON,
         "args.chunks.row_of_query(place.row, place.head)",
         "args.chunks.row_of_query(place.row, 0)",
         WINDOWS,
@@ -290,21 +297,21 @@ MUTANTS = [
     ),
     Mutant(
         "keys_past_the_tensor",
-        QUERY_TILES,
+        QUERY_LISTS,
         "item.k_len = clamp(item.k_len, 0, args.rows_k - item.k_begin);",
         "",
         HOSTILE,
     ),
     Mutant(
         "keys_past_the_tensor_in_gradients",
-        BACKWARD_KEYS,
-        "min(args.rows_k - item.k_begin - item.first_key, int{Traits::kTileN})",
-        "int{Traits::kTileN}",
+        KEY_TILES,
+        "min(args.rows_k - item.k_begin - item.first_key, kTileN)",
+        "kTileN",
         ("tests/test_hostile.py", "-k", "not wide"),
     ),
     Mutant(
         "queries_past_the_tensor",
-        QUERY_TILES,
+        QUERY_LISTS,
         "item.q_len = clamp(item.q_len, 0, args.rows_q - item.q_begin);",
         "",
         ("tests/test_hostile.py", "-k", "not wide"),
@@ -406,14 +413,14 @@ MUTANTS = [
     ),
     Mutant(
         "diagonal_off_by_one",
-        QUERY_TILES,
+        COMMON,
         "rule_of(args.mask, item).last_key(query, item.k_len);",
         "rule_of(args.mask, item).last_key(query + 1, item.k_len);",
         CAUSAL,
     ),
     Mutant(
         "diagonal_of_cut_lengths",
-        QUERY_TILES,
+        QUERY_LISTS,
         "item.diagonal = clamp_diagonal(args.mask, item.diagonal, args.rows_q, args.rows_k);",
         "item.diagonal = item.k_len - item.q_len;",
         ("tests/test_hostile.py", "-k", "claimed_lengths and by_queries"),

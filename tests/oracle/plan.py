@@ -353,7 +353,8 @@ def plan_items(
     # Heaviest first within each section.
     items = torch.nn.functional.pad(items.view(-1, items.shape[-1]), (0, ITEM_INTS - items.shape[-1]))
     row_groups = groups // heads_k
-    pair_bytes = 2 * max(cols * k_block_size, 1) * head_dim * element_size
+    column_bytes = element_size + (4 if for_backward else 0)
+    pair_bytes = 2 * max(cols * k_block_size, 1) * head_dim * column_bytes
     size = _section_items(items.shape[0], sequences.shape[0], rows, tiles, row_groups, pair_bytes)
     order = items[:, BLOCKS].argsort(descending=True, stable=True)
     ranked = items[order[(order // size).argsort(stable=True)]]

@@ -36,7 +36,8 @@ HBSATTN_API Status make_sequences_on_host(const SequencesParams& params);
 // Packs a bool mask, index lists or CSR into bits, trimmed to what each sequence and causality leave visible.
 HBSATTN_API Status pack_mask(const PackParams& params, Stream stream);
 
-// Records that the list of plan_items has at least; depends on shapes alone. `for_backward`: as in PlanParams.
+// Records that the list of plan_items has at least; depends on shapes and on which kernels are used alone.
+// `for_backward`: as in PlanParams.
 HBSATTN_API int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
                               bool pack_heads, bool for_backward = false);
 
@@ -109,10 +110,19 @@ HBSATTN_API Status supported(const BackwardParams& params);
 // grad_out, whose addresses its innermost loop computes.
 HBSATTN_API bool addressable(const TensorView& view, DType dtype, bool by_rows = false);
 
+// Chooses the kernels of all later calls in this process: "sm90", those for compute capability 9.0, "sm80", those for
+// 8.0 and newer, or "auto", as it is at first: on each device those that suit it. Refused if the current device, or
+// this build, cannot run them. A plan is for the kernels that were chosen when it was made, in numbers of items and
+// sizes of workspaces, too: forward and backward have to follow under the same choice. No other call may run meanwhile.
+HBSATTN_API Status use_kernels(const std::string& name);
+
+// The name that was given last.
+HBSATTN_API std::string used_kernels();
+
 // One compiled kernel, as `forward` or `backward` would choose it.
 struct KernelInfo {
   std::string name;  // e.g. "sm90_forward_bf16_hd128_m128" or "sm90_backward_keys_bf16_hd128_n128"
-  std::string arch;  // e.g. "sm_90a"
+  std::string arch;  // e.g. "sm_90a"; the oldest that the kernel is written for
   DType dtype;
   int32_t head_dim;      // head dims up to this one, and above the next smaller, use it
   int32_t value_dim;     // if less: such calls whose values have up to so many columns do

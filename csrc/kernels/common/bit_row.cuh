@@ -81,6 +81,38 @@ struct BitRow {
         next_word(load(rows, col_begin, col_end, chunk - 1, lane)),
         pending(__ballot_sync(0xffffffffu, first_word != 0)) {}
 
+  // What a warp leaves in shared memory, to go on from later.
+  struct State {
+    uint32_t word[32], next_word[32];
+    uint32_t pending;
+    int chunk, made;
+  };
+
+  __device__ __forceinline__ BitRow(const Rows& rows, int col_begin, int col_end, int32_t* ring, const State& state,
+                                    int lane)
+      : rows(rows),
+        ring(ring),
+        col_begin(col_begin),
+        col_end(col_end),
+        lane(lane),
+        chunk(state.chunk),
+        word(state.word[lane]),
+        next_word(state.next_word[lane]),
+        pending(state.pending),
+        made(state.made) {}
+
+  __device__ __forceinline__ void leave(State& state) const {
+    __syncwarp();  // all lanes have read what is overwritten
+    state.word[lane] = word;
+    state.next_word[lane] = next_word;
+    if (lane == 0) {
+      state.pending = pending;
+      state.chunk = chunk;
+      state.made = made;
+    }
+    __syncwarp();
+  }
+
   // Makes at least `count` entries, or all there are.
   __device__ __forceinline__ void expand(int count) {
     __syncwarp();  // lanes have read what is overwritten

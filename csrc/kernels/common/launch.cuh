@@ -14,14 +14,20 @@ namespace hbsattn {
 // still be written, nor writes, as what it overwrites may still be read. What needs no global memory, such as barriers
 // and prefetches of tensor maps in the arguments, comes before. A kernel that never waited would be complete before
 // those before it are, and the next would not wait for these.
-__device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // before, a kernel starts when those before it are complete
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // Lets the next kernel's CTAs start where there is room, once all CTAs of this one have called this, by any thread, or
 // ended. It is a hint: the next kernel waits for the end of this one wherever this is called. Its CTAs hold registers
 // and shared memory while they wait, so a kernel of many CTAs calls this at once, as all its CTAs have started when the
 // last one does, and a persistent one where it knows that its work list is at an end.
 __device__ __forceinline__ void let_next_kernel_start() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 namespace kernels {
@@ -29,6 +35,9 @@ namespace kernels {
 // Lets a kernel have that many bytes of dynamic shared memory on the current device. The runtime is asked once for each
 // kernel and device.
 Status allow_shared_bytes(const void* kernel, int bytes);
+
+// Whether the current device can start a kernel while the one before it still runs.
+bool overlaps_kernels();
 
 // Launches a kernel that keeps the rules above. `what`: for an error, e.g. "the launch of the forward kernel". An empty
 // grid launches nothing. Works in a capture: the edge between two such kernels is a programmatic one there.
@@ -49,7 +58,7 @@ Status launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 b
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = 1;
+  config.numAttrs = overlaps_kernels() ? 1 : 0;
   return cuda_status(cudaLaunchKernelEx(&config, kernel, arguments...), what);
 }
 

@@ -55,6 +55,23 @@ struct OnlineSoftmax {
     if (mine) row_sum[row] += exp2_approx(sink - offset[row]);
   }
 
+  // The same at the end. Until then, the first score that a row sees is its maximum, whose weight is 1 as rounded.
+  template <class Output>
+  __device__ __forceinline__ void join_sink(int row, float sink, float scale_log2, bool mine, Output& output) {
+    const float unscaled = __fdividef(sink, scale_log2);
+    if (unscaled > row_max[row]) {
+      const float before = row_max[row] * scale_log2;
+      set_max(row, unscaled, scale_log2);
+      const float rescale = exp2_approx(before - offset[row]);
+      row_sum[row] *= rescale;
+#pragma unroll
+      for (int i = 0; i < decltype(cute::size(output))::value; ++i) {
+        if ((i >> 1 & 1) == row) output(i) *= rescale;
+      }
+    }
+    if (mine) row_sum[row] += exp2_approx(sink - offset[row]);
+  }
+
   // Nothing to attend.
   __device__ __forceinline__ void clear() {
 #pragma unroll

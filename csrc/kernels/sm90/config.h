@@ -223,8 +223,6 @@ struct Sm90BackwardQueries {
 
 // Rows that a tensor may span over its batch: a coordinate from here on lies outside every tensor.
 inline constexpr int kSm90RowLimit = 1 << 30;
-// Keys where key blocks are no whole granules: what tells where a block ends takes the bits above.
-inline constexpr int kSm90RaggedKeyLimit = 1 << 27;
 
 // Bytes of shared memory that a CTA may use when that many share a multiprocessor, of which each CTA costs 1 KB more.
 constexpr int sm90_shared_limit(int ctas) { return 228 * 1024 / ctas - 1024; }

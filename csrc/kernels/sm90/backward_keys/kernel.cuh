@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(BackwardKeysTraits<Config>::kThreads, Config::
     } else if (warp == 2) {
       run_tile_warp<Traits>(args, storage, lane);
     } else {
-      run_gap_warp(args, lane);
+      write_key_gaps(args, lane);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();

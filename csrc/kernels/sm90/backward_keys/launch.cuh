@@ -3,16 +3,13 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <cmath>
-#include <string>
 
+#include "kernels/common/key_tiles_launch.cuh"
 #include "kernels/common/launch.cuh"
 #include "kernels/instances.h"
 #include "kernels/rows/rows.h"
 #include "kernels/sm90/backward_keys/kernel.cuh"
 #include "kernels/sm90/tensor_rows.h"
-#include "plan/mask_heads.h"
-#include "plan/score_scale.h"
 
 namespace hbsattn::kernels {
 
@@ -26,7 +23,6 @@ template <class Config>
 Status run_backward_keys(const BackwardParams& params, Stream stream) {
   using Traits = sm90::BackwardKeysTraits<Config>;
   const ForwardParams& problem = params.problem;
-  const MaskShape& shape = problem.mask.shape;
   const RowsOfTensor q = rows_of(problem.q, problem, problem.rows_q, problem.heads_q);
   const RowsOfTensor grad_out = rows_of(params.grad_out, problem, problem.rows_q, problem.heads_q);
   const RowsOfTensor k = rows_of(problem.k, problem, problem.rows_k, problem.heads_k);
@@ -37,9 +33,9 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
 
   sm90::BackwardKeysArguments args{};
   static_assert(Config::kTileM == kMostSegmentRows);
+  fill_key_tiles(params, workspace, policy, Config::kTileM, args);
   const HeadStack stack = workspace.chunks.stack;
-  const bool by_position = workspace.chunks.per_block == 0;
-  const int segment = by_position ? kGranule << workspace.chunks.segment_log2 : kGranule;
+  const int segment = 1 << args.segment_log2;
   constexpr int kChunks = Traits::kChunks, kValueChunks = Traits::kValueChunks;
   const auto encode_clipped_queries = [&](const RowsOfTensor& tensor, CUtensorMap* map) {
     return stack.heads > 1 ? encode_eight_heads(tensor.matrix, Config::kChunkColumns, stack.heads, map)
@@ -86,62 +82,21 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
       args.grad_v_batch_heads = grad_v.batch_heads;
     }
   }
-  args.mask = shape;
-  args.sequences = problem.packed ? problem.mask.sequences : nullptr;
-  args.columns = params.columns;
-  args.rules = problem.mask.rules;
-  args.items = params.key_items;
-  args.num_items = static_cast<int>(params.num_key_items);
-  args.row_words = static_cast<int>(shape.row_words());
-  args.grad_k = params.needs_k ? params.grad_k.data : nullptr;
-  args.grad_k_batch_stride = view_of(problem, params.grad_k).batch_stride;
-  args.grad_k_row_stride = params.grad_k.row_stride;
-  args.grad_k_head_stride = params.grad_k.head_stride;
-  args.grad_k_columns = view_of(problem, params.grad_k).columns;
-  args.grad_v = params.needs_v ? params.grad_v.data : nullptr;
-  args.grad_v_batch_stride = view_of(problem, params.grad_v).batch_stride;
-  args.grad_v_row_stride = params.grad_v.row_stride;
-  args.grad_v_head_stride = params.grad_v.head_stride;
-  args.grad_v_columns = view_of(problem, params.grad_v).columns;
   auto* bytes = static_cast<uint8_t*>(params.workspace);
   args.ticket = reinterpret_cast<int*>(bytes + workspace.tickets);
   args.parts_done = args.ticket + BackwardWorkspace::kTickets;
   args.part_sums = reinterpret_cast<float4*>(bytes + workspace.parts);
-  args.slots = static_cast<int>(workspace.slots);
-  args.lse = reinterpret_cast<float*>(bytes + workspace.statistics);
-  args.delta = args.lse + workspace.stacks * workspace.rows + BackwardWorkspace::kPaddingRows;
   args.grad_q = reinterpret_cast<float*>(bytes + workspace.sums);
-  args.chunks = workspace.chunks;
-  args.padding_chunk = static_cast<int>(workspace.stacks * workspace.chunks.count);
-  args.rows_q = static_cast<int>(problem.rows_q);
-  args.rows_k = static_cast<int>(problem.rows_k);
   args.q_batch_rows = q.batch_rows;
   args.grad_out_batch_rows = grad_out.batch_rows;
   args.k_batch_rows = k.batch_rows;
   args.v_batch_rows = v.batch_rows;
   args.k_batch_heads = k.batch_heads;
   args.v_batch_heads = v.batch_heads;
-  args.heads_q = problem.heads_q;
-  args.heads_k = problem.heads_k;
-  args.united = shape_key_tiles(shape, problem.head_dim).united;
-  args.sets = cut_queries(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, params.deterministic,
-                          policy);
-  args.sets_per_key_head = args.sets.count(problem.heads_q) / problem.heads_k;
-  args.all_rows_k = problem.rows_k * (problem.packed ? 1 : shape.batch);
+  args.all_rows_k = problem.rows_k * (problem.packed ? 1 : problem.mask.shape.batch);
   args.sum_batch_rows = problem.packed ? 0 : static_cast<int>(problem.rows_k);
   args.set_sums = reinterpret_cast<float*>(bytes + workspace.set_sums);
   args.set_counters = reinterpret_cast<uint32_t*>(bytes + workspace.set_counters);
-  args.heads_of_mask = count_heads_of_mask(shape, problem.heads_q);
-  // Blocks may be longer than all sequences.
-  const int64_t block_rows = std::min<int64_t>(shape.q_block_size, problem.rows_q) * stack.rows();
-  args.segments_per_block = static_cast<int>((block_rows + segment - 1) / segment);
-  while ((1 << args.segment_log2) < segment) ++args.segment_log2;
-  args.dropout = make_dropout(problem);
-  args.scale = problem.softmax_scale * args.dropout.scale;
-  const ScoreScale scale = make_score_scale(problem);
-  args.scale_log2 = scale.log2;
-  args.cap = scale.cap;
-  args.inverse_scale_log2 = 1.f / scale.log2;
 
   HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, stream));
   const bool with_queries = method == BackwardMethod::kByKeys;

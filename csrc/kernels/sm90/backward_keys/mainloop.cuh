@@ -7,13 +7,14 @@
 #include <cute/atom/copy_traits_sm90.hpp>
 #include <cute/tensor.hpp>
 
+#include "kernels/common/key_dropout.cuh"
 #include "kernels/common/ptx.cuh"
+#include "kernels/common/query_limits.cuh"
 #include "kernels/common/softcap.cuh"
-#include "kernels/sm90/backward_keys/dropout.cuh"
+#include "kernels/sm90/altered.cuh"
 #include "kernels/sm90/backward_keys/traits.cuh"
 #include "kernels/sm90/operand.cuh"
 #include "kernels/sm90/turn.cuh"
-#include "plan/rule.h"
 
 // What one consumer warpgroup does with the stages of a tile. With S the scaled scores of its 64 keys and the 64
 // queries of a stage, and rows of keys (everything is transposed):
@@ -26,91 +27,6 @@
 // while gradients of scores are exchanged, the next stage's scores while dQ leaves.
 
 namespace hbsattn::sm90 {
-
-// What each of a thread's two keys asks of a query that sees it.
-struct QueryLimits {
-  // The first such query, less the thread's column offset; where heads have rules, the query at whose place the key
-  // lies. INT_MAX: none.
-  int value[2];
-  int block;  // of the united blocks, that of the warp's keys
-
-  __device__ __forceinline__ QueryLimits(const BackwardKeysArguments& args, const KeyItem& item, int warp_key, int lane)
-      : block(item.united > 1 ? warp_key / args.mask.k_block_size : 0) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const int in_tile = warp_key + lane / 4 + 8 * row, key = item.first_key + in_tile;
-      const int place = min(key - item.diagonal, kUnboundedWindow);
-      const int first = args.mask.ruled ? place : row_of(args, rule_of(args.mask, item).first_query(key), lane);
-      value[row] = in_tile >= item.keys ? INT_MAX : first;
-    }
-  }
-
-  // In rows of the stack, as infos have them, less the thread's column offset. From 0 on, where no shift overflows.
-  static __device__ __forceinline__ int row_of(const BackwardKeysArguments& args, int query, int lane) {
-    return (max(query, 0) << args.chunks.stack.rows_log2) - 2 * (lane & 3);
-  }
-
-  // The rows of a stage that see a thread's key: from `first` on, and before `end`.
-  struct Rows {
-    int first, end;
-  };
-  // `rule`: of the stage.
-  __device__ __forceinline__ Rows find_rows(const BackwardKeysArguments& args, int row, const HeadRule& rule,
-                                            int lane) const {
-    const int place = value[row], most = kUnboundedWindow >> args.chunks.stack.rows_log2;
-    const bool of_sink = place < read_info(rule.sink, lane);
-    int first = args.mask.causal ? place : INT_MIN, end = most;
-    const int left = read_info(rule.left, lane), right = read_info(rule.right, lane);
-    if (!of_sink) {
-      if (!args.mask.causal && right < kUnboundedWindow) first = place - right;
-      if (left < most - place) end = place + left + 1;
-    }
-    return {place == INT_MAX ? INT_MAX : row_of(args, min(first, most), lane), row_of(args, end, lane)};
-  }
-};
-
-// By the rule of the stage's heads.
-template <class Scores, class Info>
-__device__ __forceinline__ void mask_by_rule(const BackwardKeysArguments& args, Scores& scores, const Info& info,
-                                             int first_granule, const QueryLimits& limits, int lane) {
-  CUTE_UNROLL
-  for (int row = 0; row < 2; ++row) {
-    // One row after the other: there are registers for the limits of one.
-    const QueryLimits::Rows rows = limits.find_rows(args, row, info.rule, lane);
-    CUTE_UNROLL
-    for (int granule = 0; granule < cute::size(scores) / 8; ++granule) {
-      const bool active = read_info(info.with[first_granule + granule], lane) >> limits.block & 1;
-      const int query = active ? read_info(info.queries[first_granule + granule], lane) : -1 - kUnboundedWindow;
-      CUTE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int in_stage = query + (j >> 1) * 8 + (j & 1);
-        float& score = scores(8 * granule + (j >> 1) * 4 + 2 * row + (j & 1));
-        score = in_stage >= rows.first && in_stage < rows.end ? score : -INFINITY;
-      }
-    }
-  }
-}
-
-// One rule for causality, united blocks and keys that do not exist, for scores of granules from some one of a stage on.
-template <class Scores, class Info>
-__device__ __forceinline__ void mask_queries(const BackwardKeysArguments& args, Scores& scores, const Info& info,
-                                             int first_granule, const QueryLimits& limits, int lane) {
-  if (args.mask.ruled) {
-    mask_by_rule(args, scores, info, first_granule, limits, lane);
-    return;
-  }
-  CUTE_UNROLL
-  for (int granule = 0; granule < cute::size(scores) / 8; ++granule) {
-    const int query = read_info(info.queries[first_granule + granule], lane);
-    const bool active = read_info(info.with[first_granule + granule], lane) >> limits.block & 1;
-    const int limit[2] = {active ? limits.value[0] : INT_MAX, active ? limits.value[1] : INT_MAX};
-    CUTE_UNROLL
-    for (int j = 0; j < 8; ++j) {
-      float& score = scores(8 * granule + j);
-      score = query + (j >> 2) * 8 + (j & 1) < limit[(j >> 1) & 1] ? -INFINITY : score;
-    }
-  }
-}
 
 template <class Traits>
 struct BackwardKeysMainloop {
@@ -145,6 +61,7 @@ struct BackwardKeysMainloop {
       : args(args), storage(storage), unit(unit), warp(warp), lane(lane), turn(unit) {}
 
   __device__ __forceinline__ int stage() const { return position % Traits::kStages; }
+  __device__ __forceinline__ auto info() const { return InfoReader(storage.infos[stage()], lane); }
   // The buffer, and the phase, of the gradients of scores of the stage at some position.
   static __device__ __forceinline__ int buffer(uint32_t position) { return position % Traits::kGradBuffers; }
   static __device__ __forceinline__ uint32_t parity(uint32_t position) { return position / Traits::kGradBuffers & 1; }
@@ -242,10 +159,10 @@ struct BackwardKeysMainloop {
   // From the products of the current stage to its weights. Those that are dropped are negative.
   __device__ __forceinline__ void weigh(Scores& scores, const Statistics& lse, const QueryLimits& limits, bool masked) {
     if constexpr (Traits::kCaps) cap_scores(scores, args.cap);
-    if (masked) mask_queries(args, scores, storage.infos[stage()], 0, limits, lane);
+    if (masked) mask_queries(args, scores, info(), 0, limits, lane);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(scores); ++i) scores(i) = exp2_approx(scores(i) * args.scale_log2 - lse[i]);
-    if (drops_weights<Traits>(args)) dropout.drop(args, scores, storage.infos[stage()], 0, lane);
+    if (drops_weights<Traits>(args)) dropout.drop(args, scores, info(), 0, lane);
   }
 
   // Turns the gradients of the weights into those of the scores. A weight that was dropped is negative, and its own

@@ -65,6 +65,7 @@ struct BackwardKeysMainloopWide {
       : args(args), storage(storage), unit(unit), warp(warp), lane(lane) {}
 
   __device__ __forceinline__ int stage() const { return position % Traits::kStages; }
+  __device__ __forceinline__ auto info() const { return InfoReader(storage.infos[stage()], lane); }
   __device__ __forceinline__ int buffer() const { return position % kBuffers; }
   __device__ __forceinline__ int weights_buffer() const { return kBuffers + buffer(); }
   __device__ __forceinline__ void wait_shared(int index) const {
@@ -142,7 +143,7 @@ struct BackwardKeysMainloopWide {
   __device__ __forceinline__ void weigh(Scores& scores, const QueryLimits& limits, bool masked) {
     const int first_granule = unit * (Traits::kScoreQueries / kGranule);
     if constexpr (Traits::kCaps) cap_scores(scores, args.cap);
-    if (masked) mask_queries(args, scores, storage.infos[stage()], first_granule, limits, lane);
+    if (masked) mask_queries(args, scores, info(), first_granule, limits, lane);
     const float* lse = of_columns(storage.lse[stage()]);
     CUTE_UNROLL
     for (int group = 0; group < Traits::kScoreQueries / 8; ++group) {
@@ -153,7 +154,7 @@ struct BackwardKeysMainloopWide {
         score = exp2_approx(score * args.scale_log2 - (j & 1 ? pair.y : pair.x));
       }
     }
-    if (drops_weights<Traits>(args)) dropout.drop(args, scores, storage.infos[stage()], first_granule, lane);
+    if (drops_weights<Traits>(args)) dropout.drop(args, scores, info(), first_granule, lane);
   }
 
   // Turns the gradients of the weights into those of the scores. A weight that was dropped is negative, and its own

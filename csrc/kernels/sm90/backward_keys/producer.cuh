@@ -4,7 +4,7 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "kernels/common/gaps.cuh"
+#include "kernels/common/key_tiles.cuh"
 #include "kernels/common/launch.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/sm90/backward_keys/traits.cuh"
@@ -21,34 +21,6 @@ namespace hbsattn::sm90 {
 inline constexpr uint64_t kGradKeepInL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
 inline constexpr uint64_t kGradPassThroughL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
 
-// An item as the other warps get it: whatever it says, and be it another mask's, nothing that is addressed by it lies
-// outside its buffer. Lengths that lie are cut to the tensors, so that no coordinate leaves them; the diagonal stays.
-template <class Traits>
-__device__ __forceinline__ KeyItem read_item(const BackwardKeysArguments& args, int work) {
-  KeyItem item{};
-  item.column = -1;
-  if (work >= args.num_items) return item;
-  item = args.items[work];
-  if (item.column < 0) return item;
-  const auto clamp = [](int value, int low, int high) { return max(min(value, high), low); };
-  const auto cols = static_cast<int>(args.mask.cols);
-  item.column = min(item.column, cols - 1);
-  item.sequence = clamp(item.sequence, 0, args.mask.batch - 1);
-  item.query_set = clamp(item.query_set, 0, args.heads_k * args.sets_per_key_head - 1);
-  item.united = clamp(item.united, 1, min(args.united, cols - item.column));
-  item.row_begin = clamp(item.row_begin, 0, static_cast<int>(args.mask.rows));
-  item.q_begin = clamp(item.q_begin, 0, args.rows_q);
-  item.k_begin = clamp(item.k_begin, 0, args.rows_k);
-  item.q_len = clamp(item.q_len, 0, args.rows_q - item.q_begin);
-  item.diagonal = clamp_diagonal(args.mask, item.diagonal, args.rows_q, args.rows_k);
-  item.first_key = clamp(item.first_key, 0, args.rows_k - item.k_begin);
-  item.keys = clamp(item.keys, 0, min(args.rows_k - item.k_begin - item.first_key, int{Traits::kTileN}));
-  item.parts = clamp(item.parts, 1, max(args.slots, 1));
-  item.part = clamp(item.part, 0, item.parts - 1);
-  item.slot = clamp(item.slot, 0, max(args.slots - item.parts, 0));
-  return item;
-}
-
 // Of the tensor maps that a launch uses, those that are read first.
 __device__ __forceinline__ void prefetch_tensor_maps(const BackwardKeysArguments& args) {
   cute::prefetch_tma_descriptor(args.whole_queries ? &args.map_q : &args.map_q_clipped);
@@ -56,26 +28,6 @@ __device__ __forceinline__ void prefetch_tensor_maps(const BackwardKeysArguments
   cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_k : &args.map_k_clipped);
   cute::prefetch_tma_descriptor(args.whole_rows ? &args.map_v : &args.map_v_clipped);
 }
-
-// The bits of the query blocks that attend to a tile from one query head.
-struct ColumnBits {
-  BitRows rows;
-  mask::RowRange blocks;  // the sequence's query blocks that the item's set has
-
-  __device__ __forceinline__ ColumnBits(const BackwardKeysArguments& args, const KeyItem& item, int head)
-      : rows{args.columns +
-                 (static_cast<int64_t>(mask_of_head(head, args.heads_of_mask)) * args.mask.cols + item.column) *
-                     args.row_words,
-             item.united, args.row_words},
-        blocks(mask::find_rows(args.mask, item.row_begin, item.q_len)) {
-    if (args.sets.windows > 1) blocks = mask::cut_rows(blocks, args.sets, item.query_set);
-  }
-
-  template <class Blocks>
-  __device__ __forceinline__ uint32_t load(int chunk, int lane) const {
-    return Blocks::load(rows, blocks.begin, blocks.end, chunk, lane);
-  }
-};
 
 template <class Traits>
 __device__ __forceinline__ int count_blocks(const ColumnBits& bits, int lane) {
@@ -148,60 +100,7 @@ __device__ __forceinline__ void load_keys(const BackwardKeysArguments& args, con
   }
 }
 
-// What goes into the next stages, one segment a lane.
-struct QueryPlan {
-  int query;   // first of this lane's segment, in the sequence; of stacked heads, row of the stack; -1: none
-  int end;     // those of the segment end here
-  int chunk;   // of the workspace, where the segment's rows begin
-  int with;    // united key blocks that are active with it, one bit each
-  bool whole;  // it ends with its last row
-  bool clean;  // every key of the tile sees every query of it
-};
-
-// Of the heads of a stack, which share a mask.
-template <bool kStacked>
-__device__ __forceinline__ HeadRule rule_of_stack(const BackwardKeysArguments& args, int stack) {
-  const int head = kStacked ? stack * args.chunks.stack.heads : stack;
-  return read_rule(args.rules, mask_of_head(head, args.heads_of_mask));
-}
-
-template <class Traits, bool kStacked, bool kRuled>
-__device__ __forceinline__ QueryPlan plan_queries(const BackwardKeysArguments& args, const KeyItem& item,
-                                                  const ColumnBits& bits, const typename Traits::Blocks& blocks,
-                                                  int stack, int position, bool exists) {
-  constexpr QueryPlan kNone{-1, 0, -1, 0, true, false};
-  int entry, from_end;
-  args.segments_per_block(entry, from_end, position);
-  if (!exists || entry >= blocks.made) return kNone;
-  const int segment = args.segments_per_block.divisor - 1 - from_end;
-  const int row = blocks.column(entry), block = row - item.row_begin;
-  const int in_block = segment << args.segment_log2, rows = 1 << args.segment_log2;
-  QueryPlan plan;
-  const int stack_log2 = kStacked ? args.chunks.stack.rows_log2 : 0;
-  plan.query = (block * args.mask.q_block_size << stack_log2) + in_block;
-  plan.end = min((block + 1) * args.mask.q_block_size, item.q_len) << stack_log2;
-  if (plan.query >= plan.end) return kNone;
-  plan.chunk = stack * static_cast<int>(args.chunks.count);
-  if (!kStacked && args.chunks.per_block > 0) {
-    plan.chunk += row * args.chunks.per_block + in_block / kGranule;
-  } else {
-    plan.chunk += args.chunks.first(item.sequence, item.q_begin) + plan.query / kGranule;
-  }
-  plan.with = item.united > 1 ? bits.rows.with(row) : 1;
-  plan.whole = args.whole_queries && plan.query + rows <= plan.end;
-  const int last_key = item.first_key + item.keys - 1;
-  plan.clean = item.keys == Traits::kTileN && plan.with == (1 << item.united) - 1;
-  const int first_query = plan.query >> stack_log2;
-  if constexpr (!kRuled) {
-    plan.clean = plan.clean && rule_of(args.mask, item).is_clean(first_query, last_key);
-  } else {
-    const int last_query = (min(plan.query + rows, plan.end) - 1) >> stack_log2;
-    plan.clean = plan.clean && rule_of(args.mask, item, rule_of_stack<kStacked>(args, stack))
-                                   .is_clean(first_query, last_query, item.first_key, last_key);
-  }
-  return plan;
-}
-
+// What goes into the next stages, one segment of queries a lane.
 template <class Traits, bool kStacked, bool kRuled>
 __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, typename Traits::Storage& storage,
                                            const KeyItem& item, const QueryPlan& plan, int stack, int stage_of_plan,
@@ -329,7 +228,7 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
   RingPosition<1> wanted(0);
   int work = blockIdx.x;
   while (true) {
-    const KeyItem item = read_item<Traits>(args, work);
+    const KeyItem item = read_key_item<Traits::kTileN>(args, work);
     const bool last = item.column < 0;
     int stages = 0;  // over all heads
     const int first_head = args.sets.first_head(item.query_set), end_head = first_head + args.sets.tile_heads;
@@ -340,7 +239,7 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
     if (lane == 0) {
       KeyTileSlot& tile = storage.tiles[slot.index];
       // Read again, as counting leaves no registers for all of it.
-      const KeyItem announced = read_item<Traits>(args, work);
+      const KeyItem announced = read_key_item<Traits::kTileN>(args, work);
       tile.item = announced;
       const int64_t part = announced.part, parts = announced.parts;
       tile.first_stage = parts > 1 ? static_cast<int>(stages * part / parts) : 0;
@@ -397,7 +296,7 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
           const int first_segment = planned << segments_log2;
           const int end_segment = min(min(planned + plan_stages, end_of_head) << segments_log2, segments);
           blocks.expand(args.segments_per_block.div(end_segment + args.segments_per_block.divisor - 1));
-          const QueryPlan plan = plan_queries<Traits, kStacked, kRuled>(
+          const QueryPlan plan = plan_queries<Traits::kTileN, kStacked, !kStacked, kRuled>(
               args, item, bits, blocks, stack, first_segment + lane, first_segment + lane < end_segment);
           __syncwarp();
 #pragma unroll 1
@@ -415,22 +314,6 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
     mbarrier_arrive_warp(&storage.tile_empty[slot.index], lane);
     slot.advance();
   }
-}
-
-// Writes the keys that belong to no tile.
-__device__ __forceinline__ void run_gap_warp(const BackwardKeysArguments& args, int lane) {
-  if (args.sequences == nullptr) return;
-  visit_gaps(
-      args.mask.batch, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), lane,
-      [&](int index) { return find_key_gap(args.mask, args.sequences, index, args.rows_k); },
-      [&](int row) {
-        const auto clear = [&](void* grad, int64_t row_stride, int64_t head_stride, int columns) {
-          if (grad == nullptr) return;  // not needed
-          clear_row(static_cast<uint16_t*>(grad) + row * row_stride, head_stride, args.heads_k, columns, lane);
-        };
-        clear(args.grad_k, args.grad_k_row_stride, args.grad_k_head_stride, args.grad_k_columns);
-        clear(args.grad_v, args.grad_v_row_stride, args.grad_v_head_stride, args.grad_v_columns);
-      });
 }
 
 // Loads the keys and values of every tile that has stages.

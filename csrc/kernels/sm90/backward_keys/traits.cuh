@@ -9,11 +9,9 @@
 
 #include "hbsattn/params.h"
 #include "kernels/common/bit_row.cuh"
+#include "kernels/common/key_tiles.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/sm90/config.h"
-#include "plan/dropout.h"
-#include "plan/rows.h"
-#include "plan/score_scale.h"
 
 namespace hbsattn::sm90 {
 
@@ -35,6 +33,22 @@ struct StageInfo {
 
 // A word of it, for all lanes: only lane 0 tells the producer that it has read a stage.
 __device__ __forceinline__ int read_info(const int& word, int lane) { return uniform(lane == 0 ? word : 0); }
+
+// The same as masks and dropout read it.
+template <class Info>
+struct InfoReader {
+  const Info& info;
+  const int lane;
+
+  __device__ __forceinline__ InfoReader(const Info& info, int lane) : info(info), lane(lane) {}
+
+  __device__ __forceinline__ int query(int granule) const { return read_info(info.queries[granule], lane); }
+  __device__ __forceinline__ int with(int granule) const { return read_info(info.with[granule], lane); }
+  __device__ __forceinline__ int stack() const { return read_info(info.stack, lane); }
+  __device__ __forceinline__ int sink() const { return read_info(info.rule.sink, lane); }
+  __device__ __forceinline__ int left() const { return read_info(info.rule.left, lane); }
+  __device__ __forceinline__ int right() const { return read_info(info.rule.right, lane); }
+};
 
 // A tile as the producer announces it to the other warps.
 struct KeyTileSlot {
@@ -176,7 +190,7 @@ struct BackwardKeysTraits {
 
 // What the kernel gets, by value. Coordinates of batched tensors are batch * *_batch_rows + row and
 // batch * *_batch_heads + head.
-struct BackwardKeysArguments {
+struct BackwardKeysArguments : KeyTiles {
   // Whole rows: (columns of a chunk, rows, chunks, groups of 8 rows, heads), box of one segment. Of stacked heads these
   // are the rows, and queries the heads.
   CUtensorMap map_q, map_grad_out;
@@ -187,52 +201,22 @@ struct BackwardKeysArguments {
   // of stacked heads: 8 heads of a query, (columns, heads of a stack, stacks, 1, queries).
   CUtensorMap map_q_clipped, map_grad_out_clipped, map_k_clipped, map_v_clipped;
 
-  MaskShape mask;
-  const Sequence* sequences;  // null: rows are not packed, and tiles write all of them
-  const uint32_t* columns;
-  const HeadRule* rules;  // null: no head has one
-  const KeyItem* items;
-  int num_items;
   int* ticket;
   int* parts_done;  // (slots, warpgroups): parts of a tile that are done, counted in its first slot
   float4*
       part_sums;  // (slots, warpgroups): gradients of keys and values that parts leave, in the order of accumulators
-  int slots;
-  int row_words;  // of a column
-
-  void *grad_k, *grad_v;                                               // null: not needed
-  int64_t grad_k_batch_stride, grad_k_row_stride, grad_k_head_stride;  // elements
-  int64_t grad_v_batch_stride, grad_v_row_stride, grad_v_head_stride;
-  int grad_k_columns, grad_v_columns;
-
-  float* lse;    // (stacks, chunks, 16), and rows for padding
-  float* delta;  // the same
   float* grad_q;
-  QueryChunks chunks;
-  int padding_chunk;  // in lse and delta
 
-  int rows_q, rows_k;  // per batch entry; all, when packed
   int q_batch_rows, grad_out_batch_rows, k_batch_rows, v_batch_rows;
   int k_batch_heads, v_batch_heads;
-  int heads_q, heads_k;
-  int united;             // key blocks that a tile may unite
-  QuerySets sets;         // a tile streams the queries of one
-  int sets_per_key_head;  // if more than one, their tiles of the same keys pass on:
-  float* set_sums;        // (heads_k, all_rows_k, 2 x head dim of the kernel), see SetSum
+  // If a key head has several sets of queries, their tiles of the same keys pass on:
+  float* set_sums;  // (heads_k, all_rows_k, 2 x head dim of the kernel), see SetSum
   // (heads_k, all_rows_k, warps that share a row), of which those of each warp's first row count.
   uint32_t* set_counters;
   int64_t all_rows_k;  // over the batch
   int sum_batch_rows;  // between batch entries; 0 when packed
-  int heads_of_mask;   // query heads that share a mask
-  int segment_log2;    // a segment is the largest power of two rows, up to kTileM, that divides a block's, over a stack
-  cutlass::FastDivmod segments_per_block;
-  bool whole_rows;          // maps of whole rows can be used; otherwise all rows come through the clipped maps
-  bool whole_queries;       // the same for queries
-  float scale, scale_log2;  // of gradients of keys, and of scores
-  // Of kernels that alter weights.
-  Dropout dropout;
-  ScoreCap cap;
-  float inverse_scale_log2;  // 1 / scale_log2
+  bool whole_rows;     // maps of whole rows can be used; otherwise all rows come through the clipped maps
+  bool whole_queries;  // the same for queries
 };
 
 }  // namespace hbsattn::sm90

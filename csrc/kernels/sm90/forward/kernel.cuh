@@ -82,21 +82,6 @@ __device__ __forceinline__ void run_consumer(const QueryTileArguments& args, typ
   }
 }
 
-// Records the clock of this multiprocessor, where its first CTA begins or its last one ends. Numbers of multiprocessors
-// may have gaps.
-__device__ __forceinline__ void record_cycles(const QueryTileArguments& args, bool end) {
-  int number;
-  asm volatile("mov.u32 %0, %smid;" : "=r"(number));
-  if (number >= args.cycle_rows) return;
-  unsigned long long* row = args.cycles + 2 * number;
-  const auto now = static_cast<unsigned long long>(clock64());
-  if (end) {
-    atomicMax(row + 1, now);
-  } else {
-    atomicCAS(row, 0ull, now);
-  }
-}
-
 // A persistent CTA: four producer warps and one to three consumer warpgroups, which meet at the barriers of Storage
 // only. kGeneral: for ragged blocks, boxes of several heads and united blocks, which the fast path has no code for.
 template <class Config, bool kGeneral>

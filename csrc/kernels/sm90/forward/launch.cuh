@@ -31,18 +31,13 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   using Traits = sm90::QueryTileTraits<Config>;
   sm90::QueryTileArguments args{};
   bool general = false;
-  const bool for_backward = takes_gradient_tiles(params);
+  const bool for_backward = alters_weights(params);  // takes_gradient_tiles() of this family
   HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(params, for_backward, args, general));
   const TileShape tiles =
       shape_tiles(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, for_backward);
   const bool pairs = tiles.pairs;
   if (pairs) choose_part<Config>(params, args);
-  if (params.cycles != nullptr) {
-    int device_capability = 0, multiprocessors = 0;
-    HBSATTN_RETURN_IF_ERROR(current_device(&device_capability, &multiprocessors));
-    args.cycles = reinterpret_cast<unsigned long long*>(params.cycles);
-    args.cycle_rows = 2 * multiprocessors;
-  }
+  HBSATTN_RETURN_IF_ERROR(record_cycles_of(params, args));
   auto* kernel = sm90::forward_kernel<Config, Config::kAltered>;
   if constexpr (Config::kWithGeneral) {
     if (general) kernel = sm90::forward_kernel<Config, true>;

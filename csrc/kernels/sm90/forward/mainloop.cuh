@@ -6,10 +6,11 @@
 #include <cute/tensor.hpp>
 
 #include "kernels/common/ptx.cuh"
+#include "kernels/common/query_dropout.cuh"
 #include "kernels/common/softcap.cuh"
 #include "kernels/common/softmax.cuh"
+#include "kernels/sm90/altered.cuh"
 #include "kernels/sm90/operand.cuh"
-#include "kernels/sm90/query_tiles/dropout.cuh"
 #include "kernels/sm90/query_tiles/limits.cuh"
 #include "kernels/sm90/query_tiles/traits.cuh"
 #include "kernels/sm90/turn.cuh"

@@ -3,14 +3,13 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 
 #include "kernels/common/launch.cuh"
+#include "kernels/common/query_tiles_launch.cuh"
 #include "kernels/instances.h"
 #include "kernels/sm90/query_tiles/traits.cuh"
 #include "kernels/sm90/tensor_rows.h"
-#include "plan/score_scale.h"
 
 namespace hbsattn::kernels {
 
@@ -29,13 +28,11 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
     k = v = {q.matrix, 0, 0};
     k.matrix.heads = v.matrix.heads = 1;
   }
-  const int group = params.heads_q / params.heads_k;
   const TileShape tiles =
       shape_tiles(shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, for_backward);
   const auto block_rows = static_cast<int>(tiles.block_rows);
-  args.packed_heads = tiles.packed_heads;
-  args.united = tiles.united;
-  args.block_rows = block_rows;
+  fill_query_tiles(params, for_backward, Config::kTileN, args);
+  const int segment = 1 << args.segment_log2;
   if (args.packed_heads > 1 && shape.q_block_size % kGranule != 0) {
     args.box_rows = shape.q_block_size;
     args.box_heads = args.packed_heads;
@@ -48,9 +45,6 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
     args.query_piece = args.box_rows;
     args.query_bytes = Traits::kUnitBytes;
   }
-  args.ragged_blocks = shape.k_block_size % kGranule != 0;
-  const int segment =
-      args.ragged_blocks ? kGranule : std::min(shape.k_block_size & -shape.k_block_size, Config::kTileN);
   HBSATTN_RETURN_IF_ERROR(encode_rows(q.matrix, Config::kChunkColumns, args.box_rows, args.box_heads, &args.map_q));
   HBSATTN_RETURN_IF_ERROR(encode_rows(out.matrix, Config::kChunkColumns, args.box_rows, args.box_heads, &args.map_out));
   HBSATTN_RETURN_IF_ERROR(encode_clipped_rows(q.matrix, Config::kChunkColumns, &args.map_q_clipped));
@@ -81,22 +75,8 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
     args.whole_v_rows = count_rows(v.matrix);
   }
 
-  args.mask = shape;
-  args.sequences = params.packed ? params.mask.sequences : nullptr;
-  args.bits = params.mask.bits;
-  args.rules = params.mask.rules;
-  args.items = params.items;
-  args.num_items = static_cast<int>(params.num_items);
   args.item_step = 1;
   args.ticket = static_cast<int*>(params.workspace);
-  args.out = params.out.data;
-  args.out_batch_stride = view_of(params, params.out).batch_stride;
-  args.out_columns = view_of(params, params.out).columns;
-  args.out_row_stride = params.out.row_stride;
-  args.out_head_stride = params.out.head_stride;
-  args.lse = params.lse;
-  args.rows_q = static_cast<int>(params.rows_q);
-  args.rows_k = static_cast<int>(params.rows_k);
   args.q_batch_rows = q.batch_rows;
   args.k_batch_rows = k.batch_rows;
   args.v_batch_rows = v.batch_rows;
@@ -105,22 +85,6 @@ Status set_arguments(const ForwardParams& params, bool for_backward, sm90::Query
   args.k_batch_heads = k.batch_heads;
   args.v_batch_heads = v.batch_heads;
   args.out_batch_heads = out.batch_heads;
-  args.lse_batch_stride_rows = params.packed ? 0 : args.rows_q;
-  args.heads_q = params.heads_q;
-  args.heads_per_key_head = group;
-  args.row_words = static_cast<int>(shape.words());
-  args.q_block_size = shape.q_block_size;
-  args.k_block_size = shape.k_block_size;
-  // Blocks may be longer than all sequences; those then have one.
-  const auto block_keys = static_cast<int>(std::clamp<int64_t>(params.rows_k, 1, shape.k_block_size));
-  args.segments_per_block = (block_keys + segment - 1) / segment;
-  while ((1 << args.segment_log2) < segment) ++args.segment_log2;
-  args.sinks = params.sinks;
-  args.dropout = make_dropout(params);
-  const ScoreScale scale = make_score_scale(params);
-  args.cap = scale.cap;
-  args.scale = scale.natural;
-  args.scale_log2 = scale.log2;
   general = needs_general_kernel(params, tiles);
   return Status::Ok();
 }

@@ -4,15 +4,12 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "kernels/common/gaps.cuh"
 #include "kernels/common/launch.cuh"
 #include "kernels/common/ptx.cuh"
-#include "kernels/common/sinks.cuh"
 #include "kernels/sm90/altered.cuh"
 #include "kernels/sm90/query_tiles/pairs.cuh"
 #include "kernels/sm90/query_tiles/traits.cuh"
 #include "kernels/sm90/tensor_map.h"
-#include "plan/rule.h"
 
 // The warps that move data. One announces tiles, one loads keys, one values, one queries; it also stores outputs.
 
@@ -21,49 +18,6 @@ namespace hbsattn::sm90 {
 // Keys and values are read by every query tile that needs them; queries once.
 inline constexpr uint64_t kKeepInL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
 inline constexpr uint64_t kPassThroughL2 = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);
-
-// Where a virtual row of a tile lies.
-struct RowPlace {
-  int head;   // query head
-  int row;    // in the sequence
-  int count;  // rows of the block and the sequence from here on; 0 or less: none
-};
-
-// kSeveral: as kSeveralBlocks.
-template <bool kSeveral>
-__device__ __forceinline__ RowPlace place_row(const QueryTileArguments& args, const WorkItem& item, int row_in_tile) {
-  int in_block = item.first_row + row_in_tile, block_row = item.block_row;
-  bool exists = true;
-  if (kSeveral) {
-    int block;
-    args.block_rows(block, in_block, in_block);
-    exists = block < item.united;
-    block_row += block * args.q_block_size.divisor;
-  }
-  int head_in_pack, query;
-  args.q_block_size(head_in_pack, query, in_block);
-  const int row = block_row + query;
-  const int end = min(item.q_len, block_row + args.q_block_size.divisor);
-  return {item.head + head_in_pack, row, exists && head_in_pack < args.packed_heads ? end - row : 0};
-}
-
-// A natural score; -inf: the head has none.
-__device__ __forceinline__ float sink_of_head(const QueryTileArguments& args, int head) {
-  return args.sinks == nullptr ? -INFINITY : read_sink(args.sinks, head);
-}
-
-template <class Element>
-__device__ __forceinline__ Element* out_of_row(const QueryTileArguments& args, const WorkItem& item,
-                                               const RowPlace& place) {
-  return static_cast<Element*>(args.out) + item.sequence * args.out_batch_stride +
-         (static_cast<int64_t>(item.q_begin) + place.row) * args.out_row_stride + place.head * args.out_head_stride;
-}
-
-template <bool kGeneral>
-__device__ __forceinline__ BitRows rows_of(const QueryTileArguments& args, const WorkItem& item) {
-  return {args.bits + static_cast<int64_t>(item.bit_row) * args.row_words, kGeneral ? max(item.united, 1) : 1,
-          args.row_words};
-}
 
 // The tile that a slot announces. Every warp that has read it releases the slot: one of kTileReaders arrivals.
 template <class Storage, class Position>
@@ -76,62 +30,6 @@ template <class Storage, class Position>
 __device__ __forceinline__ void release_tile(Storage& storage, Position& position, int lane) {
   mbarrier_arrive_warp(&storage.tile_empty[position.index], lane);
   position.advance();
-}
-
-// An item as the other warps get it: whatever it says, and be it another mask's, nothing that is addressed by it lies
-// outside its buffer. Lengths that lie are cut to the tensors, so that no coordinate leaves them; the diagonal stays.
-template <bool kSeveral, bool kPairs>
-__device__ __forceinline__ void clamp_item(const QueryTileArguments& args, WorkItem& item) {
-  if (item.bit_row < 0) return;
-  const auto rows = static_cast<int>(args.mask.rows);  // of a mask head
-  const auto clamp = [](int value, int low, int high) { return max(min(value, high), low); };
-  item.bit_row = min(item.bit_row, args.mask.heads * rows - 1);
-  item.sequence = clamp(item.sequence, 0, args.mask.batch - 1);
-  item.head = clamp(item.head, 0, args.heads_q - args.packed_heads);
-  item.q_begin = clamp(item.q_begin, 0, args.rows_q);
-  item.k_begin = clamp(item.k_begin, 0, args.rows_k);
-  item.q_len = clamp(item.q_len, 0, args.rows_q - item.q_begin);
-  [[maybe_unused]] const bool cut = item.k_len > args.rows_k - item.k_begin;
-  item.k_len = clamp(item.k_len, 0, args.rows_k - item.k_begin);
-  item.diagonal = clamp_diagonal(args.mask, item.diagonal, args.rows_q, args.rows_k);
-  item.block_row = clamp(item.block_row, 0, args.rows_q);
-  item.first_row = clamp(item.first_row, 0, args.block_rows.divisor);
-  const auto cols = static_cast<int>(args.mask.cols);
-  item.col_end = clamp(item.col_end, 0, cols);
-  if constexpr (kPairs) {
-    // Both rows are of one mask head.
-    if (item.bit_row % rows == rows - 1) --item.bit_row;
-    // Key blocks that one or the other is active with are no more than the mask has; `blocks` counts some twice.
-    item.alone[0] = clamp(item.alone[0], 0, cols);
-    item.alone[1] = clamp(item.alone[1], 0, cols - item.alone[0]);
-    const int alone = item.alone[0] + item.alone[1];
-    item.blocks = clamp(item.blocks, alone, alone + 2 * (cols - alone));
-  } else {
-    item.blocks = clamp(item.blocks, 0, cols);
-    // Which blocks need masks was planned for the length that the item claims.
-    item.masked = cut ? item.blocks : clamp(item.masked, 0, item.blocks);
-    item.alone[0] = clamp(item.tail(), 0, item.blocks);
-  }
-  if (kSeveral) item.united = clamp(min(item.united, rows - item.bit_row % rows), 1, args.united);
-}
-
-// Of a clamped item.
-__device__ __forceinline__ HeadRule rule_of_head(const QueryTileArguments& args, const WorkItem& item) {
-  return read_rule(args.rules, args.rules == nullptr ? 0 : item.bit_row / static_cast<int>(args.mask.rows));
-}
-
-template <bool kSeveral>
-__device__ __forceinline__ int key_end_of_tile(const QueryTileArguments& args, const WorkItem& item, int tile_rows) {
-  if (!args.mask.causal && !args.mask.ruled) return item.k_len;
-  // The last row of a tile that spans several heads is the block's last row.
-  const int last_virtual = item.first_row + tile_rows - 1;
-  int last_head, last_in_block;
-  args.q_block_size(last_head, last_in_block, last_virtual);
-  if (last_head != args.q_block_size.div(item.first_row)) last_in_block = args.q_block_size.divisor - 1;
-  if (kSeveral && item.united > 1) last_in_block = item.united * args.q_block_size.divisor - 1;
-  const int last_row = min(item.block_row + last_in_block, item.q_len - 1);
-  if (args.mask.ruled) return rule_of(args.mask, item, rule_of_head(args, item)).visible_end(last_row, item.k_len);
-  return rule_of(args.mask, item).visible_end(last_row, item.k_len);
 }
 
 template <class Traits, bool kGeneral, class Arguments>
@@ -195,33 +93,12 @@ __device__ __forceinline__ void list_segments(const QueryTileArguments& args, ty
     const int first = (listed << segments_log2) - padding;
     const int last = (min(listed + slot_stages<Traits>(args), stages) << segments_log2) - padding;
     blocks.expand(args.segments_per_block.div(last + args.segments_per_block.divisor - 1));
-    const int position = first + lane;
-    int key = -1, end = key_end;
-    uint32_t with = 0;
-    // Bits that were changed since they were counted may be fewer: a column that was never made is padding, too.
-    if (position >= 0 && position < last) {
-      if (!kGeneral && args.segments_per_block.divisor == 1) {
-        if (position < blocks.made) key = blocks.column(position) * args.k_block_size;
-      } else {
-        // Blocks come in descending order, and so do the segments in them.
-        int entry, from_end;
-        args.segments_per_block(entry, from_end, position);
-        if (entry < blocks.made) {
-          const int segment = args.segments_per_block.divisor - 1 - from_end;
-          const int column = blocks.column(entry), block_key = column * args.k_block_size;
-          key = block_key + (segment << args.segment_log2);
-          if (kGeneral) {
-            end = min(block_key + args.k_block_size, end);
-            with = item.united > 1 ? rows.with(column) : 1;
-          }
-        }
-      }
-    }
+    const Segment segment = find_segment<kGeneral>(args, item, rows, blocks, first + lane, last, key_end);
     mbarrier_wait(&storage.segments_empty[slot.index], slot.parity);
-    storage.segment_keys[slot.index][lane] = key;
+    storage.segment_keys[slot.index][lane] = segment.key;
     if (kGeneral) {
-      storage.segment_ends[slot.index][lane] = end;
-      storage.segment_with[slot.index][lane] = with;
+      storage.segment_ends[slot.index][lane] = segment.end;
+      storage.segment_with[slot.index][lane] = segment.with;
     }
     mbarrier_arrive(&storage.segments_full[slot.index]);
     slot.advance();
@@ -235,7 +112,6 @@ __device__ __forceinline__ void announce_tile(const QueryTileArguments& args, ty
                                               RingPosition<Traits::kSegmentSlots>& segment_slot, const WorkItem& item,
                                               int lane) {
   const int stage_segments_log2 = Traits::kTileNLog2 - args.segment_log2;
-  const int segments = 1 << stage_segments_log2;
   const bool last = item.bit_row < 0;
   uint32_t first_word = 0;
   if (!last && item.blocks > 0) {
@@ -243,20 +119,15 @@ __device__ __forceinline__ void announce_tile(const QueryTileArguments& args, ty
                                       Traits::Blocks::first_chunk(item.col_end), lane);
   }
 
-  const int item_segments = item.blocks * args.segments_per_block.divisor;
-  const int stages = (item_segments + segments - 1) >> stage_segments_log2;
-  const int padding = stages * segments - item_segments;
+  const TileStages counted = count_stages<kGeneral>(args, item, stage_segments_log2);
   const int key_end = last ? 0 : key_end_of_tile<kGeneral>(args, item, Traits::kTileM);
   mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
   if (lane == 0) {
     TileSlot& announced = storage.tiles[slot.index];
     announced.item = item;
-    announced.stages = stages;
-    const int masked = (padding + item.masked * args.segments_per_block.divisor + segments - 1) >> stage_segments_log2;
-    announced.masked_stages = kGeneral && args.ragged_blocks ? stages : min(stages, max(1, masked));
-    // Padding comes first, so the list's end is that of a stage.
-    const int tail = (item.tail() * args.segments_per_block.divisor + segments - 1) >> stage_segments_log2;
-    announced.clean_end = max(stages - tail, announced.masked_stages);
+    announced.stages = counted.stages;
+    announced.masked_stages = counted.masked;
+    announced.clean_end = counted.clean_end;
     if (args.mask.ruled && !last) {
       const HeadRule rule = rule_of_head(args, item);
       announced.rule = {rule.left, rule.right, rule.sink, item.k_len};
@@ -266,7 +137,8 @@ __device__ __forceinline__ void announce_tile(const QueryTileArguments& args, ty
   }
   slot.advance();
   if (last) return;
-  list_segments<Traits, kGeneral>(args, storage, segment_slot, item, first_word, stages, padding, key_end, lane);
+  list_segments<Traits, kGeneral>(args, storage, segment_slot, item, first_word, counted.stages, counted.padding,
+                                  key_end, lane);
 }
 
 // The same for a tile of a pair.
@@ -299,23 +171,6 @@ __device__ __forceinline__ void announce_pair(const QueryTileArguments& args, ty
     mbarrier_arrive(&storage.segments_full[segment_slot.index]);
     segment_slot.advance();
   });
-}
-
-// Writes the rows that belong to no tile.
-template <class Traits>
-__device__ __forceinline__ void write_gaps(const QueryTileArguments& args, int lane) {
-  visit_gaps(
-      args.mask.batch, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), lane,
-      [&](int index) { return find_query_gap(args.mask, args.sequences, index, args.rows_q); },
-      [&](int row) {
-        clear_row(static_cast<uint16_t*>(args.out) + row * args.out_row_stride, args.out_head_stride, args.heads_q,
-                  args.out_columns, lane);
-        if constexpr (!Traits::kForGradients) {
-          for (int head = lane; head < args.heads_q; head += 32) {
-            args.lse[static_cast<int64_t>(head) * args.rows_q + row] = -INFINITY;
-          }
-        }
-      });
 }
 
 // Takes tiles off the work list, announces them, and lists their segments.
@@ -351,7 +206,7 @@ __device__ __forceinline__ void run_tile_warp(const QueryTileArguments& args, ty
     }
   }
   // The consumers still compute the last tile.
-  if (args.sequences != nullptr) write_gaps<Traits>(args, lane);
+  if (args.sequences != nullptr) write_gaps<!Traits::kForGradients>(args, lane);
 }
 
 // What goes into the next stages, one segment a lane, so that a stage costs few instructions: those of these warps take

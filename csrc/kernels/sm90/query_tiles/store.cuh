@@ -12,12 +12,6 @@
 
 namespace hbsattn::sm90 {
 
-__device__ __forceinline__ float* lse_of_row(const QueryTileArguments& args, const WorkItem& item,
-                                             const RowPlace& place) {
-  return args.lse + static_cast<int64_t>(item.sequence) * args.lse_batch_stride_rows * args.heads_q +
-         static_cast<int64_t>(place.head) * args.rows_q + item.q_begin + place.row;
-}
-
 // Converts the output of 64 rows, an accumulator of Mma, and leaves it where the buffer warp stores it from.
 template <class Traits, class Mma, class Output>
 __device__ __forceinline__ void leave_output(typename Traits::Storage& storage, const Output& output, int unit,

@@ -12,8 +12,8 @@
 #include <cute/tensor.hpp>
 
 #include "hbsattn/params.h"
-#include "kernels/common/bit_row.cuh"
 #include "kernels/common/dropout.cuh"
+#include "kernels/common/query_tiles.cuh"
 #include "kernels/sm90/config.h"
 #include "plan/pairs.h"
 #include "plan/score_scale.h"
@@ -38,20 +38,6 @@ inline constexpr int kTileLeadKeys = 512;
 
 // Row coordinate that lies outside every tensor: the box is zero-filled and still counts its bytes.
 inline constexpr int kOutOfBounds = kSm90RowLimit;
-// What the key warp tells of a granule: its first key, or, where a block ends inside it, the complement of
-// 16 * first key + last key - first key. kNoKey: it holds none.
-inline constexpr int kNoKey = 0x3fffffff;  // above every limit
-static_assert(int64_t{kGranule} * kSm90RaggedKeyLimit <= int64_t{1} << 31, "room for the second form");
-
-__device__ __forceinline__ int encode_granule(int first_key, int end) {
-  if (end <= first_key) return kNoKey;
-  return end - first_key < kGranule ? ~(kGranule * first_key + end - first_key - 1) : first_key;
-}
-__device__ __forceinline__ int granule_first_key(int code) { return code < 0 ? ~code / kGranule : code; }
-__device__ __forceinline__ int granule_last_key(int code) {
-  return code < 0 ? ~code / kGranule + ~code % kGranule : INT_MAX;
-}
-
 // How the stages of a pair of query blocks are filled.
 struct PairStages {
   PairOrder order;
@@ -63,11 +49,6 @@ struct PairStages {
 
 // Beside the owner of a stage: it is a masked one.
 inline constexpr uint32_t kMaskedStage = 4;
-
-// What masks need of the rule of a tile's head, as read_rule() has it, and the end of its sequence's keys.
-struct alignas(16) TileRule {
-  int left, right, sink, key_end;
-};
 
 // A tile as the tile warp announces it to the other warps.
 struct TileSlot {
@@ -194,7 +175,7 @@ struct RowTail {
 
 // What the kernel gets, by value. Coordinates of batched tensors are batch * *_batch_rows + row and
 // batch * *_batch_heads + head.
-struct QueryTileArguments {
+struct QueryTileArguments : QueryTiles {
   CUtensorMap map_q;    // (columns, rows, heads), box kChunkColumns x box_rows x box_heads
   CUtensorMap map_out;  // the same
   // Whole rows: (columns of a chunk, rows, chunks, groups of 8 rows, heads), box of one segment.
@@ -203,50 +184,20 @@ struct QueryTileArguments {
   CUtensorMap map_k_clipped, map_v_clipped;
   CUtensorMap map_q_clipped;  // the same, for boxes of one head
 
-  MaskShape mask;
-  const Sequence* sequences;  // null: rows are not packed, and tiles write all of them
-  const uint32_t* bits;
-  const HeadRule* rules;  // null: no head has one
-  const WorkItem* items;
-  int num_items;
   int item_step;  // to the next record. -1: behind pairs, the list is read from its end, at which `items` points
   int* ticket;    // not read where every item has a CTA
-  unsigned long long* cycles;  // optional, cycle_rows x 2
-  int cycle_rows;
 
-  void* out;
-  int64_t out_batch_stride, out_row_stride, out_head_stride;  // elements
-  int out_columns;
-  float* lse;
-
-  int rows_q, rows_k;  // per batch entry; all, when packed
   int q_batch_rows, k_batch_rows, v_batch_rows, out_batch_rows;
   int q_batch_heads, k_batch_heads, v_batch_heads, out_batch_heads;
-  int lse_batch_stride_rows;  // 0 when packed
-  int heads_q;
-  cutlass::FastDivmod heads_per_key_head;
-  int row_words;  // of a bit row
-  cutlass::FastDivmod q_block_size;
-  int packed_heads;                // query heads that share a tile's block list
-  int united;                      // query blocks that a tile may unite
-  cutlass::FastDivmod block_rows;  // packed_heads * q_block_size
   int query_piece;  // virtual rows that one query or output box moves: box_rows of each of box_heads heads
   int box_rows, box_heads;
   uint32_t query_bytes;  // that arrive for a unit
-  int k_block_size;
-  int segment_log2;  // a segment is the largest power of two rows, up to kTileN, that divides k_block_size
-  cutlass::FastDivmod segments_per_block;
-  bool ragged_blocks;  // k_block_size is no multiple of a granule: the last segment of a block is short
-  bool whole_rows;     // map_k and map_v can be used; otherwise every stage goes through the clipped maps
+  bool whole_rows;       // map_k and map_v can be used; otherwise every stage goes through the clipped maps
   // Boxes of whole rows bring there what follows in memory; behind the last row of a tensor, which whole_k_rows and
   // whole_v_rows leave out, that may be nobody's.
   RowTail k_tail, v_tail;
   int whole_k_rows, whole_v_rows;
-  const float* sinks;  // (heads_q), natural; null: there are none
-  Dropout dropout;     // of kernels that alter weights, as is `cap`
-  ScoreCap cap;
-  float scale, scale_log2;  // of scores; of gradients of queries, `scale` is theirs
-  float zero;               // 0, unknown to the compiler
+  float zero;  // 0, unknown to the compiler
 };
 
 // Stages that a slot of segments holds. With many segments a stage, a lane's worth of them each; with few, no more than

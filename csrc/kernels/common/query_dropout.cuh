@@ -1,14 +1,16 @@
 #pragma once
 
+#include <cute/tensor.hpp>
+
 #include "kernels/common/dropout.cuh"
-#include "kernels/sm90/query_tiles/producer.cuh"
+#include "kernels/common/query_tiles.cuh"
 
 // Dropout in tiles of queries: kernels that alter weights have it.
 
-namespace hbsattn::sm90 {
+namespace hbsattn {
 
 // Tells a warp of which queries its 16 rows are. In shared memory, as registers are scarce.
-__device__ __forceinline__ void leave_rows(const QueryTileArguments& args, const WorkItem& item, int warp_row, int lane,
+__device__ __forceinline__ void leave_rows(const QueryTiles& args, const WorkItem& item, int warp_row, int lane,
                                            DropoutRow* rows) {
   __syncwarp();  // all have read those of the tile before
   if (lane < kGranule) {
@@ -38,4 +40,4 @@ __device__ __forceinline__ void drop_weights(const Dropout& dropout, const Dropo
   });
 }
 
-}  // namespace hbsattn::sm90
+}  // namespace hbsattn

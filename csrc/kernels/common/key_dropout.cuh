@@ -1,10 +1,14 @@
 #pragma once
 
-#include "kernels/common/dropout.cuh"
-#include "kernels/sm90/altered.cuh"
-#include "kernels/sm90/backward_keys/traits.cuh"
+#include <cute/tensor.hpp>
 
-namespace hbsattn::sm90 {
+#include "kernels/common/dropout.cuh"
+#include "kernels/common/key_tiles.cuh"
+#include "kernels/common/ptx.cuh"
+
+// Dropout in tiles of keys: kernels that alter weights have it.
+
+namespace hbsattn {
 
 // What dropout needs of a tile, and of the queries that it streams.
 struct KeyDropout {
@@ -17,19 +21,19 @@ struct KeyDropout {
       : sequence(uniform(item.sequence)), first_key(uniform(item.first_key + warp_key)) {}
 
   // Makes those weights of a stage negative that are dropped. They are keys x queries, those of granules from some one
-  // of the stage on.
+  // of the stage on. `info` tells of the stage: stack(), and query(granule) as for mask_queries.
   template <class Weights, class Info>
-  __device__ __forceinline__ void drop(const BackwardKeysArguments& args, Weights& weights, const Info& info,
-                                       int first_granule, int lane) {
+  __device__ __forceinline__ void drop(const KeyTiles& args, Weights& weights, const Info& info, int first_granule,
+                                       int lane) {
     constexpr int kCount = decltype(cute::size(weights))::value;
     const Dropout& dropout = args.dropout;
     const HeadStack& heads = args.chunks.stack;
-    const int of_stage = read_info(info.stack, lane);
+    const int of_stage = info.stack();
     if (of_stage != stack && heads.heads == 1) {
       stack = of_stage;
       stream = DropoutStream::open(dropout, sequence, args.heads_q, stack);
     }
-    const auto first_query = [&](int granule) { return read_info(info.queries[first_granule + granule], lane); };
+    const auto first_query = [&](int granule) { return info.query(first_granule + granule); };
     if (dropout.aligned && heads.heads == 1) {
 #pragma unroll
       for (int granule = 0; granule < kCount / 8; ++granule) {
@@ -51,4 +55,4 @@ struct KeyDropout {
   }
 };
 
-}  // namespace hbsattn::sm90
+}  // namespace hbsattn

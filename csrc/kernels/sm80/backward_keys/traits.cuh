@@ -1,0 +1,114 @@
+#pragma once
+
+#include <cutlass/fast_math.h>
+#include <cutlass/numeric_types.h>
+
+#include <type_traits>
+
+#include "kernels/common/key_dropout.cuh"
+#include "kernels/common/key_tiles.cuh"
+#include "kernels/common/query_limits.cuh"
+#include "kernels/sm80/config.h"
+#include "kernels/sm80/query_tiles/traits.cuh"
+#include "kernels/sm80/shared_rows.cuh"
+
+namespace hbsattn::sm80 {
+
+// What the kernel gets, by value.
+struct BackwardKeysArguments : KeyTiles {
+  TensorRows q, k, v, grad_out;
+};
+
+// What the first warp tells of a stage. Granules have their first query, in the sequence; of stacked heads, row of the
+// stack.
+template <int kGranules>
+struct StageInfo {
+  int of_stack;            // of query heads; -1: there is no such stage, and none behind it
+  int masked;              // whether some key of the tile must not see some query of the stage
+  int queries[kGranules];  // -1: the granule is padding
+  int ends[kGranules];     // its queries end here, or with the granule
+  int withs[kGranules];    // united key blocks that are active with it, one bit each
+  int chunks[kGranules];   // of the workspace
+  int rule[3];             // of its heads: sink, less the diagonal, left and right
+
+  // As mask_queries and KeyDropout ask.
+  __device__ __forceinline__ int query(int granule) const { return queries[granule]; }
+  __device__ __forceinline__ int with(int granule) const { return withs[granule]; }
+  __device__ __forceinline__ int stack() const { return of_stack; }
+  __device__ __forceinline__ int sink() const { return rule[0]; }
+  __device__ __forceinline__ int left() const { return rule[1]; }
+  __device__ __forceinline__ int right() const { return rule[2]; }
+};
+
+// Where the first warp goes on listing stages.
+struct StageCursor {
+  int stack;    // of query heads
+  int segment;  // of its list
+  int listed;   // stages
+};
+
+template <class Config_>
+struct BackwardKeysTraits {
+  using Config = Config_;
+  using Element = std::conditional_t<Config::kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
+  static constexpr int kHeadDim = Config::kHeadDim;
+  static constexpr int kTileN = Config::kTileN;
+  static constexpr int kTileM = Config::kTileM;
+  static constexpr int kTileMLog2 = cutlass::log2_down<kTileM>::value;
+  static constexpr int kStages = Config::kStages;
+  static constexpr int kShare = Config::kShare;
+  static constexpr int kStrips = Config::kStrips;
+  static constexpr int kWarps = Config::kWarps;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kGranules = kTileM / kGranule;
+  static constexpr int kWarpKeys = 16 * kStrips;
+  static constexpr int kScoreQueries = kTileM / kShare;  // of a stage, whose scores a warp computes
+  static constexpr int kColumns = kHeadDim / kShare;     // of the gradients, that a warp has
+  static constexpr int kColumnEntries = 128;
+  using Blocks = BitRow<2, kColumnEntries>;
+  static constexpr int kListed = kTileM > 32 ? 4 : 8;  // stages that are listed at a time, at most
+  static constexpr int kInfos = 2 * kListed;           // a ring: stages in use, those loaded ahead, and those listed
+
+  using Keys = SharedRows<kTileN, kHeadDim>;
+  using Queries = SharedRows<kTileM, kHeadDim>;
+  // Weights, and gradients of scores, as warps that share keys exchange them.
+  using Exchanged = SharedRows<kTileN, kTileM>;
+  static_assert(kTileN == kWarpKeys * kWarps / kShare && kStages >= 2 && kScoreQueries % kGranule == 0);
+  static_assert(kShare == 1 || (kShare == 2 && kHeadDim % 64 == 0));
+  static_assert(kInfos >= kListed + 2 * kStages - 1 && (kInfos & (kInfos - 1)) == 0);
+  static_assert(kTileM <= 32 * kGranule && kTileM / 2 <= kThreads);
+
+  struct alignas(128) Storage {
+    Element keys[kTileN * kHeadDim];  // their gradients leave from here, those of values from below
+    Element values[kTileN * kHeadDim];
+    Element queries[kStages][kTileM * kHeadDim];
+    Element grad_out[kStages][kTileM * kHeadDim];
+    Element exchanged[2][kShare > 1 ? kTileN * kTileM : 8];
+    alignas(16) float lse[kStages][kTileM];    // times log2(e); +inf: the row does not exist or attends to nothing
+    alignas(16) float delta[kStages][kTileM];  // what each row of P o dP sums to
+    int32_t columns[kColumnEntries];           // active blocks, as the first warp expands them
+    typename Blocks::State blocks;
+    StageInfo<kGranules> infos[kInfos];
+    StageCursor cursor;
+    KeyItem item;
+  };
+  static_assert(sizeof(Storage) <= (Config::kHeadDim > 128 ? kSm80SharedLimit : kSm80SmallSharedLimit),
+                "a CTA's shared memory");
+};
+
+// A part of a matrix in shared memory: some rows.
+template <class Rows, int kRows_>
+struct SomeRows : Rows {
+  static constexpr int kRows = kRows_;
+};
+
+// Half the columns: half of each chunk.
+template <class Rows>
+struct HalfColumns : Rows {
+  static constexpr int kColumns = Rows::kColumns / 2;
+  static constexpr int kChunkVectors = Rows::kChunkVectors / 2;
+  static constexpr int kHalfBytes = 16 * kChunkVectors;  // which half is one bit of addresses
+  static_assert(Rows::kChunkVectors == 8);
+};
+
+}  // namespace hbsattn::sm80

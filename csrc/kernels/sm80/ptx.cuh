@@ -1,0 +1,60 @@
+#pragma once
+
+#include <cutlass/numeric_types.h>
+
+#include <cstdint>
+#include <cute/arch/mma_sm80.hpp>
+#include <type_traits>
+
+// Asynchronous copies, fragments out of shared memory, and products of 16 x 8 x 16.
+
+namespace hbsattn::sm80 {
+
+// Copies 16 bytes from global to shared memory past L1, or clears them there.
+__device__ __forceinline__ void copy_async(uint32_t destination, const void* source, bool exists) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+
+// Ends a group of this thread's copies; one without copies is complete at once.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for this thread's copies, but for those of the last kGroups groups.
+template <int kGroups>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// Four matrices of 8 x 8 numbers of 16 bits; lane i gives the address of row i % 8 of matrix i / 8. A lane gets the
+// columns 2 (i % 4) and 2 (i % 4) + 1 of row i / 4 of each or, transposed, those rows of that column.
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&words)[4]) {
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
+// 8 columns from 8 * `group` on of an accumulator of 16 rows += a b; = a b, if kFirst.
+template <class Element, bool kFirst = false, class Accumulator>
+__device__ __forceinline__ void multiply_add(Accumulator& sum, int group, const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
+  using Atom = std::conditional_t<std::is_same_v<Element, cutlass::bfloat16_t>, cute::SM80_16x8x16_F32BF16BF16F32_TN,
+                                  cute::SM80_16x8x16_F32F16F16F32_TN>;
+  float &c0 = sum(4 * group), &c1 = sum(4 * group + 1), &c2 = sum(4 * group + 2), &c3 = sum(4 * group + 3);
+  if constexpr (kFirst) {
+    Atom::fma(c0, c1, c2, c3, a[0], a[1], a[2], a[3], b0, b1, 0.f, 0.f, 0.f, 0.f);
+  } else {
+    Atom::fma(c0, c1, c2, c3, a[0], a[1], a[2], a[3], b0, b1, c0, c1, c2, c3);
+  }
+}
+
+}  // namespace hbsattn::sm80

@@ -1,0 +1,234 @@
+#pragma once
+
+#include "kernels/sm80/query_tiles/traits.cuh"
+
+// How the keys and values of a tile's active blocks come to shared memory.
+
+namespace hbsattn::sm80 {
+
+// Copies rows of 16-bit numbers into a matrix of shared memory, all threads of a CTA together. A thread copies the same
+// vector of each chunk, of every kPassRows-th row.
+template <class Rows, int kThreads>
+struct RowLoader {
+  static constexpr int kRowThreads = Rows::kChunkVectors;
+  static constexpr int kPassRows = kThreads / kRowThreads;
+  static constexpr int kPasses = Rows::kRows / kPassRows;
+  static_assert(kPasses * kPassRows == Rows::kRows && kPassRows % 8 == 0);
+
+  int row, vector;  // of this thread's first
+  uint32_t offset;
+
+  __device__ __forceinline__ explicit RowLoader(int thread)
+      : row(thread / kRowThreads), vector(thread % kRowThreads), offset(Rows::offset(row, vector)) {}
+
+  // `source`: the row, if it exists.
+  __device__ __forceinline__ void load(uint32_t matrix, int pass, const uint8_t* source, bool exists,
+                                       int columns) const {
+    CUTE_UNROLL
+    for (int chunk = 0; chunk < Rows::kChunks; ++chunk) {
+      const int in_row = chunk * kRowThreads + vector;
+      copy_async(matrix + offset + pass * kPassRows * Rows::kRowBytes + chunk * Rows::kChunkBytes, source + in_row * 16,
+                 exists && in_row * 8 < columns);
+    }
+  }
+};
+
+// A warp copies what it left in rows of shared memory to 16 rows of a tensor. destination_of(row): where a row of the
+// strip goes, null if it does not exist; `first_row`: of the strip.
+template <class Rows, class Element, class DestinationOf>
+__device__ __forceinline__ void store_strip(const Element* matrix, int first_row, int columns, int lane,
+                                            DestinationOf&& destination_of) {
+  constexpr int kRowThreads = Rows::kChunkVectors;
+  CUTE_UNROLL
+  for (int pass = 0; pass < 16 * kRowThreads / 32; ++pass) {
+    const int row = pass * (32 / kRowThreads) + lane / kRowThreads;
+    Element* destination = destination_of(row);
+    if (destination == nullptr) continue;
+    CUTE_UNROLL
+    for (int chunk = 0; chunk < Rows::kChunks; ++chunk) {
+      const int vector = chunk * kRowThreads + lane % kRowThreads;
+      if (vector * 8 >= columns) break;
+      *reinterpret_cast<uint4*>(destination + vector * 8) = *reinterpret_cast<const uint4*>(
+          reinterpret_cast<const uint8_t*>(matrix) + Rows::offset(first_row + row, vector));
+    }
+  }
+}
+
+// Leaves 16 rows of an accumulator in shared memory.
+template <class Rows, class Element, class Sum>
+__device__ __forceinline__ void leave_strip(Element* matrix, int first_row, const Sum& sum, int lane) {
+  CUTE_UNROLL
+  for (int group = 0; group < Rows::kColumns / 8; ++group) {
+    CUTE_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      const uint32_t offset = Rows::offset(first_row + lane / 4 + 8 * row, group) + lane % 4 * 4;
+      *reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(matrix) + offset) =
+          pack_pair<Element>(sum(4 * group + 2 * row), sum(4 * group + 2 * row + 1));
+    }
+  }
+}
+
+// The stages of a tile. The first warp lists their segments, a slot of 32 after another, while those of the slot before
+// are in use; slots have more stages than are loaded ahead.
+template <class Traits>
+struct KeyStream {
+  using Element = typename Traits::Element;
+  using Loader = RowLoader<typename Traits::Keys, Traits::kThreads>;
+
+  const QueryTileArguments& args;
+  typename Traits::Storage& storage;
+  const int stages, masked, clean_end;
+
+  // What is in shared memory of it is there for others behind the next barrier.
+  __device__ __forceinline__ KeyStream(const QueryTileArguments& args, typename Traits::Storage& storage,
+                                       const WorkItem& item, int key_end)
+      : KeyStream(args, storage, item, key_end,
+                  count_stages<true>(args, item, Traits::kTileNLog2 - args.segment_log2)) {}
+
+  // Segments of a stage, and stages of a slot.
+  __device__ __forceinline__ int stage_segments_log2() const { return Traits::kTileNLog2 - args.segment_log2; }
+  __device__ __forceinline__ int slot_stages_log2() const { return 5 - stage_segments_log2(); }
+
+  // The first warp lists the segments of a slot; they are there for others behind the next barrier.
+  __device__ __forceinline__ void list(int slot) const {
+    const int first_stage = slot << slot_stages_log2();
+    if (threadIdx.x >= 32 || first_stage >= stages) return;
+    const int lane = threadIdx.x, padding = storage.tile.stages.padding;
+    const WorkItem& item = storage.tile.item;
+    const BitRows rows = hbsattn::rows_of<true>(args, item);
+    typename Traits::Blocks blocks =
+        slot == 0
+            ? typename Traits::Blocks(
+                  rows, 0, item.col_end, storage.columns,
+                  Traits::Blocks::load(rows, 0, item.col_end, Traits::Blocks::first_chunk(item.col_end), lane), lane)
+            : typename Traits::Blocks(rows, 0, item.col_end, storage.columns, storage.blocks, lane);
+    const int first = (first_stage << stage_segments_log2()) - padding;
+    const int last = min(first + 32, (stages << stage_segments_log2()) - padding);
+    blocks.expand(args.segments_per_block.div(last + args.segments_per_block.divisor - 1));
+    storage.segments[slot & 1][lane] =
+        find_segment<true>(args, item, rows, blocks, first + lane, last, storage.tile.key_end);
+    blocks.leave(storage.blocks);
+  }
+
+  // Lists the slot that begins with a stage, if one does.
+  __device__ __forceinline__ void list_before(int stage) const {
+    if ((stage & ((1 << slot_stages_log2()) - 1)) == 0) list(stage >> slot_stages_log2());
+  }
+
+  // Of a stage, the segment of a row.
+  __device__ __forceinline__ const Segment& segment_of(int stage, int row) const {
+    const int slot = stage >> slot_stages_log2() & 1, in_slot = stage & ((1 << slot_stages_log2()) - 1);
+    return storage.segments[slot][(in_slot << stage_segments_log2()) + (row >> args.segment_log2)];
+  }
+
+  // Starts copies of the keys, or the values, of a stage.
+  template <bool kKeys>
+  __device__ __forceinline__ void load(int stage) const {
+    if (stage < stages) {
+      const Loader loader(threadIdx.x);
+      const int buffer = stage % Traits::kStages;
+      const uint32_t matrix = shared_address(kKeys ? storage.keys[buffer] : storage.values[buffer]);
+      const TensorRows& tensor = kKeys ? args.k : args.v;
+      const uint8_t* first = kKeys ? storage.tile.keys : storage.tile.values;
+      // All that is looked up comes before the copies, which it would wait for else.
+      int keys[Loader::kPasses];
+      bool exists[Loader::kPasses];
+      CUTE_UNROLL
+      for (int pass = 0; pass < Loader::kPasses; ++pass) {
+        const int row = pass * Loader::kPassRows + loader.row;
+        const Segment& segment = segment_of(stage, row);
+        keys[pass] = segment.key + (row & ((1 << args.segment_log2) - 1));
+        exists[pass] = segment.key >= 0 && keys[pass] < segment.end;
+      }
+      CUTE_UNROLL
+      for (int pass = 0; pass < Loader::kPasses; ++pass) {
+        loader.load(matrix, pass, first + int64_t{keys[pass]} * tensor.row_stride, exists[pass], tensor.columns);
+      }
+    }
+    commit_copies();
+  }
+
+  // Before the first stage: the first slot, and the stages that are loaded ahead. `load_queries` belongs to the first
+  // group of copies.
+  template <class LoadQueries>
+  __device__ __forceinline__ void begin(LoadQueries&& load_queries) const {
+    __syncthreads();
+    list(0);
+    load_queries();
+    __syncthreads();
+    CUTE_UNROLL
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      load<true>(stage);
+      if (stage < Traits::kStages - 1) load<false>(stage);
+    }
+  }
+
+  // The keys of a stage are there, and nobody reads the values of the stage before any more.
+  __device__ __forceinline__ void wait_keys(int stage) const {
+    wait_copies<2 * (Traits::kStages - 1)>();
+    __syncthreads();
+    load<false>(stage + Traits::kStages - 1);
+  }
+
+  // The values of a stage are there, and nobody reads its keys any more.
+  __device__ __forceinline__ void wait_values(int stage) const {
+    wait_copies<2 * (Traits::kStages - 1)>();
+    __syncthreads();
+    const int next = stage + Traits::kStages;
+    load<true>(next);
+    list_before(next + 1);
+  }
+
+  // The same where keys are needed to the end of a stage: they come with the values, to a second buffer, while the
+  // stage before is computed.
+  template <class LoadQueries>
+  __device__ __forceinline__ void begin_pairs(LoadQueries&& load_queries) const {
+    static_assert(Traits::kStages == 2);
+    __syncthreads();
+    list(0);
+    load_queries();
+    __syncthreads();
+    load<true>(0);
+    load<false>(0);
+  }
+
+  __device__ __forceinline__ void wait_pair(int stage) const {
+    wait_copies<0>();
+    __syncthreads();
+    load<true>(stage + 1);
+    load<false>(stage + 1);
+    list_before(stage + 2);
+  }
+
+  __device__ __forceinline__ bool is_masked(int stage) const { return stage < masked || stage >= clean_end; }
+
+  // What a granule of a stage holds for a block of the tile, as encode_granule() has it.
+  __device__ __forceinline__ int code_of(int stage, int granule, int block) const {
+    const int row = granule * kGranule;
+    const Segment segment = segment_of(stage, row);
+    const int key = segment.key + (row & ((1 << args.segment_log2) - 1));
+    if (segment.key < 0 || !(segment.with >> block & 1)) return kNoKey;
+    return args.ragged_blocks ? encode_granule(key, segment.end) : key;
+  }
+
+ private:
+  __device__ __forceinline__ KeyStream(const QueryTileArguments& args, typename Traits::Storage& storage,
+                                       const WorkItem& item, int key_end, const TileStages& counted)
+      : args(args), storage(storage), stages(counted.stages), masked(counted.masked), clean_end(counted.clean_end) {
+    if (threadIdx.x > 0) return;
+    const int head = args.heads_per_key_head.div(item.head);
+    TileRule rule{};
+    if (args.mask.ruled) {
+      const HeadRule of_head = rule_of_head(args, item);
+      rule = {of_head.left, of_head.right, of_head.sink, item.k_len};
+    }
+    storage.tile = {item,
+                    counted,
+                    key_end,
+                    rule,
+                    args.k.head_of(item.sequence, head, item.k_begin),
+                    args.v.head_of(item.sequence, head, item.k_begin)};
+  }
+};
+
+}  // namespace hbsattn::sm80
