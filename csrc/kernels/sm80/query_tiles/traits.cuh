@@ -70,7 +70,6 @@ struct QueryTileTraits {
     KeyLimits<true> limits[kStrips][kThreads];
     DropoutRow dropout_rows[kTileM];  // where weights are dropped
   };
-  static_assert(sizeof(Storage) <= kSm80SmallSharedLimit, "a CTA's shared memory");
 };
 
 }  // namespace hbsattn::sm80
