@@ -204,6 +204,10 @@ struct KernelsOf<KernelFamily::kSm80, KernelKind::kGradQueries> : Sm80Kernels<Ke
 template <>
 struct KernelsOf<KernelFamily::kSm80, KernelKind::kBackwardQueries> : Sm80Kernels<KernelKind::kBackwardQueries> {
   using Table = KernelTable<>;
+  template <class Config>
+  static int shared_bytes() {
+    return 0;  // of no kernel
+  }
 };
 
 // Calls use(KernelsOf<family, kind>{}).
