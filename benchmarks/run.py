@@ -23,6 +23,7 @@ import gradients
 import masks
 import timing
 import workloads
+from hbsattn.utils import use_kernels
 from ours import Ours
 from workloads import Group, Workload
 
@@ -385,6 +386,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here, and beside it as .txt")
     parser.add_argument("--commit", help="what to record as commit where git cannot tell")
+    parser.add_argument("--kernels", default="auto", help="auto, sm90 or sm80: see hbsattn.utils.use_kernels")
     return parser.parse_args()
 
 
@@ -411,6 +413,11 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks/run.py needs a CUDA GPU; torch sees none", file=sys.stderr)
         return 2
+    with use_kernels(arguments.kernels):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     torch.set_grad_enabled(False)
     said: list[str] = []
 
@@ -438,6 +445,7 @@ def main() -> int:
         "environment": described,
         "left_out": missing,
         "protocol": {
+            "kernels": arguments.kernels,
             "samples": samples,
             "idle_seconds": timing.IDLE_SECONDS,
             "flush_bytes": timing.FLUSH_BYTES,

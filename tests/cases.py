@@ -14,6 +14,10 @@ DEVICE_DTYPES = [
     pytest.param("cuda", torch.bfloat16, id="cuda-bfloat16", marks=pytest.mark.gpu),
     pytest.param("cuda", torch.float16, id="cuda-float16", marks=pytest.mark.gpu),
 ]
+# Arguments of cases: queries that each are a block, of heads that share their mask; and a window and sink for each of
+# four heads.
+TOKENS = {"q_block": 1, "heads_q": 16, "heads_k": 1, "mask_heads": 1}
+WINDOWS = ((0, 0, 5), (-1, -1, 0), (40, 9, 0), (7, -1, 70))
 BLOCK_SIZES = [16, 32, 48, 64, 80, 96, 112, 128, 192, 256]
 HEAD_DIMS = [8, 16, 40, 64, 72, 96, 128, 136, 192, 256]
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cases
 import hbsattn
-from cases import BACKWARD_METHODS, DEVICE_DTYPES, DEVICES, Case, case
+from cases import BACKWARD_METHODS, DEVICE_DTYPES, DEVICES, TOKENS, WINDOWS, Case, case
 from gradients import (
     attend,
     call_and_differentiate,
@@ -30,8 +30,6 @@ from hbsattn import _dropout
 from oracle import dropout
 from problems import judge, make_dropout_seed, make_problem, same
 
-WINDOWS = ((0, 0, 5), (-1, -1, 0), (40, 9, 0), (7, -1, 70))
-TOKENS = {"q_block": 1, "heads_q": 16, "heads_k": 1, "mask_heads": 1}
 SPECS = [
     case("128x128", q_block=128, k_block=128, lens_q=(300, 90), lens_k=(700, 90), head_dim=128, dropout_p=0.1),
     case("128x128_causal", q_block=128, k_block=128, lens_q=(300, 90), head_dim=64, causal=True, dropout_p=0.5),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cases
 import hbsattn
-from cases import BACKWARD_METHODS, DEVICE_DTYPES, DEVICES, Case, case
+from cases import BACKWARD_METHODS, DEVICE_DTYPES, DEVICES, TOKENS, WINDOWS, Case, case
 from gradients import (
     attend,
     call_and_differentiate,
@@ -24,9 +24,6 @@ from gradients import (
     upstream,
 )
 from problems import judge, make_problem, same
-
-TOKENS = {"q_block": 1, "heads_q": 16, "heads_k": 1, "mask_heads": 1}
-WINDOWS = ((0, 0, 5), (-1, -1, 0), (40, 9, 0), (7, -1, 70))
 
 # Normal inputs have scores of about 1, and now and then 4: caps from below them to far above.
 SPECS = [

@@ -10,12 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cases
 import hbsattn
-from cases import DEVICE_DTYPES, DEVICES, Case, case
+from cases import DEVICE_DTYPES, DEVICES, TOKENS, Case, case
 from gradients import attend, differentiate, judge_gradients, leaves
 from problems import judge, make_problem, same
 
 HALF = [p for p in DEVICE_DTYPES if p.id != "cpu-float32"]
-TOKENS = {"q_block": 1, "heads_q": 16, "heads_k": 1, "mask_heads": 1}
 MLA = {"head_dim": 192, "value_dim": 128}  # has kernels of its own, as has all that is up to so much
 SPECS = [
     case("mla", **MLA, q_block=128, k_block=128, lens_q=(300, 90), lens_k=(700, 90)),
