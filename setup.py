@@ -5,7 +5,7 @@ TORCH_CUDA_ARCH_LIST architectures, 8.0 or newer: 9.0 stands for 9.0a, which has
                      are served by code for 8.0; older ones are left out with a note, and a list of these alone is an
                      error; default, and "native": those of the visible GPUs, or else 9.0a
 HBSATTN_HEAD_DIMS    kernels to compile; default: all, "64,96,128,192,256"
-HBSATTN_DTYPES       likewise; default: all, "fp16,bf16"
+HBSATTN_DTYPES       likewise; default: all, "fp32,fp16,bf16"
 MAX_JOBS             compilers at a time; default: what cores and memory allow
 NVCC_THREADS         threads of one nvcc, useful with several architectures; default 1
 """

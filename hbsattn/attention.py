@@ -36,8 +36,9 @@ def block_sparse_attention(
 
     Args:
         q: packed (total_q, heads_q, head_dim) or batched (batch, seqlen_q, heads_q, head_dim), as the mask is.
-            float16 or bfloat16, on a CPU also float32 and float64; any strides with a contiguous last dimension. On
-            CUDA, head dims that are no multiple of 8 cost padded copies of q, k, v and out.
+            float16, bfloat16 or float32, on a CPU also float64; any strides with a contiguous last dimension. On CUDA,
+            head dims that are no multiple of 8 cost padded copies of q, k, v and out; products of float32 are sums of
+            three of TF32, about as exact as float32's own, and an infinity counts as NaN in them.
         k, v: (total_k, heads_k, head_dim) or (batch, seqlen_k, heads_k, head_dim), dtype and device of q. heads_q is a
             multiple of heads_k, and query head h reads key head h // (heads_q // heads_k). The head dim of v, which is
             that of out, may be another than that of q and k. On CUDA, calls then take about the time of the greater

@@ -13,6 +13,7 @@ DEVICE_DTYPES = [
     pytest.param("cpu", torch.float32, id="cpu-float32"),
     pytest.param("cuda", torch.bfloat16, id="cuda-bfloat16", marks=pytest.mark.gpu),
     pytest.param("cuda", torch.float16, id="cuda-float16", marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.float32, id="cuda-float32", marks=[pytest.mark.gpu, pytest.mark.float32]),
 ]
 # Arguments of cases: queries that each are a block, of heads that share their mask; and a window and sink for each of
 # four heads.

@@ -61,6 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(choice.close)
     config.addinivalue_line("markers", "gpu: needs a CUDA device that the kernels support")
     config.addinivalue_line("markers", "sm90: on a GPU, of what the kernels for 9.0 and their plans alone have")
+    config.addinivalue_line("markers", "float32: on a GPU, where one family has kernels for it, whichever is asked for")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
@@ -79,13 +80,18 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Setting
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    other_kernels = "--kernels sm80" if config.getoption("--kernels") == "sm80" else NO_SM90
+    chosen = config.getoption("--kernels")
+    other_kernels = "--kernels sm80" if chosen == "sm80" else NO_SM90
+    # On a GPU of 9.0, a run for each family has these once.
+    in_other_run = "--kernels sm90" if chosen == "sm90" else "--kernels sm80" if other_kernels != NO_SM90 else None
     for item in items:
         gpu, slow = item.get_closest_marker("gpu"), item.get_closest_marker("slow")
         if gpu and NO_GPU is not None:
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
         elif gpu and item.get_closest_marker("sm90") and other_kernels is not None:
             item.add_marker(pytest.mark.skip(reason=f"of the kernels for 9.0: {other_kernels}"))
+        elif gpu and item.get_closest_marker("float32") and in_other_run is not None:
+            item.add_marker(pytest.mark.skip(reason=f"the same without {in_other_run}"))
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout((SLOW_GPU_LIMIT if slow else GPU_LIMIT) if gpu else CPU_LIMIT))
 

@@ -113,7 +113,7 @@ def judge_gradients(problem: Problem, got: Gradients, *, seed: int = 7, with_lse
     out, lse, _ = problem.oracle()
     largest = float(lse[torch.isfinite(lse)].abs().max()) if bool(torch.isfinite(lse).any()) else 0.0
     digits = 2.0**-23 if problem.q.dtype != torch.float64 else 2.0**-52
-    relative = 1e-6 + (2 * digits * largest if largest > 64 else 0.0)
+    relative = 1e-6 + (2 * digits * largest if largest > 64 or problem.q.dtype == torch.float32 else 0.0)
     factors = [float(x[torch.isfinite(x)].abs().amax()) for x in (problem.q, problem.k) if bool(x.isfinite().any())]
     scale = problem.case.scale or problem.q.shape[-1] ** -0.5
     sums = (out.abs() * upstream(problem, lse, seed)[0].abs()).sum(-1)
@@ -130,7 +130,9 @@ def judge_gradients(problem: Problem, got: Gradients, *, seed: int = 7, with_lse
         norm = float(want.double().norm())
         if norm > SMALL_NORM[x.dtype] and problem.case.values == "normal":
             ratio = float(result.double().norm()) / norm
-            allowed = 0.01 + unlucky * result.numel() ** 0.5 / norm
+            # The rounding of out moves the difference of grad_out . v and delta in each row by chance, and the norm of
+            # few rows with it.
+            allowed = 0.01 + 0.02 / max(lse.numel(), 1) ** 0.5 + unlucky * result.numel() ** 0.5 / norm
             assert abs(ratio - 1) <= allowed, f"the gradient's norm is {ratio:.4f} of what it should be"
 
 

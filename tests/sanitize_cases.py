@@ -163,21 +163,24 @@ CASES = [
 ]
 
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--kernels", choices=("auto", "sm90", "sm80"), default="auto", help="see hbsattn.utils")
+    parser.add_argument(
+        "--float32", action="store_true", help="all cases in float32, instead of 16-bit dtypes in turns"
+    )
     options = parser.parse_args()
     with use_kernels(options.kernels):
-        run_cases(options.names)
+        run_cases(options.names, options.float32)
 
 
-def run_cases(names: list[str]) -> None:
+def run_cases(names: list[str], float32: bool) -> None:
     compiled = {kernel["dtype"] for kernel in hbsattn.build_info()["kernels"]}
-    dtypes = [dtype for name, dtype in DTYPES.items() if name in compiled]
+    dtypes = [dtype for name, dtype in DTYPES.items() if name in compiled and (name == "float32") == float32]
     for number, spec in enumerate(CASES):
         if names and spec.name not in names:
             continue
@@ -194,23 +197,23 @@ def run_cases(names: list[str]) -> None:
     if not names or "lies" in names:
         for spec in BACKWARD_METHODS:
             if spec.name in ("by_keys_of_64", "by_queries", "united"):
-                run_lies(spec, False, LIES)
+                run_lies(spec, False, LIES, dtypes[0])
         print("lies: ok", flush=True)
     if "hostile" in names:
         for spec in BACKWARD_METHODS:
             for deterministic in (False, True):
-                run_lies(spec, deterministic, [*LIES, *HOSTILE_LENGTHS.values()])
+                run_lies(spec, deterministic, [*LIES, *HOSTILE_LENGTHS.values()], dtypes[0])
             print(f"hostile to {spec.name}: ok", flush=True)
 
 
 LIES = [(0, 300, 0, 300), (300, 200, 100, 0), (0, 0, 0, 300)]  # within the tensors
 
 
-def run_lies(spec: Case, deterministic: bool, lies: list[tuple[int, ...]]) -> None:
+def run_lies(spec: Case, deterministic: bool, lies: list[tuple[int, ...]], dtype: torch.dtype = torch.bfloat16) -> None:
     """Forward and backward of tensors of HOSTILE_ROWS rows, about which the lengths of queries, keys or both lie."""
     generator = torch.Generator().manual_seed(0)
     heads = (spec.heads_q, spec.heads_k, spec.heads_k)
-    tensors = [torch.randn((HOSTILE_ROWS, n, spec.head_dim), generator=generator).bfloat16().cuda() for n in heads]
+    tensors = [torch.randn((HOSTILE_ROWS, n, spec.head_dim), generator=generator).to(dtype).cuda() for n in heads]
     rows, cols = (-(-HOSTILE_ROWS // size) for size in (spec.q_block, spec.k_block))
     for number, lie in enumerate(lies):
         batch = len(lie) - 1

@@ -126,21 +126,24 @@ def test_build_defaults_are_those_of_the_sources(tmp_path: Path):
 
 
 def test_a_kernel_file_holds_all_chosen_dtypes(tmp_path: Path):
-    """And a build of one dtype has the same files, each with that one; the list names every kernel once."""
+    """Those of its row; a build of one of them has the same files, each with that one. The list names every kernel
+    once."""
     script = str(ROOT / "csrc/kernels/generate_instances.py")
     names = {}
-    for chosen, dtypes in {"": ["kBFloat16", "kFloat16"], "fp16": ["kFloat16"]}.items():
+    for chosen, dtypes in {"": ["kBFloat16", "kFloat16"], "fp16": ["kFloat16"], "fp32": []}.items():
         command = [sys.executable, script, str(tmp_path), f"--dtypes={chosen}"]
         files = [
             Path(file) for file in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         ]
         names[chosen] = [file.name for file in files]
         instances = [re.findall(r"run_\w+<(.*)>\(", file.read_text()) for file in files]
-        assert all(re.findall(r"DType::(\w+)", " ".join(held)) == dtypes for held in instances)
+        for file, held in zip(files, instances, strict=True):
+            expected = ["kFloat32"] if "_fp32_" in file.name else dtypes
+            assert re.findall(r"DType::(\w+)", " ".join(held)) == expected
         lists = [(tmp_path / f"instances/{family}_kernels.h").read_text() for family in ("sm90", "sm80")]
         table = re.findall(r"Sm[89]0\w+<[^<>]*>", "".join(lists))
         assert sorted(table) == sorted(config for held in instances for config in held)
-    assert names[""] == names["fp16"]
+    assert sorted(names[""]) == sorted(names["fp16"] + names["fp32"])
 
 
 def test_version():

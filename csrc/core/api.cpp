@@ -65,8 +65,11 @@ std::string name_kernel(Kernels, Config) {
           : kTiles.altered      ? "_altered"
           : kTiles.short_values ? "_short_values"
                                 : "") +
-         (Config::kDType == DType::kBFloat16 ? "_bf16" : "_fp16") + "_hd" + std::to_string(Config::kHeadDim) +
-         (kind == KernelKind::kBackwardKeys ? "_n" : "_m") + std::to_string(kTiles.rows);
+         (Config::kDType == DType::kBFloat16  ? "_bf16"
+          : Config::kDType == DType::kFloat32 ? "_fp32"
+                                              : "_fp16") +
+         "_hd" + std::to_string(Config::kHeadDim) + (kind == KernelKind::kBackwardKeys ? "_n" : "_m") +
+         std::to_string(kTiles.rows);
 }
 
 // Tells the kernel of a key, and rows of what it streams.
@@ -125,7 +128,7 @@ const char* name_of(BackwardMethod method) {
 // Whether a forward call looks for pairs of query blocks.
 bool takes_pairs(const ForwardParams& problem) {
   return shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads,
-                     takes_gradient_tiles(problem, kernels::current_policy()))
+                     takes_gradient_tiles(problem, kernels::current_policy(problem)))
       .pairs;
 }
 
@@ -135,11 +138,11 @@ void explain_queries(const ForwardParams& problem, bool for_backward, Explanatio
   const TileShape tiles =
       shape_tiles(shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads, for_backward);
   explanation->general =
-      kernels::current_policy().family == KernelFamily::kSm90 && needs_general_kernel(problem, tiles);
+      kernels::current_policy(problem).family == KernelFamily::kSm90 && needs_general_kernel(problem, tiles);
   explanation->tile_rows = tiles.tile_rows;
   explanation->tile_heads = tiles.packed_heads;
-  explanation->num_items =
-      num_items(shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads, for_backward);
+  explanation->num_items = num_items(shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads,
+                                     for_backward, element_size_of(problem.dtype));
 }
 
 void explain_keys(const BackwardParams& params, Explanation* explanation) {
@@ -147,14 +150,14 @@ void explain_keys(const BackwardParams& params, Explanation* explanation) {
   const KeyPlanParams plan = key_plan_of(params);
   explanation->tile_rows = shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys;
   explanation->tile_heads = count_tile_heads(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
-                                             plan.element_size, params.deterministic, kernels::current_policy());
+                                             plan.element_size, params.deterministic, kernels::current_policy(params));
   explanation->num_key_items = num_key_items(plan);
 }
 
 }  // namespace
 
 Status make_sequences(const SequencesParams& params, Stream stream) {
-  HBSATTN_RETURN_IF_ERROR(check_device());
+  HBSATTN_RETURN_IF_ERROR(check_device(kernels::current_policy()));
   HBSATTN_RETURN_IF_ERROR(validate_sequences(params));
   return kernels::make_sequences(params, stream);
 }
@@ -166,16 +169,16 @@ Status make_sequences_on_host(const SequencesParams& params) {
 }
 
 Status pack_mask(const PackParams& params, Stream stream) {
-  HBSATTN_RETURN_IF_ERROR(check_device());
+  HBSATTN_RETURN_IF_ERROR(check_device(kernels::current_policy()));
   HBSATTN_RETURN_IF_ERROR(validate_pack(params));
   return kernels::pack_mask(params, stream);
 }
 
 int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim, bool pack_heads,
-                  bool for_backward) {
+                  bool for_backward, int32_t element_size) {
   if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return 0;
   return count_query_items(shape, heads_q, heads_k, head_dim, pack_heads,
-                           for_backward || kernels::current_policy().shares_lists());
+                           for_backward || kernels::current_policy(element_size).shares_lists());
 }
 
 int64_t item_capacity(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads) {
@@ -189,18 +192,18 @@ int64_t key_item_capacity(const MaskShape& shape, int32_t heads_q, int64_t rows_
 }
 
 Status plan_items(const PlanParams& params, Stream stream) {
-  HBSATTN_RETURN_IF_ERROR(check_device());
+  HBSATTN_RETURN_IF_ERROR(check_device(kernels::current_policy(params)));
   HBSATTN_RETURN_IF_ERROR(validate_plan(params));
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
   PlanParams plan = params;
-  plan.for_backward = plan.for_backward || kernels::current_policy().shares_lists();
+  plan.for_backward = plan.for_backward || kernels::current_policy(params).shares_lists();
   return kernels::plan_items(plan, stream);
 }
 
 size_t plan_scratch_size(int64_t num_items) { return 5 * sizeof(int32_t) * static_cast<size_t>(num_items); }
 
 Status transpose_mask(const TransposeParams& params, Stream stream) {
-  HBSATTN_RETURN_IF_ERROR(check_device());
+  HBSATTN_RETURN_IF_ERROR(check_device(kernels::current_policy()));
   HBSATTN_RETURN_IF_ERROR(validate_transpose(params));
   return kernels::transpose_mask(params, stream);
 }
@@ -210,12 +213,12 @@ int64_t num_key_items(const KeyPlanParams& params) {
   const bool some = params.heads_k > 0 && params.heads_q >= params.heads_k && params.head_dim > 0;
   if (!some || shape.batch < 1 || shape.cols < 1 || shape.k_block_size < 1 || shape.q_block_size < 1) return 0;
   return size_key_list(shape, params.heads_q, params.heads_k, params.head_dim, params.element_size,
-                       params.deterministic, params.rows_k, params.packed, kernels::current_policy())
+                       params.deterministic, params.rows_k, params.packed, kernels::current_policy(params))
       .items();
 }
 
 Status plan_keys(const KeyPlanParams& params, Stream stream) {
-  HBSATTN_RETURN_IF_ERROR(check_device());
+  HBSATTN_RETURN_IF_ERROR(check_device(kernels::current_policy(params)));
   HBSATTN_RETURN_IF_ERROR(validate_key_plan(params));
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
   return kernels::plan_keys(params, stream);
@@ -248,7 +251,7 @@ Status forward(const ForwardParams& params, Stream stream) {
 
 BackwardLists backward_lists(const BackwardParams& params) {
   if (!needs_tiles(params)) return {false, false};
-  const BackwardMethod method = choose_backward_method(params, kernels::current_policy());
+  const BackwardMethod method = choose_backward_method(params, kernels::current_policy(params));
   const bool both = method == BackwardMethod::kByKeysAndQueries;
   return {both || method == BackwardMethod::kByQueries || method == BackwardMethod::kQueriesOnly,
           both || method == BackwardMethod::kByKeys || method == BackwardMethod::kKeysOnly};
@@ -262,7 +265,7 @@ size_t backward_workspace_size(const BackwardParams& params) {
   }
   const int padded_head_dim = choose_backward_head_dim(params);
   if (padded_head_dim == 0 || !needs_any(params)) return 0;
-  const DevicePolicy policy = kernels::current_policy();
+  const DevicePolicy policy = kernels::current_policy(params);
   return static_cast<size_t>(
       lay_out_backward(params, padded_head_dim, choose_backward_method(params, policy), policy).bytes);
 }
@@ -271,7 +274,8 @@ Status supported(const BackwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(validate_backward(params));
   KernelKey key;
   HBSATTN_RETURN_IF_ERROR(select_backward(params, &key));
-  const bool both = choose_backward_method(params, kernels::current_policy()) == BackwardMethod::kByKeysAndQueries;
+  const bool both =
+      choose_backward_method(params, kernels::current_policy(params)) == BackwardMethod::kByKeysAndQueries;
   return both ? select_grad_queries(params, &key) : Status::Ok();
 }
 
@@ -294,7 +298,7 @@ Status run_backward_tiles(const BackwardParams& params, BackwardMethod method, c
 
 Status backward(const BackwardParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(validate_backward(params));
-  const DevicePolicy policy = kernels::current_policy();
+  const DevicePolicy policy = kernels::current_policy(params);
   const BackwardMethod method = choose_backward_method(params, policy);
   KernelKey key;
   KernelKey queries_key;
@@ -317,7 +321,7 @@ Status explain(const ForwardParams& params, Explanation* explanation) {
   KernelKey key;
   HBSATTN_RETURN_IF_ERROR(select_forward(params, &key));
   explanation->method = "forward";
-  explain_queries(params, takes_gradient_tiles(params, kernels::current_policy()), explanation);
+  explain_queries(params, takes_gradient_tiles(params, kernels::current_policy(params)), explanation);
   HBSATTN_RETURN_IF_ERROR(explain_kernel<KernelKind::kForward>(key, &explanation->kernel, &explanation->stage_rows));
   if (!takes_pairs(params)) return Status::Ok();
   HBSATTN_RETURN_IF_ERROR(select_pairs(params, &key));
@@ -329,7 +333,7 @@ Status explain(const BackwardParams& params, Explanation* explanation) {
   HBSATTN_RETURN_IF_ERROR(supported(params));
   explanation->method = "none";
   if (!needs_tiles(params)) return Status::Ok();
-  const BackwardMethod method = choose_backward_method(params, kernels::current_policy());
+  const BackwardMethod method = choose_backward_method(params, kernels::current_policy(params));
   const BackwardLists lists = backward_lists(params);
   explanation->method = name_of(method);
   if (lists.items) explain_queries(params.problem, true, explanation);

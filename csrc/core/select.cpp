@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "hbsattn/hbsattn.h"
 #include "plan/rows.h"
@@ -13,41 +14,33 @@ namespace {
 constexpr int kVectorBytes = 16;           // what the copy engine moves at least
 constexpr const char* kSuitable = "auto";  // what no family is forced is called
 
-int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat16:
-    case DType::kBFloat16:
-      return 2;
-    case DType::kFloat32:
-      return 4;
-    case DType::kFloat64:
-      return 8;
-  }
-  return 8;
-}
+KernelFamily family_of(const ForwardParams& problem) { return kernels::current_policy(problem).family; }
 
-KernelFamily current_family() { return kernels::current_policy().family; }
-
-bool is_compiled(KernelFamily family, DType dtype) {
+// Whether the family that calls of a dtype use has kernels for it.
+bool is_compiled(DType dtype) {
+  const KernelFamily family = kernels::current_policy(element_size_of(dtype)).family;
   return with_kernels<KernelKind::kForward>(family, [&](auto kernels) {
     return decltype(kernels)::Table::any([&](auto config) { return decltype(config)::kDType == dtype; });
   });
 }
 
-// "float16 or bfloat16"
-std::string compiled_dtypes(KernelFamily family) {
-  std::string names;
-  for (DType dtype : {DType::kFloat16, DType::kBFloat16}) {
-    if (is_compiled(family, dtype)) names += (names.empty() ? "" : " or ") + std::string(name_of(dtype));
+// "float16, bfloat16 or float32"
+std::string compiled_dtypes() {
+  std::vector<std::string> names;
+  for (DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
+    if (is_compiled(dtype)) names.push_back(name_of(dtype));
   }
-  return names;
+  std::string all;
+  for (size_t i = 0; i < names.size(); ++i) {
+    all += (i == 0 ? "" : i + 1 < names.size() ? ", " : " or ") + names[i];
+  }
+  return all;
 }
 
 Status check_dtype(DType dtype) {
-  const KernelFamily family = current_family();
-  if (is_compiled(family, dtype)) return Status::Ok();
-  return Status::NotSupported(std::string("the dtype of q is ") + name_of(dtype) + "; expected " +
-                              compiled_dtypes(family) + " on CUDA");
+  if (is_compiled(dtype)) return Status::Ok();
+  return Status::NotSupported(std::string("the dtype of q is ") + name_of(dtype) + "; expected " + compiled_dtypes() +
+                              " on CUDA");
 }
 
 // Head dims of the compiled kernels that a problem may use.
@@ -61,7 +54,7 @@ struct HeadDims {
 template <KernelKind kind>
 HeadDims find_head_dims(const ForwardParams& problem, KernelTiles tiles) {
   HeadDims found{tiles};
-  with_kernels<kind>(current_family(), [&](auto kernels) {
+  with_kernels<kind>(family_of(problem), [&](auto kernels) {
     using Kernels = decltype(kernels);
     return Kernels::Table::any([&](auto config) {
       using Config = decltype(config);
@@ -97,7 +90,7 @@ Status refuse_head_dim(const ForwardParams& problem, int largest, const char* wh
 
 // Whether the kernels of a call are those that alter weights alone.
 bool is_altered_apart(const ForwardParams& problem) {
-  const bool apart = with_kernels<KernelKind::kForward>(current_family(),
+  const bool apart = with_kernels<KernelKind::kForward>(family_of(problem),
                                                         [](auto kernels) { return decltype(kernels)::kAlteredApart; });
   return apart && alters_weights(problem);
 }
@@ -110,7 +103,7 @@ KernelTiles query_tiles(const ForwardParams& problem, bool for_backward) {
 
 KernelTiles backward_tiles(const BackwardParams& params) {
   const ForwardParams& problem = params.problem;
-  const BackwardMethod method = choose_backward_method(params, kernels::current_policy());
+  const BackwardMethod method = choose_backward_method(params, kernels::current_policy(params));
   return method == BackwardMethod::kByQueries || method == BackwardMethod::kQueriesOnly
              ? query_tiles(problem, true)
              : KernelTiles{shape_key_tiles(problem.mask.shape, problem.head_dim).tile_keys, false,
@@ -119,14 +112,15 @@ KernelTiles backward_tiles(const BackwardParams& params) {
 
 // Whether a forward needs the general kernel, which those for short values have none of.
 bool needs_general(const ForwardParams& problem) {
-  const TileShape tiles = shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
-                                      problem.pack_heads, takes_gradient_tiles(problem, kernels::current_policy()));
+  const TileShape tiles =
+      shape_tiles(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads,
+                  takes_gradient_tiles(problem, kernels::current_policy(problem)));
   return needs_general_kernel(problem, tiles);
 }
 
 HeadDims find_backward_head_dims(const BackwardParams& params) {
   const KernelTiles tiles = backward_tiles(params);
-  switch (choose_backward_method(params, kernels::current_policy())) {
+  switch (choose_backward_method(params, kernels::current_policy(params))) {
     case BackwardMethod::kByQueries:
       return find_for_values<KernelKind::kBackwardQueries>(params.problem, tiles);
     case BackwardMethod::kQueriesOnly:
@@ -144,7 +138,7 @@ Status select(const ForwardParams& problem, const HeadDims& found, const char* w
                                 std::to_string(found.shared_bytes) + " bytes of shared memory" + where +
                                 "; expected a smaller one, as this device has " + std::to_string(most) + " for a CTA");
   }
-  *key = {current_family(), problem.dtype, found.chosen, found.tiles};
+  *key = {family_of(problem), problem.dtype, found.chosen, found.tiles};
   return Status::Ok();
 }
 
@@ -245,7 +239,8 @@ const char* name_of(DType dtype) {
 bool addressable(const TensorView& view, DType dtype, bool by_rows) {
   // A tensor map's strides fit 40 bits; those of rows must also leave room for the wrap of kernels/common/tensor_map.h.
   constexpr int64_t kRowLimit = int64_t{1} << 31, kHeadLimit = int64_t{1} << 40;
-  const int64_t row_bytes = view.row_stride * size_of(dtype), head_bytes = view.head_stride * size_of(dtype);
+  const int64_t row_bytes = view.row_stride * element_size_of(dtype),
+                head_bytes = view.head_stride * element_size_of(dtype);
   return reinterpret_cast<uintptr_t>(view.data) % kVectorBytes == 0 && row_bytes > 0 && row_bytes < kRowLimit &&
          row_bytes % kVectorBytes == 0 && head_bytes > 0 && head_bytes < kHeadLimit && head_bytes % kVectorBytes == 0 &&
          view.batch_stride >= 0 &&
@@ -273,10 +268,10 @@ Status check_addressable(const BackwardParams& params) {
   return params.needs_v ? check_view("grad_v", problem, params.grad_v, problem.rows_k, problem.heads_k) : Status::Ok();
 }
 
-Status check_device() {
+Status check_device(const DevicePolicy& policy) {
   int capability = 0, multiprocessors = 0;
   HBSATTN_RETURN_IF_ERROR(kernels::current_device(&capability, &multiprocessors));
-  return check_code(current_family(), capability);
+  return check_code(policy.family, capability);
 }
 
 Status use_kernels(const std::string& name) {
@@ -306,10 +301,10 @@ std::string used_kernels() {
 }
 
 Status select_forward(const ForwardParams& params, KernelKey* key) {
-  HBSATTN_RETURN_IF_ERROR(check_device());
+  HBSATTN_RETURN_IF_ERROR(check_device(kernels::current_policy(params)));
   HBSATTN_RETURN_IF_ERROR(check_dtype(params.dtype));
   HBSATTN_RETURN_IF_ERROR(check_keys(params));
-  const KernelTiles tiles = query_tiles(params, takes_gradient_tiles(params, kernels::current_policy()));
+  const KernelTiles tiles = query_tiles(params, takes_gradient_tiles(params, kernels::current_policy(params)));
   const HeadDims found = needs_general(params) ? find_head_dims<KernelKind::kForward>(params, tiles)
                                                : find_for_values<KernelKind::kForward>(params, tiles);
   return select(params, found, " on CUDA", key);
@@ -323,7 +318,7 @@ Status select_pairs(const ForwardParams& params, KernelKey* key) {
 int choose_backward_head_dim(const BackwardParams& params) { return find_backward_head_dims(params).chosen; }
 
 Status select_backward(const BackwardParams& params, KernelKey* key) {
-  HBSATTN_RETURN_IF_ERROR(check_device());
+  HBSATTN_RETURN_IF_ERROR(check_device(kernels::current_policy(params)));
   HBSATTN_RETURN_IF_ERROR(check_dtype(params.problem.dtype));
   HBSATTN_RETURN_IF_ERROR(check_backward_sizes(params.problem));
   // Tiles of keys take them as they are; those of queries tell consumers where blocks end.

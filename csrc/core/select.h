@@ -18,8 +18,8 @@ struct KernelKey {
 // The name that a family is told by: "sm90" or "sm80".
 const char* name_of(KernelFamily family);
 
-// Whether this build has device code for the current device.
-Status check_device();
+// Whether this build has device code of a policy's family for the current device.
+Status check_device(const DevicePolicy& policy);
 
 // Chooses the kernel of a valid problem.
 Status select_forward(const ForwardParams& params, KernelKey* key);

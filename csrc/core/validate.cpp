@@ -90,10 +90,11 @@ Status check_dropout(const ForwardParams& problem) {
 // Items that a call has.
 int64_t count_items(const ForwardParams& problem, bool for_backward) {
   return num_items(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim, problem.pack_heads,
-                   for_backward);
+                   for_backward, element_size_of(problem.dtype));
 }
 int64_t count_items(const PlanParams& plan) {
-  return num_items(plan.mask.shape, plan.heads_q, plan.heads_k, plan.head_dim, plan.pack_heads, plan.for_backward);
+  return num_items(plan.mask.shape, plan.heads_q, plan.heads_k, plan.head_dim, plan.pack_heads, plan.for_backward,
+                   plan.element_size);
 }
 
 // Of the work list of the backward pass; heads are valid.
@@ -198,6 +199,7 @@ KeyPlanParams key_plan_of(const BackwardParams& params) {
   plan.heads_q = problem.heads_q;
   plan.heads_k = problem.heads_k;
   plan.head_dim = problem.head_dim;
+  plan.element_size = element_size_of(problem.dtype);
   plan.deterministic = params.deterministic;
   plan.packed = problem.packed;
   plan.rows_k = problem.rows_k;

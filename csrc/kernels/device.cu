@@ -73,13 +73,15 @@ Status current_device(int* compute_capability, int* multiprocessors) {
   });
 }
 
-DevicePolicy current_policy() {
+DevicePolicy current_policy(int32_t element_size) {
   DevicePolicy policy;
   const Status status = with_current_device([&](const Device& device) {
     policy = device.policy;
     return Status::Ok();
   });
   if (!status.ok()) policy = DevicePolicy{};
+  policy.element_size = element_size;
+  if (element_size == element_size_of(DType::kFloat32)) policy.family = KernelFamily::kSm80;
   policy.family = forced_family().value_or(policy.family);
   return policy;
 }

@@ -6,8 +6,8 @@ setup.py imports this file; CMakeLists.txt runs
 It writes FOLDER/instances/*.cu and FOLDER/instances/*_kernels.h, and prints the paths of the sources, a line each,
 those that take longest to compile first. Sources of another family than sm90 have its name before theirs.
 
-A source holds an entry of a table for all chosen dtypes: the compiler reads the headers once for both, and shares the
-layouts that it derives from them.
+A source holds an entry of a table for those of its dtypes that are chosen: the compiler reads the headers once for
+both, and shares the layouts that it derives from them.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
-DTYPES = {"bf16": "DType::kBFloat16", "fp16": "DType::kFloat16"}
+DTYPES = {"bf16": "DType::kBFloat16", "fp16": "DType::kFloat16", "fp32": "DType::kFloat32"}
 
 
 class Kernel(NamedTuple):
@@ -57,6 +57,7 @@ class Instance(NamedTuple):
     family: str
     name: str
     dtype: str
+    of_dtypes: str  # that share its row
     head_dim: str
     tile_rows: str
 
@@ -76,7 +77,8 @@ class Instance(NamedTuple):
 
     @property
     def file(self) -> str:
-        return f"{self.prefix}{self.name}_hd{self.head_dim}_{self.tile_rows}.cu"
+        alone = "" if "," in self.of_dtypes else f"_{self.of_dtypes}"
+        return f"{self.prefix}{self.name}{alone}_hd{self.head_dim}_{self.tile_rows}.cu"
 
     @property
     def instantiation(self) -> str:
@@ -102,12 +104,13 @@ def read_table(family: str) -> list[Instance]:
     """All kernels of a family, by kernel, then dtype, then ascending head dim."""
     text = (FOLDER / family / "instances.txt").read_text()
     lines = [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    kernels, rows = lines[0][1:], sorted(lines[1:], key=lambda row: int(row[0]))
+    kernels, rows = lines[0][2:], sorted(lines[1:], key=lambda row: int(row[1]))
     return [
-        Instance(family, kernel, dtype, row[0], tile_rows)
-        for column, kernel in enumerate(kernels, 1)
+        Instance(family, kernel, dtype, row[0], row[1], tile_rows)
+        for column, kernel in enumerate(kernels, 2)
         for dtype in DTYPES
         for row in rows
+        if dtype in row[0].split(",")
         for tile_rows in row[column].split(",")
         if tile_rows != "-"
     ]

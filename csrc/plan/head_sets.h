@@ -55,8 +55,6 @@ constexpr HeadStack stack_heads(const MaskShape& shape, int32_t heads_q, int32_t
   return pays && fits ? stack : kNone;
 }
 
-inline constexpr int32_t kElementSize = 2;  // bytes, of every dtype that kernels are compiled for
-
 // Whether queries have so few keys that passes over the sums of their gradients take longer than two more products:
 // with 128x128 blocks, all true and causal, two kernels took 0.92 of the time at 512 keys, 1.0 at 1024 (H200; H100 0.92
 // at 1024). Where there are few queries in all, it is launches that take the time; blocks may be far longer than

@@ -2,7 +2,7 @@
 
 // What the rules of planning know of a card, and the limits that follow from it. What decides the length of a list or
 // the size of a workspace must be the same in planning, validation and launch: all take the policy of the current
-// device (kernels::current_policy).
+// device and the call's dtype (kernels::current_policy).
 
 #include <cstdint>
 
@@ -11,7 +11,7 @@ namespace hbsattn {
 // Kernels that are chosen together, as they read the same plans.
 enum class KernelFamily {
   kSm90,  // for compute capability 9.0
-  kSm80,  // for 8.0 and newer
+  kSm80,  // for 8.0 and newer; float32 on 9.0, too
 };
 
 // The limits were swept on one H200, by the times of whole forward and backward passes; its numbers are the defaults,
@@ -23,6 +23,7 @@ struct DevicePolicy {
   int64_t shared_bytes = int64_t{228} << 10;  // of a multiprocessor
   int64_t memory_rate = 4'916'736;            // bytes a microsecond
   KernelFamily family = KernelFamily::kSm90;  // of the kernels that calls on this device use
+  int32_t element_size = 2;                   // of their tensors, in bytes
 
   // Whether the forward takes the list of gradients: the kernels of kSm80 have no pairs, and no tiles of 192 rows.
   constexpr bool shares_lists() const { return family == KernelFamily::kSm80; }

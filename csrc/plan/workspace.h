@@ -86,7 +86,7 @@ constexpr BackwardWorkspace lay_out_backward(const BackwardParams& params, int32
   const KeyTileShape tiles = shape_key_tiles(shape, problem.head_dim);
   const bool by_keys = method == BackwardMethod::kByKeys, by_queries = method == BackwardMethod::kByQueries;
   const bool key_tiles = !by_queries && method != BackwardMethod::kQueriesOnly;
-  const QuerySets sets = cut_queries(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize,
+  const QuerySets sets = cut_queries(shape, problem.heads_q, problem.heads_k, problem.head_dim, policy.element_size,
                                      params.deterministic, policy);
   const bool passes_sets = key_tiles && sets.count(problem.heads_q) > problem.heads_k;
   const int64_t all_tiles = int64_t{sets.count(problem.heads_q)} * shape.batch * tiles.count(shape);

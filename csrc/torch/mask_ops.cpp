@@ -201,6 +201,7 @@ BackwardParams make_problem(const PlanParams& plan, bool deterministic, const st
   params.problem.heads_k = plan.heads_k;
   params.problem.head_dim = plan.head_dim;
   params.problem.pack_heads = plan.pack_heads;
+  if (plan.element_size == element_size_of(DType::kFloat32)) params.problem.dtype = DType::kFloat32;
   params.problem.softcap = altered ? 1.f : 0.f;  // which stands for whatever alters weights
   params.deterministic = deterministic;
   params.needs_q = needs[0];

@@ -37,9 +37,9 @@ HBSATTN_API Status make_sequences_on_host(const SequencesParams& params);
 HBSATTN_API Status pack_mask(const PackParams& params, Stream stream);
 
 // Records that the list of plan_items has at least; depends on shapes and on which kernels are used alone.
-// `for_backward`: as in PlanParams.
+// `for_backward` and `element_size`: as in PlanParams.
 HBSATTN_API int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int32_t head_dim,
-                              bool pack_heads, bool for_backward = false);
+                              bool pack_heads, bool for_backward = false, int32_t element_size = 2);
 
 // Records that suffice for every list of plan_items, whatever head dim, direction and device it is for.
 HBSATTN_API int64_t item_capacity(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads);

@@ -12,6 +12,11 @@ using Stream = CUstream_st*;
 
 enum class DType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
 
+// Bytes.
+constexpr int32_t element_size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // Where one sequence of the batch lies. Row of an int32 (batch, 7) device table.
 //
 // Packed (varlen) tensors: q_begin and k_begin are rows of the packed tensors. Batched tensors: both are 0, and
@@ -153,7 +158,7 @@ struct PlanParams {
   int32_t heads_q = 0;
   int32_t heads_k = 0;
   int32_t head_dim = 0;       // as in the ForwardParams of the calls that use the list
-  int32_t element_size = 2;   // bytes
+  int32_t element_size = 2;   // of q, in bytes
   bool pack_heads = true;     // let query heads that share a mask and a key head share tiles
   bool for_backward = false;  // a list for gradients, whose tiles may have fewer rows, and add to gradients of keys
   void* scratch = nullptr;    // plan_scratch_size(num_items) bytes, aligned to 4
@@ -201,7 +206,7 @@ struct KeyPlanParams {
   int32_t heads_q = 0;
   int32_t heads_k = 0;
   int32_t head_dim = 0;        // as in the ForwardParams of the calls that use the list
-  int32_t element_size = 2;    // bytes
+  int32_t element_size = 2;    // of q, in bytes
   bool deterministic = false;  // as in the BackwardParams of the calls that use the list
   bool packed = false;         // likewise
   int64_t rows_k = 0;          // keys of the packed tensor, or more: a list for more keys serves fewer

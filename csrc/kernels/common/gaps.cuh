@@ -27,12 +27,14 @@ __device__ __forceinline__ void visit_gaps(int sequences, int cta, int ctas, int
   for (int64_t row = int64_t{last.begin} + cta; row < last.end; row += ctas) write(static_cast<int>(row));
 }
 
-// A warp writes zeros to one row of `heads` heads. `row_data` is the row of the first, of 16-bit numbers.
-__device__ __forceinline__ void clear_row(uint16_t* row_data, int64_t head_stride, int heads, int head_dim, int lane) {
-  const int vectors = head_dim / 8;  // of 16 bytes
+// A warp writes zeros to a row of `heads` heads of a tensor, whose elements have so many bytes. Strides in elements.
+__device__ __forceinline__ void clear_row(void* tensor, int64_t row, int64_t row_stride, int64_t head_stride, int heads,
+                                          int head_dim, int element_bytes, int lane) {
+  auto* row_data = static_cast<uint8_t*>(tensor) + row * row_stride * element_bytes;
+  const int row_bytes = head_dim * element_bytes;
   for (int head = 0; head < heads; ++head) {
-    for (int vector = lane; vector < vectors; vector += 32) {
-      *reinterpret_cast<uint4*>(row_data + head * head_stride + vector * 8) = make_uint4(0, 0, 0, 0);
+    for (int byte = 16 * lane; byte < row_bytes; byte += 16 * 32) {
+      *reinterpret_cast<uint4*>(row_data + head * head_stride * element_bytes + byte) = make_uint4(0, 0, 0, 0);
     }
   }
 }

@@ -164,7 +164,7 @@ __device__ __forceinline__ QueryPlan plan_queries(const KeyTiles& args, const Ke
 }
 
 // A warp writes the keys that belong to no tile.
-__device__ __forceinline__ void write_key_gaps(const KeyTiles& args, int lane) {
+__device__ __forceinline__ void write_key_gaps(const KeyTiles& args, int lane, int element_bytes = 2) {
   if (args.sequences == nullptr) return;
   visit_gaps(
       args.mask.batch, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), lane,
@@ -172,7 +172,7 @@ __device__ __forceinline__ void write_key_gaps(const KeyTiles& args, int lane) {
       [&](int row) {
         const auto clear = [&](void* grad, int64_t row_stride, int64_t head_stride, int columns) {
           if (grad == nullptr) return;  // not needed
-          clear_row(static_cast<uint16_t*>(grad) + row * row_stride, head_stride, args.heads_k, columns, lane);
+          clear_row(grad, row, row_stride, head_stride, args.heads_k, columns, element_bytes, lane);
         };
         clear(args.grad_k, args.grad_k_row_stride, args.grad_k_head_stride, args.grad_k_columns);
         clear(args.grad_v, args.grad_v_row_stride, args.grad_v_head_stride, args.grad_v_columns);

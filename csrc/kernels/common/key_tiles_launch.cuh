@@ -39,8 +39,8 @@ inline void fill_key_tiles(const BackwardParams& params, const BackwardWorkspace
   args.heads_q = problem.heads_q;
   args.heads_k = problem.heads_k;
   args.united = shape_key_tiles(shape, problem.head_dim).united;
-  args.sets = cut_queries(shape, problem.heads_q, problem.heads_k, problem.head_dim, kElementSize, params.deterministic,
-                          policy);
+  args.sets = cut_queries(shape, problem.heads_q, problem.heads_k, problem.head_dim, policy.element_size,
+                          params.deterministic, policy);
   args.sets_per_key_head = args.sets.count(problem.heads_q) / problem.heads_k;
   args.heads_of_mask = count_heads_of_mask(shape, problem.heads_q);
   const HeadStack stack = workspace.chunks.stack;

@@ -179,13 +179,13 @@ __device__ __forceinline__ int key_end_of_tile(const QueryTiles& args, const Wor
 
 // A warp writes the rows that belong to no tile. kWithLse: their log-sum-exp, too.
 template <bool kWithLse>
-__device__ __forceinline__ void write_gaps(const QueryTiles& args, int lane) {
+__device__ __forceinline__ void write_gaps(const QueryTiles& args, int lane, int element_bytes = 2) {
   visit_gaps(
       args.mask.batch, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), lane,
       [&](int index) { return find_query_gap(args.mask, args.sequences, index, args.rows_q); },
       [&](int row) {
-        clear_row(static_cast<uint16_t*>(args.out) + row * args.out_row_stride, args.out_head_stride, args.heads_q,
-                  args.out_columns, lane);
+        clear_row(args.out, row, args.out_row_stride, args.out_head_stride, args.heads_q, args.out_columns,
+                  element_bytes, lane);
         if constexpr (kWithLse) {
           for (int head = lane; head < args.heads_q; head += 32) {
             args.lse[static_cast<int64_t>(head) * args.rows_q + row] = -INFINITY;

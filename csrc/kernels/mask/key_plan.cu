@@ -173,7 +173,7 @@ static_assert(sizeof(KeyItem) == sizeof(PackedRecord) && offsetof(KeyItem, keys)
 
 Status plan_keys(const KeyPlanParams& params, Stream stream) {
   const MaskShape& shape = params.mask.shape;
-  const DevicePolicy policy = current_policy();
+  const DevicePolicy policy = current_policy(params);
   if (shape.batch == 0 || shape.cols == 0) return write_dead_list(params.items, params.num_items, stream);
   const KeyListSize size = size_key_list(shape, params.heads_q, params.heads_k, params.head_dim, params.element_size,
                                          params.deterministic, params.rows_k, params.packed, policy);

@@ -26,7 +26,7 @@ int32_t count_section_items(const PlanParams& params, const TileShape& tiles, in
   const int64_t longest = std::max<int64_t>(shape.cols * shape.k_block_size, 1);
   const int64_t column_bytes = params.element_size + (params.for_backward ? sizeof(float) : 0);
   const int64_t bytes = 2 * longest * params.head_dim * column_bytes;
-  const int64_t pairs = std::max<int64_t>(current_policy().section_bytes() / bytes, 1);
+  const int64_t pairs = std::max<int64_t>(current_policy(params).section_bytes() / bytes, 1);
   const int64_t batch = std::max(shape.batch, 1);
   const int64_t row_groups = params.heads_q / tiles.packed_heads / params.heads_k;  // that read one key head
   int64_t wanted = pairs >= batch ? pairs / batch * row_groups * shape.rows * tiles.tiles
@@ -251,8 +251,8 @@ __global__ void __launch_bounds__(kShortThreads)
 }
 
 // Whether that kernel takes less time: where a multiprocessor counts few items, and each of them in a few loads.
-bool has_short_sections(const ItemGrid& grid, const OrderArguments& args, int64_t ctas) {
-  const int64_t rounds = mask::ceil_div(ctas, int64_t{current_policy().multiprocessors});
+bool has_short_sections(const ItemGrid& grid, const OrderArguments& args, int64_t ctas, int32_t multiprocessors) {
+  const int64_t rounds = mask::ceil_div(ctas, int64_t{multiprocessors});
   return args.live == nullptr && grid.shape.words() <= 8 && rounds * args.section_items * grid.united <= kShortItems;
 }
 
@@ -286,17 +286,18 @@ Status plan_items(const PlanParams& params, Stream stream) {
   const int32_t section_items = count_section_items(params, tiles, num_items, some_dead);
   // The dead items of a section are its last ones: nobody has to count them where there is one section.
   int32_t* live = some_dead && section_items < num_items ? details + 3 * num_items : nullptr;
+  const int32_t multiprocessors = current_policy(params).multiprocessors;
   OrderArguments order{};
   order.num_items = num_items;
   order.room = params.num_items;
   order.section_items = section_items;
   order.weights = weights;
   order.live = live;
-  order.in_halves = live == nullptr && num_items <= kFewItems * current_policy().multiprocessors;
+  order.in_halves = live == nullptr && num_items <= kFewItems * multiprocessors;
   order.items = reinterpret_cast<PackedRecord*>(params.items);
   order.tickets = static_cast<int32_t*>(params.workspace);
   const int64_t order_ctas = cut_list(order);
-  if (has_short_sections(grid, order, order_ctas)) {
+  if (has_short_sections(grid, order, order_ctas, multiprocessors)) {
     return launch("the launch of plan_short_sections", plan_short_sections_kernel, static_cast<unsigned>(order_ctas),
                   kShortThreads, 0, stream, grid, params.mask.bits, order);
   }

@@ -62,16 +62,20 @@ __device__ float2 unpack(uint32_t pair, cutlass::half_t) {
 template <class Element>
 __device__ float dot(const uint4& a, const uint4& b) {
   float sum = 0.f;
-  const uint32_t pairs[4][2] = {{a.x, b.x}, {a.y, b.y}, {a.z, b.z}, {a.w, b.w}};
+  const uint32_t words[4][2] = {{a.x, b.x}, {a.y, b.y}, {a.z, b.z}, {a.w, b.w}};
 #pragma unroll
-  for (const auto& pair : pairs) {
-    const float2 x = unpack(pair[0], Element{}), y = unpack(pair[1], Element{});
-    sum += x.x * y.x + x.y * y.y;
+  for (const auto& word : words) {
+    if constexpr (std::is_same_v<Element, float>) {
+      sum += __uint_as_float(word[0]) * __uint_as_float(word[1]);
+    } else {
+      const float2 x = unpack(word[0], Element{}), y = unpack(word[1], Element{});
+      sum += x.x * y.x + x.y * y.y;
+    }
   }
   return sum;
 }
 
-// A CTA has a chunk of 16 rows of one stack of heads, a thread up to kVectors vectors of 8 columns of a row.
+// A CTA has a chunk of 16 rows of one stack of heads, a thread up to kVectors vectors of 16 bytes of a row.
 template <class Element, int kVectors>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const RowArguments args) {
   let_next_kernel_start();
@@ -94,7 +98,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Row
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int vector = lane + i * kRowThreads;
-      if (8 * vector >= args.out.columns) continue;
+      if (static_cast<int>(16 / sizeof(Element)) * vector >= args.out.columns) continue;
       out[i] = __ldcs(out_row + vector);
       grad_out[i] = grad_out_row[vector];
     }
@@ -163,7 +167,7 @@ __device__ void write_gaps(const RowArguments& args, int stack, int lane) {
       args.shape.batch, static_cast<int>(blockIdx.x), mask::smaller<int>(gridDim.x, kGapCtas), lane,
       [&](int index) { return find_query_gap(args.shape, args.sequences, index, rows); },
       [&](int row) {
-        clear_row(grad_q + row * args.grad_q.row_stride, args.grad_q.head_stride, heads, args.grad_q.columns, lane);
+        clear_row(grad_q, row, args.grad_q.row_stride, args.grad_q.head_stride, heads, args.grad_q.columns, 2, lane);
       });
 }
 
@@ -215,8 +219,8 @@ __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const Ro
   }
 }
 
-// Calls visit(Element{}) with the dtype of a problem.
-template <class Visitor>
+// Calls visit(Element{}) with the dtype of a problem. kFloat32: whether the kernels are compiled for that, too.
+template <bool kFloat32 = false, class Visitor>
 Status visit_dtype(DType dtype, Visitor&& visit) {
   switch (dtype) {
     case DType::kBFloat16:
@@ -224,11 +228,13 @@ Status visit_dtype(DType dtype, Visitor&& visit) {
     case DType::kFloat16:
       return visit(cutlass::half_t{});
     case DType::kFloat32:
+      if constexpr (kFloat32) return visit(float{});
+      break;
     case DType::kFloat64:
       break;
   }
   return Status::NotSupported("the dtype is number " + std::to_string(static_cast<int>(dtype)) +
-                              ", for which no kernel over rows is compiled; expected float16 or bfloat16");
+                              ", for which no such kernel over rows is compiled");
 }
 
 RowArguments row_arguments(const BackwardParams& params, const BackwardWorkspace& workspace) {
@@ -300,11 +306,12 @@ Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& works
     HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.cleared, 0, workspace.zeroed, stream), "cudaMemsetAsync"));
   }
   const dim3 grid(static_cast<unsigned>(workspace.chunks.count), static_cast<unsigned>(workspace.stacks));
-  return visit_dtype(params.problem.dtype, [&](auto element) {
+  return visit_dtype<true>(params.problem.dtype, [&](auto element) {
     using Element = decltype(element);
-    auto* kernel = args.out.columns <= 64    ? prepare_rows_kernel<Element, 1>
-                   : args.out.columns <= 128 ? prepare_rows_kernel<Element, 2>
-                                             : prepare_rows_kernel<Element, 4>;
+    constexpr int kOf64 = 64 * sizeof(Element) / (16 * kRowThreads);  // vectors of a thread, of 64 columns
+    auto* kernel = args.out.columns <= 64    ? prepare_rows_kernel<Element, kOf64>
+                   : args.out.columns <= 128 ? prepare_rows_kernel<Element, 2 * kOf64>
+                                             : prepare_rows_kernel<Element, 4 * kOf64>;
     return launch("the launch of prepare_rows", kernel, grid, kPrepareThreads, 0, stream, args);
   });
 }

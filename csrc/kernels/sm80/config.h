@@ -14,6 +14,10 @@
 
 namespace hbsattn {
 
+// Products of float32 take six times as long as those of 16 bits, and its rows twice the room: tiles are smaller, and a
+// warp has one strip.
+constexpr bool is_float32(DType dtype) { return dtype == DType::kFloat32; }
+
 // A forward kernel. A CTA streams the keys of the active blocks in stages of kTileN. One stage of keys and one of
 // values let two CTAs share the 164 KB of an 8.0 device, and one have the 99 KB of smaller ones. With two of each,
 // tiles of 128 rows took 0.94 of the time on an H200, which has room for them.
@@ -23,12 +27,14 @@ struct Sm80Forward {
   static constexpr int kHeadDim = kHeadDim_;  // padded: columns past those of the tensors are zeros
   static constexpr int kTileRows = kTileRows_;
   // Above head dim 128 the output of two strips does not fit the registers of four warps.
-  static constexpr int kTileM = kHeadDim > 128 ? 64 : kTileRows;
+  static constexpr int kTileM = is_float32(kDType) && kHeadDim > 128   ? 32
+                                : is_float32(kDType) || kHeadDim > 128 ? 64
+                                                                       : kTileRows;
   // With eight warps of one strip, which read keys and values from shared memory twice as often, tiles of 128 rows took
   // 1.3 of the time (H200).
-  static constexpr int kWarps = 4;
+  static constexpr int kWarps = kTileM < 64 ? 2 : 4;
   static constexpr int kStrips = kTileM / (16 * kWarps);
-  static constexpr int kTileN = kHeadDim > 192 ? 32 : 64;
+  static constexpr int kTileN = (kHeadDim > 192 ? 32 : 64) / (is_float32(kDType) && kHeadDim > 64 ? 2 : 1);
   static constexpr int kStages = 1;  // of keys, and of values
   static constexpr int kCtasPerSm = 2;
 };
@@ -40,36 +46,39 @@ struct Sm80GradQueries {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTileRows = kTileRows_;
   // At head dim 128, by shared memory of 99 KB.
-  static constexpr int kTileM = kHeadDim >= 128 ? 64 : kTileRows;
-  static constexpr int kWarps = 4;
+  static constexpr int kTileM = is_float32(kDType) ? (kHeadDim > 128 ? 32 : 64) : kHeadDim >= 128 ? 64 : kTileRows;
+  static constexpr int kWarps = kTileM < 64 ? 2 : 4;
   static constexpr int kStrips = kTileM / (16 * kWarps);
   // Two products of this width are in registers beside the gradient.
-  static constexpr int kTileN = kHeadDim >= 128 || kTileM == 128 ? 32 : 64;
+  static constexpr int kTileN = is_float32(kDType)                 ? (kHeadDim > 64 ? 16 : 32)
+                                : kHeadDim >= 128 || kTileM == 128 ? 32
+                                                                   : 64;
   static constexpr int kStages = 2;
-  static constexpr int kCtasPerSm = kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kCtasPerSm = kHeadDim <= 128 && !(is_float32(kDType) && kHeadDim > 64) ? 2 : 1;
 };
 
-// A kernel that computes the gradients of keys and values. A CTA owns kTileRows keys and streams the queries and output
-// gradients of the active blocks in stages of kTileM.
+// A kernel that computes the gradients of keys and values. A CTA owns kTileN keys of a tile and streams the queries and
+// output gradients of the active blocks in stages of kTileM.
 template <DType kDType_, int kHeadDim_, int kTileRows_>
 struct Sm80BackwardKeys {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTileRows = kTileRows_;  // keys
-  static constexpr int kTileN = kTileRows;
+  static constexpr int kTileN = !is_float32(kDType) ? kTileRows : kHeadDim > 128 ? 32 : 64;
   // Two gradients of a warp's keys are in registers. Above head dim 128 those of 16 keys do not fit, so two warps share
   // keys: each computes the scores of half the stage's queries, and both gradients in half the columns.
   static constexpr int kShare = kHeadDim > 128 ? 2 : 1;
   static constexpr int kStrips = kHeadDim <= 64 && kTileN == 128 ? 2 : 1;
   static constexpr int kWarps = kTileN / (16 * kStrips) * kShare;
   // Stages are half as long as there would be room for if there was one: the next is on its way while one is used.
-  static constexpr int kTileM = kHeadDim == 96 && kTileN == 128 ? 64 : 32;
+  static constexpr int kTileM = is_float32(kDType) && kHeadDim > 64 ? 16 : kHeadDim == 96 && kTileN == 128 ? 64 : 32;
   static constexpr int kStages = 2;
   // By shared memory of 164 KB, and registers. Up to head dim 128 a CTA has less than 99 KB, which smaller cards have.
-  static constexpr int kCtasPerSm = kHeadDim > 128   ? 1
-                                    : kTileN == 128  ? (kHeadDim <= 64 ? 2 : 1)
-                                    : kHeadDim <= 96 ? 3
-                                                     : 2;
+  static constexpr int kCtasPerSm = is_float32(kDType) ? (kHeadDim > 64 ? 1 : 2)
+                                    : kHeadDim > 128   ? 1
+                                    : kTileN == 128    ? (kHeadDim <= 64 ? 2 : 1)
+                                    : kHeadDim <= 96   ? 3
+                                                       : 2;
 };
 
 // Bytes of shared memory that a CTA may use where there are the fewest for which kernels are made: on 8.0. Others have

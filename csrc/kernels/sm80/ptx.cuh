@@ -6,7 +6,8 @@
 #include <cute/arch/mma_sm80.hpp>
 #include <type_traits>
 
-// Asynchronous copies, fragments out of shared memory, and products of 16 x 8 x 16.
+// Asynchronous copies, fragments out of shared memory, and products: of 16 x 8 x 16 numbers of 16 bits, or 16 x 8 x 8
+// of float32.
 
 namespace hbsattn::sm80 {
 
@@ -43,6 +44,20 @@ __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&words
   }
 }
 
+// A float32 number in two parts with the 11 digits that tensor cores take (TF32), which leave out 2^-22 of it at most.
+// The first of an infinity or NaN is that too, and the second NaN.
+__device__ __forceinline__ void split_float(uint32_t word, uint32_t& high, uint32_t& low) {
+  high = (word + 0x1000u) & 0xffffe000u;
+  low = __float_as_uint(__uint_as_float(word) - __uint_as_float(high));
+}
+
+// A word of shared memory.
+__device__ __forceinline__ uint32_t load_word(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+
 // 8 columns from 8 * `group` on of an accumulator of 16 rows += a b; = a b, if kFirst.
 template <class Element, bool kFirst = false, class Accumulator>
 __device__ __forceinline__ void multiply_add(Accumulator& sum, int group, const uint32_t (&a)[4], uint32_t b0,
@@ -55,6 +70,14 @@ __device__ __forceinline__ void multiply_add(Accumulator& sum, int group, const 
   } else {
     Atom::fma(c0, c1, c2, c3, a[0], a[1], a[2], a[3], b0, b1, c0, c1, c2, c3);
   }
+}
+
+// The same of numbers in TF32.
+template <class Accumulator>
+__device__ __forceinline__ void multiply_add_tf32(Accumulator& sum, int group, const uint32_t (&a)[4], uint32_t b0,
+                                                  uint32_t b1) {
+  float &c0 = sum(4 * group), &c1 = sum(4 * group + 1), &c2 = sum(4 * group + 2), &c3 = sum(4 * group + 3);
+  cute::SM80_16x8x8_F32TF32TF32F32_TN::fma(c0, c1, c2, c3, a[0], a[1], a[2], a[3], b0, b1, c0, c1, c2, c3);
 }
 
 }  // namespace hbsattn::sm80

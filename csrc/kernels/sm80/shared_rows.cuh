@@ -6,47 +6,88 @@
 #include "kernels/common/ptx.cuh"
 #include "kernels/sm80/ptx.cuh"
 
-// Matrices of 16-bit numbers in shared memory, and products of them.
+// Matrices of 16-bit numbers or float32 in shared memory, and products of them. A step of a product is 16 columns of
+// its first operand, or 8 of float32: 32 bytes of a row.
 
 namespace hbsattn::sm80 {
 
-// Rows lie in chunks of 64 columns, or 32 where their number is no multiple of that: [chunk][row][columns]. In a chunk
+// Rows lie in chunks of 128 bytes, or 64 where their length is no multiple of that: [chunk][row][columns]. In a chunk
 // the vectors of 16 bytes of a row are exchanged by the row's place, so that the same vector of 8 rows is in all banks.
-template <int kRows_, int kColumns_>
+template <class Element_, int kRows_, int kColumns_>
 struct SharedRows {
+  using Element = Element_;
   static constexpr int kRows = kRows_;
   static constexpr int kColumns = kColumns_;
-  static constexpr int kChunkVectors = kColumns % 64 == 0 ? 8 : 4;
-  static constexpr int kChunks = kColumns / 8 / kChunkVectors;
+  static constexpr int kVectorColumns = 16 / sizeof(Element);
+  static constexpr int kStepColumns = 2 * kVectorColumns;
+  static constexpr int kVectors = kColumns / kVectorColumns;
+  static constexpr int kChunkVectors = kVectors % 8 == 0 ? 8 : 4;
+  static constexpr int kChunks = kVectors / kChunkVectors;
   static constexpr int kRowBytes = 16 * kChunkVectors;  // of a chunk
   static constexpr int kChunkBytes = kRows * kRowBytes;
   static constexpr int kBytes = kChunks * kChunkBytes;
-  static_assert(kColumns % 32 == 0 && kRows % 16 == 0);
+  static_assert(kVectors % kChunkVectors == 0 && kRows % 16 == 0);
 
   static __device__ __forceinline__ uint32_t offset(int row, int vector) {
     const int exchanged = kChunkVectors == 8 ? row & 7 : row >> 1 & 3;
     return vector / kChunkVectors * kChunkBytes + row * kRowBytes + (vector % kChunkVectors ^ exchanged) * 16;
   }
+
+  // Of the two columns of a group of 8 that a lane has in accumulators.
+  static __device__ __forceinline__ uint32_t offset_of_pair(int row, int group, int lane) {
+    if constexpr (sizeof(Element) == 2) {
+      return offset(row, group) + lane % 4 * 4;
+    } else {
+      return offset(row, 2 * group + lane % 4 / 2) + lane % 2 * 8;
+    }
+  }
 };
 
-// Reads patches of 16 rows and 16 columns, as operands of products. The words of read(), by halves of rows and of
-// columns: (0, 0), (1, 0), (0, 1), (1, 1); if kByRows (0, 0), (0, 1), (1, 0), (1, 1). The former is a first operand or,
-// transposed, two second ones, for 8 columns each; the latter two second ones, for 8 rows each.
-template <class Rows, bool kByRows = false>
+// Stores two neighbouring columns of an accumulator.
+template <class Element>
+__device__ __forceinline__ void store_pair(void* destination, float low, float high) {
+  if constexpr (std::is_same_v<Element, float>) {
+    *static_cast<float2*>(destination) = make_float2(low, high);
+  } else {
+    *static_cast<uint32_t*>(destination) = pack_pair<Element>(low, high);
+  }
+}
+
+// What patches are read as: first operands of products, of 16 rows and a step's columns; second ones, of as many, for 8
+// rows each; or second ones, of a step's rows, for 8 of 16 columns each.
+enum class Operand { kFirst, kByRows, kByColumns };
+
+// Reads patches of a matrix. Words of kFirst, by halves of rows and of columns: (0, 0), (1, 0), (0, 1), (1, 1); of the
+// others, two second operands.
+template <class Rows, Operand kAs = Operand::kFirst>
 struct PatchReader {
-  uint32_t address;  // of this lane's vector of the first patch
+  // Rows of a step of float32 are taken in an order in which a lane has two that follow one another, as it has such
+  // columns of accumulators. Rows of 32 bits cannot be transposed by ldmatrix.
+  static constexpr bool kByWords = kAs == Operand::kByColumns && sizeof(typename Rows::Element) == 4;
+
+  uint32_t address;  // of this lane's vector of the first patch, or of its word
 
   // `matrix` is aligned to 128 bytes.
   __device__ __forceinline__ PatchReader(uint32_t matrix, int lane)
-      : address(matrix + (kByRows ? Rows::offset((lane & 7) + lane / 16 * 8, lane >> 3 & 1)
-                                  : Rows::offset(lane & 15, lane >> 4))) {}
+      : address(matrix + (kByWords                  ? Rows::offset(2 * (lane & 3), lane >> 4) + (lane >> 2 & 3) * 4
+                          : kAs == Operand::kByRows ? Rows::offset((lane & 7) + lane / 16 * 8, lane >> 3 & 1)
+                                                    : Rows::offset(lane & 15, lane >> 4))) {}
 
-  // `row`: of the first, a multiple of 16; `step`: of 16 columns.
-  template <bool kTransposed = false>
-  __device__ __forceinline__ void read(int row, int step, uint32_t (&words)[4]) const {
-    constexpr int kSteps = Rows::kChunkVectors / 2;
-    load_matrices<kTransposed>(
-        (address ^ (step % kSteps * 32)) + row * Rows::kRowBytes + step / kSteps * Rows::kChunkBytes, words);
+  // `row`: of the first; `patch`: of 32 bytes of a row or, of kByColumns, of 16 columns.
+  __device__ __forceinline__ void read(int row, int patch, uint32_t (&words)[4]) const {
+    if constexpr (kByWords) {
+      static_assert(Rows::kRowBytes == 128);
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int vector = 4 * patch + i / 2 * 2, odd = i % 2;  // whose row's vectors are exchanged with neighbours
+        words[i] = load_word((address ^ (vector % Rows::kChunkVectors + odd) * 16) + (row + odd) * Rows::kRowBytes +
+                             vector / Rows::kChunkVectors * Rows::kChunkBytes);
+      }
+    } else {
+      constexpr int kPatches = Rows::kChunkVectors / 2;  // of a chunk
+      load_matrices<kAs == Operand::kByColumns>(
+          (address ^ (patch % kPatches * 32)) + row * Rows::kRowBytes + patch / kPatches * Rows::kChunkBytes, words);
+    }
   }
 };
 
@@ -55,51 +96,193 @@ struct PatchReader {
 template <int kColumns>
 using Accumulator = decltype(cute::make_tensor<float>(cute::Shape<cute::Int<kColumns / 2>>{}));
 
-// Of an accumulator, the 16 columns from 16 * `step` on as a first operand.
+// Of an accumulator, the columns of a step as a first operand.
 template <class Element, class Sum>
 __device__ __forceinline__ void to_operand(const Sum& sum, int step, uint32_t (&words)[4]) {
   CUTE_UNROLL
-  for (int i = 0; i < 4; ++i) words[i] = pack_pair<Element>(sum(8 * step + 2 * i), sum(8 * step + 2 * i + 1));
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<Element, float>) {
+      words[i] = __float_as_uint(sum(4 * step + i % 2 * 2 + i / 2));
+    } else {
+      words[i] = pack_pair<Element>(sum(8 * step + 2 * i), sum(8 * step + 2 * i + 1));
+    }
+  }
 }
 
-// sums[strip] = rows of the strips x rows of `b`, over all columns: 16 * kStrips rows from `first_row` on, and all of
-// `b`.
-template <class Element, int kStrips, class RowsA, class RowsB, class Sum>
-__device__ __forceinline__ void multiply_rows(Sum (&sums)[kStrips], const PatchReader<RowsA>& a, int first_row,
-                                              const PatchReader<RowsB, true>& b) {
-  const auto multiply = [&](auto first, int step) {
-    uint32_t of_a[kStrips][4];
+// Of a step of a product of float32 numbers, the factors of some patches in two parts each.
+template <int kStrips_, int kPatches_>
+struct SplitFactors {
+  static constexpr int kStrips = kStrips_;
+  static constexpr int kPatches = kPatches_;
+  uint32_t a_high[kStrips][4], a_low[kStrips][4], b_high[kPatches][4], b_low[kPatches][4];
+
+  __device__ __forceinline__ void set_a(const uint32_t (&words)[kStrips][4]) {
     CUTE_UNROLL
-    for (int strip = 0; strip < kStrips; ++strip) a.read(first_row + 16 * strip, step, of_a[strip]);
+    for (int i = 0; i < 4 * kStrips; ++i) split_float(words[i / 4][i % 4], a_high[i / 4][i % 4], a_low[i / 4][i % 4]);
+  }
+  __device__ __forceinline__ void set_b(int patch, const uint32_t (&words)[4]) {
     CUTE_UNROLL
-    for (int patch = 0; patch < RowsB::kRows / 16; ++patch) {
-      uint32_t of_b[4];
-      b.read(16 * patch, step, of_b);
+    for (int i = 0; i < 4; ++i) split_float(words[i], b_high[patch][i], b_low[patch][i]);
+  }
+};
+
+// Of what three products of parts add up to, the sums of the two lesser ones are apart: tensor cores cut what they add
+// to a sum to its own last digits, always downwards, and with sums of the greater ones alone that happens a third as
+// often. The products of some patches come one after another, as those that add to the same sum wait for each other.
+// kTransposed: which of the two lesser products comes first, so that scores of keys and queries are bitwise those of
+// queries and keys.
+template <bool kTransposed, class Sum, class Factors>
+__device__ __forceinline__ void multiply_split(Sum (&greater)[Factors::kStrips], Sum (&lesser)[Factors::kStrips],
+                                               int first_patch, const Factors& factors) {
+  const auto multiply = [&](Sum(&sums)[Factors::kStrips], const auto& a, const auto& b) {
+    CUTE_UNROLL
+    for (int patch = 0; patch < Factors::kPatches; ++patch) {
       CUTE_UNROLL
-      for (int strip = 0; strip < kStrips; ++strip) {
-        multiply_add<Element, first.value>(sums[strip], 2 * patch, of_a[strip], of_b[0], of_b[1]);
-        multiply_add<Element, first.value>(sums[strip], 2 * patch + 1, of_a[strip], of_b[2], of_b[3]);
+      for (int strip = 0; strip < Factors::kStrips; ++strip) {
+        multiply_add_tf32(sums[strip], 2 * (first_patch + patch), a[strip], b[patch][0], b[patch][1]);
+        multiply_add_tf32(sums[strip], 2 * (first_patch + patch) + 1, a[strip], b[patch][2], b[patch][3]);
       }
     }
   };
-  multiply(std::true_type{}, 0);
+  multiply(lesser, kTransposed ? factors.a_high : factors.a_low, kTransposed ? factors.b_low : factors.b_high);
+  multiply(greater, factors.a_high, factors.b_high);
+  multiply(lesser, kTransposed ? factors.a_low : factors.a_high, kTransposed ? factors.b_high : factors.b_low);
+}
+
+// For the same reason, sums of long products of float32 numbers are made of those of so many steps.
+inline constexpr int kSplitSteps = 4;
+
+template <class Sum>
+__device__ __forceinline__ void add_to(Sum& sum, const Sum& part) {
   CUTE_UNROLL
-  for (int step = 1; step < RowsA::kColumns / 16; ++step) multiply(std::false_type{}, step);
+  for (int i = 0; i < cute::size(sum); ++i) sum(i) += part(i);
+}
+
+// As multiply_rows(), of kSplitSteps steps of float32 numbers.
+template <bool kTransposed, int kStrips, class RowsA, class RowsB, class Sum>
+__device__ __forceinline__ void multiply_split_rows(Sum (&sums)[kStrips], const PatchReader<RowsA>& a, int first_row,
+                                                    const PatchReader<RowsB, Operand::kByRows>& b, int first_step) {
+  constexpr int kPatches = RowsB::kRows / 16, kTogether = kPatches % 2 == 0 ? 2 : 1;
+  Sum lesser[kStrips];
+  CUTE_UNROLL
+  for (int strip = 0; strip < kStrips; ++strip) {
+    cute::clear(sums[strip]);
+    cute::clear(lesser[strip]);
+  }
+  CUTE_UNROLL
+  for (int step = first_step; step < first_step + kSplitSteps; ++step) {
+    SplitFactors<kStrips, kTogether> factors;
+    uint32_t of_a[kStrips][4];
+    CUTE_UNROLL
+    for (int strip = 0; strip < kStrips; ++strip) a.read(first_row + 16 * strip, step, of_a[strip]);
+    factors.set_a(of_a);
+    CUTE_UNROLL
+    for (int patch = 0; patch < kPatches; patch += kTogether) {
+      CUTE_UNROLL
+      for (int i = 0; i < kTogether; ++i) {
+        uint32_t of_b[4];
+        b.read(16 * (patch + i), step, of_b);
+        factors.set_b(i, of_b);
+      }
+      multiply_split<kTransposed>(sums, lesser, patch, factors);
+    }
+  }
+  CUTE_UNROLL
+  for (int strip = 0; strip < kStrips; ++strip) add_to(sums[strip], lesser[strip]);
+}
+
+// sums[strip] = rows of the strips x rows of `b`, over all columns: 16 * kStrips rows from `first_row` on, and all of
+// `b`. kTransposed: the rows of `b` are queries.
+template <class Element, bool kTransposed = false, int kStrips, class RowsA, class RowsB, class Sum>
+__device__ __forceinline__ void multiply_rows(Sum (&sums)[kStrips], const PatchReader<RowsA>& a, int first_row,
+                                              const PatchReader<RowsB, Operand::kByRows>& b) {
+  constexpr int kSteps = RowsA::kColumns / RowsA::kStepColumns;
+  if constexpr (std::is_same_v<Element, float>) {
+    multiply_split_rows<kTransposed>(sums, a, first_row, b, 0);
+#pragma unroll 1
+    for (int step = kSplitSteps; step < kSteps; step += kSplitSteps) {
+      Sum parts[kStrips];
+      multiply_split_rows<kTransposed>(parts, a, first_row, b, step);
+      CUTE_UNROLL
+      for (int strip = 0; strip < kStrips; ++strip) add_to(sums[strip], parts[strip]);
+    }
+  } else {
+    const auto multiply = [&](auto first, int step) {
+      uint32_t of_a[kStrips][4];
+      CUTE_UNROLL
+      for (int strip = 0; strip < kStrips; ++strip) a.read(first_row + 16 * strip, step, of_a[strip]);
+      CUTE_UNROLL
+      for (int patch = 0; patch < RowsB::kRows / 16; ++patch) {
+        uint32_t of_b[4];
+        b.read(16 * patch, step, of_b);
+        CUTE_UNROLL
+        for (int strip = 0; strip < kStrips; ++strip) {
+          multiply_add<Element, first.value>(sums[strip], 2 * patch, of_a[strip], of_b[0], of_b[1]);
+          multiply_add<Element, first.value>(sums[strip], 2 * patch + 1, of_a[strip], of_b[2], of_b[3]);
+        }
+      }
+    };
+    multiply(std::true_type{}, 0);
+    CUTE_UNROLL
+    for (int step = 1; step < kSteps; ++step) multiply(std::false_type{}, step);
+  }
 }
 
 // sums[strip] += the strips' operands, which are columns `step`, x the rows of `b` of the same number, for all columns
-// of b.
+// of b. Of 16-bit numbers.
 template <class Element, int kStrips, class RowsB, class Sum>
 __device__ __forceinline__ void multiply_step(Sum (&sums)[kStrips], const uint32_t (&of_a)[kStrips][4],
-                                              const PatchReader<RowsB>& b, int step) {
+                                              const PatchReader<RowsB, Operand::kByColumns>& b, int step) {
   CUTE_UNROLL
   for (int patch = 0; patch < RowsB::kColumns / 16; ++patch) {
     uint32_t of_b[4];
-    b.template read<true>(16 * step, patch, of_b);
+    b.read(RowsB::kStepColumns * step, patch, of_b);
     CUTE_UNROLL
     for (int strip = 0; strip < kStrips; ++strip) {
       multiply_add<Element>(sums[strip], 2 * patch, of_a[strip], of_b[0], of_b[1]);
       multiply_add<Element>(sums[strip], 2 * patch + 1, of_a[strip], of_b[2], of_b[3]);
+    }
+  }
+}
+
+// sums[strip] += operands x rows of `b`, for all columns of it. `read_operands(step, words)` gives what the strips have
+// of columns `step`, which belong to rows `step`.
+template <class Element, int kStrips, class RowsB, class Sum, class ReadOperands>
+__device__ __forceinline__ void multiply_columns(Sum (&sums)[kStrips], ReadOperands&& read_operands,
+                                                 const PatchReader<RowsB, Operand::kByColumns>& b) {
+  constexpr int kSteps = RowsB::kRows / RowsB::kStepColumns;
+  if constexpr (std::is_same_v<Element, float>) {
+    uint32_t of_a[kSteps][kStrips][4];
+    CUTE_UNROLL
+    for (int step = 0; step < kSteps; ++step) read_operands(step, of_a[step]);
+    CUTE_UNROLL
+    for (int patch = 0; patch < RowsB::kColumns / 16; ++patch) {
+      Accumulator<16> greater[kStrips], lesser[kStrips];
+      CUTE_UNROLL
+      for (int strip = 0; strip < kStrips; ++strip) {
+        cute::clear(greater[strip]);
+        cute::clear(lesser[strip]);
+      }
+      cute::for_each(cute::make_seq<kSteps>{}, [&](auto step) {
+        SplitFactors<kStrips, 1> factors;
+        factors.set_a(of_a[step]);
+        uint32_t of_b[4];
+        b.read(RowsB::kStepColumns * step, patch, of_b);
+        factors.set_b(0, of_b);
+        multiply_split<false>(greater, lesser, 0, factors);
+      });
+      CUTE_UNROLL
+      for (int strip = 0; strip < kStrips; ++strip) {
+        CUTE_UNROLL
+        for (int i = 0; i < 8; ++i) sums[strip](8 * patch + i) += greater[strip](i) + lesser[strip](i);
+      }
+    }
+  } else {
+    CUTE_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t of_a[kStrips][4];
+      read_operands(step, of_a);
+      multiply_step<Element>(sums, of_a, b, step);
     }
   }
 }

@@ -68,24 +68,44 @@ __device__ __forceinline__ uint32_t round_pair(float low, float high) {
   return kPositive ? pack_positive<Element>(low, high) : pack_pair<Element>(low, high);
 }
 
+template <bool kPositive>
+__device__ __forceinline__ uint32_t round_word(float value) {
+  return __float_as_uint(kPositive && value < 0.f ? 0.f : value);
+}
+
 // As to_operand().
 template <class Element, bool kPositive, class Sum>
 __device__ __forceinline__ void round_operand(const Sum& sum, int step, uint32_t (&words)[4]) {
   CUTE_UNROLL
   for (int i = 0; i < 4; ++i) {
-    words[i] = round_pair<Element, kPositive>(sum(8 * step + 2 * i), sum(8 * step + 2 * i + 1));
+    if constexpr (std::is_same_v<Element, float>) {
+      words[i] = round_word<kPositive>(sum(4 * step + i % 2 * 2 + i / 2));
+    } else {
+      words[i] = round_pair<Element, kPositive>(sum(8 * step + 2 * i), sum(8 * step + 2 * i + 1));
+    }
   }
 }
 
-// Leaves 16 rows of scores, columns from those of vector `first_vector` on, where the warp reads them that shares them.
-template <class Rows, bool kPositive, class Element, class Sum>
-__device__ __forceinline__ void leave_scores(Element* matrix, int first_row, int first_vector, const Sum& sum,
-                                             int lane) {
+// Leaves 16 rows of scores, columns from those of group `first_group` of 8 on, where the warp reads them that shares
+// them. Of float32, the two columns of a lane are four apart, as in to_operand().
+template <class Rows, bool kPositive, class Sum>
+__device__ __forceinline__ void leave_scores(typename Rows::Element* matrix, int first_row, int first_group,
+                                             const Sum& sum, int lane) {
+  using Element = typename Rows::Element;
+  auto* bytes = reinterpret_cast<uint8_t*>(matrix);
   CUTE_UNROLL
   for (int i = 0; i < cute::size(sum); i += 2) {
-    const int row = first_row + lane / 4 + (i >> 1 & 1) * 8;
-    *reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(matrix) + Rows::offset(row, first_vector + i / 4) +
-                                 lane % 4 * 4) = round_pair<Element, kPositive>(sum(i), sum(i + 1));
+    const int row = first_row + lane / 4 + (i >> 1 & 1) * 8, group = first_group + i / 4;
+    if constexpr (std::is_same_v<Element, float>) {
+      CUTE_UNROLL
+      for (int column = 0; column < 2; ++column) {
+        *reinterpret_cast<uint32_t*>(bytes + Rows::offset(row, 2 * group + column) + lane % 4 * 4) =
+            round_word<kPositive>(sum(i + column));
+      }
+    } else {
+      *reinterpret_cast<uint32_t*>(bytes + Rows::offset_of_pair(row, group, lane)) =
+          round_pair<Element, kPositive>(sum(i), sum(i + 1));
+    }
   }
 }
 
@@ -118,17 +138,18 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   wait_for_earlier_kernels();
   let_next_kernel_start();
-  if (warp == Traits::kWarps - 1) write_key_gaps(args, lane);
+  if (warp == Traits::kWarps - 1) write_key_gaps(args, lane, sizeof(Element));
   const QueryStream<Traits> stream(args, storage);
   const KeyItem& item = storage.item;
   if (threadIdx.x == 0) {
-    storage.item = read_key_item<Traits::kTileN>(args, static_cast<int>(blockIdx.x));
+    storage.item = read_key_item<Traits::kTileRows>(args, static_cast<int>(blockIdx.x) / Traits::kCtasOfTile);
     stream.open();
   }
   __syncthreads();
-  if (item.column < 0) return;
-  load_keys<Traits>(args, item, args.k, storage.keys);
-  load_keys<Traits>(args, item, args.v, storage.values);
+  const int first_key = static_cast<int>(blockIdx.x) % Traits::kCtasOfTile * Traits::kTileN;  // of the tile
+  if (item.column < 0 || first_key >= item.keys) return;
+  load_keys<Traits>(args, item, first_key, args.k, storage.keys);
+  load_keys<Traits>(args, item, first_key, args.v, storage.values);
   stream.begin();
 
   const int group = warp % kGroups, half = warp / kGroups, warp_key = group * Traits::kWarpKeys;
@@ -137,14 +158,14 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   Accumulator<Traits::kColumns> grad_keys[kStrips], grad_values[kStrips];
   CUTE_UNROLL
   for (int i = 0; i < kStrips; ++i) {
-    limits[i] = QueryLimits(args, item, warp_key + 16 * i, lane);
-    if constexpr (kAltered) dropouts[i] = KeyDropout(item, warp_key + 16 * i);
+    limits[i] = QueryLimits(args, item, first_key + warp_key + 16 * i, lane);
+    if constexpr (kAltered) dropouts[i] = KeyDropout(item, first_key + warp_key + 16 * i);
     cute::clear(grad_keys[i]);
     cute::clear(grad_values[i]);
   }
   const PatchReader<Keys> keys(shared_address(storage.keys) + warp_key * Keys::kRowBytes, lane);
   const PatchReader<Keys> values(shared_address(storage.values) + warp_key * Keys::kRowBytes, lane);
-  const int first_query = half * Traits::kScoreQueries, first_granule = first_query / kGranule;
+  const int first_query = Traits::kExchanges ? half * Traits::kScoreQueries : 0, first_granule = first_query / kGranule;
 
 #pragma unroll 1
   for (int stage = 0; stream.next(stage); ++stage) {
@@ -157,35 +178,36 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
       using ScoreRows = SomeRows<Queries, Traits::kScoreQueries>;
       const int offset = first_query * Queries::kRowBytes;
       const Statistics lse(storage.lse[buffer] + first_query, lane);
-      multiply_rows<Element>(weights, keys, 0, PatchReader<ScoreRows, true>(queries + offset, lane));
+      multiply_rows<Element, true>(weights, keys, 0, PatchReader<ScoreRows, Operand::kByRows>(queries + offset, lane));
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) {
         weigh<kAltered>(args, info, first_granule, limits[i], dropouts[i], lse, lane, weights[i]);
       }
-      multiply_rows<Element>(grads, values, 0, PatchReader<ScoreRows, true>(grad_out + offset, lane));
+      multiply_rows<Element, true>(grads, values, 0, PatchReader<ScoreRows, Operand::kByRows>(grad_out + offset, lane));
       const Statistics delta(storage.delta[buffer] + first_query, lane);
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) differentiate<kAltered>(args, info.masked, weights[i], lse, delta, grads[i]);
     }
-    uint32_t of_weights[kStrips][4], of_grads[kStrips][4];
-    if constexpr (Traits::kShare == 1) {
-      const PatchReader<Queries> rows(queries, lane), grad_rows(grad_out, lane);
-      CUTE_UNROLL
-      for (int granule = 0; granule < Traits::kGranules; ++granule) {
-        CUTE_UNROLL
-        for (int i = 0; i < kStrips; ++i) {
-          round_operand<Element, kAltered>(weights[i], granule, of_weights[i]);
-          round_operand<Element, false>(grads[i], granule, of_grads[i]);
-        }
-        multiply_step<Element>(grad_values, of_weights, grad_rows, granule);
-        multiply_step<Element>(grad_keys, of_grads, rows, granule);
-      }
-    } else {
-      using Exchanged = typename Traits::Exchanged;
-      using Columns = HalfColumns<Queries>;
-      PatchReader<Columns> rows(queries, lane), grad_rows(grad_out, lane);
+    using Columns = std::conditional_t<Traits::kShare == 1, Queries, HalfColumns<Queries>>;
+    PatchReader<Columns, Operand::kByColumns> rows(queries, lane), grad_rows(grad_out, lane);
+    if constexpr (Traits::kShare > 1) {
       rows.address ^= half * Columns::kHalfBytes;
       grad_rows.address ^= half * Columns::kHalfBytes;
+    }
+    if constexpr (!Traits::kExchanges) {
+      const auto read_weights = [&](int step, uint32_t (&words)[kStrips][4]) {
+        CUTE_UNROLL
+        for (int i = 0; i < kStrips; ++i) round_operand<Element, kAltered>(weights[i], step, words[i]);
+      };
+      const auto read_grads = [&](int step, uint32_t (&words)[kStrips][4]) {
+        CUTE_UNROLL
+        for (int i = 0; i < kStrips; ++i) round_operand<Element, false>(grads[i], step, words[i]);
+      };
+      multiply_columns<Element>(grad_values, read_weights, grad_rows);
+      multiply_columns<Element>(grad_keys, read_grads, rows);
+    } else {
+      uint32_t of_weights[kStrips][4], of_grads[kStrips][4];
+      using Exchanged = typename Traits::Exchanged;
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) {
         leave_scores<Exchanged, kAltered>(storage.exchanged[0], warp_key + 16 * i, first_query / 8, weights[i], lane);
@@ -196,14 +218,14 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
       const PatchReader<Exchanged> all_weights(shared_address(storage.exchanged[0]) + offset, lane);
       const PatchReader<Exchanged> all_grads(shared_address(storage.exchanged[1]) + offset, lane);
       CUTE_UNROLL
-      for (int granule = 0; granule < Traits::kGranules; ++granule) {
+      for (int step = 0; step < Traits::kSteps; ++step) {
         CUTE_UNROLL
         for (int i = 0; i < kStrips; ++i) {
-          all_weights.read(16 * i, granule, of_weights[i]);
-          all_grads.read(16 * i, granule, of_grads[i]);
+          all_weights.read(16 * i, step, of_weights[i]);
+          all_grads.read(16 * i, step, of_grads[i]);
         }
-        multiply_step<Element>(grad_values, of_weights, grad_rows, granule);
-        multiply_step<Element>(grad_keys, of_grads, rows, granule);
+        multiply_step<Element>(grad_values, of_weights, grad_rows, step);
+        multiply_step<Element>(grad_keys, of_grads, rows, step);
       }
     }
   }
@@ -224,12 +246,12 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     // Of two warps with the same keys, each stores one of the gradients.
     const int key = warp_key + 16 * i;
     if (Traits::kShare == 1 || half == 0) {
-      store_keys<Traits>(args, item, storage.keys, key, args.grad_k, args.grad_k_batch_stride, args.grad_k_row_stride,
-                         args.grad_k_head_stride, args.grad_k_columns, lane);
+      store_keys<Traits>(args, item, storage.keys, key, first_key + key, args.grad_k, args.grad_k_batch_stride,
+                         args.grad_k_row_stride, args.grad_k_head_stride, args.grad_k_columns, lane);
     }
     if (Traits::kShare == 1 || half == 1) {
-      store_keys<Traits>(args, item, storage.values, key, args.grad_v, args.grad_v_batch_stride, args.grad_v_row_stride,
-                         args.grad_v_head_stride, args.grad_v_columns, lane);
+      store_keys<Traits>(args, item, storage.values, key, first_key + key, args.grad_v, args.grad_v_batch_stride,
+                         args.grad_v_row_stride, args.grad_v_head_stride, args.grad_v_columns, lane);
     }
   }
 }

@@ -22,7 +22,7 @@ template <class Config>
 Status run_sm80_backward_keys(const BackwardParams& params, Stream stream) {
   using Traits = sm80::BackwardKeysTraits<Config>;
   const ForwardParams& problem = params.problem;
-  const DevicePolicy policy = current_policy();
+  const DevicePolicy policy = current_policy(params);
   const BackwardMethod method = choose_backward_method(params, policy);
   const BackwardWorkspace workspace = lay_out_backward(params, Config::kHeadDim, method, policy);
   sm80::BackwardKeysArguments args{};
@@ -33,16 +33,17 @@ Status run_sm80_backward_keys(const BackwardParams& params, Stream stream) {
   args.v = tensor_rows(problem, problem.v);
 
   // A list may have room for more, which has no tiles.
-  args.num_items = static_cast<int>(std::min<int64_t>(
-      params.num_key_items, size_key_list(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
-                                          kElementSize, params.deterministic, problem.rows_k, problem.packed, policy)
-                                .items()));
+  args.num_items = static_cast<int>(
+      std::min<int64_t>(params.num_key_items,
+                        size_key_list(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
+                                      policy.element_size, params.deterministic, problem.rows_k, problem.packed, policy)
+                            .items()));
 
   HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, stream));
   auto* kernel =
       alters_weights(problem) ? sm80::backward_keys_kernel<Config, true> : sm80::backward_keys_kernel<Config, false>;
   // At least one CTA writes the keys that belong to no tile.
-  const auto ctas = static_cast<unsigned>(std::max(args.num_items, 1));
+  const auto ctas = static_cast<unsigned>(std::max(args.num_items, 1) * Traits::kCtasOfTile);
   return launch("the launch of the kernel for grad_k and grad_v", kernel, ctas, Traits::kThreads,
                 sm80_backward_keys_shared_bytes<Config>(), stream, args);
 }

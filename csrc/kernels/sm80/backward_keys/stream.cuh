@@ -134,8 +134,8 @@ struct QueryStream {
                                               const typename Traits::Blocks& blocks, int last,
                                               int stage_segments_log2) const {
     const int position = cursor.segment + lane;
-    QueryPlan plan = plan_queries<Traits::kTileN, true, true, true>(args, item, bits, blocks, cursor.stack, position,
-                                                                    position < last);
+    QueryPlan plan = plan_queries<Traits::kTileRows, true, true, true>(args, item, bits, blocks, cursor.stack, position,
+                                                                       position < last);
     HeadRule rule = rule_of_stack<true>(args, cursor.stack);
     if (plan.query >= 0) {
       const int last_row = min(plan.query + (1 << args.segment_log2), plan.end) - 1;

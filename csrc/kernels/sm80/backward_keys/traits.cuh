@@ -50,9 +50,11 @@ struct StageCursor {
 template <class Config_>
 struct BackwardKeysTraits {
   using Config = Config_;
-  using Element = std::conditional_t<Config::kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
+  using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
+  static constexpr int kTileRows = Config::kTileRows;
   static constexpr int kTileN = Config::kTileN;
+  static constexpr int kCtasOfTile = kTileRows / kTileN;
   static constexpr int kTileM = Config::kTileM;
   static constexpr int kTileMLog2 = cutlass::log2_down<kTileM>::value;
   static constexpr int kStages = Config::kStages;
@@ -62,17 +64,20 @@ struct BackwardKeysTraits {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kGranules = kTileM / kGranule;
   static constexpr int kWarpKeys = 16 * kStrips;
-  static constexpr int kScoreQueries = kTileM / kShare;  // of a stage, whose scores a warp computes
-  static constexpr int kColumns = kHeadDim / kShare;     // of the gradients, that a warp has
+  // Of a stage, whose scores a warp computes: of warps that share keys each has its part, or all.
+  static constexpr bool kExchanges = kShare > 1 && kTileM / kShare >= kGranule;
+  static constexpr int kScoreQueries = kExchanges ? kTileM / kShare : kTileM;
+  static constexpr int kColumns = kHeadDim / kShare;  // of the gradients, that a warp has
   static constexpr int kColumnEntries = 128;
   using Blocks = BitRow<2, kColumnEntries>;
   static constexpr int kListed = kTileM > 32 ? 4 : 8;  // stages that are listed at a time, at most
   static constexpr int kInfos = 2 * kListed;           // a ring: stages in use, those loaded ahead, and those listed
 
-  using Keys = SharedRows<kTileN, kHeadDim>;
-  using Queries = SharedRows<kTileM, kHeadDim>;
+  using Keys = SharedRows<Element, kTileN, kHeadDim>;
+  using Queries = SharedRows<Element, kTileM, kHeadDim>;
+  static constexpr int kSteps = kTileM / Queries::kStepColumns;  // of products that sum over the queries of a stage
   // Weights, and gradients of scores, as warps that share keys exchange them.
-  using Exchanged = SharedRows<kTileN, kTileM>;
+  using Exchanged = SharedRows<Element, kTileN, kTileM>;
   static_assert(kTileN == kWarpKeys * kWarps / kShare && kStages >= 2 && kScoreQueries % kGranule == 0);
   static_assert(kShare == 1 || (kShare == 2 && kHeadDim % 64 == 0));
   static_assert(kInfos >= kListed + 2 * kStages - 1 && (kInfos & (kInfos - 1)) == 0);
@@ -83,7 +88,7 @@ struct BackwardKeysTraits {
     Element values[kTileN * kHeadDim];
     Element queries[kStages][kTileM * kHeadDim];
     Element grad_out[kStages][kTileM * kHeadDim];
-    Element exchanged[2][kShare > 1 ? kTileN * kTileM : 8];
+    Element exchanged[2][kExchanges ? kTileN * kTileM : 8];
     alignas(16) float lse[kStages][kTileM];    // times log2(e); +inf: the row does not exist or attends to nothing
     alignas(16) float delta[kStages][kTileM];  // what each row of P o dP sums to
     int32_t columns[kColumnEntries];           // active blocks, as the first warp expands them
@@ -92,7 +97,8 @@ struct BackwardKeysTraits {
     StageCursor cursor;
     KeyItem item;
   };
-  static_assert(sizeof(Storage) <= (Config::kHeadDim > 128 ? kSm80SharedLimit : kSm80SmallSharedLimit),
+  static_assert(sizeof(Storage) <=
+                    (Config::kHeadDim > 128 || sizeof(Element) > 2 ? kSm80SharedLimit : kSm80SmallSharedLimit),
                 "a CTA's shared memory");
 };
 

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   wait_for_earlier_kernels();
   let_next_kernel_start();
-  if (args.sequences != nullptr && warp == Traits::kWarps - 1) write_gaps<true>(args, lane);
+  if (args.sequences != nullptr && warp == Traits::kWarps - 1) write_gaps<true>(args, lane, sizeof(Element));
   WorkItem item;
   int first_row;
   if (!find_part<Traits>(args, item, first_row)) return;
@@ -52,8 +52,9 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     const bool masked = stream.is_masked(stage);
     stream.wait_keys(stage);
     Accumulator<Traits::kTileN> scores[kStrips];
-    multiply_rows<Element>(scores, queries, matrix_row,
-                           PatchReader<typename Traits::Keys, true>(shared_address(storage.keys[buffer]), lane));
+    multiply_rows<Element>(
+        scores, queries, matrix_row,
+        PatchReader<typename Traits::Keys, Operand::kByRows>(shared_address(storage.keys[buffer]), lane));
     if constexpr (kAltered) {
       if (args.cap.scale > 0.f) {
         CUTE_UNROLL
@@ -86,14 +87,12 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
       }
     }
     stream.wait_values(stage);
-    const PatchReader<typename Traits::Keys> values(shared_address(storage.values[buffer]), lane);
-    CUTE_UNROLL
-    for (int granule = 0; granule < Traits::kGranules; ++granule) {
-      uint32_t weights[kStrips][4];
+    const PatchReader<typename Traits::Keys, Operand::kByColumns> values(shared_address(storage.values[buffer]), lane);
+    const auto read_weights = [&](int step, uint32_t (&words)[kStrips][4]) {
       CUTE_UNROLL
-      for (int i = 0; i < kStrips; ++i) to_operand<Element>(scores[i], granule, weights[i]);
-      multiply_step<Element>(outputs, weights, values, granule);
-    }
+      for (int i = 0; i < kStrips; ++i) to_operand<Element>(scores[i], step, words[i]);
+    };
+    multiply_columns<Element>(outputs, read_weights, values);
   }
 
   CUTE_UNROLL

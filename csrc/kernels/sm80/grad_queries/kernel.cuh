@@ -13,7 +13,9 @@ struct GradQueriesTraits : QueryTileTraits<Config> {
   struct alignas(128) Storage : Forward::Storage {
     alignas(128) typename Forward::Element grad_out[Forward::kTileM * Forward::kHeadDim];
   };
-  static_assert(sizeof(Storage) <= (Config::kHeadDim > 128 ? kSm80SharedLimit : kSm80SmallSharedLimit),
+  static_assert(sizeof(Storage) <= (Config::kHeadDim > 128 || sizeof(typename Forward::Element) > 2
+                                        ? kSm80SharedLimit
+                                        : kSm80SmallSharedLimit),
                 "a CTA's shared memory");
 };
 
@@ -64,7 +66,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   wait_for_earlier_kernels();
   let_next_kernel_start();
-  if (args.sequences != nullptr && warp == Traits::kWarps - 1) write_gaps<false>(args, lane);
+  if (args.sequences != nullptr && warp == Traits::kWarps - 1) write_gaps<false>(args, lane, sizeof(Element));
   WorkItem item;
   int first_row;
   if (!find_part<Traits>(args, item, first_row)) return;
@@ -95,9 +97,10 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   for (int stage = 0; stage < stream.stages; ++stage) {
     const int buffer = stage % Traits::kStages;
     stream.wait_pair(stage);
-    const PatchReader<typename Traits::Keys, true> keys(shared_address(storage.keys[buffer]), lane);
-    const PatchReader<typename Traits::Keys, true> values(shared_address(storage.values[buffer]), lane);
-    const PatchReader<typename Traits::Keys> transposed_keys(shared_address(storage.keys[buffer]), lane);
+    const PatchReader<typename Traits::Keys, Operand::kByRows> keys(shared_address(storage.keys[buffer]), lane);
+    const PatchReader<typename Traits::Keys, Operand::kByRows> values(shared_address(storage.values[buffer]), lane);
+    const PatchReader<typename Traits::Keys, Operand::kByColumns> transposed_keys(shared_address(storage.keys[buffer]),
+                                                                                  lane);
     Accumulator<Traits::kTileN> weights[kStrips], grad_scores[kStrips];
     multiply_rows<Element>(weights, queries, matrix_row, keys);
     CUTE_UNROLL
@@ -115,13 +118,11 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
         grad_scores[i](j) = weight == 0.f ? 0.f : weight * (dropped ? delta : grad_scores[i](j) - delta);
       }
     }
-    CUTE_UNROLL
-    for (int granule = 0; granule < Traits::kGranules; ++granule) {
-      uint32_t operands[kStrips][4];
+    const auto read_grads = [&](int step, uint32_t (&words)[kStrips][4]) {
       CUTE_UNROLL
-      for (int i = 0; i < kStrips; ++i) to_operand<Element>(grad_scores[i], granule, operands[i]);
-      multiply_step<Element>(grads, operands, transposed_keys, granule);
-    }
+      for (int i = 0; i < kStrips; ++i) to_operand<Element>(grad_scores[i], step, words[i]);
+    };
+    multiply_columns<Element>(grads, read_grads, transposed_keys);
   }
 
   CUTE_UNROLL

@@ -15,7 +15,7 @@ int sm80_grad_queries_shared_bytes() {
 // Follows run_sm80_backward_keys, which prepares the workspace, unless gradients of keys are not needed.
 template <class Config>
 Status run_sm80_grad_queries(const BackwardParams& params, Stream stream) {
-  const DevicePolicy policy = current_policy();
+  const DevicePolicy policy = current_policy(params);
   const BackwardMethod method = choose_backward_method(params, policy);
   const BackwardWorkspace workspace = lay_out_backward(params, Config::kHeadDim, method, policy);
   ForwardParams problem = params.problem;

@@ -13,9 +13,9 @@ namespace hbsattn::kernels {
 
 inline sm80::TensorRows tensor_rows(const ForwardParams& params, const TensorView& tensor) {
   const TensorView view = view_of(params, tensor);
-  constexpr int64_t kElementBytes = 2;
-  return {static_cast<const uint8_t*>(view.data), params.packed ? 0 : kElementBytes * view.batch_stride,
-          kElementBytes * view.head_stride, static_cast<int>(kElementBytes * view.row_stride), view.columns};
+  const int64_t element_bytes = element_size_of(params.dtype);
+  return {static_cast<const uint8_t*>(view.data), params.packed ? 0 : element_bytes * view.batch_stride,
+          element_bytes * view.head_stride, static_cast<int>(element_bytes * view.row_stride), view.columns};
 }
 
 // Fills what a kernel gets that streams keys and values past tiles of query rows.

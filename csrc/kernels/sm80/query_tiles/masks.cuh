@@ -28,8 +28,9 @@ __device__ __forceinline__ void write_empty_rows(const QueryTiles& args, const W
     const RowPlace place = place_row<true>(args, item, first_row + row);
     if (place.count <= 0) continue;
     Element* out = out_of_row<Element>(args, item, place);
-    for (int vector = threadIdx.x % kRowThreads; vector * 8 < args.out_columns; vector += kRowThreads) {
-      *reinterpret_cast<uint4*>(out + vector * 8) = make_uint4(0, 0, 0, 0);
+    constexpr int kColumns = Traits::Queries::kVectorColumns;
+    for (int vector = threadIdx.x % kRowThreads; vector * kColumns < args.out_columns; vector += kRowThreads) {
+      *reinterpret_cast<uint4*>(out + vector * kColumns) = make_uint4(0, 0, 0, 0);
     }
     if (kWithLse && threadIdx.x % kRowThreads == 0) *lse_of_row(args, item, place) = sink_of_head(args, place.head);
   }
@@ -87,6 +88,7 @@ __device__ __forceinline__ void store_rows(const QueryTiles& args, const WorkIte
                                            const Sum& sum, typename Traits::Element* matrix) {
   using Element = typename Traits::Element;
   const int lane = threadIdx.x % 32;
+  __syncwarp();  // all have read what was there
   leave_strip<typename Traits::Queries>(matrix, matrix_row, sum, lane);
   __syncwarp();
   store_strip<typename Traits::Queries>(matrix, matrix_row, args.out_columns, lane, [&](int in_strip) -> Element* {

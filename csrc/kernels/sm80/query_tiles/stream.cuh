@@ -6,7 +6,7 @@
 
 namespace hbsattn::sm80 {
 
-// Copies rows of 16-bit numbers into a matrix of shared memory, all threads of a CTA together. A thread copies the same
+// Copies rows into a matrix of shared memory, all threads of a CTA together. A thread copies the same
 // vector of each chunk, of every kPassRows-th row.
 template <class Rows, int kThreads>
 struct RowLoader {
@@ -28,42 +28,42 @@ struct RowLoader {
     for (int chunk = 0; chunk < Rows::kChunks; ++chunk) {
       const int in_row = chunk * kRowThreads + vector;
       copy_async(matrix + offset + pass * kPassRows * Rows::kRowBytes + chunk * Rows::kChunkBytes, source + in_row * 16,
-                 exists && in_row * 8 < columns);
+                 exists && in_row * Rows::kVectorColumns < columns);
     }
   }
 };
 
 // A warp copies what it left in rows of shared memory to 16 rows of a tensor. destination_of(row): where a row of the
 // strip goes, null if it does not exist; `first_row`: of the strip.
-template <class Rows, class Element, class DestinationOf>
-__device__ __forceinline__ void store_strip(const Element* matrix, int first_row, int columns, int lane,
+template <class Rows, class DestinationOf>
+__device__ __forceinline__ void store_strip(const typename Rows::Element* matrix, int first_row, int columns, int lane,
                                             DestinationOf&& destination_of) {
   constexpr int kRowThreads = Rows::kChunkVectors;
   CUTE_UNROLL
   for (int pass = 0; pass < 16 * kRowThreads / 32; ++pass) {
     const int row = pass * (32 / kRowThreads) + lane / kRowThreads;
-    Element* destination = destination_of(row);
+    typename Rows::Element* destination = destination_of(row);
     if (destination == nullptr) continue;
     CUTE_UNROLL
     for (int chunk = 0; chunk < Rows::kChunks; ++chunk) {
       const int vector = chunk * kRowThreads + lane % kRowThreads;
-      if (vector * 8 >= columns) break;
-      *reinterpret_cast<uint4*>(destination + vector * 8) = *reinterpret_cast<const uint4*>(
+      if (vector * Rows::kVectorColumns >= columns) break;
+      *reinterpret_cast<uint4*>(destination + vector * Rows::kVectorColumns) = *reinterpret_cast<const uint4*>(
           reinterpret_cast<const uint8_t*>(matrix) + Rows::offset(first_row + row, vector));
     }
   }
 }
 
 // Leaves 16 rows of an accumulator in shared memory.
-template <class Rows, class Element, class Sum>
-__device__ __forceinline__ void leave_strip(Element* matrix, int first_row, const Sum& sum, int lane) {
+template <class Rows, class Sum>
+__device__ __forceinline__ void leave_strip(typename Rows::Element* matrix, int first_row, const Sum& sum, int lane) {
   CUTE_UNROLL
   for (int group = 0; group < Rows::kColumns / 8; ++group) {
     CUTE_UNROLL
     for (int row = 0; row < 2; ++row) {
-      const uint32_t offset = Rows::offset(first_row + lane / 4 + 8 * row, group) + lane % 4 * 4;
-      *reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(matrix) + offset) =
-          pack_pair<Element>(sum(4 * group + 2 * row), sum(4 * group + 2 * row + 1));
+      const uint32_t offset = Rows::offset_of_pair(first_row + lane / 4 + 8 * row, group, lane);
+      store_pair<typename Rows::Element>(reinterpret_cast<uint8_t*>(matrix) + offset, sum(4 * group + 2 * row),
+                                         sum(4 * group + 2 * row + 1));
     }
   }
 }

@@ -12,6 +12,11 @@
 
 namespace hbsattn::sm80 {
 
+template <DType kDType>
+using ElementOf =
+    std::conditional_t<kDType == DType::kFloat32, float,
+                       std::conditional_t<kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>>;
+
 // Where rows of a tensor lie. Strides in bytes.
 struct TensorRows {
   const uint8_t* data;
@@ -42,7 +47,7 @@ struct TileState {
 template <class Config_>
 struct QueryTileTraits {
   using Config = Config_;
-  using Element = std::conditional_t<Config::kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
+  using Element = ElementOf<Config::kDType>;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kTileM = Config::kTileM;
   static constexpr int kTileN = Config::kTileN;
@@ -55,8 +60,9 @@ struct QueryTileTraits {
   static constexpr int kGranules = kTileN / kGranule;
   static constexpr int kColumnEntries = 256;
   using Blocks = BitRow<4, kColumnEntries>;
-  using Queries = SharedRows<kTileM, kHeadDim>;
-  using Keys = SharedRows<kTileN, kHeadDim>;
+  using Queries = SharedRows<Element, kTileM, kHeadDim>;
+  using Keys = SharedRows<Element, kTileN, kHeadDim>;
+  static constexpr int kSteps = kTileN / Keys::kStepColumns;  // of products that sum over the keys of a stage
   static_assert(kTileM == 16 * kStrips * kWarps && kTileN <= 32 * kGranule);
 
   struct alignas(128) Storage {

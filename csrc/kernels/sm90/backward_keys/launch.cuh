@@ -27,7 +27,7 @@ Status run_backward_keys(const BackwardParams& params, Stream stream) {
   const RowsOfTensor grad_out = rows_of(params.grad_out, problem, problem.rows_q, problem.heads_q);
   const RowsOfTensor k = rows_of(problem.k, problem, problem.rows_k, problem.heads_k);
   const RowsOfTensor v = rows_of(problem.v, problem, problem.rows_k, problem.heads_k);
-  const DevicePolicy policy = current_policy();
+  const DevicePolicy policy = current_policy(params);
   const BackwardMethod method = choose_backward_method(params, policy);
   const BackwardWorkspace workspace = lay_out_backward(params, Config::kHeadDim, method, policy);
 

@@ -16,7 +16,7 @@ Status run_backward_queries(const BackwardParams& params, Stream stream) {
   using Traits = sm90::BackwardQueriesTraits<Config>;
   const ForwardParams& problem = params.problem;
   const BackwardWorkspace workspace =
-      lay_out_backward(params, Config::kHeadDim, BackwardMethod::kByQueries, current_policy());
+      lay_out_backward(params, Config::kHeadDim, BackwardMethod::kByQueries, current_policy(params));
   sm90::BackwardQueriesArguments args{};
   bool general = false;
   HBSATTN_RETURN_IF_ERROR(set_query_arguments<Config>(params, workspace, args, general));

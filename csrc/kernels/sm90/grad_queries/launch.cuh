@@ -41,7 +41,7 @@ Status set_query_arguments(const BackwardParams& params, const BackwardWorkspace
 template <class Config>
 Status run_grad_queries(const BackwardParams& params, Stream stream) {
   using Traits = sm90::GradQueriesTraits<Config>;
-  const DevicePolicy policy = current_policy();
+  const DevicePolicy policy = current_policy(params);
   const BackwardMethod method = choose_backward_method(params, policy);
   const BackwardWorkspace workspace = lay_out_backward(params, Config::kHeadDim, method, policy);
   const bool alone = method == BackwardMethod::kQueriesOnly;
