@@ -26,7 +26,7 @@ struct Sm80Forward {
   static constexpr int kTileM = kHeadDim > 128 ? 64 : kTileRows;
   // With eight warps of one strip, which read keys and values from shared memory twice as often, tiles of 128 rows took
   // 1.3 of the time (H200).
-  static constexpr int kWarps = 4;
+  static constexpr int kWarps = 4, kShare = 1;
   static constexpr int kStrips = kTileM / (16 * kWarps);
   static constexpr int kTileN = kHeadDim > 192 ? 32 : 64;
   static constexpr int kStages = 1;  // of keys, and of values
@@ -39,10 +39,10 @@ struct Sm80GradQueries {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTileRows = kTileRows_;
-  // At head dim 128, by shared memory of 99 KB.
   static constexpr int kTileM = kHeadDim >= 128 ? 64 : kTileRows;
-  static constexpr int kWarps = 4;
-  static constexpr int kStrips = kTileM / (16 * kWarps);
+  static constexpr int kShare = kHeadDim > 128 ? 2 : 1;
+  static constexpr int kWarps = 4 * kShare;
+  static constexpr int kStrips = kTileM / 64;
   // Two products of this width are in registers beside the gradient.
   static constexpr int kTileN = kHeadDim >= 128 || kTileM == 128 ? 32 : 64;
   static constexpr int kStages = 2;
@@ -65,6 +65,7 @@ struct Sm80BackwardKeys {
   // Stages are half as long as there would be room for if there was one: the next is on its way while one is used.
   static constexpr int kTileM = kHeadDim == 96 && kTileN == 128 ? 64 : 32;
   static constexpr int kStages = 2;
+  static constexpr int kHeldColumns = kHeadDim > 128 ? 192 : 0;
   // By shared memory of 164 KB, and registers. Up to head dim 128 a CTA has less than 99 KB, which smaller cards have.
   static constexpr int kCtasPerSm = kHeadDim > 128   ? 1
                                     : kTileN == 128  ? (kHeadDim <= 64 ? 2 : 1)

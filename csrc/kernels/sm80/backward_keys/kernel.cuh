@@ -4,6 +4,7 @@
 #include "kernels/common/softcap.cuh"
 #include "kernels/sm80/backward_keys/store.cuh"
 #include "kernels/sm80/backward_keys/stream.cuh"
+#include "kernels/sm80/pairs.cuh"
 
 namespace hbsattn::sm80 {
 
@@ -40,8 +41,8 @@ __device__ __forceinline__ void weigh(const BackwardKeysArguments& args, const I
 
 // Turns the gradients of the weights into those of the scores. A weight that was dropped is negative, and its own
 // gradient is 0.
-template <bool kAltered, class Statistics, class Scores>
-__device__ __forceinline__ void differentiate(const BackwardKeysArguments& args, bool masked, const Scores& weights,
+template <bool kAltered, class Statistics, class Weights, class Scores>
+__device__ __forceinline__ void differentiate(const BackwardKeysArguments& args, bool masked, const Weights& weights,
                                               const Statistics& lse, const Statistics& delta, Scores& grads) {
   CUTE_UNROLL
   for (int i = 0; i < cute::size(grads); ++i) {
@@ -87,11 +88,6 @@ __device__ __forceinline__ void leave_scores(Element* matrix, int first_row, int
     *reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(matrix) + Rows::offset(row, first_vector + i / 4) +
                                  lane % 4 * 4) = round_pair<Element, kPositive>(sum(i), sum(i + 1));
   }
-}
-
-// Waits for the warp that has the same keys. `group`: which of such pairs.
-__device__ __forceinline__ void meet_partner(int group) {
-  asm volatile("bar.sync %0, 64;" ::"r"(group + 1) : "memory");
 }
 
 // A CTA computes the gradients of a tile's keys and values. With S the scaled scores of its keys and the queries of a
@@ -191,7 +187,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
         leave_scores<Exchanged, kAltered>(storage.exchanged[0], warp_key + 16 * i, first_query / 8, weights[i], lane);
         leave_scores<Exchanged, false>(storage.exchanged[1], warp_key + 16 * i, first_query / 8, grads[i], lane);
       }
-      meet_partner(group);
+      meet_partner(1 + group);
       const int offset = warp_key * Exchanged::kRowBytes;
       const PatchReader<Exchanged> all_weights(shared_address(storage.exchanged[0]) + offset, lane);
       const PatchReader<Exchanged> all_grads(shared_address(storage.exchanged[1]) + offset, lane);
@@ -217,7 +213,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   if constexpr (Traits::kShare == 1) {
     __syncwarp();
   } else {
-    meet_partner(group);
+    meet_partner(1 + group);
   }
   CUTE_UNROLL
   for (int i = 0; i < kStrips; ++i) {

@@ -12,18 +12,24 @@ __device__ __forceinline__ int key_head_of(const KeyTiles& args, const KeyItem& 
 }
 
 // Starts copies of the keys or the values of a tile; rows that do not exist are zeros.
-template <class Traits>
-__device__ __forceinline__ void load_keys(const BackwardKeysArguments& args, const KeyItem& item,
-                                          const TensorRows& tensor, typename Traits::Element* matrix) {
-  const RowLoader<typename Traits::Keys, Traits::kThreads> loader(threadIdx.x);
+template <class Rows, int kThreads>
+__device__ __forceinline__ void load_key_rows(const BackwardKeysArguments& args, const KeyItem& item,
+                                              const TensorRows& tensor, uint32_t matrix) {
+  const RowLoader<Rows, kThreads> loader(threadIdx.x);
   const uint8_t* first = tensor.head_of(item.sequence, key_head_of(args, item), item.k_begin + item.first_key);
   CUTE_UNROLL
   for (int pass = 0; pass < loader.kPasses; ++pass) {
     const int row = pass * loader.kPassRows + loader.row;
     const bool exists = row < item.keys;
     const int copied = exists ? row : 0;
-    loader.load(shared_address(matrix), pass, first + int64_t{copied} * tensor.row_stride, exists, tensor.columns);
+    loader.load(matrix, pass, first + int64_t{copied} * tensor.row_stride, exists, tensor.columns);
   }
+}
+
+template <class Traits>
+__device__ __forceinline__ void load_keys(const BackwardKeysArguments& args, const KeyItem& item,
+                                          const TensorRows& tensor, typename Traits::Element* matrix) {
+  load_key_rows<typename Traits::Keys, Traits::kThreads>(args, item, tensor, shared_address(matrix));
 }
 
 // Leaves what a warp has of the gradients of 16 keys where their keys, or values, were.

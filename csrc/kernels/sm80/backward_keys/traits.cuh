@@ -92,23 +92,13 @@ struct BackwardKeysTraits {
     StageCursor cursor;
     KeyItem item;
   };
-  static_assert(sizeof(Storage) <= (Config::kHeadDim > 128 ? kSm80SharedLimit : kSm80SmallSharedLimit),
-                "a CTA's shared memory");
+  static_assert(sizeof(Storage) <= kSm80SmallSharedLimit, "a CTA's shared memory");
 };
 
 // A part of a matrix in shared memory: some rows.
 template <class Rows, int kRows_>
 struct SomeRows : Rows {
   static constexpr int kRows = kRows_;
-};
-
-// Half the columns: half of each chunk.
-template <class Rows>
-struct HalfColumns : Rows {
-  static constexpr int kColumns = Rows::kColumns / 2;
-  static constexpr int kChunkVectors = Rows::kChunkVectors / 2;
-  static constexpr int kHalfBytes = 16 * kChunkVectors;  // which half is one bit of addresses
-  static_assert(Rows::kChunkVectors == 8);
 };
 
 }  // namespace hbsattn::sm80

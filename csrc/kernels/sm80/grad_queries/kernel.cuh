@@ -13,8 +13,7 @@ struct GradQueriesTraits : QueryTileTraits<Config> {
   struct alignas(128) Storage : Forward::Storage {
     alignas(128) typename Forward::Element grad_out[Forward::kTileM * Forward::kHeadDim];
   };
-  static_assert(sizeof(Storage) <= (Config::kHeadDim > 128 ? kSm80SharedLimit : kSm80SmallSharedLimit),
-                "a CTA's shared memory");
+  static_assert(sizeof(Storage) <= kSm80SmallSharedLimit, "a CTA's shared memory");
 };
 
 // `out` is the gradient of the queries.
@@ -45,6 +44,18 @@ __device__ __forceinline__ void weigh(const KeyStream<Traits>& stream, int strip
   }
   if (kAltered && args.dropout.seed != nullptr) {
     drop_strip<DropAs::kNegative>(stream, strip, matrix_row, stage, scores);
+  }
+}
+
+// Turns the gradients of a strip's weights into those of its scores.
+template <bool kAltered, class Weights, class Scores>
+__device__ __forceinline__ void differentiate(const Weights& weights, const RowStatistics& rows, Scores&& grads) {
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size(grads); ++i) {
+    const float weight = weights(i), delta = rows.delta[(i >> 1) & 1];
+    const bool dropped = kAltered && signbit(weight);
+    // A weight of 0 does not silence a NaN.
+    grads(i) = weight == 0.f ? 0.f : weight * (dropped ? delta : grads(i) - delta);
   }
 }
 
@@ -106,15 +117,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     }
     multiply_rows<Element>(grad_scores, grad_out, matrix_row, values);
     CUTE_UNROLL
-    for (int i = 0; i < kStrips; ++i) {
-      CUTE_UNROLL
-      for (int j = 0; j < cute::size(grad_scores[i]); ++j) {
-        const float weight = weights[i](j), delta = rows[i].delta[(j >> 1) & 1];
-        const bool dropped = kAltered && signbit(weight);
-        // A weight of 0 does not silence a NaN.
-        grad_scores[i](j) = weight == 0.f ? 0.f : weight * (dropped ? delta : grad_scores[i](j) - delta);
-      }
-    }
+    for (int i = 0; i < kStrips; ++i) differentiate<kAltered>(weights[i], rows[i], grad_scores[i]);
     CUTE_UNROLL
     for (int granule = 0; granule < Traits::kGranules; ++granule) {
       uint32_t operands[kStrips][4];

@@ -57,7 +57,7 @@ struct QueryTileTraits {
   using Blocks = BitRow<4, kColumnEntries>;
   using Queries = SharedRows<kTileM, kHeadDim>;
   using Keys = SharedRows<kTileN, kHeadDim>;
-  static_assert(kTileM == 16 * kStrips * kWarps && kTileN <= 32 * kGranule);
+  static_assert(kTileM * Config::kShare == 16 * kStrips * kWarps && kTileN <= 32 * kGranule);
 
   struct alignas(128) Storage {
     Element queries[kTileM * kHeadDim];  // the output leaves from here too
