@@ -72,8 +72,12 @@ Status current_device(int* compute_capability, int* multiprocessors);
 // is forced.
 DevicePolicy current_policy();
 
-// Bytes of shared memory that a CTA may have on the current device; 0: there is none.
+// Bytes of shared memory that a CTA may have on the current device, at most what a limit leaves; 0: there is none.
 int block_shared_bytes();
+
+// The limit, on whatever device, in the whole process; 0: there is none.
+void limit_shared_bytes(int bytes);
+int shared_bytes_limit();
 
 // The family that current_policy names on whatever device, in the whole process; none: nothing is forced.
 void force_family(std::optional<KernelFamily> family);

@@ -73,8 +73,27 @@ struct Sm80BackwardKeys {
                                                      : 2;
 };
 
-// Bytes of shared memory that a CTA may use where there are the fewest for which kernels are made: on 8.0. Others have
-// 99 KB (8.6, 8.9, 12.0), which suffice for the forward, and for gradients up to head dim 128.
-inline constexpr int kSm80SharedLimit = 163 * 1024, kSm80SmallSharedLimit = 99 * 1024;
+// Shared memory by class of device, in bytes: what a CTA may have, and what all of a multiprocessor share, of which
+// each takes kReserved more.
+struct Sm80SharedClass {
+  static constexpr int kReserved = 1024;
+  int of_cta, of_multiprocessor;
+
+  // CTAs of so many bytes that a multiprocessor has room for.
+  constexpr int count(int bytes) const { return bytes > of_cta ? 0 : of_multiprocessor / (bytes + kReserved); }
+};
+
+inline constexpr Sm80SharedClass kSm80Shared99{99 << 10, 100 << 10};    // 8.6, 8.9, 12.0
+inline constexpr Sm80SharedClass kSm80Shared163{163 << 10, 164 << 10};  // 8.0, 8.7
+inline constexpr Sm80SharedClass kSm80Shared227{227 << 10, 228 << 10};  // 9.0, 10.0
+
+// What a CTA of a kernel takes. All devices run all kernels.
+template <class Config, class Storage>
+constexpr int sm80_shared_bytes() {
+  constexpr int kBytes = sizeof(Storage);
+  static_assert(kSm80Shared99.count(kBytes) >= 1, "a CTA's shared memory, where there is least");
+  static_assert(kSm80Shared227.count(kBytes) >= Config::kCtasPerSm, "of CTAs that share a multiprocessor's registers");
+  return kBytes;
+}
 
 }  // namespace hbsattn

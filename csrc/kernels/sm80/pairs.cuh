@@ -2,8 +2,8 @@
 
 #include "kernels/sm80/shared_rows.cuh"
 
-// Pairs of warps that share 16 rows. Either has other first operands of them, which registers hold, and what it makes of
-// its products goes to the other one.
+// Pairs of warps that share 16 rows. Either has other first operands of them, which registers hold, and what it makes
+// of its products goes to the other one.
 
 namespace hbsattn::sm80 {
 
@@ -54,7 +54,7 @@ __device__ __forceinline__ void hold_rows(const PatchReader<Rows>& matrix, int f
 template <class Element, int kHeldSteps, class RowsB, class Sum, class Read>
 __device__ __forceinline__ void multiply_held(Sum& sum, const uint32_t (&held)[kHeldSteps][4],
                                               const PatchReader<RowsB, true>& b, Read&& read) {
-  const auto multiply = [&](auto first, int step, const uint32_t(&of_rows)[4]) {
+  const auto multiply = [&](auto first, int step, const uint32_t (&of_rows)[4]) {
     CUTE_UNROLL
     for (int patch = 0; patch < RowsB::kRows / 16; ++patch) {
       uint32_t of_b[4];

@@ -19,7 +19,7 @@ using Sm80BackwardKeysTraits = std::conditional_t<(Config::kHeldColumns > 0), sm
 
 template <class Config>
 int sm80_backward_keys_shared_bytes() {
-  return static_cast<int>(sizeof(typename Sm80BackwardKeysTraits<Config>::Storage));
+  return sm80_shared_bytes<Config, typename Sm80BackwardKeysTraits<Config>::Storage>();
 }
 
 // For kByKeysAndQueries, run_sm80_grad_queries follows.

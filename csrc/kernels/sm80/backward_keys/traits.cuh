@@ -92,7 +92,6 @@ struct BackwardKeysTraits {
     StageCursor cursor;
     KeyItem item;
   };
-  static_assert(sizeof(Storage) <= kSm80SmallSharedLimit, "a CTA's shared memory");
 };
 
 // A part of a matrix in shared memory: some rows.

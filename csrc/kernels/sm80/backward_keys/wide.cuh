@@ -22,8 +22,7 @@ struct WideBackwardKeysTraits {
   static constexpr int kGranules = kTileM / kGranule;
   static constexpr int kColumnEntries = 128;
   using Blocks = BitRow<2, kColumnEntries>;
-  static constexpr int kListed = 8;           // as BackwardKeysTraits has it
-  static constexpr int kInfos = 2 * kListed;
+  static constexpr int kListed = kTileM > 32 ? 4 : 8, kInfos = 2 * kListed;  // as in BackwardKeysTraits
 
   using Keys = SharedRows<kTileN, kHeadDim>;
   using Queries = SharedRows<kTileM, kHeadDim>;
@@ -33,10 +32,10 @@ struct WideBackwardKeysTraits {
   using Read = SharedRows<kTileN, kReadColumns == 0 ? 64 : kReadColumns>;
   static_assert(kTileN == 16 * kPairs && kHeldColumns % 64 == 0 && kReadColumns % 64 == 0);
   static_assert(kStages >= 2 && kStages * kTileM >= kTileN, "tiles come and leave through stages");
-  static_assert(kInfos >= kListed + 2 * kStages - 1 && kTileM <= 32 && kTileM / 2 <= kThreads);
+  static_assert(kInfos >= kListed + 2 * kStages - 1 && kTileM / 2 <= kThreads);
 
   struct alignas(128) Storage {
-    Element queries[kStages][kTileM * kHeadDim];  // keys that are held come through here, and their gradients leave
+    Element queries[kStages][kTileM * kHeadDim];   // keys that are held come through here, and their gradients leave
     Element grad_out[kStages][kTileM * kHeadDim];  // the same of values
     Element keys[kReadColumns == 0 ? 8 : kTileN * kReadColumns];
     Element values[kReadColumns == 0 ? 8 : kTileN * kReadColumns];
@@ -49,7 +48,6 @@ struct WideBackwardKeysTraits {
     StageCursor cursor;
     KeyItem item;
   };
-  static_assert(sizeof(Storage) <= kSm80SmallSharedLimit, "a CTA's shared memory");
 };
 
 // Starts copies of columns of the keys or the values of a tile, from `first_column` on.
@@ -124,7 +122,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
                    grad_out = shared_address(storage.grad_out[buffer]);
     Accumulator<Traits::kTileM> products;
     multiply_held<Element>(products, held, PatchReader<Queries, true>(of_values ? queries : grad_out, lane),
-                           [&](int step, uint32_t(&words)[4]) { others.read(warp_key, step, words); });
+                           [&](int step, uint32_t (&words)[4]) { others.read(warp_key, step, words); });
     uint32_t operands[Traits::kGranules][1][4];
     if (of_values) {
       CUTE_UNROLL

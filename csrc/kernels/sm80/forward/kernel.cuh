@@ -17,7 +17,6 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     forward_kernel(const __grid_constant__ QueryTileArguments args) {
   using Traits = QueryTileTraits<Config>;
   using Element = typename Traits::Element;
-  static_assert(sizeof(typename Traits::Storage) <= kSm80SmallSharedLimit, "a CTA's shared memory");
   constexpr int kStrips = Traits::kStrips;
   extern __shared__ __align__(128) uint8_t shared[];
   auto& storage = *reinterpret_cast<typename Traits::Storage*>(shared);

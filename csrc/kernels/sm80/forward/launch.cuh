@@ -7,7 +7,7 @@ namespace hbsattn::kernels {
 
 template <class Config>
 int sm80_forward_shared_bytes() {
-  return static_cast<int>(sizeof(typename sm80::QueryTileTraits<Config>::Storage));
+  return sm80_shared_bytes<Config, typename sm80::QueryTileTraits<Config>::Storage>();
 }
 
 template <class Config>

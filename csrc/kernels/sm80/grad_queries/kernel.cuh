@@ -13,7 +13,6 @@ struct GradQueriesTraits : QueryTileTraits<Config> {
   struct alignas(128) Storage : Forward::Storage {
     alignas(128) typename Forward::Element grad_out[Forward::kTileM * Forward::kHeadDim];
   };
-  static_assert(sizeof(Storage) <= kSm80SmallSharedLimit, "a CTA's shared memory");
 };
 
 // `out` is the gradient of the queries.

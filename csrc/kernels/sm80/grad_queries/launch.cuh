@@ -10,10 +10,12 @@
 namespace hbsattn::kernels {
 
 template <class Config>
+using Sm80GradQueriesTraits =
+    std::conditional_t<(Config::kShare > 1), sm80::WideGradQueriesTraits<Config>, sm80::GradQueriesTraits<Config>>;
+
+template <class Config>
 int sm80_grad_queries_shared_bytes() {
-  using Traits = std::conditional_t<(Config::kShare > 1), sm80::WideGradQueriesTraits<Config>,
-                                    sm80::GradQueriesTraits<Config>>;
-  return static_cast<int>(sizeof(typename Traits::Storage));
+  return sm80_shared_bytes<Config, typename Sm80GradQueriesTraits<Config>::Storage>();
 }
 
 // Follows run_sm80_backward_keys, which prepares the workspace, unless gradients of keys are not needed.

@@ -10,8 +10,8 @@ namespace hbsattn::sm80 {
 template <class Config>
 struct WideGradQueriesTraits : QueryTileTraits<Config> {
   using Base = QueryTileTraits<Config>;
-  using typename Base::Element;
   using Base::kHeadDim, Base::kStages, Base::kTileM, Base::kTileN, Base::kGranules;
+  using typename Base::Element;
   static constexpr int kPairs = Base::kWarps / 2;  // of warps that share 16 rows
   static_assert(kStages * kTileN >= kTileM, "tiles come and leave through stages");
 
@@ -27,7 +27,6 @@ struct WideGradQueriesTraits : QueryTileTraits<Config> {
     KeyLimits<true> limits[1][32 * kPairs];
     DropoutRow dropout_rows[kTileM];
   };
-  static_assert(sizeof(Storage) <= kSm80SmallSharedLimit, "a CTA's shared memory");
 };
 
 // Two warps share 16 rows: one computes weights, the other, which needs these for it, gradients of scores, and both
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
         Accumulator<kGranule> weights;
         get_granule(storage.weights[pair][i], weights, lane);
         differentiate<kAltered>(weights, statistics, granule_of(products, i));
-        uint32_t(&words)[4] = operands[i][0];
+        uint32_t (&words)[4] = operands[i][0];
         to_operand<Element>(products, i, words);
         storage.operands[pair][i][lane] = make_uint4(words[0], words[1], words[2], words[3]);
       }
