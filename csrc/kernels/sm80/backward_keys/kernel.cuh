@@ -4,7 +4,6 @@
 #include "kernels/common/softcap.cuh"
 #include "kernels/sm80/backward_keys/store.cuh"
 #include "kernels/sm80/backward_keys/stream.cuh"
-#include "kernels/sm80/pairs.cuh"
 
 namespace hbsattn::sm80 {
 
@@ -78,27 +77,14 @@ __device__ __forceinline__ void round_operand(const Sum& sum, int step, uint32_t
   }
 }
 
-// Leaves 16 rows of scores, columns from those of vector `first_vector` on, where the warp reads them that shares them.
-template <class Rows, bool kPositive, class Element, class Sum>
-__device__ __forceinline__ void leave_scores(Element* matrix, int first_row, int first_vector, const Sum& sum,
-                                             int lane) {
-  CUTE_UNROLL
-  for (int i = 0; i < cute::size(sum); i += 2) {
-    const int row = first_row + lane / 4 + (i >> 1 & 1) * 8;
-    *reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(matrix) + Rows::offset(row, first_vector + i / 4) +
-                                 lane % 4 * 4) = round_pair<Element, kPositive>(sum(i), sum(i + 1));
-  }
-}
-
 // A CTA computes the gradients of a tile's keys and values. With S the scaled scores of its keys and the queries of a
 // stage, and rows of keys (everything is transposed):
 //
 //   P = exp(S - lse)      dP = V dO^T      dS = P o (dP - delta)      dV += P dO      dK += dS Q
 //
-// Each warp has strips of 16 keys or, of these, half the columns of both sums (Config::kShare); P and dS are first
-// operands out of registers. One warp sums what a key gets, stage after stage: the same in every run. No product sums
-// over keys, so whatever keys hold that nobody sees, others do not meet it. kAltered: for calls that drop weights or
-// cap scores.
+// Each warp has strips of 16 keys; P and dS are first operands out of registers. One warp sums what a key gets, stage
+// after stage: the same in every run. No product sums over keys, so whatever keys hold that nobody sees, others do not
+// meet it. kAltered: for calls that drop weights or cap scores.
 template <class Config, bool kAltered>
 __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     backward_keys_kernel(const __grid_constant__ BackwardKeysArguments args) {
@@ -106,9 +92,9 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   using Element = typename Traits::Element;
   using Keys = typename Traits::Keys;
   using Queries = typename Traits::Queries;
-  using Scores = Accumulator<Traits::kScoreQueries>;
-  using Statistics = QueryStatistics<Traits::kScoreQueries>;
-  constexpr int kStrips = Traits::kStrips, kGroups = Traits::kWarps / Traits::kShare;
+  using Scores = Accumulator<Traits::kTileM>;
+  using Statistics = QueryStatistics<Traits::kTileM>;
+  constexpr int kStrips = Traits::kStrips;
   extern __shared__ __align__(128) uint8_t shared[];
   auto& storage = *reinterpret_cast<typename Traits::Storage*>(shared);
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
@@ -127,10 +113,10 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   load_keys<Traits>(args, item, args.v, storage.values);
   stream.begin();
 
-  const int group = warp % kGroups, half = warp / kGroups, warp_key = group * Traits::kWarpKeys;
+  const int warp_key = warp * Traits::kWarpKeys;
   QueryLimits limits[kStrips];
   KeyDropout dropouts[kStrips];
-  Accumulator<Traits::kColumns> grad_keys[kStrips], grad_values[kStrips];
+  Accumulator<Traits::kHeadDim> grad_keys[kStrips], grad_values[kStrips];
   CUTE_UNROLL
   for (int i = 0; i < kStrips; ++i) {
     limits[i] = QueryLimits(args, item, warp_key + 16 * i, lane);
@@ -140,7 +126,6 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   }
   const PatchReader<Keys> keys(shared_address(storage.keys) + warp_key * Keys::kRowBytes, lane);
   const PatchReader<Keys> values(shared_address(storage.values) + warp_key * Keys::kRowBytes, lane);
-  const int first_query = half * Traits::kScoreQueries, first_granule = first_query / kGranule;
 
 #pragma unroll 1
   for (int stage = 0; stream.next(stage); ++stage) {
@@ -150,83 +135,44 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
                    grad_out = shared_address(storage.grad_out[buffer]);
     Scores weights[kStrips], grads[kStrips];
     {
-      using ScoreRows = SomeRows<Queries, Traits::kScoreQueries>;
-      const int offset = first_query * Queries::kRowBytes;
-      const Statistics lse(storage.lse[buffer] + first_query, lane);
-      multiply_rows<Element>(weights, keys, 0, PatchReader<ScoreRows, true>(queries + offset, lane));
+      const Statistics lse(storage.lse[buffer], lane);
+      multiply_rows<Element>(weights, keys, 0, PatchReader<Queries, true>(queries, lane));
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) {
-        weigh<kAltered>(args, info, first_granule, limits[i], dropouts[i], lse, lane, weights[i]);
+        weigh<kAltered>(args, info, 0, limits[i], dropouts[i], lse, lane, weights[i]);
       }
-      multiply_rows<Element>(grads, values, 0, PatchReader<ScoreRows, true>(grad_out + offset, lane));
-      const Statistics delta(storage.delta[buffer] + first_query, lane);
+      multiply_rows<Element>(grads, values, 0, PatchReader<Queries, true>(grad_out, lane));
+      const Statistics delta(storage.delta[buffer], lane);
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) differentiate<kAltered>(args, info.masked, weights[i], lse, delta, grads[i]);
     }
     uint32_t of_weights[kStrips][4], of_grads[kStrips][4];
-    if constexpr (Traits::kShare == 1) {
-      const PatchReader<Queries> rows(queries, lane), grad_rows(grad_out, lane);
-      CUTE_UNROLL
-      for (int granule = 0; granule < Traits::kGranules; ++granule) {
-        CUTE_UNROLL
-        for (int i = 0; i < kStrips; ++i) {
-          round_operand<Element, kAltered>(weights[i], granule, of_weights[i]);
-          round_operand<Element, false>(grads[i], granule, of_grads[i]);
-        }
-        multiply_step<Element>(grad_values, of_weights, grad_rows, granule);
-        multiply_step<Element>(grad_keys, of_grads, rows, granule);
-      }
-    } else {
-      using Exchanged = typename Traits::Exchanged;
-      using Columns = HalfColumns<Queries>;
-      PatchReader<Columns> rows(queries, lane), grad_rows(grad_out, lane);
-      rows.address ^= half * Columns::kHalfBytes;
-      grad_rows.address ^= half * Columns::kHalfBytes;
+    const PatchReader<Queries> rows(queries, lane), grad_rows(grad_out, lane);
+    CUTE_UNROLL
+    for (int granule = 0; granule < Traits::kGranules; ++granule) {
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) {
-        leave_scores<Exchanged, kAltered>(storage.exchanged[0], warp_key + 16 * i, first_query / 8, weights[i], lane);
-        leave_scores<Exchanged, false>(storage.exchanged[1], warp_key + 16 * i, first_query / 8, grads[i], lane);
+        round_operand<Element, kAltered>(weights[i], granule, of_weights[i]);
+        round_operand<Element, false>(grads[i], granule, of_grads[i]);
       }
-      meet_partner(1 + group);
-      const int offset = warp_key * Exchanged::kRowBytes;
-      const PatchReader<Exchanged> all_weights(shared_address(storage.exchanged[0]) + offset, lane);
-      const PatchReader<Exchanged> all_grads(shared_address(storage.exchanged[1]) + offset, lane);
-      CUTE_UNROLL
-      for (int granule = 0; granule < Traits::kGranules; ++granule) {
-        CUTE_UNROLL
-        for (int i = 0; i < kStrips; ++i) {
-          all_weights.read(16 * i, granule, of_weights[i]);
-          all_grads.read(16 * i, granule, of_grads[i]);
-        }
-        multiply_step<Element>(grad_values, of_weights, grad_rows, granule);
-        multiply_step<Element>(grad_keys, of_grads, rows, granule);
-      }
+      multiply_step<Element>(grad_values, of_weights, grad_rows, granule);
+      multiply_step<Element>(grad_keys, of_grads, rows, granule);
     }
   }
 
   CUTE_UNROLL
   for (int i = 0; i < kStrips; ++i) {
-    leave_keys<Traits>(storage.keys, warp_key + 16 * i, half, args.scale, grad_keys[i], lane);
-    leave_keys<Traits>(storage.values, warp_key + 16 * i, half, kAltered ? args.dropout.scale : 1.f, grad_values[i],
-                       lane);
+    leave_keys<Traits>(storage.keys, warp_key + 16 * i, args.scale, grad_keys[i], lane);
+    leave_keys<Traits>(storage.values, warp_key + 16 * i, kAltered ? args.dropout.scale : 1.f, grad_values[i], lane);
   }
-  if constexpr (Traits::kShare == 1) {
-    __syncwarp();
-  } else {
-    meet_partner(1 + group);
-  }
+  __syncwarp();
   CUTE_UNROLL
   for (int i = 0; i < kStrips; ++i) {
-    // Of two warps with the same keys, each stores one of the gradients.
     const int key = warp_key + 16 * i;
-    if (Traits::kShare == 1 || half == 0) {
-      store_keys<Traits>(args, item, storage.keys, key, args.grad_k, args.grad_k_batch_stride, args.grad_k_row_stride,
-                         args.grad_k_head_stride, args.grad_k_columns, lane);
-    }
-    if (Traits::kShare == 1 || half == 1) {
-      store_keys<Traits>(args, item, storage.values, key, args.grad_v, args.grad_v_batch_stride, args.grad_v_row_stride,
-                         args.grad_v_head_stride, args.grad_v_columns, lane);
-    }
+    store_keys<Traits>(args, item, storage.keys, key, args.grad_k, args.grad_k_batch_stride, args.grad_k_row_stride,
+                       args.grad_k_head_stride, args.grad_k_columns, lane);
+    store_keys<Traits>(args, item, storage.values, key, args.grad_v, args.grad_v_batch_stride, args.grad_v_row_stride,
+                       args.grad_v_head_stride, args.grad_v_columns, lane);
   }
 }
 

@@ -34,17 +34,11 @@ __device__ __forceinline__ void load_keys(const BackwardKeysArguments& args, con
 
 // Leaves what a warp has of the gradients of 16 keys where their keys, or values, were.
 template <class Traits, class Sum>
-__device__ __forceinline__ void leave_keys(typename Traits::Element* matrix, int first_row, int half, float scale,
-                                           const Sum& sum, int lane) {
-  using Element = typename Traits::Element;
-  constexpr int kVectors = Traits::Keys::kChunkVectors / Traits::kShare;  // of a row of a chunk, that a warp has
+__device__ __forceinline__ void leave_keys(typename Traits::Element* matrix, int first_row, float scale, Sum& sum,
+                                           int lane) {
   CUTE_UNROLL
-  for (int i = 0; i < cute::size(sum); i += 2) {
-    const int row = first_row + lane / 4 + (i >> 1 & 1) * 8, in_warp = i / 4;
-    const int vector = in_warp / kVectors * Traits::Keys::kChunkVectors + half * kVectors + in_warp % kVectors;
-    *reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(matrix) + Traits::Keys::offset(row, vector) +
-                                 lane % 4 * 4) = pack_pair<Element>(scale * sum(i), scale * sum(i + 1));
-  }
+  for (int i = 0; i < cute::size(sum); ++i) sum(i) *= scale;
+  leave_strip<typename Traits::Keys>(matrix, first_row, sum, lane);
 }
 
 // A warp stores what was left of the gradients of 16 keys.

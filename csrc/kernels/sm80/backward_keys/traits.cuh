@@ -56,14 +56,11 @@ struct BackwardKeysTraits {
   static constexpr int kTileM = Config::kTileM;
   static constexpr int kTileMLog2 = cutlass::log2_down<kTileM>::value;
   static constexpr int kStages = Config::kStages;
-  static constexpr int kShare = Config::kShare;
   static constexpr int kStrips = Config::kStrips;
   static constexpr int kWarps = Config::kWarps;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kGranules = kTileM / kGranule;
   static constexpr int kWarpKeys = 16 * kStrips;
-  static constexpr int kScoreQueries = kTileM / kShare;  // of a stage, whose scores a warp computes
-  static constexpr int kColumns = kHeadDim / kShare;     // of the gradients, that a warp has
   static constexpr int kColumnEntries = 128;
   using Blocks = BitRow<2, kColumnEntries>;
   static constexpr int kListed = kTileM > 32 ? 4 : 8;  // stages that are listed at a time, at most
@@ -71,10 +68,7 @@ struct BackwardKeysTraits {
 
   using Keys = SharedRows<kTileN, kHeadDim>;
   using Queries = SharedRows<kTileM, kHeadDim>;
-  // Weights, and gradients of scores, as warps that share keys exchange them.
-  using Exchanged = SharedRows<kTileN, kTileM>;
-  static_assert(kTileN == kWarpKeys * kWarps / kShare && kStages >= 2 && kScoreQueries % kGranule == 0);
-  static_assert(kShare == 1 || (kShare == 2 && kHeadDim % 64 == 0));
+  static_assert(kTileN == kWarpKeys * kWarps && kStages >= 2);
   static_assert(kInfos >= kListed + 2 * kStages - 1 && (kInfos & (kInfos - 1)) == 0);
   static_assert(kTileM <= 32 * kGranule && kTileM / 2 <= kThreads);
 
@@ -83,7 +77,6 @@ struct BackwardKeysTraits {
     Element values[kTileN * kHeadDim];
     Element queries[kStages][kTileM * kHeadDim];
     Element grad_out[kStages][kTileM * kHeadDim];
-    Element exchanged[2][kShare > 1 ? kTileN * kTileM : 8];
     alignas(16) float lse[kStages][kTileM];    // times log2(e); +inf: the row does not exist or attends to nothing
     alignas(16) float delta[kStages][kTileM];  // what each row of P o dP sums to
     int32_t columns[kColumnEntries];           // active blocks, as the first warp expands them
@@ -92,12 +85,6 @@ struct BackwardKeysTraits {
     StageCursor cursor;
     KeyItem item;
   };
-};
-
-// A part of a matrix in shared memory: some rows.
-template <class Rows, int kRows_>
-struct SomeRows : Rows {
-  static constexpr int kRows = kRows_;
 };
 
 }  // namespace hbsattn::sm80

@@ -154,10 +154,8 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   }
 
   const float scale = of_values ? (kAltered ? args.dropout.scale : 1.f) : args.scale;
-  CUTE_UNROLL
-  for (int i = 0; i < cute::size(sum[0]); ++i) sum[0](i) *= scale;
   Element* const left = of_values ? storage.grad_out[0] : storage.queries[0];
-  leave_strip<typename Traits::Keys>(left, warp_key, sum[0], lane);
+  leave_keys<Traits>(left, warp_key, scale, sum[0], lane);
   __syncwarp();
   if (of_values) {
     store_keys<Traits>(args, item, left, warp_key, args.grad_v, args.grad_v_batch_stride, args.grad_v_row_stride,
