@@ -26,7 +26,7 @@ struct Sm80Forward {
   static constexpr int kTileM = kHeadDim > 128 ? 64 : kTileRows;
   // With eight warps of one strip, which read keys and values from shared memory twice as often, tiles of 128 rows took
   // 1.3 of the time (H200).
-  static constexpr int kWarps = 4, kShare = 1;
+  static constexpr int kWarps = 4, kShare = 1, kHeldColumns = 0;
   static constexpr int kStrips = kTileM / (16 * kWarps);
   static constexpr int kTileN = kHeadDim > 192 ? 32 : 64;
   static constexpr int kStages = 1;  // of keys, and of values
@@ -40,7 +40,8 @@ struct Sm80GradQueries {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTileRows = kTileRows_;
   static constexpr int kTileM = kHeadDim >= 128 ? 64 : kTileRows;
-  static constexpr int kShare = kHeadDim > 128 ? 2 : 1;
+  static constexpr int kShare = kHeadDim > 192 ? 2 : 1;
+  static constexpr int kHeldColumns = kHeadDim == 192 ? 64 : 0;
   static constexpr int kWarps = 4 * kShare;
   static constexpr int kStrips = kTileM / 64;
   // Two products of this width are in registers beside the gradient.

@@ -50,16 +50,6 @@ struct WideBackwardKeysTraits {
   };
 };
 
-// Starts copies of columns of the keys or the values of a tile, from `first_column` on.
-template <class Traits, class Rows>
-__device__ __forceinline__ void load_key_columns(const BackwardKeysArguments& args, const KeyItem& item,
-                                                 TensorRows tensor, int first_column,
-                                                 typename Traits::Element* matrix) {
-  tensor.data += first_column * sizeof(typename Traits::Element);
-  tensor.columns -= first_column;
-  load_key_rows<Rows, Traits::kThreads>(args, item, tensor, shared_address(matrix));
-}
-
 // Two warps share 16 keys: one computes weights and the gradient of values, the other gradients of weights and that of
 // keys, which it needs the weights for.
 //
@@ -89,11 +79,13 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   }
   __syncthreads();
   if (item.column < 0) return;
-  load_key_columns<Traits, Held>(args, item, args.k, 0, storage.queries[0]);
-  load_key_columns<Traits, Held>(args, item, args.v, 0, storage.grad_out[0]);
+  using Read = typename Traits::Read;
+  constexpr int kThreads = Traits::kThreads, kHeldColumns = Traits::kHeldColumns;
+  load_key_rows<Held, kThreads>(args, item, args.k, shared_address(storage.queries[0]));
+  load_key_rows<Held, kThreads>(args, item, args.v, shared_address(storage.grad_out[0]));
   if constexpr (Traits::kReadColumns > 0) {
-    load_key_columns<Traits, typename Traits::Read>(args, item, args.k, Traits::kHeldColumns, storage.keys);
-    load_key_columns<Traits, typename Traits::Read>(args, item, args.v, Traits::kHeldColumns, storage.values);
+    load_key_rows<Read, kThreads>(args, item, args.k.from<Element>(kHeldColumns), shared_address(storage.keys));
+    load_key_rows<Read, kThreads>(args, item, args.v.from<Element>(kHeldColumns), shared_address(storage.values));
   }
   commit_copies();
   wait_copies<0>();
@@ -101,13 +93,13 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
 
   const int pair = warp % Traits::kPairs, warp_key = 16 * pair;
   const bool of_values = warp < Traits::kPairs;  // whose gradient the warp sums
-  uint32_t held[Traits::kHeldColumns / 16][4];
+  uint32_t held[kHeldColumns / 16][4];
   hold_rows(PatchReader<Held>(shared_address(of_values ? storage.queries[0] : storage.grad_out[0]), lane), warp_key,
             held);
   __syncthreads();
   stream.begin();
 
-  const PatchReader<typename Traits::Read> others(shared_address(of_values ? storage.keys : storage.values), lane);
+  const PatchReader<Read> others(shared_address(of_values ? storage.keys : storage.values), lane);
   const QueryLimits limits(args, item, warp_key, lane);
   KeyDropout dropout;
   if constexpr (kAltered) dropout = KeyDropout(item, warp_key);

@@ -23,6 +23,14 @@ struct TensorRows {
   __device__ __forceinline__ const uint8_t* head_of(int sequence, int head, int begin) const {
     return data + sequence * batch_stride + head * head_stride + int64_t{begin} * row_stride;
   }
+  // The columns from `column` on.
+  template <class Element>
+  __device__ __forceinline__ TensorRows from(int column) const {
+    TensorRows rows = *this;
+    rows.data += column * sizeof(Element);
+    rows.columns -= column;
+    return rows;
+  }
 };
 
 // What kernels get that stream keys and values past tiles of query rows.
@@ -56,11 +64,14 @@ struct QueryTileTraits {
   static constexpr int kColumnEntries = 256;
   using Blocks = BitRow<4, kColumnEntries>;
   using Queries = SharedRows<kTileM, kHeadDim>;
+  // What registers hold of queries, and what is read for each stage.
+  static constexpr int kHeldColumns = Config::kHeldColumns;
+  using ReadQueries = SharedRows<kTileM, kHeadDim - kHeldColumns>;
   using Keys = SharedRows<kTileN, kHeadDim>;
   static_assert(kTileM * Config::kShare == 16 * kStrips * kWarps && kTileN <= 32 * kGranule);
 
   struct alignas(128) Storage {
-    Element queries[kTileM * kHeadDim];  // the output leaves from here too
+    Element queries[kTileM * ReadQueries::kColumns];  // the output leaves from here too
     Element keys[kStages][kTileN * kHeadDim];
     Element values[kStages][kTileN * kHeadDim];
     int32_t columns[kColumnEntries];  // active blocks, as the first warp expands them
