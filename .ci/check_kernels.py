@@ -65,8 +65,10 @@ def seconds_per_source(build_dir: Path) -> dict[str, float]:
 
 
 def is_of(kernel: re.Match[str], family: str, function: str) -> bool:
-    """Whether an entry is a family's kernel of a function: mangled names have their length before them."""
-    return re.search(rf"\d{family}\d+{function}_kernel", kernel["name"]) is not None
+    """Whether an entry is a family's kernel of a function: mangled names have their length before them. Functions of
+    wide rows stand for others.
+    """
+    return re.search(rf"\d{family}\d+(?:wide_)?{function}_kernel", kernel["name"]) is not None
 
 
 def main() -> None:
