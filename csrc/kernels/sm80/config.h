@@ -7,6 +7,7 @@
 // share a tile, and each streams the tile's blocks. kStrips: of 16 rows, that a warp has: fragments of keys and values
 // are read from shared memory once for all of them.
 
+#include <algorithm>
 #include <cstdint>
 
 #include "hbsattn/params.h"
@@ -26,11 +27,18 @@ struct Sm80Forward {
   static constexpr int kTileM = kHeadDim > 128 ? 64 : kTileRows;
   // With eight warps of one strip, which read keys and values from shared memory twice as often, tiles of 128 rows took
   // 1.3 of the time (H200).
-  static constexpr int kWarps = 4, kShare = 1, kHeldColumns = 0;
+  static constexpr int kWarps = 4, kShare = 1;
   static constexpr int kStrips = kTileM / (16 * kWarps);
-  static constexpr int kTileN = kHeadDim > 192 ? 32 : 64;
+  static constexpr int kHeldColumns = kStrips == 1 ? std::min(kHeadDim, 192) : 0;
+  static constexpr int kTileN = kHeadDim > 128 ? 32 : 64;
   static constexpr int kStages = 1;  // of keys, and of values
-  static constexpr int kCtasPerSm = 2;
+  static constexpr int kCtasPerSm = kStrips == 1 && kHeadDim <= 96 ? 3 : 2;
+};
+
+// The same for devices whose shared memory has room for one CTA of 128 rows.
+template <class Config>
+struct Sm80SmallForward : Config {
+  static constexpr int kTileM = 64, kStrips = 1, kHeldColumns = Config::kHeadDim;
 };
 
 // A kernel that computes the gradient of the queries, with tiles as the forward's. What it is was not swept.
