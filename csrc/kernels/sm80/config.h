@@ -5,7 +5,11 @@
 //
 // kTileRows: of the plan's tiles. kTileM: of those, query rows that a CTA computes; where it is less, several CTAs
 // share a tile, and each streams the tile's blocks. kStrips: of 16 rows, that a warp has: fragments of keys and values
-// are read from shared memory once for all of them.
+// are read from shared memory once for all of them. kShare: warps that share strips. kHeldColumns: of the rows that a
+// CTA keeps, which registers hold; the others are read from shared memory for each stage.
+//
+// Choices say how they were made: "swept", by times of others on that card in that month, or "guessed".
+// sm80/fits.py prints what would fit.
 
 #include <algorithm>
 #include <cstdint>
@@ -41,13 +45,16 @@ struct Sm80SmallForward : Config {
   static constexpr int kTileM = 64, kStrips = 1, kHeldColumns = Config::kHeadDim;
 };
 
-// A kernel that computes the gradient of the queries, with tiles as the forward's. What it is was not swept.
+// A kernel that computes the gradient of the queries, with tiles as the forward's. Up to head dim 128 guessed.
 template <DType kDType_, int kHeadDim_, int kTileRows_>
 struct Sm80GradQueries {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTileRows = kTileRows_;
   static constexpr int kTileM = kHeadDim >= 128 ? 64 : kTileRows;
+  // By shared memory of 99 KB, swept (H200, 2026-11). At head dim 256 two warps have 16 rows (grad_queries/wide.cuh),
+  // 1.0 of the time of four warps in 138 KB. At 192, where these have room if registers hold a third of the queries,
+  // 0.98 of the time without, and pairs of warps 1.35.
   static constexpr int kShare = kHeadDim > 192 ? 2 : 1;
   static constexpr int kHeldColumns = kHeadDim == 192 ? 64 : 0;
   static constexpr int kWarps = 4 * kShare;
@@ -67,15 +74,18 @@ struct Sm80BackwardKeys {
   static constexpr int kTileRows = kTileRows_;  // keys
   static constexpr int kTileN = kTileRows;
   // Two gradients of a warp's keys are in registers. Above head dim 128 those of 16 keys do not fit, so two warps share
-  // keys: each computes the scores of half the stage's queries, and both gradients in half the columns.
+  // keys, and each has one of the gradients (backward_keys/wide.cuh). Swept (H200, 2026-11): 0.86 of the time of warps
+  // that have half the columns of both, in 138 KB.
   static constexpr int kShare = kHeadDim > 128 ? 2 : 1;
   static constexpr int kStrips = kHeadDim <= 64 && kTileN == 128 ? 2 : 1;
   static constexpr int kWarps = kTileN / (16 * kStrips) * kShare;
   // Stages are half as long as there would be room for if there was one: the next is on its way while one is used.
+  // Guessed.
   static constexpr int kTileM = kHeadDim == 96 && kTileN == 128 ? 64 : 32;
   static constexpr int kStages = 2;
+  // As many as there are registers for, by shared memory of 99 KB.
   static constexpr int kHeldColumns = kHeadDim > 128 ? 192 : 0;
-  // By shared memory of 164 KB, and registers. Up to head dim 128 a CTA has less than 99 KB, which smaller cards have.
+  // By registers, and shared memory of 164 KB; guessed.
   static constexpr int kCtasPerSm = kHeadDim > 128   ? 1
                                     : kTileN == 128  ? (kHeadDim <= 64 ? 2 : 1)
                                     : kHeadDim <= 96 ? 3

@@ -120,12 +120,13 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   }
 
   if (kHolds) __syncthreads();
+  const WorkItem& kept = kHolds ? storage.tile.item : item;  // for which there are no registers beside queries
   CUTE_UNROLL
   for (int i = 0; i < kStrips; ++i) {
     if (args.sinks != nullptr) {
       CUTE_UNROLL
       for (int row = 0; row < 2; ++row) {
-        const RowPlace place = place_row<true>(args, item, first_row + matrix_row + 16 * i + lane / 4 + 8 * row);
+        const RowPlace place = place_row<true>(args, kept, first_row + matrix_row + 16 * i + lane / 4 + 8 * row);
         if (place.count <= 0) continue;
         softmax[i].join_sink(row, sink_of_head(args, place.head) * static_cast<float>(M_LOG2E), args.scale_log2,
                              lane % 4 == 0, outputs[i]);
@@ -135,10 +136,10 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     softmax[i].finish(outputs[i], args.scale, kAltered ? args.dropout.scale : 1.f, lse);
     CUTE_UNROLL
     for (int row = 0; row < 2; ++row) {
-      const RowPlace place = place_row<true>(args, item, first_row + matrix_row + 16 * i + lane / 4 + 8 * row);
-      if (lane % 4 == 0 && place.count > 0) *lse_of_row(args, item, place) = lse[row];
+      const RowPlace place = place_row<true>(args, kept, first_row + matrix_row + 16 * i + lane / 4 + 8 * row);
+      if (lane % 4 == 0 && place.count > 0) *lse_of_row(args, kept, place) = lse[row];
     }
-    store_rows<Traits>(args, item, first_row + matrix_row + 16 * i, matrix_row + 16 * i, outputs[i], matrix);
+    store_rows<Traits>(args, kept, first_row + matrix_row + 16 * i, matrix_row + 16 * i, outputs[i], matrix);
   }
   if (args.cycles != nullptr && lane == 0) record_cycles(args, true);
 }

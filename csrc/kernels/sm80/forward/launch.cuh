@@ -22,7 +22,7 @@ Status launch_sm80_forward(const ForwardParams& params, Stream stream) {
 
 template <class Config>
 Status run_sm80_forward(const ForwardParams& params, Stream stream) {
-  if constexpr (Config::kStrips > 1) {
+  if constexpr (Config::kStrips > 1 && Config::kHeadDim > 64) {
     const int most = block_shared_bytes();
     const Sm80SharedClass device{most, most + Sm80SharedClass::kReserved};
     if (device.count(sm80_forward_shared_bytes<Config>()) < Config::kCtasPerSm) {
