@@ -387,6 +387,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results here, and beside it as .txt")
     parser.add_argument("--commit", help="what to record as commit where git cannot tell")
     parser.add_argument("--kernels", default="auto", help="auto, sm90 or sm80: see hbsattn.utils.use_kernels")
+    parser.add_argument("--shared-kilobytes", type=int, metavar="KB", help="that a CTA may have: see there")
     return parser.parse_args()
 
 
@@ -413,7 +414,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks/run.py needs a CUDA GPU; torch sees none", file=sys.stderr)
         return 2
-    with use_kernels(arguments.kernels):
+    with use_kernels(arguments.kernels, shared_kilobytes=arguments.shared_kilobytes):
         return _run(arguments)
 
 
@@ -446,6 +447,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "left_out": missing,
         "protocol": {
             "kernels": arguments.kernels,
+            "shared_kilobytes": arguments.shared_kilobytes,
             "samples": samples,
             "idle_seconds": timing.IDLE_SECONDS,
             "flush_bytes": timing.FLUSH_BYTES,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hbsattn._checks import BLOCK_LIMIT, check_index, check_is_tensor, check_tensor
-from hbsattn._ops import kernel_family, set_kernel_family
+from hbsattn._ops import kernel_family, limit_shared_memory, set_kernel_family, shared_memory_limit
 from hbsattn._placement import CU_SEQLENS
 
 
@@ -41,7 +41,7 @@ def calculate_blocks(cu_seqlens: Tensor, block_size: int) -> tuple[int, Tensor, 
 
 
 @contextlib.contextmanager
-def use_kernels(name: str) -> Iterator[None]:
+def use_kernels(name: str, *, shared_kilobytes: int | None = None) -> Iterator[None]:
     """Chooses the kernels of all calls inside, of the whole process; to compare them, and to look for faults.
 
     No other thread may call hbsattn meanwhile. Gradients have to be computed under the choice of their forward, and
@@ -49,15 +49,24 @@ def use_kernels(name: str) -> Iterator[None]:
 
     Args:
         name: "auto", on each device the kernels that suit it; or as the names of kernels in `build_info()` begin.
+        shared_kilobytes: as if the device had no more shared memory for a CTA, and 1 KB beside for all of a
+            multiprocessor: calls whose kernels need more are refused by a ValueError. 99, as GPUs of compute capability
+            8.6, 8.9 and 12.0 have, to what the device has. None: as outside.
 
     Raises:
-        ValueError, TypeError: if there are no such kernels, or if the current device or this build cannot run them.
+        ValueError, TypeError: if there are no such kernels, or if the current device or this build cannot run them;
+            if devices have less shared memory, or not as much.
     """
     if not isinstance(name, str):
         raise TypeError(f"name is a {type(name).__name__}; expected a str")
-    before = kernel_family()
-    set_kernel_family(name)
+    if shared_kilobytes is not None:
+        shared_kilobytes = check_index("shared_kilobytes", shared_kilobytes, 1, BLOCK_LIMIT)
+    before, limit_before = kernel_family(), shared_memory_limit()
     try:
+        set_kernel_family(name)
+        if shared_kilobytes is not None:
+            limit_shared_memory(shared_kilobytes)
         yield
     finally:
+        limit_shared_memory(limit_before)
         set_kernel_family(before)

@@ -25,12 +25,12 @@ import hbsattn
 from hbsattn.utils import use_kernels
 
 
-def _why_not(kernels: str) -> str | None:
+def _why_not(kernels: str, shared_kilobytes: int | None = None) -> str | None:
     """Why the current device does not run these kernels. Those of sm80 run wherever any do."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     try:
-        with use_kernels(kernels):
+        with use_kernels(kernels, shared_kilobytes=shared_kilobytes):
             return None
     except ValueError as error:
         return str(error)
@@ -49,15 +49,16 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kernels", choices=("auto", "sm90", "sm80"), default="auto", help="for all CUDA calls of a run")
+    parser.addoption("--shared-kilobytes", type=int, help="that their CTAs may have: see hbsattn.utils.use_kernels")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    kernels = config.getoption("--kernels")
-    if kernels != "auto":
-        if (reason := _why_not(kernels)) is not None:
+    kernels, shared_kilobytes = config.getoption("--kernels"), config.getoption("--shared-kilobytes")
+    if kernels != "auto" or shared_kilobytes is not None:
+        if (reason := _why_not(kernels, shared_kilobytes)) is not None:
             raise pytest.UsageError(f"--kernels {kernels}: {reason}")
         choice = contextlib.ExitStack()
-        choice.enter_context(use_kernels(kernels))
+        choice.enter_context(use_kernels(kernels, shared_kilobytes=shared_kilobytes))
         config.add_cleanup(choice.close)
     config.addinivalue_line("markers", "gpu: needs a CUDA device that the kernels support")
     config.addinivalue_line("markers", "sm90: on a GPU, of what the kernels for 9.0 and their plans alone have")

@@ -18,7 +18,7 @@ import hbsattn
 from cases import case
 from gradients import attend, judge_gradients, leaves, upstream
 from hbsattn import attention
-from hbsattn._ops import kernel_family
+from hbsattn._ops import kernel_family, shared_memory_limit
 from hbsattn._plans import Plans
 from hbsattn.utils import use_kernels
 from problems import judge, make_problem, same
@@ -80,6 +80,74 @@ def test_which_kernels_run(before: str):
         assert all(names[x] in ("sm_80", "sm_90a") for x in (told["forward"]["kernel"], told["backward"]["kernel"]))
         raise ArithmeticError
     assert kernel_family() == before, "an error in the block does not keep the choice"
+
+
+# Shared memory
+
+LEAST = 99  # KB that CTAs of 8.6, 8.9 and 12.0 have
+
+
+@pytest.fixture
+def limit_before() -> int:
+    return shared_memory_limit()
+
+
+def test_shared_kilobytes_that_are_none(limit_before: int):
+    with (
+        pytest.raises(ValueError, match="shared_kilobytes is 0; expected 1 to"),
+        use_kernels("auto", shared_kilobytes=0),
+    ):
+        pass
+    with pytest.raises(TypeError, match="shared_kilobytes is '99'"), use_kernels("auto", shared_kilobytes="99"):
+        pass
+    assert shared_memory_limit() == limit_before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_shared_kilobytes_without_a_device(before: str):
+    with pytest.raises(ValueError, match="shared_kilobytes is 99, but "), use_kernels("auto", shared_kilobytes=LEAST):
+        pass
+    assert kernel_family() == before and shared_memory_limit() == 0
+
+
+def test_kernels_for_80_fit_all_devices():
+    for kernel in hbsattn.build_info()["kernels"]:
+        if kernel["name"].startswith("sm80"):
+            assert kernel["shared_bytes"] <= LEAST * 1024, kernel["name"]
+
+
+@pytest.mark.gpu
+def test_shared_kilobytes_that_no_device_or_not_this_one_has(limit_before: int):
+    for kilobytes in (1, LEAST - 1, 1 << 20):
+        expected = f"shared_kilobytes is {kilobytes}; expected {LEAST}, .* to [0-9]+, what this one has"
+        with pytest.raises(ValueError, match=expected), use_kernels("sm80", shared_kilobytes=kilobytes):
+            pass
+        assert shared_memory_limit() == limit_before
+
+
+@pytest.mark.gpu
+@pytest.mark.sm90
+def test_kernels_that_take_more_are_refused(limit_before: int):
+    problem = make_problem(case("refused", head_dim=256), "cuda", torch.bfloat16)
+    with use_kernels("sm90", shared_kilobytes=LEAST), pytest.raises(ValueError, match="shared_kilobytes leaves 101376"):
+        problem.run()
+    assert shared_memory_limit() == limit_before
+    judge(problem, *problem.run())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 160, 192, 232, 256])
+def test_everything_runs_in_99_kilobytes(head_dim: int):
+    spec = case("small", q_block=64, k_block=32, lens_q=(700, 300), head_dim=head_dim, causal=True)
+    problem = make_problem(spec, "cuda", torch.bfloat16)
+    with use_kernels("sm80", shared_kilobytes=LEAST), use_kernels("sm80"):
+        assert shared_memory_limit() == LEAST
+        judge(problem, *problem.run())
+        for deterministic in (False, True):
+            q, k, v = leaves(problem)
+            out, lse = attend(q, k, v, problem.mask(), return_lse=True, deterministic=deterministic)
+            grads = torch.autograd.grad((out, lse), (q, k, v), upstream(problem, lse.detach(), 7))
+            judge_gradients(problem, grads)
 
 
 # Plans

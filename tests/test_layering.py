@@ -83,7 +83,7 @@ RULES: dict[str, list[tuple[str, str]]] = {
     "benchmarks": [(r"\bhbsattn\._\w|from hbsattn import _|from hbsattn\._", "benchmarks import public names alone")],
 }
 # Programs print. The demo also asks for the device it runs on.
-PROGRAMS = {"hbsattn/__main__.py", "csrc/kernels/generate_instances.py"}
+PROGRAMS = {"hbsattn/__main__.py", "csrc/kernels/generate_instances.py", "csrc/kernels/sm80/fits.py"}
 
 CALL_PATH = ["hbsattn/attention.py", "hbsattn/_ops.py", "hbsattn/_plans.py", "hbsattn/_chunks.py"]
 CALL_PATH += ["hbsattn/hbsa_interface.py"]

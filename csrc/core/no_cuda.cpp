@@ -17,6 +17,8 @@ Status no_cuda() {
 Status current_device(int*, int*) { return no_cuda(); }
 DevicePolicy current_policy(int32_t) { return {}; }
 int block_shared_bytes() { return 0; }
+void limit_shared_bytes(int) {}
+int shared_bytes_limit() { return 0; }
 void force_family(std::optional<KernelFamily>) {}
 std::optional<KernelFamily> forced_family() { return {}; }
 Status make_sequences(const SequencesParams&, Stream) { return no_cuda(); }

@@ -136,7 +136,9 @@ Status select(const ForwardParams& problem, const HeadDims& found, const char* w
   if (found.shared_bytes > most && most > 0) {
     return Status::NotSupported("head_dim is " + std::to_string(problem.head_dim) + ", whose kernel takes " +
                                 std::to_string(found.shared_bytes) + " bytes of shared memory" + where +
-                                "; expected a smaller one, as this device has " + std::to_string(most) + " for a CTA");
+                                "; expected a smaller one, as " +
+                                (kernels::shared_bytes_limit() > 0 ? "shared_kilobytes leaves " : "this device has ") +
+                                std::to_string(most) + " for a CTA");
   }
   *key = {family_of(problem), problem.dtype, found.chosen, found.tiles};
   return Status::Ok();
@@ -299,6 +301,31 @@ std::string used_kernels() {
   const std::optional<KernelFamily> family = kernels::forced_family();
   return family ? name_of(*family) : kSuitable;
 }
+
+Status limit_shared_memory(int32_t kilobytes) {
+  if (kilobytes != 0) {
+    int capability = 0, multiprocessors = 0;
+    Status status = kernels::current_device(&capability, &multiprocessors);
+    if (!status.ok()) {
+      status.message = "shared_kilobytes is " + std::to_string(kilobytes) + ", but " + status.message;
+      return status;
+    }
+    const int before = kernels::shared_bytes_limit();
+    kernels::limit_shared_bytes(0);
+    const int most = kernels::block_shared_bytes() / 1024;
+    kernels::limit_shared_bytes(before);
+    if (kilobytes < kLeastSharedKilobytes || kilobytes > most) {
+      return Status::InvalidValue("shared_kilobytes is " + std::to_string(kilobytes) + "; expected " +
+                                  std::to_string(kLeastSharedKilobytes) +
+                                  ", the least that devices of compute capability 8.0 or newer have, to " +
+                                  std::to_string(most) + ", what this one has");
+    }
+  }
+  kernels::limit_shared_bytes(kilobytes * 1024);
+  return Status::Ok();
+}
+
+int32_t shared_memory_limit() { return kernels::shared_bytes_limit() / 1024; }
 
 Status select_forward(const ForwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_device(kernels::current_policy(params)));

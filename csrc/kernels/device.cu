@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <utility>
@@ -29,6 +30,7 @@ Devices& devices() {
 
 constexpr int kNoFamily = -1;
 std::atomic<int> forced{kNoFamily};
+std::atomic<int> shared_limit{0};
 
 // Whether a device runs what was compiled for 9.0. Others run what was compiled for 8.0, however new they are.
 constexpr bool runs_sm90_code(int capability) { return HBSATTN_SM90 && capability == 90; }
@@ -92,8 +94,13 @@ int block_shared_bytes() {
     bytes = device.block_shared_bytes;
     return Status::Ok();
   });
-  return status.ok() ? bytes : 0;
+  const int limit = shared_limit;
+  return !status.ok() ? 0 : limit > 0 ? std::min(bytes, limit) : bytes;
 }
+
+void limit_shared_bytes(int bytes) { shared_limit = bytes; }
+
+int shared_bytes_limit() { return shared_limit; }
 
 void force_family(std::optional<KernelFamily> family) { forced = family ? static_cast<int>(*family) : kNoFamily; }
 
@@ -108,14 +115,29 @@ bool overlaps_kernels() {
   return current_device(&capability, &multiprocessors).ok() && runs_sm90_code(capability);
 }
 
+int give_shared_bytes(int bytes) {
+  // What the runtime has of each CTA's, and multiprocessors have beside what one CTA may take.
+  constexpr int kReserved = 1024, kStep = 128;
+  const int limit = shared_limit;
+  if (limit == 0) return bytes;
+  const Status status = with_current_device([&](const Device& device) {
+    const int ctas = std::max((limit + kReserved) / (bytes + kReserved), 1);
+    const int too_little = static_cast<int>(device.policy.shared_bytes) / (ctas + 1) - kReserved;  // ctas + 1 have it
+    bytes = std::clamp(too_little / kStep * kStep + kStep, bytes, std::max(bytes, device.block_shared_bytes));
+    return Status::Ok();
+  });
+  return bytes;
+}
+
 Status allow_shared_bytes(const void* kernel, int bytes) {
   return with_current_device([&](Device& device) {
-    for (const auto& [known, at_most] : device.shared_bytes) {
-      if (known == kernel && at_most == bytes) return Status::Ok();
-    }
+    auto& all = device.shared_bytes;
+    auto known = std::find_if(all.begin(), all.end(), [&](const auto& allowed) { return allowed.first == kernel; });
+    if (known != all.end() && known->second >= bytes) return Status::Ok();
     HBSATTN_RETURN_IF_ERROR(cuda_status(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute"));
-    device.shared_bytes.emplace_back(kernel, bytes);
+    if (known == all.end()) known = all.insert(all.end(), {kernel, 0});
+    known->second = bytes;
     return Status::Ok();
   });
 }

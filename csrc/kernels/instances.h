@@ -78,8 +78,12 @@ inline DevicePolicy current_policy(const BackwardParams& params) { return curren
 inline DevicePolicy current_policy(const PlanParams& params) { return current_policy(params.element_size); }
 inline DevicePolicy current_policy(const KeyPlanParams& params) { return current_policy(params.element_size); }
 
-// Bytes of shared memory that a CTA may have on the current device; 0: there is none.
+// Bytes of shared memory that a CTA may have on the current device, at most what a limit leaves; 0: there is none.
 int block_shared_bytes();
+
+// The limit, on whatever device, in the whole process; 0: there is none.
+void limit_shared_bytes(int bytes);
+int shared_bytes_limit();
 
 // The family that current_policy names on whatever device, in the whole process; none: nothing is forced.
 void force_family(std::optional<KernelFamily> family);

@@ -32,6 +32,10 @@ __device__ __forceinline__ void let_next_kernel_start() {
 
 namespace kernels {
 
+// What a CTA is given that asks for so many bytes of dynamic shared memory: under a limit more, so that no more of them
+// share a multiprocessor than where it has that little.
+int give_shared_bytes(int bytes);
+
 // Lets a kernel have that many bytes of dynamic shared memory on the current device. The runtime is asked once for each
 // kernel and device.
 Status allow_shared_bytes(const void* kernel, int bytes);
@@ -45,6 +49,7 @@ template <class... Parameters, class... Arguments>
 Status launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes, Stream stream,
               const Arguments&... arguments) {
   constexpr int kAlwaysAllowed = 48 * 1024;
+  if (shared_bytes > 0) shared_bytes = give_shared_bytes(shared_bytes);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return Status::Ok();
   if (shared_bytes > kAlwaysAllowed) {
     HBSATTN_RETURN_IF_ERROR(allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes));

@@ -5,8 +5,13 @@
 //
 // kTileRows: of the plan's tiles. kTileM: of those, query rows that a CTA computes; where it is less, several CTAs
 // share a tile, and each streams the tile's blocks. kStrips: of 16 rows, that a warp has: fragments of keys and values
-// are read from shared memory once for all of them.
+// are read from shared memory once for all of them. kShare: warps that share strips. kHeldColumns: of the rows that a
+// CTA keeps, which registers hold; the others are read from shared memory for each stage.
+//
+// Choices say how they were made: "swept", by times of others on that card in that month, or "guessed".
+// sm80/fits.py prints what would fit.
 
+#include <algorithm>
 #include <cstdint>
 
 #include "hbsattn/params.h"
@@ -32,23 +37,41 @@ struct Sm80Forward {
                                                                        : kTileRows;
   // With eight warps of one strip, which read keys and values from shared memory twice as often, tiles of 128 rows took
   // 1.3 of the time (H200).
-  static constexpr int kWarps = kTileM < 64 ? 2 : 4;
+  static constexpr int kWarps = kTileM < 64 ? 2 : 4, kShare = 1;
   static constexpr int kStrips = kTileM / (16 * kWarps);
-  static constexpr int kTileN = (kHeadDim > 192 ? 32 : 64) / (is_float32(kDType) && kHeadDim > 64 ? 2 : 1);
+  static constexpr int kHeldColumns = kStrips == 1 && !is_float32(kDType) ? std::min(kHeadDim, 192) : 0;
+  static constexpr int kTileN = is_float32(kDType) ? (kHeadDim > 128  ? 16
+                                                      : kHeadDim > 64 ? 32
+                                                                      : 64)
+                                : kHeadDim > 128   ? 32
+                                                   : 64;
   static constexpr int kStages = 1;  // of keys, and of values
-  static constexpr int kCtasPerSm = 2;
+  static constexpr int kCtasPerSm = kStrips == 1 && kHeadDim <= 96 && !is_float32(kDType) ? 3 : 2;
 };
 
-// A kernel that computes the gradient of the queries, with tiles as the forward's. What it is was not swept.
+// The same for devices whose shared memory has room for one CTA of 128 rows.
+template <class Config>
+struct Sm80SmallForward : Config {
+  static constexpr int kTileM = 64, kStrips = 1, kHeldColumns = Config::kHeadDim;
+};
+
+// A kernel that computes the gradient of the queries, with tiles as the forward's. Up to head dim 128 guessed.
 template <DType kDType_, int kHeadDim_, int kTileRows_>
 struct Sm80GradQueries {
   static constexpr DType kDType = kDType_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTileRows = kTileRows_;
-  // At head dim 128, by shared memory of 99 KB.
-  static constexpr int kTileM = is_float32(kDType) ? (kHeadDim > 128 ? 32 : 64) : kHeadDim >= 128 ? 64 : kTileRows;
-  static constexpr int kWarps = kTileM < 64 ? 2 : 4;
-  static constexpr int kStrips = kTileM / (16 * kWarps);
+  // Of float32, at head dim 128 by shared memory of 99 KB.
+  static constexpr int kTileM = is_float32(kDType) && kHeadDim > 64     ? 32
+                                : is_float32(kDType) || kHeadDim >= 128 ? 64
+                                                                        : kTileRows;
+  // By shared memory of 99 KB, swept (H200, 2026-11). At head dim 256 two warps have 16 rows (grad_queries/wide.cuh),
+  // 1.0 of the time of four warps in 138 KB. At 192, where these have room if registers hold a third of the queries,
+  // 0.98 of the time without, and pairs of warps 1.35.
+  static constexpr int kShare = kHeadDim > 192 && !is_float32(kDType) ? 2 : 1;
+  static constexpr int kHeldColumns = kHeadDim == 192 ? 64 : 0;
+  static constexpr int kWarps = kTileM < 64 ? 2 : 4 * kShare;
+  static constexpr int kStrips = kTileM > 64 ? 2 : 1;
   // Two products of this width are in registers beside the gradient.
   static constexpr int kTileN = is_float32(kDType)                 ? (kHeadDim > 64 ? 16 : 32)
                                 : kHeadDim >= 128 || kTileM == 128 ? 32
@@ -66,14 +89,18 @@ struct Sm80BackwardKeys {
   static constexpr int kTileRows = kTileRows_;  // keys
   static constexpr int kTileN = !is_float32(kDType) ? kTileRows : kHeadDim > 128 ? 32 : 64;
   // Two gradients of a warp's keys are in registers. Above head dim 128 those of 16 keys do not fit, so two warps share
-  // keys: each computes the scores of half the stage's queries, and both gradients in half the columns.
+  // keys, and each has one of the gradients (backward_keys/wide.cuh). Swept (H200, 2026-11): 0.86 of the time of warps
+  // that have half the columns of both, in 138 KB.
   static constexpr int kShare = kHeadDim > 128 ? 2 : 1;
   static constexpr int kStrips = kHeadDim <= 64 && kTileN == 128 ? 2 : 1;
   static constexpr int kWarps = kTileN / (16 * kStrips) * kShare;
   // Stages are half as long as there would be room for if there was one: the next is on its way while one is used.
   static constexpr int kTileM = is_float32(kDType) && kHeadDim > 64 ? 16 : kHeadDim == 96 && kTileN == 128 ? 64 : 32;
   static constexpr int kStages = 2;
-  // By shared memory of 164 KB, and registers. Up to head dim 128 a CTA has less than 99 KB, which smaller cards have.
+  // As many as there are registers for, by shared memory of 99 KB. Of float32 none: two warps have half the columns of
+  // both gradients each, and both compute the scores.
+  static constexpr int kHeldColumns = kHeadDim > 128 && !is_float32(kDType) ? 192 : 0;
+  // By registers, and shared memory of 164 KB; guessed.
   static constexpr int kCtasPerSm = is_float32(kDType) ? (kHeadDim > 64 ? 1 : 2)
                                     : kHeadDim > 128   ? 1
                                     : kTileN == 128    ? (kHeadDim <= 64 ? 2 : 1)
@@ -81,8 +108,29 @@ struct Sm80BackwardKeys {
                                                        : 2;
 };
 
-// Bytes of shared memory that a CTA may use where there are the fewest for which kernels are made: on 8.0. Others have
-// 99 KB (8.6, 8.9, 12.0), which suffice for the forward, and for gradients up to head dim 128.
-inline constexpr int kSm80SharedLimit = 163 * 1024, kSm80SmallSharedLimit = 99 * 1024;
+// Shared memory by class of device, in bytes: what a CTA may have, and what all of a multiprocessor share, of which
+// each takes kReserved more.
+struct Sm80SharedClass {
+  static constexpr int kReserved = 1024;
+  int of_cta, of_multiprocessor;
+
+  // CTAs of so many bytes that a multiprocessor has room for.
+  constexpr int count(int bytes) const { return bytes > of_cta ? 0 : of_multiprocessor / (bytes + kReserved); }
+};
+
+inline constexpr Sm80SharedClass kSm80Shared99{99 << 10, 100 << 10};    // 8.6, 8.9, 12.0
+inline constexpr Sm80SharedClass kSm80Shared163{163 << 10, 164 << 10};  // 8.0, 8.7
+inline constexpr Sm80SharedClass kSm80Shared227{227 << 10, 228 << 10};  // 9.0, 10.0
+
+// What a CTA of a kernel takes. All devices run all kernels but those of float32 gradients above head dim 128.
+template <class Config, class Storage>
+constexpr int sm80_shared_bytes() {
+  constexpr int kBytes = sizeof(Storage);
+  constexpr Sm80SharedClass kLeast =
+      is_float32(Config::kDType) && Config::kHeadDim > 128 ? kSm80Shared163 : kSm80Shared99;
+  static_assert(kLeast.count(kBytes) >= 1, "a CTA's shared memory, where there is least");
+  static_assert(kSm80Shared227.count(kBytes) >= Config::kCtasPerSm, "of CTAs that share a multiprocessor's registers");
+  return kBytes;
+}
 
 }  // namespace hbsattn

@@ -4,6 +4,7 @@
 #include "kernels/common/softcap.cuh"
 #include "kernels/sm80/backward_keys/store.cuh"
 #include "kernels/sm80/backward_keys/stream.cuh"
+#include "kernels/sm80/pairs.cuh"
 
 namespace hbsattn::sm80 {
 
@@ -40,8 +41,8 @@ __device__ __forceinline__ void weigh(const BackwardKeysArguments& args, const I
 
 // Turns the gradients of the weights into those of the scores. A weight that was dropped is negative, and its own
 // gradient is 0.
-template <bool kAltered, class Statistics, class Scores>
-__device__ __forceinline__ void differentiate(const BackwardKeysArguments& args, bool masked, const Scores& weights,
+template <bool kAltered, class Statistics, class Weights, class Scores>
+__device__ __forceinline__ void differentiate(const BackwardKeysArguments& args, bool masked, const Weights& weights,
                                               const Statistics& lse, const Statistics& delta, Scores& grads) {
   CUTE_UNROLL
   for (int i = 0; i < cute::size(grads); ++i) {
@@ -86,43 +87,14 @@ __device__ __forceinline__ void round_operand(const Sum& sum, int step, uint32_t
   }
 }
 
-// Leaves 16 rows of scores, columns from those of group `first_group` of 8 on, where the warp reads them that shares
-// them. Of float32, the two columns of a lane are four apart, as in to_operand().
-template <class Rows, bool kPositive, class Sum>
-__device__ __forceinline__ void leave_scores(typename Rows::Element* matrix, int first_row, int first_group,
-                                             const Sum& sum, int lane) {
-  using Element = typename Rows::Element;
-  auto* bytes = reinterpret_cast<uint8_t*>(matrix);
-  CUTE_UNROLL
-  for (int i = 0; i < cute::size(sum); i += 2) {
-    const int row = first_row + lane / 4 + (i >> 1 & 1) * 8, group = first_group + i / 4;
-    if constexpr (std::is_same_v<Element, float>) {
-      CUTE_UNROLL
-      for (int column = 0; column < 2; ++column) {
-        *reinterpret_cast<uint32_t*>(bytes + Rows::offset(row, 2 * group + column) + lane % 4 * 4) =
-            round_word<kPositive>(sum(i + column));
-      }
-    } else {
-      *reinterpret_cast<uint32_t*>(bytes + Rows::offset_of_pair(row, group, lane)) =
-          round_pair<Element, kPositive>(sum(i), sum(i + 1));
-    }
-  }
-}
-
-// Waits for the warp that has the same keys. `group`: which of such pairs.
-__device__ __forceinline__ void meet_partner(int group) {
-  asm volatile("bar.sync %0, 64;" ::"r"(group + 1) : "memory");
-}
-
 // A CTA computes the gradients of a tile's keys and values. With S the scaled scores of its keys and the queries of a
 // stage, and rows of keys (everything is transposed):
 //
 //   P = exp(S - lse)      dP = V dO^T      dS = P o (dP - delta)      dV += P dO      dK += dS Q
 //
-// Each warp has strips of 16 keys or, of these, half the columns of both sums (Config::kShare); P and dS are first
-// operands out of registers. One warp sums what a key gets, stage after stage: the same in every run. No product sums
-// over keys, so whatever keys hold that nobody sees, others do not meet it. kAltered: for calls that drop weights or
-// cap scores.
+// Each warp has strips of 16 keys; P and dS are first operands out of registers. One warp sums what a key gets, stage
+// after stage: the same in every run. No product sums over keys, so whatever keys hold that nobody sees, others do not
+// meet it. kAltered: for calls that drop weights or cap scores.
 template <class Config, bool kAltered>
 __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     backward_keys_kernel(const __grid_constant__ BackwardKeysArguments args) {
@@ -130,9 +102,9 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   using Element = typename Traits::Element;
   using Keys = typename Traits::Keys;
   using Queries = typename Traits::Queries;
-  using Scores = Accumulator<Traits::kScoreQueries>;
-  using Statistics = QueryStatistics<Traits::kScoreQueries>;
-  constexpr int kStrips = Traits::kStrips, kGroups = Traits::kWarps / Traits::kShare;
+  using Scores = Accumulator<Traits::kTileM>;
+  using Statistics = QueryStatistics<Traits::kTileM>;
+  constexpr int kStrips = Traits::kStrips;
   extern __shared__ __align__(128) uint8_t shared[];
   auto& storage = *reinterpret_cast<typename Traits::Storage*>(shared);
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
@@ -152,7 +124,8 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   load_keys<Traits>(args, item, first_key, args.v, storage.values);
   stream.begin();
 
-  const int group = warp % kGroups, half = warp / kGroups, warp_key = group * Traits::kWarpKeys;
+  constexpr int kGroups = Traits::kWarps / Traits::kShare;
+  const int half = warp / kGroups, warp_key = warp % kGroups * Traits::kWarpKeys;
   QueryLimits limits[kStrips];
   KeyDropout dropouts[kStrips];
   Accumulator<Traits::kColumns> grad_keys[kStrips], grad_values[kStrips];
@@ -165,7 +138,6 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   }
   const PatchReader<Keys> keys(shared_address(storage.keys) + warp_key * Keys::kRowBytes, lane);
   const PatchReader<Keys> values(shared_address(storage.values) + warp_key * Keys::kRowBytes, lane);
-  const int first_query = Traits::kExchanges ? half * Traits::kScoreQueries : 0, first_granule = first_query / kGranule;
 
 #pragma unroll 1
   for (int stage = 0; stream.next(stage); ++stage) {
@@ -175,16 +147,14 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
                    grad_out = shared_address(storage.grad_out[buffer]);
     Scores weights[kStrips], grads[kStrips];
     {
-      using ScoreRows = SomeRows<Queries, Traits::kScoreQueries>;
-      const int offset = first_query * Queries::kRowBytes;
-      const Statistics lse(storage.lse[buffer] + first_query, lane);
-      multiply_rows<Element, true>(weights, keys, 0, PatchReader<ScoreRows, Operand::kByRows>(queries + offset, lane));
+      const Statistics lse(storage.lse[buffer], lane);
+      multiply_rows<Element, true>(weights, keys, 0, PatchReader<Queries, Operand::kByRows>(queries, lane));
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) {
-        weigh<kAltered>(args, info, first_granule, limits[i], dropouts[i], lse, lane, weights[i]);
+        weigh<kAltered>(args, info, 0, limits[i], dropouts[i], lse, lane, weights[i]);
       }
-      multiply_rows<Element, true>(grads, values, 0, PatchReader<ScoreRows, Operand::kByRows>(grad_out + offset, lane));
-      const Statistics delta(storage.delta[buffer] + first_query, lane);
+      multiply_rows<Element, true>(grads, values, 0, PatchReader<Queries, Operand::kByRows>(grad_out, lane));
+      const Statistics delta(storage.delta[buffer], lane);
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) differentiate<kAltered>(args, info.masked, weights[i], lse, delta, grads[i]);
     }
@@ -194,57 +164,34 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
       rows.address ^= half * Columns::kHalfBytes;
       grad_rows.address ^= half * Columns::kHalfBytes;
     }
-    if constexpr (!Traits::kExchanges) {
-      const auto read_weights = [&](int step, uint32_t (&words)[kStrips][4]) {
-        CUTE_UNROLL
-        for (int i = 0; i < kStrips; ++i) round_operand<Element, kAltered>(weights[i], step, words[i]);
-      };
-      const auto read_grads = [&](int step, uint32_t (&words)[kStrips][4]) {
-        CUTE_UNROLL
-        for (int i = 0; i < kStrips; ++i) round_operand<Element, false>(grads[i], step, words[i]);
-      };
-      multiply_columns<Element>(grad_values, read_weights, grad_rows);
-      multiply_columns<Element>(grad_keys, read_grads, rows);
-    } else {
-      uint32_t of_weights[kStrips][4], of_grads[kStrips][4];
-      using Exchanged = typename Traits::Exchanged;
+    const auto read_weights = [&](int step, uint32_t (&words)[kStrips][4]) {
       CUTE_UNROLL
-      for (int i = 0; i < kStrips; ++i) {
-        leave_scores<Exchanged, kAltered>(storage.exchanged[0], warp_key + 16 * i, first_query / 8, weights[i], lane);
-        leave_scores<Exchanged, false>(storage.exchanged[1], warp_key + 16 * i, first_query / 8, grads[i], lane);
-      }
-      meet_partner(group);
-      const int offset = warp_key * Exchanged::kRowBytes;
-      const PatchReader<Exchanged> all_weights(shared_address(storage.exchanged[0]) + offset, lane);
-      const PatchReader<Exchanged> all_grads(shared_address(storage.exchanged[1]) + offset, lane);
+      for (int i = 0; i < kStrips; ++i) round_operand<Element, kAltered>(weights[i], step, words[i]);
+    };
+    const auto read_grads = [&](int step, uint32_t (&words)[kStrips][4]) {
       CUTE_UNROLL
-      for (int step = 0; step < Traits::kSteps; ++step) {
-        CUTE_UNROLL
-        for (int i = 0; i < kStrips; ++i) {
-          all_weights.read(16 * i, step, of_weights[i]);
-          all_grads.read(16 * i, step, of_grads[i]);
-        }
-        multiply_step<Element>(grad_values, of_weights, grad_rows, step);
-        multiply_step<Element>(grad_keys, of_grads, rows, step);
-      }
-    }
+      for (int i = 0; i < kStrips; ++i) round_operand<Element, false>(grads[i], step, words[i]);
+    };
+    multiply_columns<Element>(grad_values, read_weights, grad_rows);
+    multiply_columns<Element>(grad_keys, read_grads, rows);
   }
 
   CUTE_UNROLL
   for (int i = 0; i < kStrips; ++i) {
-    leave_keys<Traits>(storage.keys, warp_key + 16 * i, half, args.scale, grad_keys[i], lane);
-    leave_keys<Traits>(storage.values, warp_key + 16 * i, half, kAltered ? args.dropout.scale : 1.f, grad_values[i],
-                       lane);
+    const int key = warp_key + 16 * i;
+    leave_keys<Traits, Traits::kShare>(storage.keys, key, args.scale, grad_keys[i], lane, half);
+    leave_keys<Traits, Traits::kShare>(storage.values, key, kAltered ? args.dropout.scale : 1.f, grad_values[i], lane,
+                                       half);
   }
   if constexpr (Traits::kShare == 1) {
     __syncwarp();
   } else {
-    meet_partner(group);
+    __syncthreads();
   }
   CUTE_UNROLL
   for (int i = 0; i < kStrips; ++i) {
-    // Of two warps with the same keys, each stores one of the gradients.
     const int key = warp_key + 16 * i;
+    // Of two warps with the same keys, each stores one of the gradients.
     if (Traits::kShare == 1 || half == 0) {
       store_keys<Traits>(args, item, storage.keys, key, first_key + key, args.grad_k, args.grad_k_batch_stride,
                          args.grad_k_row_stride, args.grad_k_head_stride, args.grad_k_columns, lane);

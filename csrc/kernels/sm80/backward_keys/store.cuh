@@ -12,34 +12,33 @@ __device__ __forceinline__ int key_head_of(const KeyTiles& args, const KeyItem& 
 }
 
 // Starts copies of the keys or the values of a tile, from `first_row` on; rows that do not exist are zeros.
-template <class Traits>
-__device__ __forceinline__ void load_keys(const BackwardKeysArguments& args, const KeyItem& item, int first_row,
-                                          const TensorRows& tensor, typename Traits::Element* matrix) {
-  const RowLoader<typename Traits::Keys, Traits::kThreads> loader(threadIdx.x);
+template <class Rows, int kThreads>
+__device__ __forceinline__ void load_key_rows(const BackwardKeysArguments& args, const KeyItem& item, int first_row,
+                                              const TensorRows& tensor, uint32_t matrix) {
+  const RowLoader<Rows, kThreads> loader(threadIdx.x);
   const uint8_t* first = tensor.head_of(item.sequence, key_head_of(args, item), item.k_begin + item.first_key);
   CUTE_UNROLL
   for (int pass = 0; pass < loader.kPasses; ++pass) {
     const int in_tile = first_row + pass * loader.kPassRows + loader.row;
     const bool exists = in_tile < item.keys;
     const int copied = exists ? in_tile : 0;
-    loader.load(shared_address(matrix), pass, first + int64_t{copied} * tensor.row_stride, exists, tensor.columns);
+    loader.load(matrix, pass, first + int64_t{copied} * tensor.row_stride, exists, tensor.columns);
   }
 }
 
+template <class Traits>
+__device__ __forceinline__ void load_keys(const BackwardKeysArguments& args, const KeyItem& item, int first_row,
+                                          const TensorRows& tensor, typename Traits::Element* matrix) {
+  load_key_rows<typename Traits::Keys, Traits::kThreads>(args, item, first_row, tensor, shared_address(matrix));
+}
+
 // Leaves what a warp has of the gradients of 16 keys where their keys, or values, were.
-template <class Traits, class Sum>
-__device__ __forceinline__ void leave_keys(typename Traits::Element* matrix, int first_row, int half, float scale,
-                                           const Sum& sum, int lane) {
-  using Keys = typename Traits::Keys;
-  constexpr int kChunkGroups = Keys::kChunkVectors * Keys::kVectorColumns / 8;  // of 8 columns
-  constexpr int kGroups = kChunkGroups / Traits::kShare;                        // of them, that a warp has
+template <class Traits, int kShare = 1, class Sum>
+__device__ __forceinline__ void leave_keys(typename Traits::Element* matrix, int first_row, float scale, Sum& sum,
+                                           int lane, int half = 0) {
   CUTE_UNROLL
-  for (int i = 0; i < cute::size(sum); i += 2) {
-    const int row = first_row + lane / 4 + (i >> 1 & 1) * 8, in_warp = i / 4;
-    const int group = in_warp / kGroups * kChunkGroups + half * kGroups + in_warp % kGroups;
-    store_pair<typename Keys::Element>(reinterpret_cast<uint8_t*>(matrix) + Keys::offset_of_pair(row, group, lane),
-                                       scale * sum(i), scale * sum(i + 1));
-  }
+  for (int i = 0; i < cute::size(sum); ++i) sum(i) *= scale;
+  leave_strip<typename Traits::Keys, kShare>(matrix, first_row, sum, lane, half);
 }
 
 // A warp stores what was left of the gradients of 16 keys, of which the first is row `first_in_tile` of the tile.

@@ -58,16 +58,13 @@ struct BackwardKeysTraits {
   static constexpr int kTileM = Config::kTileM;
   static constexpr int kTileMLog2 = cutlass::log2_down<kTileM>::value;
   static constexpr int kStages = Config::kStages;
-  static constexpr int kShare = Config::kShare;
   static constexpr int kStrips = Config::kStrips;
   static constexpr int kWarps = Config::kWarps;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kGranules = kTileM / kGranule;
   static constexpr int kWarpKeys = 16 * kStrips;
-  // Of a stage, whose scores a warp computes: of warps that share keys each has its part, or all.
-  static constexpr bool kExchanges = kShare > 1 && kTileM / kShare >= kGranule;
-  static constexpr int kScoreQueries = kExchanges ? kTileM / kShare : kTileM;
-  static constexpr int kColumns = kHeadDim / kShare;  // of the gradients, that a warp has
+  static constexpr int kShare = Config::kShare;       // warps have the same keys, and compute all scores of them;
+  static constexpr int kColumns = kHeadDim / kShare;  // of both sums, each has so many columns
   static constexpr int kColumnEntries = 128;
   using Blocks = BitRow<2, kColumnEntries>;
   static constexpr int kListed = kTileM > 32 ? 4 : 8;  // stages that are listed at a time, at most
@@ -75,11 +72,7 @@ struct BackwardKeysTraits {
 
   using Keys = SharedRows<Element, kTileN, kHeadDim>;
   using Queries = SharedRows<Element, kTileM, kHeadDim>;
-  static constexpr int kSteps = kTileM / Queries::kStepColumns;  // of products that sum over the queries of a stage
-  // Weights, and gradients of scores, as warps that share keys exchange them.
-  using Exchanged = SharedRows<Element, kTileN, kTileM>;
-  static_assert(kTileN == kWarpKeys * kWarps / kShare && kStages >= 2 && kScoreQueries % kGranule == 0);
-  static_assert(kShare == 1 || (kShare == 2 && kHeadDim % 64 == 0));
+  static_assert(kTileN == kWarpKeys * kWarps / kShare && kStages >= 2);
   static_assert(kInfos >= kListed + 2 * kStages - 1 && (kInfos & (kInfos - 1)) == 0);
   static_assert(kTileM <= 32 * kGranule && kTileM / 2 <= kThreads);
 
@@ -88,7 +81,6 @@ struct BackwardKeysTraits {
     Element values[kTileN * kHeadDim];
     Element queries[kStages][kTileM * kHeadDim];
     Element grad_out[kStages][kTileM * kHeadDim];
-    Element exchanged[2][kExchanges ? kTileN * kTileM : 8];
     alignas(16) float lse[kStages][kTileM];    // times log2(e); +inf: the row does not exist or attends to nothing
     alignas(16) float delta[kStages][kTileM];  // what each row of P o dP sums to
     int32_t columns[kColumnEntries];           // active blocks, as the first warp expands them
@@ -97,24 +89,6 @@ struct BackwardKeysTraits {
     StageCursor cursor;
     KeyItem item;
   };
-  static_assert(sizeof(Storage) <=
-                    (Config::kHeadDim > 128 || sizeof(Element) > 2 ? kSm80SharedLimit : kSm80SmallSharedLimit),
-                "a CTA's shared memory");
-};
-
-// A part of a matrix in shared memory: some rows.
-template <class Rows, int kRows_>
-struct SomeRows : Rows {
-  static constexpr int kRows = kRows_;
-};
-
-// Half the columns: half of each chunk.
-template <class Rows>
-struct HalfColumns : Rows {
-  static constexpr int kColumns = Rows::kColumns / 2;
-  static constexpr int kChunkVectors = Rows::kChunkVectors / 2;
-  static constexpr int kHalfBytes = 16 * kChunkVectors;  // which half is one bit of addresses
-  static_assert(Rows::kChunkVectors == 8);
 };
 
 }  // namespace hbsattn::sm80

@@ -3,6 +3,7 @@
 #include "kernels/common/launch.cuh"
 #include "kernels/common/row_statistics.cuh"
 #include "kernels/common/softcap.cuh"
+#include "kernels/sm80/pairs.cuh"
 #include "kernels/sm80/query_tiles/masks.cuh"
 
 namespace hbsattn::sm80 {
@@ -13,10 +14,6 @@ struct GradQueriesTraits : QueryTileTraits<Config> {
   struct alignas(128) Storage : Forward::Storage {
     alignas(128) typename Forward::Element grad_out[Forward::kTileM * Forward::kHeadDim];
   };
-  static_assert(sizeof(Storage) <= (Config::kHeadDim > 128 || sizeof(typename Forward::Element) > 2
-                                        ? kSm80SharedLimit
-                                        : kSm80SmallSharedLimit),
-                "a CTA's shared memory");
 };
 
 // `out` is the gradient of the queries.
@@ -50,6 +47,18 @@ __device__ __forceinline__ void weigh(const KeyStream<Traits>& stream, int strip
   }
 }
 
+// Turns the gradients of a strip's weights into those of its scores.
+template <bool kAltered, class Weights, class Scores>
+__device__ __forceinline__ void differentiate(const Weights& weights, const RowStatistics& rows, Scores&& grads) {
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size(grads); ++i) {
+    const float weight = weights(i), delta = rows.delta[(i >> 1) & 1];
+    const bool dropped = kAltered && signbit(weight);
+    // A weight of 0 does not silence a NaN.
+    grads(i) = weight == 0.f ? 0.f : weight * (dropped ? delta : grads(i) - delta);
+  }
+}
+
 // A CTA computes kTileM rows of a tile. A warp has strips of 16 rows, and streams keys and values as the forward:
 //
 //   P = exp(S - lse)      dP = dO V^T      dS = P o (dP - delta)      dQ += dS K
@@ -60,7 +69,11 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     grad_queries_kernel(const __grid_constant__ GradQueriesArguments args) {
   using Traits = GradQueriesTraits<Config>;
   using Element = typename Traits::Element;
+  using ReadQueries = typename Traits::ReadQueries;
   constexpr int kStrips = Traits::kStrips;
+  constexpr bool kHolds = Traits::kHeldColumns > 0;
+  static_assert(!kHolds ||
+                (kStrips == 1 && Traits::kTileM * Traits::kHeldColumns <= Traits::kTileN * Traits::kHeadDim));
   extern __shared__ __align__(128) uint8_t shared[];
   auto& storage = *reinterpret_cast<typename Traits::Storage*>(shared);
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
@@ -75,8 +88,11 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     write_empty_rows<Traits, false>(args, item, first_row);
     return;
   }
+  using Held = SharedRows<Element, Traits::kTileM, kHolds ? Traits::kHeldColumns : 64>;
   stream.begin_pairs([&] {
-    load_rows<Traits>(args, item, args.q, first_row, storage.queries);
+    // What registers hold comes through a stage that is not loaded yet.
+    if constexpr (kHolds) load_rows<Traits, Held>(args, item, args.q, first_row, storage.values[1]);
+    load_rows<Traits, ReadQueries>(args, item, args.q.from<Element>(Traits::kHeldColumns), first_row, storage.queries);
     load_rows<Traits>(args, item, args.grad_out, first_row, storage.grad_out);
   });
 
@@ -90,8 +106,14 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     rows[i] = RowStatistics::load<true>(args, item, row, lane);
     cute::clear(grads[i]);
   }
-  const PatchReader<typename Traits::Queries> queries(shared_address(storage.queries), lane);
+  const PatchReader<ReadQueries> queries(shared_address(storage.queries), lane);
   const PatchReader<typename Traits::Queries> grad_out(shared_address(storage.grad_out), lane);
+  uint32_t held[kHolds ? Traits::kHeldColumns / 16 : 1][4];
+  if constexpr (kHolds) {
+    wait_copies<0>();
+    __syncthreads();
+    hold_rows(PatchReader<Held>(shared_address(storage.values[1]), lane), matrix_row, held);
+  }
 
 #pragma unroll 1
   for (int stage = 0; stage < stream.stages; ++stage) {
@@ -102,22 +124,19 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     const PatchReader<typename Traits::Keys, Operand::kByColumns> transposed_keys(shared_address(storage.keys[buffer]),
                                                                                   lane);
     Accumulator<Traits::kTileN> weights[kStrips], grad_scores[kStrips];
-    multiply_rows<Element>(weights, queries, matrix_row, keys);
+    if constexpr (kHolds) {
+      multiply_held<Element>(weights[0], held, keys,
+                             [&](int step, uint32_t (&words)[4]) { queries.read(matrix_row, step, words); });
+    } else {
+      multiply_rows<Element>(weights, queries, matrix_row, keys);
+    }
     CUTE_UNROLL
     for (int i = 0; i < kStrips; ++i) {
       weigh<kAltered>(stream, i, matrix_row + 16 * i, stage, rows[i], weights[i]);
     }
     multiply_rows<Element>(grad_scores, grad_out, matrix_row, values);
     CUTE_UNROLL
-    for (int i = 0; i < kStrips; ++i) {
-      CUTE_UNROLL
-      for (int j = 0; j < cute::size(grad_scores[i]); ++j) {
-        const float weight = weights[i](j), delta = rows[i].delta[(j >> 1) & 1];
-        const bool dropped = kAltered && signbit(weight);
-        // A weight of 0 does not silence a NaN.
-        grad_scores[i](j) = weight == 0.f ? 0.f : weight * (dropped ? delta : grad_scores[i](j) - delta);
-      }
-    }
+    for (int i = 0; i < kStrips; ++i) differentiate<kAltered>(weights[i], rows[i], grad_scores[i]);
     const auto read_grads = [&](int step, uint32_t (&words)[kStrips][4]) {
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) to_operand<Element>(grad_scores[i], step, words[i]);
@@ -132,7 +151,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
       // A select, not a product with 0: keys that only other rows of the tile attend to may be NaN.
       grads[i](j) = rows[i].lse[(j >> 1) & 1] == INFINITY ? 0.f : args.scale * grads[i](j);
     }
-    store_rows<Traits>(args, item, first_row + matrix_row + 16 * i, matrix_row + 16 * i, grads[i], storage.queries);
+    store_rows<Traits>(args, item, first_row + matrix_row + 16 * i, matrix_row + 16 * i, grads[i], storage.grad_out);
   }
 }
 

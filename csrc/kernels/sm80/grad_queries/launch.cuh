@@ -1,15 +1,21 @@
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/rows/rows.h"
-#include "kernels/sm80/grad_queries/kernel.cuh"
+#include "kernels/sm80/grad_queries/wide.cuh"
 #include "kernels/sm80/query_tiles/launch.cuh"
 #include "plan/workspace.h"
 
 namespace hbsattn::kernels {
 
 template <class Config>
+using Sm80GradQueriesTraits =
+    std::conditional_t<(Config::kShare > 1), sm80::WideGradQueriesTraits<Config>, sm80::GradQueriesTraits<Config>>;
+
+template <class Config>
 int sm80_grad_queries_shared_bytes() {
-  return static_cast<int>(sizeof(typename sm80::GradQueriesTraits<Config>::Storage));
+  return sm80_shared_bytes<Config, typename Sm80GradQueriesTraits<Config>::Storage>();
 }
 
 // Follows run_sm80_backward_keys, which prepares the workspace, unless gradients of keys are not needed.
@@ -29,8 +35,14 @@ Status run_sm80_grad_queries(const BackwardParams& params, Stream stream) {
   args.chunks = workspace.chunks;
   args.scale = problem.softmax_scale * args.dropout.scale;
   if (method == BackwardMethod::kQueriesOnly) HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, stream));
-  auto* kernel =
-      alters_weights(problem) ? sm80::grad_queries_kernel<Config, true> : sm80::grad_queries_kernel<Config, false>;
+  void (*kernel)(sm80::GradQueriesArguments) = nullptr;
+  if constexpr (Config::kShare > 1) {
+    kernel = alters_weights(problem) ? sm80::wide_grad_queries_kernel<Config, true>
+                                     : sm80::wide_grad_queries_kernel<Config, false>;
+  } else {
+    kernel =
+        alters_weights(problem) ? sm80::grad_queries_kernel<Config, true> : sm80::grad_queries_kernel<Config, false>;
+  }
   return launch_query_tiles<Config>("the launch of the kernel for grad_q", kernel, args,
                                     sm80_grad_queries_shared_bytes<Config>(), stream);
 }

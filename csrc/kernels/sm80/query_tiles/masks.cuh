@@ -70,10 +70,10 @@ __device__ __forceinline__ void drop_strip(const KeyStream<Traits>& stream, int 
 }
 
 // Starts copies of the rows of a tile that this CTA has, from `first_row` on.
-template <class Traits>
+template <class Traits, class Rows = typename Traits::Queries>
 __device__ __forceinline__ void load_rows(const QueryTiles& args, const WorkItem& item, const TensorRows& tensor,
                                           int first_row, typename Traits::Element* matrix) {
-  const RowLoader<typename Traits::Queries, Traits::kThreads> loader(threadIdx.x);
+  const RowLoader<Rows, Traits::kThreads> loader(threadIdx.x);
   CUTE_UNROLL
   for (int pass = 0; pass < loader.kPasses; ++pass) {
     const RowPlace place = place_row<true>(args, item, first_row + pass * loader.kPassRows + loader.row);

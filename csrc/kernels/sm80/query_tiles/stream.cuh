@@ -54,17 +54,19 @@ __device__ __forceinline__ void store_strip(const typename Rows::Element* matrix
   }
 }
 
-// Leaves 16 rows of an accumulator in shared memory.
-template <class Rows, class Sum>
-__device__ __forceinline__ void leave_strip(typename Rows::Element* matrix, int first_row, const Sum& sum, int lane) {
+// Leaves 16 rows of an accumulator in shared memory. kShare: of so many warps each has a part of every chunk's columns;
+// `part`: which.
+template <class Rows, int kShare = 1, class Sum>
+__device__ __forceinline__ void leave_strip(typename Rows::Element* matrix, int first_row, const Sum& sum, int lane,
+                                            int part = 0) {
+  constexpr int kChunkGroups = Rows::kChunkVectors * Rows::kVectorColumns / 8;  // of 8 columns
+  constexpr int kGroups = kChunkGroups / kShare;                                // of them, that a warp has
   CUTE_UNROLL
-  for (int group = 0; group < Rows::kColumns / 8; ++group) {
-    CUTE_UNROLL
-    for (int row = 0; row < 2; ++row) {
-      const uint32_t offset = Rows::offset_of_pair(first_row + lane / 4 + 8 * row, group, lane);
-      store_pair<typename Rows::Element>(reinterpret_cast<uint8_t*>(matrix) + offset, sum(4 * group + 2 * row),
-                                         sum(4 * group + 2 * row + 1));
-    }
+  for (int i = 0; i < cute::size(sum); i += 2) {
+    const int row = first_row + lane / 4 + (i >> 1 & 1) * 8, in_warp = i / 4;
+    const int group = in_warp / kGroups * kChunkGroups + part * kGroups + in_warp % kGroups;
+    store_pair<typename Rows::Element>(reinterpret_cast<uint8_t*>(matrix) + Rows::offset_of_pair(row, group, lane),
+                                       sum(i), sum(i + 1));
   }
 }
 

@@ -28,6 +28,14 @@ struct TensorRows {
   __device__ __forceinline__ const uint8_t* head_of(int sequence, int head, int begin) const {
     return data + sequence * batch_stride + head * head_stride + int64_t{begin} * row_stride;
   }
+  // The columns from `column` on.
+  template <class Element>
+  __device__ __forceinline__ TensorRows from(int column) const {
+    TensorRows rows = *this;
+    rows.data += column * sizeof(Element);
+    rows.columns -= column;
+    return rows;
+  }
 };
 
 // What kernels get that stream keys and values past tiles of query rows.
@@ -61,12 +69,14 @@ struct QueryTileTraits {
   static constexpr int kColumnEntries = 256;
   using Blocks = BitRow<4, kColumnEntries>;
   using Queries = SharedRows<Element, kTileM, kHeadDim>;
+  // What registers hold of queries, and what is read for each stage.
+  static constexpr int kHeldColumns = Config::kHeldColumns;
+  using ReadQueries = SharedRows<Element, kTileM, kHeadDim - kHeldColumns>;
   using Keys = SharedRows<Element, kTileN, kHeadDim>;
-  static constexpr int kSteps = kTileN / Keys::kStepColumns;  // of products that sum over the keys of a stage
-  static_assert(kTileM == 16 * kStrips * kWarps && kTileN <= 32 * kGranule);
+  static_assert(kTileM * Config::kShare == 16 * kStrips * kWarps && kTileN <= 32 * kGranule);
 
   struct alignas(128) Storage {
-    Element queries[kTileM * kHeadDim];  // the output leaves from here too
+    Element queries[ReadQueries::kColumns == 0 ? 8 : kTileM * ReadQueries::kColumns];  // the output leaves from here
     Element keys[kStages][kTileN * kHeadDim];
     Element values[kStages][kTileN * kHeadDim];
     int32_t columns[kColumnEntries];  // active blocks, as the first warp expands them
