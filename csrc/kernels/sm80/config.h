@@ -72,6 +72,23 @@ struct Sm80BackwardKeys {
                                                      : 2;
 };
 
+// The kernel of the same keys that computes the gradients of queries, too, which are added up in global memory, for head
+// dims up to 128. Two warps have 32 keys: one computes their weights and the gradients of values, the other what follows
+// for scores and keys. All compute those of queries, of which each has some rows and columns.
+template <DType kDType_, int kHeadDim_, int kTileRows_>
+struct Sm80BackwardByKeys {
+  static constexpr DType kDType = kDType_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kTileRows = kTileRows_;
+  static constexpr int kTileN = kTileRows;
+  static constexpr int kWarps = kTileN / 16;
+  static constexpr int kTileM = kTileN == 128 && kHeadDim > 64 ? 64 : 32;
+  static constexpr int kStages = 2;
+  // Of gradients of scores: with two, queries' are computed a stage later, and a stage has one barrier.
+  static constexpr int kGradBuffers = 2;
+  static constexpr int kCtasPerSm = kTileN == 128 && kHeadDim > 64 ? 1 : 2;
+};
+
 // Bytes of shared memory that a CTA may use where there are the fewest for which kernels are made: on 8.0. Others have
 // 99 KB (8.6, 8.9, 12.0), which suffice for the forward, and for gradients up to head dim 128.
 inline constexpr int kSm80SharedLimit = 163 * 1024, kSm80SmallSharedLimit = 99 * 1024;

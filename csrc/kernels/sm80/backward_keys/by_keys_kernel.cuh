@@ -1,0 +1,311 @@
+#pragma once
+
+#include "kernels/common/row_sums.cuh"
+#include "kernels/common/seen_keys.cuh"
+#include "kernels/sm80/backward_keys/by_keys_traits.cuh"
+#include "kernels/sm80/backward_keys/kernel.cuh"
+
+namespace hbsattn::sm80 {
+
+// Weights go from one warp to another in half precision: so many times as large, they are as precise as products need
+// them wherever they are not too small to count, and leave room for a log-sum-exp that is not quite theirs.
+inline constexpr int kWeightScaleLog2 = 12;
+inline constexpr float kWeightScale = 1 << kWeightScaleLog2;
+
+// Named barriers: 0 is that of __syncthreads, and those from 2 on belong to the two warps of a group.
+inline constexpr int kBufferBarrier = 1, kFirstGroupBarrier = 2;
+
+__device__ __forceinline__ void arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void wait_for(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Starts copies of a tile's keys. Those that no query sees are zeros: gradients of scores that are 0 do not silence a
+// NaN in a product over keys.
+template <class Traits>
+__device__ __forceinline__ void load_seen_keys(const BackwardKeysArguments& args, const KeyItem& item, const int* seen,
+                                               typename Traits::Element* matrix) {
+  const RowLoader<typename Traits::Keys, Traits::kThreads> loader(threadIdx.x);
+  const uint8_t* first = args.k.head_of(item.sequence, key_head_of(args, item), item.k_begin + item.first_key);
+  CUTE_UNROLL
+  for (int pass = 0; pass < loader.kPasses; ++pass) {
+    const int row = pass * loader.kPassRows + loader.row;
+    const int block = item.united > 1 ? min(row / args.mask.k_block_size, item.united - 1) : 0;
+    const bool exists = row < seen[block];
+    const int copied = exists ? row : 0;
+    loader.load(shared_address(matrix), pass, first + int64_t{copied} * args.k.row_stride, exists, args.k.columns);
+  }
+}
+
+// Where a lane's pair of numbers lies of those that a warp leaves of weights, and of gradients of scores.
+template <class Traits>
+struct PairPlace {
+  using Rows = typename Traits::GradScores;
+  uint32_t address;
+
+  __device__ __forceinline__ PairPlace(const void* matrix, int warp_key, int lane)
+      : address(shared_address(matrix) + Rows::offset(warp_key + lane / 4, 0) + lane % 4 * 4) {}
+  // Of the pair that begins with number `i` of an accumulator of a strip.
+  __device__ __forceinline__ uint32_t of(int strip, int i) const {
+    return (address ^ (i / 4 * 16)) + (16 * strip + (i >> 1 & 1) * 8) * Rows::kRowBytes;
+  }
+};
+
+__device__ __forceinline__ void store_word(uint32_t address, uint32_t word) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+}
+__device__ __forceinline__ uint32_t load_word(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+
+// What the statistics of queries are for a lane's two columns of a group of 8.
+__device__ __forceinline__ float2 load_pair(const float* of_queries, int group, int lane) {
+  return *reinterpret_cast<const float2*>(of_queries + 8 * group + 2 * (lane & 3));
+}
+
+// The weights of a stage, times kWeightScale, and gradients of values.
+template <class Traits, class Sums>
+__device__ __forceinline__ void add_values(const BackwardKeysArguments& args, typename Traits::Storage& storage,
+                                           int stage, int group, int lane, Sums& grad_values) {
+  using Element = typename Traits::Element;
+  using Queries = typename Traits::Queries;
+  constexpr int kStrips = Traits::kStrips;
+  const int buffer = stage % Traits::kStages, warp_key = group * Traits::kWarpKeys;
+  const auto& info = storage.infos[stage & (Traits::kInfos - 1)];
+  uint32_t weights[kStrips][Traits::kGranules][4];
+  {
+    Accumulator<Traits::kTileM> scores[kStrips];
+    const PatchReader<typename Traits::Keys> keys(
+        shared_address(storage.keys) + warp_key * Traits::Keys::kRowBytes, lane);
+    multiply_rows<Element>(scores, keys, 0, PatchReader<Queries, true>(shared_address(storage.queries[buffer]), lane));
+    if (info.masked) {
+      CUTE_UNROLL
+      for (int i = 0; i < kStrips; ++i) {
+        mask_queries(args, scores[i], info, 0, QueryLimits(args, storage.item, warp_key + 16 * i, lane), lane);
+      }
+    }
+    const PairPlace<Traits> place(storage.grad_scores[stage % Traits::kGradBuffers], warp_key, lane);
+    if constexpr (Traits::kGradBuffers == 1) wait_for(kBufferBarrier, Traits::kThreads);
+    CUTE_UNROLL
+    for (int columns = 0; columns < Traits::kTileM / 8; ++columns) {
+      const float2 lse = load_pair(storage.lse[buffer], columns, lane);
+      const float2 offset = make_float2(kWeightScaleLog2 - lse.x, kWeightScaleLog2 - lse.y);
+      CUTE_UNROLL
+      for (int i = 0; i < kStrips; ++i) {
+        CUTE_UNROLL
+        for (int j = 4 * columns; j < 4 * columns + 4; j += 2) {
+          const float low = exp2_approx(scores[i](j) * args.scale_log2 + offset.x);
+          const float high = exp2_approx(scores[i](j + 1) * args.scale_log2 + offset.y);
+          store_word(place.of(i, j), pack_pair<cutlass::half_t>(low, high));
+          weights[i][j / 8][j / 2 % 4] = pack_pair<Element>(low, high);
+        }
+      }
+    }
+  }
+  arrive(kFirstGroupBarrier + group, 64);
+  const PatchReader<Queries> grad_out(shared_address(storage.grad_out[buffer]), lane);
+  CUTE_UNROLL
+  for (int granule = 0; granule < Traits::kGranules; ++granule) {
+    uint32_t operands[kStrips][4];
+    CUTE_UNROLL
+    for (int i = 0; i < kStrips; ++i) {
+      CUTE_UNROLL
+      for (int j = 0; j < 4; ++j) operands[i][j] = weights[i][granule][j];
+    }
+    multiply_step<Element>(grad_values, operands, grad_out, granule);
+  }
+}
+
+// The gradients of a stage's scores, which replace the weights, and those of keys.
+template <class Traits, class Sums>
+__device__ __forceinline__ void add_keys(const BackwardKeysArguments& args, typename Traits::Storage& storage,
+                                         int stage, int group, int lane, Sums& grad_keys) {
+  using Element = typename Traits::Element;
+  using Queries = typename Traits::Queries;
+  constexpr int kStrips = Traits::kStrips;
+  const int buffer = stage % Traits::kStages, warp_key = group * Traits::kWarpKeys;
+  const bool masked = storage.infos[stage & (Traits::kInfos - 1)].masked;
+  uint32_t of_scores[kStrips][Traits::kGranules][4];
+  {
+    Accumulator<Traits::kTileM> grads[kStrips];
+    const PatchReader<typename Traits::Keys> values(
+        shared_address(storage.values) + warp_key * Traits::Keys::kRowBytes, lane);
+    multiply_rows<Element>(grads, values, 0, PatchReader<Queries, true>(shared_address(storage.grad_out[buffer]), lane));
+    const PairPlace<Traits> place(storage.grad_scores[stage % Traits::kGradBuffers], warp_key, lane);
+    wait_for(kFirstGroupBarrier + group, 64);
+    CUTE_UNROLL
+    for (int columns = 0; columns < Traits::kTileM / 8; ++columns) {
+      constexpr float kScale = 1.f / kWeightScale;
+      const float2 delta = load_pair(storage.delta[buffer], columns, lane);
+      const float2 offset = make_float2(delta.x * kScale, delta.y * kScale);
+      CUTE_UNROLL
+      for (int i = 0; i < kStrips; ++i) {
+        CUTE_UNROLL
+        for (int j = 4 * columns; j < 4 * columns + 4; j += 2) {
+          const uint32_t shared = load_word(place.of(i, j));
+          const float2 weight = __half22float2(reinterpret_cast<const __half2&>(shared));
+          float low = weight.x * (grads[i](j) * kScale - offset.x);
+          float high = weight.y * (grads[i](j + 1) * kScale - offset.y);
+          if (masked) {
+            // A weight of 0 does not silence a NaN.
+            low = weight.x == 0.f ? 0.f : low;
+            high = weight.y == 0.f ? 0.f : high;
+          }
+          const uint32_t pair = pack_pair<Element>(low, high);
+          store_word(place.of(i, j), pair);
+          of_scores[i][j / 8][j / 2 % 4] = pair;
+        }
+      }
+    }
+  }
+  const PatchReader<Queries> queries(shared_address(storage.queries[buffer]), lane);
+  CUTE_UNROLL
+  for (int granule = 0; granule < Traits::kGranules; ++granule) {
+    uint32_t operands[kStrips][4];
+    CUTE_UNROLL
+    for (int i = 0; i < kStrips; ++i) {
+      CUTE_UNROLL
+      for (int j = 0; j < 4; ++j) operands[i][j] = of_scores[i][granule][j];
+    }
+    multiply_step<Element>(grad_keys, operands, queries, granule);
+  }
+}
+
+// Adds what a warp has of the gradients of a stage's queries to the sums in global memory.
+template <class Traits>
+__device__ __forceinline__ void add_queries(const BackwardByKeysArguments& args, typename Traits::Storage& storage,
+                                            int stage, int warp, int lane) {
+  using Element = typename Traits::Element;
+  constexpr int kStrips = Traits::kQueryStrips, kPatches = Traits::kQueryColumns / 16;
+  const int first_strip = warp % Traits::kQueryGroups * kStrips, first_patch = warp / Traits::kQueryGroups * kPatches;
+  const auto& info = storage.infos[stage & (Traits::kInfos - 1)];
+  const PatchReader<typename Traits::GradScores, true> grads(
+      shared_address(storage.grad_scores[stage % Traits::kGradBuffers]), lane);
+  const PatchReader<typename Traits::Keys> keys(shared_address(storage.keys), lane);
+  Accumulator<Traits::kQueryColumns> sums[kStrips];
+  const auto multiply = [&](auto first, int step) {
+    uint32_t of_a[kStrips][4];
+    CUTE_UNROLL
+    for (int i = 0; i < kStrips; ++i) grads.template read<true>(16 * step, first_strip + i, of_a[i]);
+    CUTE_UNROLL
+    for (int patch = 0; patch < kPatches; ++patch) {
+      uint32_t of_b[4];
+      keys.template read<true>(16 * step, first_patch + patch, of_b);
+      CUTE_UNROLL
+      for (int i = 0; i < kStrips; ++i) {
+        multiply_add<Element, first.value>(sums[i], 2 * patch, of_a[i], of_b[0], of_b[1]);
+        multiply_add<Element, first.value>(sums[i], 2 * patch + 1, of_a[i], of_b[2], of_b[3]);
+      }
+    }
+  };
+  multiply(std::true_type{}, 0);
+  CUTE_UNROLL
+  for (int step = 1; step < Traits::kTileN / 16; ++step) multiply(std::false_type{}, step);
+  CUTE_UNROLL
+  for (int i = 0; i < kStrips; ++i) {
+    const int granule = first_strip + i;
+    if (info.queries[granule] < 0) continue;
+    float* destination = args.grad_q + int64_t{info.chunks[granule]} * (kGranule * Traits::kHeadDim) +
+                         first_patch * (16 * kGranule);
+    CUTE_UNROLL
+    for (int column = 0; column < Traits::kQueryColumns; column += 8) {
+      const int j = column / 2;
+      add_to_group(destination + column * kGranule, sums[i](j), sums[i](j + 1), sums[i](j + 2), sums[i](j + 3), lane);
+    }
+  }
+}
+
+// A CTA computes the gradients of a tile's keys and values, and adds up those of the queries that attend to it. With S
+// the scaled scores of its keys and the queries of a stage, and rows of keys (everything is transposed):
+//
+//   P = exp(S - lse)      dP = V dO^T      dS = P o (dP - delta)
+//   dV += P dO            dK += dS Q       dQ += dS^T K
+//
+// Of two warps with the same 32 keys, one computes S, P and dV, the other dP, dS and dK, so that the first operands of
+// dV and dK never leave registers; P goes from one to the other, and dS to all warps for dQ, through the same place in
+// shared memory. While one computes exponentials, the other has products.
+template <class Config>
+__global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
+    backward_by_keys_kernel(const __grid_constant__ BackwardByKeysArguments args) {
+  using Traits = BackwardByKeysTraits<Config>;
+  constexpr int kStrips = Traits::kStrips;
+  extern __shared__ __align__(128) uint8_t shared[];
+  auto& storage = *reinterpret_cast<typename Traits::Storage*>(shared);
+  const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+  if (warp == Traits::kWarps - 1) write_key_gaps(args, lane);
+  const QueryStream<Traits> stream(args, storage);
+  const KeyItem& item = storage.item;
+  if (threadIdx.x == 0) {
+    storage.item = read_key_item<Traits::kTileN>(args, static_cast<int>(blockIdx.x));
+    stream.open();
+  }
+  __syncthreads();
+  if (item.column < 0) return;
+  load_keys<Traits>(args, item, args.v, storage.values);
+  if (warp == Traits::kWarps - 1) {
+    for (int block = 0; block < item.united; ++block) {
+      const int seen = count_seen_keys(args, item, block, lane);
+      if (lane == 0) storage.seen[block] = seen;
+    }
+  }
+  stream.begin();
+  load_seen_keys<Traits>(args, item, storage.seen, storage.keys);
+  commit_copies();
+
+  const int group = warp % Traits::kGroups;
+  const bool of_values = warp < Traits::kGroups;
+  Accumulator<Traits::kHeadDim> grads[kStrips];  // of values, or of keys
+  CUTE_UNROLL
+  for (int i = 0; i < kStrips; ++i) cute::clear(grads[i]);
+
+  int stage = 0;
+#pragma unroll 1
+  for (;; ++stage) {
+    // Opaque, or addresses would be computed ahead of all stages, and there are no registers for so many.
+    const auto thread = static_cast<int>(opaque(threadIdx.x));
+    const int lane = thread % 32;
+    if (!QueryStream<Traits>(args, storage, thread).next(stage)) break;
+    if (of_values) {
+      if constexpr (Traits::kGradBuffers == 1) {
+        if (stage > 0) add_queries<Traits>(args, storage, stage - 1, warp, lane);
+      }
+      add_values<Traits>(args, storage, stage, group, lane, grads);
+      if constexpr (Traits::kGradBuffers > 1) {
+        if (stage > 0) add_queries<Traits>(args, storage, stage - 1, warp, lane);
+      }
+    } else {
+      if (stage > 0) add_queries<Traits>(args, storage, stage - 1, warp, lane);
+      if constexpr (Traits::kGradBuffers == 1) arrive(kBufferBarrier, Traits::kThreads);
+      add_keys<Traits>(args, storage, stage, group, lane, grads);
+    }
+  }
+  if (stage > 0) add_queries<Traits>(args, storage, stage - 1, warp, lane);
+  __syncthreads();
+
+  typename Traits::Element* matrix = of_values ? storage.values : storage.keys;
+  const float scale = of_values ? 1.f / kWeightScale : args.scale;
+  CUTE_UNROLL
+  for (int i = 0; i < kStrips; ++i) {
+    leave_keys<Traits>(matrix, group * Traits::kWarpKeys + 16 * i, 0, scale, grads[i], lane);
+  }
+  __syncwarp();
+  CUTE_UNROLL
+  for (int i = 0; i < kStrips; ++i) {
+    const int key = group * Traits::kWarpKeys + 16 * i;
+    if (of_values) {
+      store_keys<Traits>(args, item, matrix, key, args.grad_v, args.grad_v_batch_stride, args.grad_v_row_stride,
+                         args.grad_v_head_stride, args.grad_v_columns, lane);
+    } else {
+      store_keys<Traits>(args, item, matrix, key, args.grad_k, args.grad_k_batch_stride, args.grad_k_row_stride,
+                         args.grad_k_head_stride, args.grad_k_columns, lane);
+    }
+  }
+}
+
+}  // namespace hbsattn::sm80
