@@ -73,7 +73,7 @@ struct Sm80BackwardKeys {
 };
 
 // The kernel of the same keys that computes the gradients of queries, too, which are added up in global memory, for head
-// dims up to 128. Two warps have 32 keys: one computes their weights and the gradients of values, the other what follows
+// dims up to 128. Of two warps that share keys one computes their weights and the gradients of values, the other what follows
 // for scores and keys. All compute those of queries, of which each has some rows and columns.
 template <DType kDType_, int kHeadDim_, int kTileRows_>
 struct Sm80BackwardByKeys {
@@ -81,11 +81,10 @@ struct Sm80BackwardByKeys {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTileRows = kTileRows_;
   static constexpr int kTileN = kTileRows;
-  static constexpr int kWarps = kTileN / 16;
+  static constexpr int kStrips = 2;  // of 16 keys, that two warps have
+  static constexpr int kWarps = kTileN / (8 * kStrips);
   static constexpr int kTileM = kTileN == 128 && kHeadDim > 64 ? 64 : 32;
   static constexpr int kStages = 2;
-  // Of gradients of scores: with two, queries' are computed a stage later, and a stage has one barrier.
-  static constexpr int kGradBuffers = 2;
   static constexpr int kCtasPerSm = kTileN == 128 && kHeadDim > 64 ? 1 : 2;
 };
 

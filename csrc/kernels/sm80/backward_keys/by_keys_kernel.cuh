@@ -12,8 +12,8 @@ namespace hbsattn::sm80 {
 inline constexpr int kWeightScaleLog2 = 12;
 inline constexpr float kWeightScale = 1 << kWeightScaleLog2;
 
-// Named barriers: 0 is that of __syncthreads, and those from 2 on belong to the two warps of a group.
-inline constexpr int kBufferBarrier = 1, kFirstGroupBarrier = 2;
+// Named barriers, behind that of __syncthreads. The third, of two stages by turns, is followed by one for each group.
+inline constexpr int kGradsBarrier = 1, kWeightsBarrier = 2, kGroupBarrier = 4;
 
 __device__ __forceinline__ void arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
@@ -37,6 +37,41 @@ __device__ __forceinline__ void load_seen_keys(const BackwardKeysArguments& args
     const int copied = exists ? row : 0;
     loader.load(shared_address(matrix), pass, first + int64_t{copied} * args.k.row_stride, exists, args.k.columns);
   }
+}
+
+// Half the threads of a CTA start copies of one of a stage's tensors, rows that do not exist being zeros, and of the
+// statistics that go with it. Ends a group.
+template <class Traits>
+__device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, const typename Traits::Storage& storage,
+                                           int stage, const TensorRows& tensor, const void* matrix,
+                                           const float* statistics, const float* of_stage, int thread) {
+  const auto& info = storage.infos[stage & (Traits::kInfos - 1)];
+  if (info.of_stack >= 0) {
+    const RowLoader<typename Traits::Queries, Traits::kThreads / 2> loader(thread);
+    const KeyItem& item = storage.item;
+    const HeadStack& stack = args.chunks.stack;
+    const uint8_t* first = tensor.head_of(item.sequence, info.of_stack * stack.heads, item.q_begin);
+    const int row_in_granule = loader.row % kGranule;
+    CUTE_UNROLL
+    for (int pass = 0; pass < loader.kPasses; ++pass) {
+      const int granule = (pass * loader.kPassRows + (loader.kPassRows > kGranule ? loader.row : 0)) / kGranule;
+      const int query = info.queries[granule];
+      const int in_stack = query + (loader.kPassRows < kGranule ? pass * loader.kPassRows % kGranule : 0) + row_in_granule;
+      const int head = args.chunks.head_of_row(in_stack);
+      const bool exists = query >= 0 && in_stack < info.ends[granule] && head < stack.heads;
+      // What is not read is an address of the tensor nevertheless.
+      const uint8_t* source = first;
+      if (exists) source += (in_stack >> stack.rows_log2) * int64_t{tensor.row_stride} + head * tensor.head_stride;
+      loader.load(shared_address(matrix), pass, source, exists, tensor.columns);
+    }
+    // Four rows a thread. Of a granule that is padding there are statistics, too, which make its weights 0.
+    const int row = 4 * thread;
+    if (row < Traits::kTileM) {
+      const int64_t chunk = info.chunks[row / kGranule];
+      copy_async(shared_address(of_stage + row), statistics + chunk * kGranule + row % kGranule, true);
+    }
+  }
+  commit_copies();
 }
 
 // Where a lane's pair of numbers lies of those that a warp leaves of weights, and of gradients of scores.
@@ -89,7 +124,6 @@ __device__ __forceinline__ void add_values(const BackwardKeysArguments& args, ty
       }
     }
     const PairPlace<Traits> place(storage.grad_scores[stage % Traits::kGradBuffers], warp_key, lane);
-    if constexpr (Traits::kGradBuffers == 1) wait_for(kBufferBarrier, Traits::kThreads);
     CUTE_UNROLL
     for (int columns = 0; columns < Traits::kTileM / 8; ++columns) {
       const float2 lse = load_pair(storage.lse[buffer], columns, lane);
@@ -106,7 +140,9 @@ __device__ __forceinline__ void add_values(const BackwardKeysArguments& args, ty
       }
     }
   }
-  arrive(kFirstGroupBarrier + group, 64);
+  arrive(kGroupBarrier + group, 64);
+  wait_copies<0>();
+  arrive(kWeightsBarrier + (stage + 1) % 2, Traits::kThreads);
   const PatchReader<Queries> grad_out(shared_address(storage.grad_out[buffer]), lane);
   CUTE_UNROLL
   for (int granule = 0; granule < Traits::kGranules; ++granule) {
@@ -128,7 +164,6 @@ __device__ __forceinline__ void add_keys(const BackwardKeysArguments& args, type
   using Queries = typename Traits::Queries;
   constexpr int kStrips = Traits::kStrips;
   const int buffer = stage % Traits::kStages, warp_key = group * Traits::kWarpKeys;
-  const bool masked = storage.infos[stage & (Traits::kInfos - 1)].masked;
   uint32_t of_scores[kStrips][Traits::kGranules][4];
   {
     Accumulator<Traits::kTileM> grads[kStrips];
@@ -136,7 +171,7 @@ __device__ __forceinline__ void add_keys(const BackwardKeysArguments& args, type
         shared_address(storage.values) + warp_key * Traits::Keys::kRowBytes, lane);
     multiply_rows<Element>(grads, values, 0, PatchReader<Queries, true>(shared_address(storage.grad_out[buffer]), lane));
     const PairPlace<Traits> place(storage.grad_scores[stage % Traits::kGradBuffers], warp_key, lane);
-    wait_for(kFirstGroupBarrier + group, 64);
+    wait_for(kGroupBarrier + group, 64);
     CUTE_UNROLL
     for (int columns = 0; columns < Traits::kTileM / 8; ++columns) {
       constexpr float kScale = 1.f / kWeightScale;
@@ -148,20 +183,18 @@ __device__ __forceinline__ void add_keys(const BackwardKeysArguments& args, type
         for (int j = 4 * columns; j < 4 * columns + 4; j += 2) {
           const uint32_t shared = load_word(place.of(i, j));
           const float2 weight = __half22float2(reinterpret_cast<const __half2&>(shared));
-          float low = weight.x * (grads[i](j) * kScale - offset.x);
-          float high = weight.y * (grads[i](j + 1) * kScale - offset.y);
-          if (masked) {
-            // A weight of 0 does not silence a NaN.
-            low = weight.x == 0.f ? 0.f : low;
-            high = weight.y == 0.f ? 0.f : high;
-          }
-          const uint32_t pair = pack_pair<Element>(low, high);
+          const uint32_t product = pack_pair<Element>(weight.x * (grads[i](j) * kScale - offset.x),
+                                                      weight.y * (grads[i](j + 1) * kScale - offset.y));
+          // A weight of 0 does not silence a NaN.
+          const uint32_t pair = product & __hneu2_mask(reinterpret_cast<const __half2&>(shared), __half2{});
           store_word(place.of(i, j), pair);
           of_scores[i][j / 8][j / 2 % 4] = pair;
         }
       }
     }
   }
+  wait_copies<0>();
+  arrive(kGradsBarrier, Traits::kThreads);
   const PatchReader<Queries> queries(shared_address(storage.queries[buffer]), lane);
   CUTE_UNROLL
   for (int granule = 0; granule < Traits::kGranules; ++granule) {
@@ -226,8 +259,13 @@ __device__ __forceinline__ void add_queries(const BackwardByKeysArguments& args,
 //   dV += P dO            dK += dS Q       dQ += dS^T K
 //
 // Of two warps with the same 32 keys, one computes S, P and dV, the other dP, dS and dK, so that the first operands of
-// dV and dK never leave registers; P goes from one to the other, and dS to all warps for dQ, through the same place in
-// shared memory. While one computes exponentials, the other has products.
+// dV and dK never leave registers. P goes from one to the other, and dS a stage later to all warps for dQ, through the
+// same place in shared memory, of which there are two. The former warps load output gradients, the latter queries. They
+// are half a stage ahead: while one kind computes exponentials, or gradients of scores, the other has products.
+//
+// In a stage, warps of the former kind wait on kGradsBarrier until the latter have the gradients of the scores before:
+// queries are there, and nobody needs the oldest scores' gradients, nor output gradients. Those wait on kWeightsBarrier,
+// until the former have the weights before: output gradients are there, and nobody needs older queries.
 template <class Config>
 __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     backward_by_keys_kernel(const __grid_constant__ BackwardByKeysArguments args) {
@@ -235,10 +273,10 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   constexpr int kStrips = Traits::kStrips;
   extern __shared__ __align__(128) uint8_t shared[];
   auto& storage = *reinterpret_cast<typename Traits::Storage*>(shared);
-  const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
+  const int warp = uniform(threadIdx.x / 32);
   wait_for_earlier_kernels();
   let_next_kernel_start();
-  if (warp == Traits::kWarps - 1) write_key_gaps(args, lane);
+  if (warp == Traits::kWarps - 1) write_key_gaps(args, threadIdx.x % 32);
   const QueryStream<Traits> stream(args, storage);
   const KeyItem& item = storage.item;
   if (threadIdx.x == 0) {
@@ -250,41 +288,52 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   load_keys<Traits>(args, item, args.v, storage.values);
   if (warp == Traits::kWarps - 1) {
     for (int block = 0; block < item.united; ++block) {
-      const int seen = count_seen_keys(args, item, block, lane);
-      if (lane == 0) storage.seen[block] = seen;
+      const int seen = count_seen_keys(args, item, block, threadIdx.x % 32);
+      if (threadIdx.x % 32 == 0) storage.seen[block] = seen;
     }
   }
-  stream.begin();
+  stream.list(Traits::kStages);
+  __syncthreads();
   load_seen_keys<Traits>(args, item, storage.seen, storage.keys);
-  commit_copies();
 
   const int group = warp % Traits::kGroups;
   const bool of_values = warp < Traits::kGroups;
+  const auto load = [&](int stage, int thread) {
+    const int buffer = stage % Traits::kStages;
+    if (of_values) {
+      load_stage<Traits>(args, storage, stage, args.grad_out, storage.grad_out[buffer], args.lse, storage.lse[buffer],
+                         thread);
+    } else {
+      load_stage<Traits>(args, storage, stage, args.q, storage.queries[buffer], args.delta, storage.delta[buffer],
+                         thread - Traits::kThreads / 2);
+    }
+  };
+  load(0, threadIdx.x);
+  wait_copies<0>();
+  __syncthreads();
+
   Accumulator<Traits::kHeadDim> grads[kStrips];  // of values, or of keys
   CUTE_UNROLL
   for (int i = 0; i < kStrips; ++i) cute::clear(grads[i]);
-
   int stage = 0;
 #pragma unroll 1
   for (;; ++stage) {
     // Opaque, or addresses would be computed ahead of all stages, and there are no registers for so many.
     const auto thread = static_cast<int>(opaque(threadIdx.x));
     const int lane = thread % 32;
-    if (!QueryStream<Traits>(args, storage, thread).next(stage)) break;
+    if (stage > 0) wait_for(of_values ? kGradsBarrier : kWeightsBarrier + stage % 2, Traits::kThreads);
+    if (!stream.exists(stage)) break;
+    load(stage + 1, thread);
     if (of_values) {
-      if constexpr (Traits::kGradBuffers == 1) {
-        if (stage > 0) add_queries<Traits>(args, storage, stage - 1, warp, lane);
-      }
+      stream.list(stage + Traits::kStages + 1);
       add_values<Traits>(args, storage, stage, group, lane, grads);
-      if constexpr (Traits::kGradBuffers > 1) {
-        if (stage > 0) add_queries<Traits>(args, storage, stage - 1, warp, lane);
-      }
+      if (stage > 0) add_queries<Traits>(args, storage, stage - 1, thread / 32, lane);
     } else {
-      if (stage > 0) add_queries<Traits>(args, storage, stage - 1, warp, lane);
-      if constexpr (Traits::kGradBuffers == 1) arrive(kBufferBarrier, Traits::kThreads);
+      if (stage > 0) add_queries<Traits>(args, storage, stage - 1, thread / 32, lane);
       add_keys<Traits>(args, storage, stage, group, lane, grads);
     }
   }
+  const int lane = threadIdx.x % 32;
   if (stage > 0) add_queries<Traits>(args, storage, stage - 1, warp, lane);
   __syncthreads();
 

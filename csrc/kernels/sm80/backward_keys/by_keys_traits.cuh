@@ -18,9 +18,9 @@ struct BackwardByKeysTraits {
   static constexpr int kTileM = Config::kTileM;
   static constexpr int kTileMLog2 = cutlass::log2_down<kTileM>::value;
   static constexpr int kStages = Config::kStages;
-  static constexpr int kGradBuffers = Config::kGradBuffers;
+  static constexpr int kGradBuffers = 2;  // of weights and gradients of scores
   static constexpr int kShare = 1;  // of columns
-  static constexpr int kStrips = 2;
+  static constexpr int kStrips = Config::kStrips;
   static constexpr int kWarpKeys = 16 * kStrips;
   static constexpr int kWarps = Config::kWarps;
   static constexpr int kGroups = kWarps / 2;  // of two warps, which have the same keys
@@ -43,7 +43,6 @@ struct BackwardByKeysTraits {
   static_assert(kTileN == kWarpKeys * kGroups && kQueryColumns % 16 == 0);
   static_assert(kStages == 2 && kInfos >= kListed + 2 * kStages && (kInfos & (kInfos - 1)) == 0);
   static_assert(kTileM <= 32 * kGranule && kTileM / 2 <= kThreads);
-  static_assert(kGradBuffers == 1 || kGradBuffers == 2);
 
   struct alignas(128) Storage {
     Element keys[kTileN * kHeadDim];  // their gradients leave from here, those of values from below

@@ -21,9 +21,8 @@ struct QueryStream {
   const int lane;
   const Loader loader;
 
-  __device__ __forceinline__ QueryStream(const BackwardKeysArguments& args, typename Traits::Storage& storage,
-                                         int thread = threadIdx.x)
-      : args(args), storage(storage), item(storage.item), lane(thread % 32), loader(thread) {}
+  __device__ __forceinline__ QueryStream(const BackwardKeysArguments& args, typename Traits::Storage& storage)
+      : args(args), storage(storage), item(storage.item), lane(threadIdx.x % 32), loader(threadIdx.x) {}
 
   __device__ __forceinline__ const Info& info_of(int stage) const {
     return storage.infos[stage & (Traits::kInfos - 1)];
