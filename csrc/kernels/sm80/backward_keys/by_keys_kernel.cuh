@@ -40,35 +40,63 @@ __device__ __forceinline__ void load_seen_keys(const BackwardKeysArguments& args
 }
 
 // Half the threads of a CTA start copies of one of a stage's tensors, rows that do not exist being zeros, and of the
-// statistics that go with it. Ends a group.
+// statistics that go with it. Ends a group. `first_row`: of the sequence, of the first head.
 template <class Traits>
 __device__ __forceinline__ void load_stage(const BackwardKeysArguments& args, const typename Traits::Storage& storage,
-                                           int stage, const TensorRows& tensor, const void* matrix,
-                                           const float* statistics, const float* of_stage, int thread) {
+                                           int stage, const TensorRows& tensor, const uint8_t* first_row,
+                                           const void* matrix, const float* statistics, const float* of_stage,
+                                           uint32_t thread) {
+  using Rows = typename Traits::Queries;
+  constexpr uint32_t kRowThreads = Rows::kChunkVectors, kPassRows = Traits::kThreads / 2 / kRowThreads;
+  constexpr int kPasses = Traits::kTileM / kPassRows;
+  static_assert(kPasses * kPassRows == Traits::kTileM && kPassRows % 8 == 0);
   const auto& info = storage.infos[stage & (Traits::kInfos - 1)];
   if (info.of_stack >= 0) {
-    const RowLoader<typename Traits::Queries, Traits::kThreads / 2> loader(thread);
-    const KeyItem& item = storage.item;
     const HeadStack& stack = args.chunks.stack;
-    const uint8_t* first = tensor.head_of(item.sequence, info.of_stack * stack.heads, item.q_begin);
-    const int row_in_granule = loader.row % kGranule;
+    const uint32_t row = thread / kRowThreads, vector = thread % kRowThreads;
+    const uint8_t* first = first_row + info.of_stack * stack.heads * tensor.head_stride + vector * 16;
+    const uint32_t destination = shared_address(matrix) + Rows::offset(row, vector);
+    // All that is looked up comes before the copies, which it would wait for else.
+    int queries[kPasses];
+    bool exists[kPasses];
+    int64_t heads[kPasses];
     CUTE_UNROLL
-    for (int pass = 0; pass < loader.kPasses; ++pass) {
-      const int granule = (pass * loader.kPassRows + (loader.kPassRows > kGranule ? loader.row : 0)) / kGranule;
-      const int query = info.queries[granule];
-      const int in_stack = query + (loader.kPassRows < kGranule ? pass * loader.kPassRows % kGranule : 0) + row_in_granule;
-      const int head = args.chunks.head_of_row(in_stack);
-      const bool exists = query >= 0 && in_stack < info.ends[granule] && head < stack.heads;
-      // What is not read is an address of the tensor nevertheless.
-      const uint8_t* source = first;
-      if (exists) source += (in_stack >> stack.rows_log2) * int64_t{tensor.row_stride} + head * tensor.head_stride;
-      loader.load(shared_address(matrix), pass, source, exists, tensor.columns);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      // A granule is whole passes, or a pass whole granules.
+      const uint32_t of_pass = pass * kPassRows;
+      const uint32_t granule = of_pass / kGranule + (kPassRows > kGranule ? row / kGranule : 0);
+      const int query = info.queries[granule], end = info.ends[granule];
+      queries[pass] = query + of_pass % kGranule + (kPassRows > kGranule ? row % kGranule : row);
+      exists[pass] = (query >= 0) & (queries[pass] < end);
+      heads[pass] = 0;
+    }
+    if (stack.heads > 1) {
+      CUTE_UNROLL
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const int head = args.chunks.head_of_row(queries[pass]);
+        exists[pass] = exists[pass] & (head < stack.heads);
+        heads[pass] = exists[pass] ? head * tensor.head_stride : 0;
+        queries[pass] >>= stack.rows_log2;
+      }
+    }
+    CUTE_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass) {
+      // What is not read is an address of the tensor nevertheless. Unsigned: one instruction.
+      const uint32_t query = exists[pass] ? queries[pass] : 0;
+      const uint8_t* source = first + heads[pass] + uint64_t{query} * static_cast<uint32_t>(tensor.row_stride);
+      CUTE_UNROLL
+      for (int chunk = 0; chunk < Rows::kChunks; ++chunk) {
+        copy_async(destination + pass * kPassRows * Rows::kRowBytes + chunk * Rows::kChunkBytes,
+                   source + chunk * Rows::kRowBytes,
+                   exists[pass] & (static_cast<int>(vector) * 8 < tensor.columns - chunk * Rows::kChunkVectors * 8));
+      }
     }
     // Four rows a thread. Of a granule that is padding there are statistics, too, which make its weights 0.
-    const int row = 4 * thread;
-    if (row < Traits::kTileM) {
-      const int64_t chunk = info.chunks[row / kGranule];
-      copy_async(shared_address(of_stage + row), statistics + chunk * kGranule + row % kGranule, true);
+    const uint32_t first_of_four = 4 * thread;
+    if (first_of_four < Traits::kTileM) {
+      const int64_t chunk = info.chunks[first_of_four / kGranule];
+      copy_async(shared_address(of_stage + first_of_four), statistics + chunk * kGranule + first_of_four % kGranule,
+                 true);
     }
   }
   commit_copies();
@@ -97,11 +125,6 @@ __device__ __forceinline__ uint32_t load_word(uint32_t address) {
   return word;
 }
 
-// What the statistics of queries are for a lane's two columns of a group of 8.
-__device__ __forceinline__ float2 load_pair(const float* of_queries, int group, int lane) {
-  return *reinterpret_cast<const float2*>(of_queries + 8 * group + 2 * (lane & 3));
-}
-
 // The weights of a stage, times kWeightScale, and gradients of values.
 template <class Traits, class Sums>
 __device__ __forceinline__ void add_values(const BackwardKeysArguments& args, typename Traits::Storage& storage,
@@ -114,8 +137,8 @@ __device__ __forceinline__ void add_values(const BackwardKeysArguments& args, ty
   uint32_t weights[kStrips][Traits::kGranules][4];
   {
     Accumulator<Traits::kTileM> scores[kStrips];
-    const PatchReader<typename Traits::Keys> keys(
-        shared_address(storage.keys) + warp_key * Traits::Keys::kRowBytes, lane);
+    const PatchReader<typename Traits::Keys> keys(shared_address(storage.keys) + warp_key * Traits::Keys::kRowBytes,
+                                                  lane);
     multiply_rows<Element>(scores, keys, 0, PatchReader<Queries, true>(shared_address(storage.queries[buffer]), lane));
     if (info.masked) {
       CUTE_UNROLL
@@ -124,19 +147,15 @@ __device__ __forceinline__ void add_values(const BackwardKeysArguments& args, ty
       }
     }
     const PairPlace<Traits> place(storage.grad_scores[stage % Traits::kGradBuffers], warp_key, lane);
+    const QueryStatistics<Traits::kTileM> lse(storage.lse[buffer], lane);
     CUTE_UNROLL
-    for (int columns = 0; columns < Traits::kTileM / 8; ++columns) {
-      const float2 lse = load_pair(storage.lse[buffer], columns, lane);
-      const float2 offset = make_float2(kWeightScaleLog2 - lse.x, kWeightScaleLog2 - lse.y);
+    for (int i = 0; i < kStrips; ++i) {
       CUTE_UNROLL
-      for (int i = 0; i < kStrips; ++i) {
-        CUTE_UNROLL
-        for (int j = 4 * columns; j < 4 * columns + 4; j += 2) {
-          const float low = exp2_approx(scores[i](j) * args.scale_log2 + offset.x);
-          const float high = exp2_approx(scores[i](j + 1) * args.scale_log2 + offset.y);
-          store_word(place.of(i, j), pack_pair<cutlass::half_t>(low, high));
-          weights[i][j / 8][j / 2 % 4] = pack_pair<Element>(low, high);
-        }
+      for (int j = 0; j < cute::size(scores[i]); j += 2) {
+        const float low = exp2_approx(scores[i](j) * args.scale_log2 + (kWeightScaleLog2 - lse[j]));
+        const float high = exp2_approx(scores[i](j + 1) * args.scale_log2 + (kWeightScaleLog2 - lse[j + 1]));
+        store_word(place.of(i, j), pack_pair<cutlass::half_t>(low, high));
+        weights[i][j / 8][j / 2 % 4] = pack_pair<Element>(low, high);
       }
     }
   }
@@ -167,30 +186,32 @@ __device__ __forceinline__ void add_keys(const BackwardKeysArguments& args, type
   uint32_t of_scores[kStrips][Traits::kGranules][4];
   {
     Accumulator<Traits::kTileM> grads[kStrips];
-    const PatchReader<typename Traits::Keys> values(
-        shared_address(storage.values) + warp_key * Traits::Keys::kRowBytes, lane);
-    multiply_rows<Element>(grads, values, 0, PatchReader<Queries, true>(shared_address(storage.grad_out[buffer]), lane));
+    const PatchReader<typename Traits::Keys> values(shared_address(storage.values) + warp_key * Traits::Keys::kRowBytes,
+                                                    lane);
+    multiply_rows<Element>(grads, values, 0,
+                           PatchReader<Queries, true>(shared_address(storage.grad_out[buffer]), lane));
     const PairPlace<Traits> place(storage.grad_scores[stage % Traits::kGradBuffers], warp_key, lane);
+    const QueryStatistics<Traits::kTileM> delta(storage.delta[buffer], lane);
     wait_for(kGroupBarrier + group, 64);
+    // Weights are read some pairs before theirs are overwritten.
+    constexpr int kPairs = Traits::kTileM / 4, kAhead = Traits::kTileM / 16;
+    uint32_t ahead[kAhead];
+    const auto place_of = [&](int n) { return place.of(n / kPairs, n % kPairs * 2); };
     CUTE_UNROLL
-    for (int columns = 0; columns < Traits::kTileM / 8; ++columns) {
+    for (int n = 0; n < kAhead; ++n) ahead[n] = load_word(place_of(n));
+    CUTE_UNROLL
+    for (int n = 0; n < kStrips * kPairs; ++n) {
+      const int i = n / kPairs, j = n % kPairs * 2;
+      const uint32_t shared = ahead[n % kAhead];
+      if (n + kAhead < kStrips * kPairs) ahead[n % kAhead] = load_word(place_of(n + kAhead));
+      const float2 weight = __half22float2(reinterpret_cast<const __half2&>(shared));
       constexpr float kScale = 1.f / kWeightScale;
-      const float2 delta = load_pair(storage.delta[buffer], columns, lane);
-      const float2 offset = make_float2(delta.x * kScale, delta.y * kScale);
-      CUTE_UNROLL
-      for (int i = 0; i < kStrips; ++i) {
-        CUTE_UNROLL
-        for (int j = 4 * columns; j < 4 * columns + 4; j += 2) {
-          const uint32_t shared = load_word(place.of(i, j));
-          const float2 weight = __half22float2(reinterpret_cast<const __half2&>(shared));
-          const uint32_t product = pack_pair<Element>(weight.x * (grads[i](j) * kScale - offset.x),
-                                                      weight.y * (grads[i](j + 1) * kScale - offset.y));
-          // A weight of 0 does not silence a NaN.
-          const uint32_t pair = product & __hneu2_mask(reinterpret_cast<const __half2&>(shared), __half2{});
-          store_word(place.of(i, j), pair);
-          of_scores[i][j / 8][j / 2 % 4] = pair;
-        }
-      }
+      const uint32_t product = pack_pair<Element>(weight.x * (grads[i](j) * kScale - delta[j] * kScale),
+                                                  weight.y * (grads[i](j + 1) * kScale - delta[j + 1] * kScale));
+      // A weight of 0 does not silence a NaN.
+      const uint32_t pair = product & __hneu2_mask(reinterpret_cast<const __half2&>(shared), __half2{});
+      store_word(place_of(n), pair);
+      of_scores[i][j / 8][j / 2 % 4] = pair;
     }
   }
   wait_copies<0>();
@@ -242,8 +263,8 @@ __device__ __forceinline__ void add_queries(const BackwardByKeysArguments& args,
   for (int i = 0; i < kStrips; ++i) {
     const int granule = first_strip + i;
     if (info.queries[granule] < 0) continue;
-    float* destination = args.grad_q + int64_t{info.chunks[granule]} * (kGranule * Traits::kHeadDim) +
-                         first_patch * (16 * kGranule);
+    float* destination =
+        args.grad_q + int64_t{info.chunks[granule]} * (kGranule * Traits::kHeadDim) + first_patch * (16 * kGranule);
     CUTE_UNROLL
     for (int column = 0; column < Traits::kQueryColumns; column += 8) {
       const int j = column / 2;
@@ -264,8 +285,9 @@ __device__ __forceinline__ void add_queries(const BackwardByKeysArguments& args,
 // are half a stage ahead: while one kind computes exponentials, or gradients of scores, the other has products.
 //
 // In a stage, warps of the former kind wait on kGradsBarrier until the latter have the gradients of the scores before:
-// queries are there, and nobody needs the oldest scores' gradients, nor output gradients. Those wait on kWeightsBarrier,
-// until the former have the weights before: output gradients are there, and nobody needs older queries.
+// queries are there, and nobody needs the oldest scores' gradients, nor output gradients. Those wait on
+// kWeightsBarrier, until the former have the weights before: output gradients are there, and nobody needs older
+// queries.
 template <class Config>
 __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     backward_by_keys_kernel(const __grid_constant__ BackwardByKeysArguments args) {
@@ -281,6 +303,10 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   const KeyItem& item = storage.item;
   if (threadIdx.x == 0) {
     storage.item = read_key_item<Traits::kTileN>(args, static_cast<int>(blockIdx.x));
+    if (item.column >= 0) {
+      storage.first_rows[0] = args.grad_out.head_of(item.sequence, 0, item.q_begin);
+      storage.first_rows[1] = args.q.head_of(item.sequence, 0, item.q_begin);
+    }
     stream.open();
   }
   __syncthreads();
@@ -298,14 +324,14 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
 
   const int group = warp % Traits::kGroups;
   const bool of_values = warp < Traits::kGroups;
-  const auto load = [&](int stage, int thread) {
+  const auto load = [&](int stage, uint32_t thread) {
     const int buffer = stage % Traits::kStages;
     if (of_values) {
-      load_stage<Traits>(args, storage, stage, args.grad_out, storage.grad_out[buffer], args.lse, storage.lse[buffer],
-                         thread);
+      load_stage<Traits>(args, storage, stage, args.grad_out, storage.first_rows[0], storage.grad_out[buffer], args.lse,
+                         storage.lse[buffer], thread);
     } else {
-      load_stage<Traits>(args, storage, stage, args.q, storage.queries[buffer], args.delta, storage.delta[buffer],
-                         thread - Traits::kThreads / 2);
+      load_stage<Traits>(args, storage, stage, args.q, storage.first_rows[1], storage.queries[buffer], args.delta,
+                         storage.delta[buffer], thread - Traits::kThreads / 2);
     }
   };
   load(0, threadIdx.x);
@@ -319,8 +345,8 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
 #pragma unroll 1
   for (;; ++stage) {
     // Opaque, or addresses would be computed ahead of all stages, and there are no registers for so many.
-    const auto thread = static_cast<int>(opaque(threadIdx.x));
-    const int lane = thread % 32;
+    const uint32_t thread = opaque(threadIdx.x);
+    const int lane = static_cast<int>(thread % 32);
     if (stage > 0) wait_for(of_values ? kGradsBarrier : kWeightsBarrier + stage % 2, Traits::kThreads);
     if (!stream.exists(stage)) break;
     load(stage + 1, thread);

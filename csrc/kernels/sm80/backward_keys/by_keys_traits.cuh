@@ -58,6 +58,7 @@ struct BackwardByKeysTraits {
     StageInfo<kGranules> infos[kInfos];
     StageCursor cursor;
     KeyItem item;
+    const uint8_t* first_rows[2];  // of the sequence's output gradients, and of its queries, of the first head
     int seen[kTileN / kGranule];  // keys of the tile up to the last one that some query sees, of each united block
   };
   static_assert(sizeof(Storage) <= kSm80SharedLimit, "a CTA's shared memory");

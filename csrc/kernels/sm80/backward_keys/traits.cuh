@@ -23,12 +23,12 @@ struct BackwardKeysArguments : KeyTiles {
 // stack.
 template <int kGranules>
 struct StageInfo {
-  int of_stack;            // of query heads; -1: there is no such stage, and none behind it
-  int masked;              // whether some key of the tile must not see some query of the stage
   int queries[kGranules];  // -1: the granule is padding
   int ends[kGranules];     // its queries end here, or with the granule
   int withs[kGranules];    // united key blocks that are active with it, one bit each
   int chunks[kGranules];   // of the workspace
+  int of_stack;            // of query heads; -1: there is no such stage, and none behind it
+  int masked;              // whether some key of the tile must not see some query of the stage
   int rule[3];             // of its heads: sink, less the diagonal, left and right
 
   // As mask_queries and KeyDropout ask.
