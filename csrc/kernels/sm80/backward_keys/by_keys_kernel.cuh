@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
       if (threadIdx.x % 32 == 0) storage.seen[block] = seen;
     }
   }
-  stream.list(Traits::kStages);
+  stream.list(Traits::kStages + 1);
   __syncthreads();
   load_seen_keys<Traits>(args, item, storage.seen, storage.keys);
 
@@ -351,9 +351,10 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     if (!stream.exists(stage)) break;
     load(stage + 1, thread);
     if (of_values) {
-      stream.list(stage + Traits::kStages + 1);
       add_values<Traits>(args, storage, stage, group, lane, grads);
       if (stage > 0) add_queries<Traits>(args, storage, stage - 1, thread / 32, lane);
+      // What the other warps load in the next stage was listed in the one before, as they do not wait for this.
+      stream.list(stage + Traits::kStages + 2);
     } else {
       if (stage > 0) add_queries<Traits>(args, storage, stage - 1, thread / 32, lane);
       add_keys<Traits>(args, storage, stage, group, lane, grads);

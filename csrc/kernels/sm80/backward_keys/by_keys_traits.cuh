@@ -19,17 +19,18 @@ struct BackwardByKeysTraits {
   static constexpr int kTileMLog2 = cutlass::log2_down<kTileM>::value;
   static constexpr int kStages = Config::kStages;
   static constexpr int kGradBuffers = 2;  // of weights and gradients of scores
-  static constexpr int kShare = 1;  // of columns
+  static constexpr int kShare = 1;        // of columns
   static constexpr int kStrips = Config::kStrips;
   static constexpr int kWarpKeys = 16 * kStrips;
   static constexpr int kWarps = Config::kWarps;
   static constexpr int kGroups = kWarps / 2;  // of two warps, which have the same keys
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kGranules = kTileM / kGranule;
-  static constexpr int kColumnEntries = 128;
-  using Blocks = BitRow<2, kColumnEntries>;
-  static constexpr int kListed = kTileM > 32 ? 4 : 8;  // stages that are listed at a time, at most
-  static constexpr int kInfos = 2 * kListed;  // a ring: stages in use, the one before, those loaded ahead and listed
+  static constexpr int kColumnEntries = 64;
+  using Blocks = BitRow<1, kColumnEntries>;
+  static constexpr int kListWarp = 0;  // that lists stages; of those that compute weights
+  static constexpr int kListed = 8;    // at a time, at most
+  static constexpr int kInfos = 16;    // a ring: the stage before, those in use, loaded ahead, and listed
 
   // Of the gradients of a stage's queries, what a warp computes: 32 rows, if columns for all warps are whole patches
   // then, or 16.
@@ -41,7 +42,7 @@ struct BackwardByKeysTraits {
   using Queries = SharedRows<kTileM, kHeadDim>;
   using GradScores = SharedRows<kTileN, kTileM>;
   static_assert(kTileN == kWarpKeys * kGroups && kQueryColumns % 16 == 0);
-  static_assert(kStages == 2 && kInfos >= kListed + 2 * kStages && (kInfos & (kInfos - 1)) == 0);
+  static_assert(kStages == 2 && kInfos > kListed + 2 * kStages && (kInfos & (kInfos - 1)) == 0);
   static_assert(kTileM <= 32 * kGranule && kTileM / 2 <= kThreads);
 
   struct alignas(128) Storage {
@@ -53,13 +54,13 @@ struct BackwardByKeysTraits {
     Element grad_scores[kGradBuffers][kTileN * kTileM];
     alignas(16) float lse[kStages][kTileM];    // times log2(e); +inf: the row does not exist or attends to nothing
     alignas(16) float delta[kStages][kTileM];  // what each row of P o dP sums to
-    int32_t columns[kColumnEntries];           // active blocks, as the first warp expands them
+    int32_t columns[kColumnEntries];           // active blocks, as they are expanded
     typename Blocks::State blocks;
     StageInfo<kGranules> infos[kInfos];
     StageCursor cursor;
     KeyItem item;
     const uint8_t* first_rows[2];  // of the sequence's output gradients, and of its queries, of the first head
-    int seen[kTileN / kGranule];  // keys of the tile up to the last one that some query sees, of each united block
+    int seen[kTileN / kGranule];   // keys of the tile up to the last one that some query sees, of each united block
   };
   static_assert(sizeof(Storage) <= kSm80SharedLimit, "a CTA's shared memory");
 };

@@ -19,8 +19,8 @@ struct BackwardKeysArguments : KeyTiles {
   TensorRows q, k, v, grad_out;
 };
 
-// What the first warp tells of a stage. Granules have their first query, in the sequence; of stacked heads, row of the
-// stack.
+// What the warp that lists stages tells of one. Granules have their first query, in the sequence; of stacked heads, row
+// of the stack.
 template <int kGranules>
 struct StageInfo {
   int queries[kGranules];  // -1: the granule is padding
@@ -40,7 +40,7 @@ struct StageInfo {
   __device__ __forceinline__ int right() const { return rule[2]; }
 };
 
-// Where the first warp goes on listing stages.
+// Where listing stages goes on.
 struct StageCursor {
   int stack;    // of query heads
   int segment;  // of its list
@@ -66,7 +66,8 @@ struct BackwardKeysTraits {
   static constexpr int kColumns = kHeadDim / kShare;     // of the gradients, that a warp has
   static constexpr int kColumnEntries = 128;
   using Blocks = BitRow<2, kColumnEntries>;
-  static constexpr int kListed = kTileM > 32 ? 4 : 8;  // stages that are listed at a time, at most
+  static constexpr int kListWarp = 0;                  // that lists stages
+  static constexpr int kListed = kTileM > 32 ? 4 : 8;  // at a time, at most
   static constexpr int kInfos = 2 * kListed;           // a ring: stages in use, those loaded ahead, and those listed
 
   using Keys = SharedRows<kTileN, kHeadDim>;
@@ -86,7 +87,7 @@ struct BackwardKeysTraits {
     Element exchanged[2][kShare > 1 ? kTileN * kTileM : 8];
     alignas(16) float lse[kStages][kTileM];    // times log2(e); +inf: the row does not exist or attends to nothing
     alignas(16) float delta[kStages][kTileM];  // what each row of P o dP sums to
-    int32_t columns[kColumnEntries];           // active blocks, as the first warp expands them
+    int32_t columns[kColumnEntries];           // active blocks, as they are expanded
     typename Blocks::State blocks;
     StageInfo<kGranules> infos[kInfos];
     StageCursor cursor;
