@@ -31,9 +31,11 @@ struct DevicePolicy {
   // added up in the kernels of kSm90 alone. `deterministic`: whether gradients are to be the same in every run.
   constexpr bool keeps_groups(bool deterministic) const { return deterministic || family == KernelFamily::kSm80; }
 
-  // Whether tiles of keys of kSm80's kernels may add up gradients of queries: stages beside what these need take the
-  // shared memory of 8.0.
-  constexpr bool has_room_to_add() const { return shared_bytes >= int64_t{164} << 10; }
+  // Whether the kernels of kSm80 that add up gradients of queries by tiles of keys find the shared memory for their
+  // stages: the largest take that of 8.0, the others have room everywhere.
+  constexpr bool has_room_to_add(int32_t head_dim, int32_t tile_keys) const {
+    return head_dim <= 64 || tile_keys <= 64 || shared_bytes >= int64_t{164} << 10;
+  }
 
   // Whether tiles of keys with far more to do than others are cut into parts.
   constexpr bool cuts_tiles() const { return family == KernelFamily::kSm90; }

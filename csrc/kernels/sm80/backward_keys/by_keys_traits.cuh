@@ -62,7 +62,8 @@ struct BackwardByKeysTraits {
     const uint8_t* first_rows[2];  // of the sequence's output gradients, and of its queries, of the first head
     int seen[kTileN / kGranule];   // keys of the tile up to the last one that some query sees, of each united block
   };
-  static_assert(sizeof(Storage) <= kSm80SharedLimit, "a CTA's shared memory");
+  static_assert(sizeof(Storage) <= (kTileM > 32 ? kSm80SharedLimit : kSm80SmallSharedLimit), "a CTA's shared memory");
+  static_assert(Config::kCtasPerSm * (sizeof(Storage) + 1024) <= 164 * 1024, "a multiprocessor's, on 8.0");
 };
 
 }  // namespace hbsattn::sm80
