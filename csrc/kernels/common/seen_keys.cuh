@@ -11,8 +11,7 @@ namespace hbsattn {
 
 // Keys, from the tile's first on, that some query sees which attends to one of the united blocks. What lies behind must
 // not be read: a weight of 0 does not silence a NaN.
-__device__ __forceinline__ int count_seen_keys(const KeyTiles& args, const KeyItem& item, int block,
-                                               int lane) {
+__device__ __forceinline__ int count_seen_keys(const KeyTiles& args, const KeyItem& item, int block, int lane) {
   if (!args.mask.causal && !args.mask.ruled) return item.active >> block & 1 ? item.keys : 0;
   // Both counted from the tile's first key on.
   const auto count = [&](int last_row, int head) {
