@@ -345,6 +345,9 @@ Status explain(const BackwardParams& params, Explanation* explanation) {
   if (method == BackwardMethod::kByQueries) return explain_kernel<KernelKind::kBackwardQueries>(key, name, stage_rows);
   if (method == BackwardMethod::kQueriesOnly) return explain_kernel<KernelKind::kGradQueries>(key, name, stage_rows);
   HBSATTN_RETURN_IF_ERROR(explain_kernel<KernelKind::kBackwardKeys>(key, name, stage_rows));
+  if (method == BackwardMethod::kByKeys && key.family == KernelFamily::kSm80) {
+    *stage_rows = sm80_by_keys_stage_rows(key.head_dim, key.tiles.rows);
+  }
   if (method != BackwardMethod::kByKeysAndQueries) return Status::Ok();
   HBSATTN_RETURN_IF_ERROR(select_grad_queries(params, &key));
   return explain_kernel<KernelKind::kGradQueries>(key, &explanation->queries_kernel);

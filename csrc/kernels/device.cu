@@ -83,6 +83,9 @@ DevicePolicy current_policy(int32_t element_size) {
   });
   if (!status.ok()) policy = DevicePolicy{};
   policy.element_size = element_size;
+  // Multiprocessors have a kilobyte beside what one CTA may take.
+  if (const int limit = shared_limit; limit > 0)
+    policy.shared_bytes = std::min<int64_t>(policy.shared_bytes, limit + 1024);
   if (element_size == element_size_of(DType::kFloat32)) policy.family = KernelFamily::kSm80;
   policy.family = forced_family().value_or(policy.family);
   return policy;

@@ -90,7 +90,7 @@ constexpr int32_t count_tile_heads(const MaskShape& shape, int32_t heads_q, int3
                                    int32_t element_size, bool deterministic, const DevicePolicy& policy) {
   const int32_t group = heads_q / heads_k;
   // Without sums of queries, whole groups are faster (GQA 8, H100: 1.57 ms where sets took 2.07).
-  if (policy.keeps_order(deterministic) || group < 4 || shape.batch < 1) return group;
+  if (policy.keeps_groups(deterministic) || group < 4 || shape.batch < 1) return group;
   if (prefers_two_kernels(shape, heads_q, heads_k, head_dim, policy)) return group;
   const int64_t of_head = count_query_bytes(shape, head_dim, element_size);
   if (of_head <= policy.together_bytes() / group) return group;
@@ -122,7 +122,7 @@ constexpr QuerySets cut_queries(const MaskShape& shape, int32_t heads_q, int32_t
   // Two kernels, which small key blocks have, too, if tiles of queries are full, add nothing up.
   const bool full = head_dim <= 128 && shape.k_block_size < 64 && int64_t{stack.heads} * shape.q_block_size >= 64;
   const bool two_kernels =
-      policy.keeps_order(deterministic) || full || prefers_two_kernels(shape, heads_q, heads_k, head_dim, policy);
+      policy.keeps_groups(deterministic) || full || prefers_two_kernels(shape, heads_q, heads_k, head_dim, policy);
   if (two_kernels || shape.batch < 1 || stack.heads == 1) return {heads, 1, 0};
   const int64_t bytes = heads / stack.heads * stack.rows() * count_query_bytes(shape, head_dim, element_size);
   const int64_t wanted = (bytes - 1) / policy.running_bytes() + 1, most = wanted < heads ? wanted : heads;

@@ -28,9 +28,15 @@ struct DevicePolicy {
   // Whether the forward takes the list of gradients: the kernels of kSm80 have no pairs, and no tiles of 192 rows.
   constexpr bool shares_lists() const { return family == KernelFamily::kSm80; }
 
-  // Whether nothing is added up in global memory: the kernels of kSm80 never do that, so that their gradients are the
-  // same in every run. `deterministic`: whether that is asked for.
-  constexpr bool keeps_order(bool deterministic) const { return deterministic || family == KernelFamily::kSm80; }
+  // Whether a tile of keys streams all queries that read its key head: what tiles of some of them pass on to others is
+  // added up in the kernels of kSm90 alone. `deterministic`: whether gradients are to be the same in every run.
+  constexpr bool keeps_groups(bool deterministic) const { return deterministic || family == KernelFamily::kSm80; }
+
+  // Whether the kernels of kSm80 that add up gradients of queries by tiles of keys find the shared memory for their
+  // stages: the largest take that of 8.0, the others have room everywhere.
+  constexpr bool has_room_to_add(int32_t head_dim, int32_t tile_keys) const {
+    return head_dim <= 64 || tile_keys <= 64 || shared_bytes >= int64_t{164} << 10;
+  }
 
   // Whether tiles of keys with far more to do than others are cut into parts.
   constexpr bool cuts_tiles() const { return family == KernelFamily::kSm90; }

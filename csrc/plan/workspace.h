@@ -20,6 +20,9 @@ enum class BackwardMethod {
   kQueriesOnly,       // the latter alone
 };
 
+// The greatest head dim whose kernels of kSm80 add up gradients of queries.
+inline constexpr int32_t kSm80AddingHeadDim = 128;
+
 // Tiles of keys compute scores of whole tiles. Where several key blocks share one, tiles of queries compute only those
 // that are wanted; as many additions to global memory as tiles of 64 keys need make them slower else.
 constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t heads_q, int32_t heads_k,
@@ -27,7 +30,14 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
                                                 bool needs_q, bool needs_keys, const DevicePolicy& policy) {
   if (!needs_keys) return BackwardMethod::kQueriesOnly;
   if (!needs_q) return BackwardMethod::kKeysOnly;
-  if (policy.keeps_order(deterministic)) return BackwardMethod::kByKeysAndQueries;
+  if (deterministic) return BackwardMethod::kByKeysAndQueries;
+  if (policy.family == KernelFamily::kSm80) {
+    // No kernel that adds is of float32, or alters weights, and tiles of small blocks are not full.
+    const bool adds =
+        policy.element_size == 2 && head_dim <= kSm80AddingHeadDim && !altered && shape.k_block_size >= 64 &&
+        policy.has_room_to_add(head_dim, shape_key_tiles(shape, head_dim).tile_keys) && !has_few_keys(shape, policy);
+    return adds ? BackwardMethod::kByKeys : BackwardMethod::kByKeysAndQueries;
+  }
   // Sizes yet to be checked.
   if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return BackwardMethod::kByKeys;
   const TileShape tiles = shape_tiles(shape, heads_q, heads_k, head_dim, pack_heads, true);

@@ -4,6 +4,7 @@
 #include "kernels/common/convert.cuh"
 #include "kernels/common/gaps.cuh"
 #include "kernels/common/launch.cuh"
+#include "kernels/common/row_sums.cuh"
 #include "kernels/common/sinks.cuh"
 #include "kernels/rows/rows.h"
 #include "plan/dropout.h"
@@ -171,8 +172,8 @@ __device__ void write_gaps(const RowArguments& args, int stack, int lane) {
       });
 }
 
-// A warp has a chunk. In the workspace, four floats belong to the lane of an accumulator: two columns of row lane / 4
-// and two of the row 8 further on. kParts: 32 columns each.
+// A warp has a chunk. Four floats of a group belong to the lane of an accumulator: two columns of row lane / 4 and two
+// of the row 8 further on. kParts: 32 columns each.
 template <class Element, int kParts>
 __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const RowArguments args, int chunks) {
   constexpr int kAtOnce = kParts % 4 == 0 ? 4 : kParts % 3 == 0 ? 3 : 2;  // parts that a lane holds
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const Ro
   if (args.packed && blockIdx.x < kGapCtas && threadIdx.x < 32) write_gaps(args, stack, lane);
   if (chunk >= chunks) return;
   const int64_t stack_row = stack * args.workspace.rows + int64_t{chunk} * kGranule;
-  const auto* sums = reinterpret_cast<const float4*>(args.grad_q_sum + stack_row * (32 * kParts)) + lane;
+  const float* sums = args.grad_q_sum + stack_row * (32 * kParts);
   Element* rows[2];  // null: the row does not exist
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const Ro
   for (int first = 0; first < kParts; first += kAtOnce) {
     float4 held[kAtOnce][4];
 #pragma unroll
-    for (int i = 0; i < 4 * kAtOnce; ++i) held[i / 4][i % 4] = __ldcs(sums + (4 * first + i) * 32);
+    for (int i = 0; i < 4 * kAtOnce; ++i) held[i / 4][i % 4] = read_group(sums + (4 * first + i) * 128, lane);
 #pragma unroll
     for (int part = 0; part < kAtOnce; ++part) {
       uint32_t columns[2][4];

@@ -108,6 +108,28 @@ struct Sm80BackwardKeys {
                                                        : 2;
 };
 
+// Of the kernel below. 64 queries, which read fragments less often, where one CTA has the registers; such CTAs take the
+// shared memory of 8.0. Others fit 99 KB.
+constexpr int sm80_by_keys_stage_rows(int head_dim, int tile_keys) {
+  return tile_keys == 128 && head_dim > 64 ? 64 : 32;
+}
+
+// The kernel of the same keys that adds up the gradients of queries, too, in global memory; for head dims up to 128. Of
+// two warps that share keys one computes weights and the gradients of values, the other what follows for scores and
+// keys; all compute gradients of queries, of which each has some rows and columns.
+template <DType kDType_, int kHeadDim_, int kTileRows_>
+struct Sm80BackwardByKeys {
+  static constexpr DType kDType = kDType_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kTileRows = kTileRows_;
+  static constexpr int kTileN = kTileRows;
+  static constexpr int kStrips = 2;  // of 16 keys, that two warps have
+  static constexpr int kWarps = kTileN / (8 * kStrips);
+  static constexpr int kTileM = sm80_by_keys_stage_rows(kHeadDim, kTileN);
+  static constexpr int kStages = 2;
+  static constexpr int kCtasPerSm = kTileM == 64 ? 1 : 2;
+};
+
 // Shared memory by class of device, in bytes: what a CTA may have, and what all of a multiprocessor share, of which
 // each takes kReserved more.
 struct Sm80SharedClass {

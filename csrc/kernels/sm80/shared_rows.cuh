@@ -53,25 +53,29 @@ __device__ __forceinline__ void store_pair(void* destination, float low, float h
   }
 }
 
-// What patches are read as: first operands of products, of 16 rows and a step's columns; second ones, of as many, for 8
-// rows each; or second ones, of a step's rows, for 8 of 16 columns each.
-enum class Operand { kFirst, kByRows, kByColumns };
+// What patches are read as: first operands of products, of 16 rows and a step's columns, or of 16 columns and a step's
+// rows; second ones, of a step's columns, for 8 of 16 rows each; or second ones, of a step's rows, for 8 of 16 columns
+// each.
+enum class Operand { kFirst, kFirstByColumns, kByRows, kByColumns };
 
-// Reads patches of a matrix. Words of kFirst, by halves of rows and of columns: (0, 0), (1, 0), (0, 1), (1, 1); of the
-// others, two second operands.
+// Reads patches of a matrix. Words of first operands, by halves of rows and of columns of the operand: (0, 0), (1, 0),
+// (0, 1), (1, 1); of the others, two second operands.
 template <class Rows, Operand kAs = Operand::kFirst>
 struct PatchReader {
   // Rows of a step of float32 are taken in an order in which a lane has two that follow one another, as it has such
   // columns of accumulators. Rows of 32 bits cannot be transposed by ldmatrix.
-  static constexpr bool kByWords = kAs == Operand::kByColumns && sizeof(typename Rows::Element) == 4;
+  static constexpr bool kTransposed = kAs == Operand::kByColumns || kAs == Operand::kFirstByColumns;
+  static constexpr bool kByWords = kTransposed && sizeof(typename Rows::Element) == 4;
+  static_assert(!kByWords || kAs == Operand::kByColumns);
 
   uint32_t address;  // of this lane's vector of the first patch, or of its word
 
   // `matrix` is aligned to 128 bytes.
   __device__ __forceinline__ PatchReader(uint32_t matrix, int lane)
-      : address(matrix + (kByWords                  ? Rows::offset(2 * (lane & 3), lane >> 4) + (lane >> 2 & 3) * 4
-                          : kAs == Operand::kByRows ? Rows::offset((lane & 7) + lane / 16 * 8, lane >> 3 & 1)
-                                                    : Rows::offset(lane & 15, lane >> 4))) {}
+      : address(matrix + (kByWords ? Rows::offset(2 * (lane & 3), lane >> 4) + (lane >> 2 & 3) * 4
+                          : kAs == Operand::kByRows || kAs == Operand::kFirstByColumns
+                              ? Rows::offset((lane & 7) + lane / 16 * 8, lane >> 3 & 1)
+                              : Rows::offset(lane & 15, lane >> 4))) {}
 
   // `row`: of the first; `patch`: of 32 bytes of a row or, of kByColumns, of 16 columns.
   __device__ __forceinline__ void read(int row, int patch, uint32_t (&words)[4]) const {
@@ -85,7 +89,7 @@ struct PatchReader {
       }
     } else {
       constexpr int kPatches = Rows::kChunkVectors / 2;  // of a chunk
-      load_matrices<kAs == Operand::kByColumns>(
+      load_matrices<kTransposed>(
           (address ^ (patch % kPatches * 32)) + row * Rows::kRowBytes + patch / kPatches * Rows::kChunkBytes, words);
     }
   }

@@ -7,6 +7,7 @@
 #include "kernels/common/launch.cuh"
 #include "kernels/instances.h"
 #include "kernels/rows/rows.h"
+#include "kernels/sm80/backward_keys/by_keys_kernel.cuh"
 #include "kernels/sm80/backward_keys/wide.cuh"
 #include "kernels/sm80/query_tiles/launch.cuh"
 #include "plan/lists.h"
@@ -22,41 +23,66 @@ int sm80_backward_keys_shared_bytes() {
   return sm80_shared_bytes<Config, typename Sm80BackwardKeysTraits<Config>::Storage>();
 }
 
-// For kByKeysAndQueries, run_sm80_grad_queries follows.
+// What a kernel of either form gets of a call.
 template <class Config>
-Status run_sm80_backward_keys(const BackwardParams& params, Stream stream) {
-  using Traits = Sm80BackwardKeysTraits<Config>;
+void fill_backward_keys(const BackwardParams& params, const BackwardWorkspace& workspace, const DevicePolicy& policy,
+                        sm80::BackwardKeysArguments& args) {
   const ForwardParams& problem = params.problem;
-  const DevicePolicy policy = current_policy(params);
-  const BackwardMethod method = choose_backward_method(params, policy);
-  const BackwardWorkspace workspace = lay_out_backward(params, Config::kHeadDim, method, policy);
-  sm80::BackwardKeysArguments args{};
   fill_key_tiles(params, workspace, policy, Config::kTileM, args);
   args.q = tensor_rows(problem, problem.q);
   args.grad_out = tensor_rows(problem, params.grad_out);
   args.k = tensor_rows(problem, problem.k);
   args.v = tensor_rows(problem, problem.v);
-
   // A list may have room for more, which has no tiles.
   args.num_items = static_cast<int>(
       std::min<int64_t>(params.num_key_items,
                         size_key_list(problem.mask.shape, problem.heads_q, problem.heads_k, problem.head_dim,
                                       policy.element_size, params.deterministic, problem.rows_k, problem.packed, policy)
                             .items()));
+}
 
+// At least one CTA writes the keys that belong to no tile.
+template <class Traits, class Arguments>
+Status launch_key_tiles(const char* what, void (*kernel)(Arguments), const Arguments& args, Stream stream) {
+  const auto ctas = static_cast<unsigned>(std::max(args.num_items, 1) * Traits::kCtasOfTile);
+  return launch(what, kernel, ctas, Traits::kThreads, static_cast<int>(sizeof(typename Traits::Storage)), stream, args);
+}
+
+template <class Config>
+Status run_sm80_backward_by_keys(const BackwardParams& params, const BackwardWorkspace& workspace,
+                                 const DevicePolicy& policy, Stream stream) {
+  sm80::BackwardByKeysArguments args{};
+  fill_backward_keys<Config>(params, workspace, policy, args);
+  args.grad_q = reinterpret_cast<float*>(static_cast<uint8_t*>(params.workspace) + workspace.sums);
+  HBSATTN_RETURN_IF_ERROR(launch_key_tiles<sm80::BackwardByKeysTraits<Config>>(
+      "the launch of the backward kernel", sm80::backward_by_keys_kernel<Config>, args, stream));
+  return finish_rows(params, workspace, Config::kHeadDim, stream);
+}
+
+// For kByKeysAndQueries, run_sm80_grad_queries follows.
+template <class Config>
+Status run_sm80_backward_keys(const BackwardParams& params, Stream stream) {
+  const DevicePolicy policy = current_policy(params);
+  const BackwardMethod method = choose_backward_method(params, policy);
+  const BackwardWorkspace workspace = lay_out_backward(params, Config::kHeadDim, method, policy);
   HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, stream));
+  if constexpr (Config::kHeadDim <= kSm80AddingHeadDim && !is_float32(Config::kDType)) {
+    if (method == BackwardMethod::kByKeys) {
+      using ByKeys = Sm80BackwardByKeys<Config::kDType, Config::kHeadDim, Config::kTileRows>;
+      return run_sm80_backward_by_keys<ByKeys>(params, workspace, policy, stream);
+    }
+  }
+  sm80::BackwardKeysArguments args{};
+  fill_backward_keys<Config>(params, workspace, policy, args);
+  const bool altered = alters_weights(params.problem);
   void (*kernel)(sm80::BackwardKeysArguments) = nullptr;
   if constexpr (Config::kHeldColumns > 0) {
-    kernel = alters_weights(problem) ? sm80::wide_backward_keys_kernel<Config, true>
-                                     : sm80::wide_backward_keys_kernel<Config, false>;
+    kernel = altered ? sm80::wide_backward_keys_kernel<Config, true> : sm80::wide_backward_keys_kernel<Config, false>;
   } else {
-    kernel =
-        alters_weights(problem) ? sm80::backward_keys_kernel<Config, true> : sm80::backward_keys_kernel<Config, false>;
+    kernel = altered ? sm80::backward_keys_kernel<Config, true> : sm80::backward_keys_kernel<Config, false>;
   }
-  // At least one CTA writes the keys that belong to no tile.
-  const auto ctas = static_cast<unsigned>(std::max(args.num_items, 1) * Traits::kCtasOfTile);
-  return launch("the launch of the kernel for grad_k and grad_v", kernel, ctas, Traits::kThreads,
-                sm80_backward_keys_shared_bytes<Config>(), stream, args);
+  return launch_key_tiles<Sm80BackwardKeysTraits<Config>>("the launch of the kernel for grad_k and grad_v", kernel,
+                                                          args, stream);
 }
 
 }  // namespace hbsattn::kernels

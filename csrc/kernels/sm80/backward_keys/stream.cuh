@@ -7,7 +7,7 @@
 
 namespace hbsattn::sm80 {
 
-// The stages of a tile: those of one stack of query heads after another. The first warp lists them, some at a time and
+// The stages of a tile: those of one stack of query heads after another. One warp lists them, some at a time and
 // ahead of their loads. There is no count of them: behind the last are such that do not exist.
 template <class Traits>
 struct QueryStream {
@@ -34,14 +34,14 @@ struct QueryStream {
     storage.cursor = {args.sets.first_head(item.query_set) / args.chunks.stack.heads, 0, 0};
   }
 
-  // The first warp lists `count` stages or more, or all there are. Others see them behind the next barrier.
+  // A warp lists `count` stages or more, or all there are. Others see them behind the next barrier.
   __device__ __forceinline__ void list(int count) const {
-    if (threadIdx.x >= 32) return;
+    if (threadIdx.x / 32 != Traits::kListWarp || storage.cursor.listed >= count) return;
     using Blocks = typename Traits::Blocks;
     StageCursor cursor = storage.cursor;
     const int heads = args.chunks.stack.heads;
     const int end_stack = (args.sets.first_head(item.query_set) + args.sets.tile_heads) / heads;
-    if (cursor.listed >= count || cursor.stack >= end_stack) return;
+    if (cursor.stack >= end_stack) return;
     const int stage_segments_log2 = Traits::kTileMLog2 - args.segment_log2;
     const int segments = min(32, Traits::kListed << stage_segments_log2);  // that are listed at a time
     const int per_block = args.segments_per_block.divisor;

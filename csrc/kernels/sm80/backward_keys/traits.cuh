@@ -19,16 +19,16 @@ struct BackwardKeysArguments : KeyTiles {
   TensorRows q, k, v, grad_out;
 };
 
-// What the first warp tells of a stage. Granules have their first query, in the sequence; of stacked heads, row of the
-// stack.
+// What the warp that lists stages tells of one. Granules have their first query, in the sequence; of stacked heads, row
+// of the stack.
 template <int kGranules>
 struct StageInfo {
-  int of_stack;            // of query heads; -1: there is no such stage, and none behind it
-  int masked;              // whether some key of the tile must not see some query of the stage
   int queries[kGranules];  // -1: the granule is padding
   int ends[kGranules];     // its queries end here, or with the granule
   int withs[kGranules];    // united key blocks that are active with it, one bit each
   int chunks[kGranules];   // of the workspace
+  int of_stack;            // of query heads; -1: there is no such stage, and none behind it
+  int masked;              // whether some key of the tile must not see some query of the stage
   int rule[3];             // of its heads: sink, less the diagonal, left and right
 
   // As mask_queries and KeyDropout ask.
@@ -40,7 +40,7 @@ struct StageInfo {
   __device__ __forceinline__ int right() const { return rule[2]; }
 };
 
-// Where the first warp goes on listing stages.
+// Where listing stages goes on.
 struct StageCursor {
   int stack;    // of query heads
   int segment;  // of its list
@@ -67,7 +67,8 @@ struct BackwardKeysTraits {
   static constexpr int kColumns = kHeadDim / kShare;  // of both sums, each has so many columns
   static constexpr int kColumnEntries = 128;
   using Blocks = BitRow<2, kColumnEntries>;
-  static constexpr int kListed = kTileM > 32 ? 4 : 8;  // stages that are listed at a time, at most
+  static constexpr int kListWarp = 0;                  // that lists stages
+  static constexpr int kListed = kTileM > 32 ? 4 : 8;  // at a time, at most
   static constexpr int kInfos = 2 * kListed;           // a ring: stages in use, those loaded ahead, and those listed
 
   using Keys = SharedRows<Element, kTileN, kHeadDim>;
@@ -83,7 +84,7 @@ struct BackwardKeysTraits {
     Element grad_out[kStages][kTileM * kHeadDim];
     alignas(16) float lse[kStages][kTileM];    // times log2(e); +inf: the row does not exist or attends to nothing
     alignas(16) float delta[kStages][kTileM];  // what each row of P o dP sums to
-    int32_t columns[kColumnEntries];           // active blocks, as the first warp expands them
+    int32_t columns[kColumnEntries];           // active blocks, as they are expanded
     typename Blocks::State blocks;
     StageInfo<kGranules> infos[kInfos];
     StageCursor cursor;

@@ -24,7 +24,7 @@ struct WideBackwardKeysTraits {
   static constexpr int kGranules = kTileM / kGranule;
   static constexpr int kColumnEntries = 128;
   using Blocks = BitRow<2, kColumnEntries>;
-  static constexpr int kListed = kTileM > 32 ? 4 : 8, kInfos = 2 * kListed;  // as in BackwardKeysTraits
+  static constexpr int kListWarp = 0, kListed = kTileM > 32 ? 4 : 8, kInfos = 2 * kListed;  // as in BackwardKeysTraits
 
   using Keys = SharedRows<Element, kTileN, kHeadDim>;
   using Queries = SharedRows<Element, kTileM, kHeadDim>;
