@@ -11,7 +11,6 @@
 // Choices say how they were made: "swept", by times of others on that card in that month, or "guessed".
 // sm80/fits.py prints what would fit.
 
-#include <algorithm>
 #include <cstdint>
 
 #include "hbsattn/params.h"
@@ -25,7 +24,9 @@ constexpr bool is_float32(DType dtype) { return dtype == DType::kFloat32; }
 
 // A forward kernel. A CTA streams the keys of the active blocks in stages of kTileN. One stage of keys and one of
 // values let two CTAs share the 164 KB of an 8.0 device, and one have the 99 KB of smaller ones. With two of each,
-// tiles of 128 rows took 0.94 of the time on an H200, which has room for them.
+// tiles of 128 rows took 0.94 of the time on an H200, which has room for them. Swept at head dim 128 (H200, 2026-11),
+// elsewhere guessed. For 99 KB alone eight warps of one strip would be better there: 0.9 of the time (H200 with as few
+// CTAs as would have room, 2026-11).
 template <DType kDType_, int kHeadDim_, int kTileRows_>
 struct Sm80Forward {
   static constexpr DType kDType = kDType_;
@@ -37,22 +38,11 @@ struct Sm80Forward {
                                                                        : kTileRows;
   // With eight warps of one strip, which read keys and values from shared memory twice as often, tiles of 128 rows took
   // 1.3 of the time (H200).
-  static constexpr int kWarps = kTileM < 64 ? 2 : 4, kShare = 1;
+  static constexpr int kWarps = kTileM < 64 ? 2 : 4, kShare = 1, kHeldColumns = 0;
   static constexpr int kStrips = kTileM / (16 * kWarps);
-  static constexpr int kHeldColumns = kStrips == 1 && !is_float32(kDType) ? std::min(kHeadDim, 192) : 0;
-  static constexpr int kTileN = is_float32(kDType) ? (kHeadDim > 128  ? 16
-                                                      : kHeadDim > 64 ? 32
-                                                                      : 64)
-                                : kHeadDim > 128   ? 32
-                                                   : 64;
+  static constexpr int kTileN = (kHeadDim > 192 ? 32 : 64) / (is_float32(kDType) && kHeadDim > 64 ? 2 : 1);
   static constexpr int kStages = 1;  // of keys, and of values
-  static constexpr int kCtasPerSm = kStrips == 1 && kHeadDim <= 96 && !is_float32(kDType) ? 3 : 2;
-};
-
-// The same for devices whose shared memory has room for one CTA of 128 rows.
-template <class Config>
-struct Sm80SmallForward : Config {
-  static constexpr int kTileM = 64, kStrips = 1, kHeldColumns = Config::kHeadDim;
+  static constexpr int kCtasPerSm = 2;
 };
 
 // A kernel that computes the gradient of the queries, with tiles as the forward's. Up to head dim 128 guessed.
@@ -66,8 +56,8 @@ struct Sm80GradQueries {
                                 : is_float32(kDType) || kHeadDim >= 128 ? 64
                                                                         : kTileRows;
   // By shared memory of 99 KB, swept (H200, 2026-11). At head dim 256 two warps have 16 rows (grad_queries/wide.cuh),
-  // 1.0 of the time of four warps in 138 KB. At 192, where these have room if registers hold a third of the queries,
-  // 0.98 of the time without, and pairs of warps 1.35.
+  // in 1.0 of the time of four warps in 135 KB. At 192 four warps have room if registers hold a third of the queries;
+  // pairs took 1.35 of the time.
   static constexpr int kShare = kHeadDim > 192 && !is_float32(kDType) ? 2 : 1;
   static constexpr int kHeldColumns = kHeadDim == 192 ? 64 : 0;
   static constexpr int kWarps = kTileM < 64 ? 2 : 4 * kShare;
@@ -89,8 +79,8 @@ struct Sm80BackwardKeys {
   static constexpr int kTileRows = kTileRows_;  // keys
   static constexpr int kTileN = !is_float32(kDType) ? kTileRows : kHeadDim > 128 ? 32 : 64;
   // Two gradients of a warp's keys are in registers. Above head dim 128 those of 16 keys do not fit, so two warps share
-  // keys, and each has one of the gradients (backward_keys/wide.cuh). Swept (H200, 2026-11): 0.86 of the time of warps
-  // that have half the columns of both, in 138 KB.
+  // keys, and each has one of the gradients (backward_keys/wide.cuh): 0.87 of the time of warps that have half the
+  // columns of both (H200, 2026-11).
   static constexpr int kShare = kHeadDim > 128 ? 2 : 1;
   static constexpr int kStrips = kHeadDim <= 64 && kTileN == 128 ? 2 : 1;
   static constexpr int kWarps = kTileN / (16 * kStrips) * kShare;

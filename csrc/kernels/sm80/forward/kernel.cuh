@@ -3,7 +3,6 @@
 #include "kernels/common/launch.cuh"
 #include "kernels/common/softcap.cuh"
 #include "kernels/common/softmax.cuh"
-#include "kernels/sm80/pairs.cuh"
 #include "kernels/sm80/query_tiles/masks.cuh"
 
 namespace hbsattn::sm80 {
@@ -18,11 +17,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     forward_kernel(const __grid_constant__ QueryTileArguments args) {
   using Traits = QueryTileTraits<Config>;
   using Element = typename Traits::Element;
-  using ReadQueries = typename Traits::ReadQueries;
   constexpr int kStrips = Traits::kStrips;
-  // Queries that registers hold come through the first stages, and their output leaves from there.
-  constexpr bool kHolds = Traits::kHeldColumns > 0;
-  static_assert(!kHolds || (kStrips == 1 && Traits::kTileM <= 2 * Traits::kStages * Traits::kTileN));
   extern __shared__ __align__(128) uint8_t shared[];
   auto& storage = *reinterpret_cast<typename Traits::Storage*>(shared);
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
@@ -38,24 +33,9 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     return;
   }
   if (args.cycles != nullptr && threadIdx.x == 0) record_cycles(args, false);
-  Element* const matrix = kHolds ? storage.keys[0] : storage.queries;
-  const int matrix_row = warp * 16 * kStrips;  // of the warp's first strip, in the CTA's queries
-  const auto load_read = [&] {
-    if constexpr (Traits::kHeldColumns == Traits::kHeadDim) return;
-    load_rows<Traits, ReadQueries>(args, item, args.q.from<Element>(Traits::kHeldColumns), first_row, storage.queries);
-  };
-  uint32_t held[kHolds ? Traits::kHeldColumns / 16 : 1][4];
-  if constexpr (kHolds) {
-    using Held = SharedRows<Element, Traits::kTileM, Traits::kHeldColumns>;
-    load_rows<Traits, Held>(args, item, args.q, first_row, matrix);
-    commit_copies();
-    wait_copies<0>();
-    __syncthreads();
-    hold_rows(PatchReader<Held>(shared_address(matrix), lane), matrix_row, held);
-  }
-  stream.begin(load_read);
-  const PatchReader<ReadQueries> queries(shared_address(storage.queries), lane);
+  stream.begin([&] { load_rows<Traits>(args, item, args.q, first_row, storage.queries); });
 
+  const int matrix_row = warp * 16 * kStrips;  // of the warp's first strip, in the CTA's queries
   OnlineSoftmax softmax[kStrips];
   Accumulator<Traits::kHeadDim> outputs[kStrips];
   CUTE_UNROLL
@@ -63,6 +43,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     open_strip<Traits>(args, storage, item, i, first_row + matrix_row + 16 * i, matrix_row + 16 * i, kAltered);
     cute::clear(outputs[i]);
   }
+  const PatchReader<typename Traits::Queries> queries(shared_address(storage.queries), lane);
 
 #pragma unroll 1
   for (int stage = 0; stage < stream.stages; ++stage) {
@@ -70,13 +51,9 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     const bool masked = stream.is_masked(stage);
     stream.wait_keys(stage);
     Accumulator<Traits::kTileN> scores[kStrips];
-    const PatchReader<typename Traits::Keys, Operand::kByRows> keys(shared_address(storage.keys[buffer]), lane);
-    if constexpr (kHolds) {
-      multiply_held<Element>(scores[0], held, keys,
-                             [&](int step, uint32_t (&words)[4]) { queries.read(matrix_row, step, words); });
-    } else {
-      multiply_rows<Element>(scores, queries, matrix_row, keys);
-    }
+    multiply_rows<Element>(
+        scores, queries, matrix_row,
+        PatchReader<typename Traits::Keys, Operand::kByRows>(shared_address(storage.keys[buffer]), lane));
     if constexpr (kAltered) {
       if (args.cap.scale > 0.f) {
         CUTE_UNROLL
@@ -117,14 +94,12 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     multiply_columns<Element>(outputs, read_weights, values);
   }
 
-  if (kHolds) __syncthreads();
-  const WorkItem& kept = kHolds ? storage.tile.item : item;  // for which there are no registers beside queries
   CUTE_UNROLL
   for (int i = 0; i < kStrips; ++i) {
     if (args.sinks != nullptr) {
       CUTE_UNROLL
       for (int row = 0; row < 2; ++row) {
-        const RowPlace place = place_row<true>(args, kept, first_row + matrix_row + 16 * i + lane / 4 + 8 * row);
+        const RowPlace place = place_row<true>(args, item, first_row + matrix_row + 16 * i + lane / 4 + 8 * row);
         if (place.count <= 0) continue;
         softmax[i].join_sink(row, sink_of_head(args, place.head) * static_cast<float>(M_LOG2E), args.scale_log2,
                              lane % 4 == 0, outputs[i]);
@@ -134,10 +109,10 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     softmax[i].finish(outputs[i], args.scale, kAltered ? args.dropout.scale : 1.f, lse);
     CUTE_UNROLL
     for (int row = 0; row < 2; ++row) {
-      const RowPlace place = place_row<true>(args, kept, first_row + matrix_row + 16 * i + lane / 4 + 8 * row);
-      if (lane % 4 == 0 && place.count > 0) *lse_of_row(args, kept, place) = lse[row];
+      const RowPlace place = place_row<true>(args, item, first_row + matrix_row + 16 * i + lane / 4 + 8 * row);
+      if (lane % 4 == 0 && place.count > 0) *lse_of_row(args, item, place) = lse[row];
     }
-    store_rows<Traits>(args, kept, first_row + matrix_row + 16 * i, matrix_row + 16 * i, outputs[i], matrix);
+    store_rows<Traits>(args, item, first_row + matrix_row + 16 * i, matrix_row + 16 * i, outputs[i], storage.queries);
   }
   if (args.cycles != nullptr && lane == 0) record_cycles(args, true);
 }

@@ -11,25 +11,13 @@ int sm80_forward_shared_bytes() {
 }
 
 template <class Config>
-Status launch_sm80_forward(const ForwardParams& params, Stream stream) {
+Status run_sm80_forward(const ForwardParams& params, Stream stream) {
   sm80::QueryTileArguments args{};
   fill_arguments<Config>(params, args);
   HBSATTN_RETURN_IF_ERROR(record_cycles_of(params, args));
   auto* kernel = alters_weights(params) ? sm80::forward_kernel<Config, true> : sm80::forward_kernel<Config, false>;
   return launch_query_tiles<Config>("the launch of the forward kernel", kernel, args,
                                     sm80_forward_shared_bytes<Config>(), stream);
-}
-
-template <class Config>
-Status run_sm80_forward(const ForwardParams& params, Stream stream) {
-  if constexpr (Config::kStrips > 1 && Config::kHeadDim > 64) {
-    const int most = block_shared_bytes();
-    const Sm80SharedClass device{most, most + Sm80SharedClass::kReserved};
-    if (device.count(sm80_forward_shared_bytes<Config>()) < Config::kCtasPerSm) {
-      return launch_sm80_forward<Sm80SmallForward<Config>>(params, stream);
-    }
-  }
-  return launch_sm80_forward<Config>(params, stream);
 }
 
 }  // namespace hbsattn::kernels

@@ -76,7 +76,7 @@ struct QueryTileTraits {
   static_assert(kTileM * Config::kShare == 16 * kStrips * kWarps && kTileN <= 32 * kGranule);
 
   struct alignas(128) Storage {
-    Element queries[ReadQueries::kColumns == 0 ? 8 : kTileM * ReadQueries::kColumns];  // the output leaves from here
+    Element queries[kTileM * ReadQueries::kColumns];  // the output leaves from here too
     Element keys[kStages][kTileN * kHeadDim];
     Element values[kStages][kTileN * kHeadDim];
     int32_t columns[kColumnEntries];  // active blocks, as the first warp expands them
