@@ -36,6 +36,7 @@ from hbsattn._layout import (
 build_info = _C.build_info
 kernel_family, set_kernel_family = _C.kernel_family, _C.set_kernel_family
 limit_shared_memory, shared_memory_limit = _C.limit_shared_memory, _C.shared_memory_limit
+kernel_choice = _C.kernel_choice
 ops = torch.ops.hbsattn
 
 

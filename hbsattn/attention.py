@@ -8,7 +8,7 @@ from torch import Tensor
 from hbsattn._checks import FLOATS, check_bool, check_is_tensor, check_number, check_softcap, check_tensor
 from hbsattn._chunks import attend_in_chunks
 from hbsattn._dropout import check_dropout_p, seed_of_call
-from hbsattn._ops import kernel_family, ops
+from hbsattn._ops import kernel_choice, ops
 from hbsattn.mask import BlockMask, check_is_mask
 from hbsattn.utils import use_kernels
 
@@ -16,6 +16,7 @@ NO_GRADIENTS = (False, False, False)  # of q, k and v
 DEVICES = ("cpu", "cuda")
 
 Heads = tuple[int, int, int, int, bool]  # the fields of a CallShape, which takes longer to make
+Kernels = tuple[str, int]  # a choice of `use_kernels`: what plans are made for
 
 
 def block_sparse_attention(
@@ -156,7 +157,7 @@ def _attend(
     items = backward_plan = None
     if device != "cpu":  # which needs no plans
         # A compiled program keeps no plans, and cannot ask.
-        kernels = None if torch.compiler.is_compiling() else kernel_family()
+        kernels = None if torch.compiler.is_compiling() else kernel_choice()
         key = ("items", kernels, shape, altered)
         plan = mask._plans.find(key)
         if plan is not None:
@@ -176,7 +177,7 @@ def _attend(
 
 
 def _plan_and_attend(
-    mask: BlockMask, key: tuple[str, str | None, Heads, bool], call: tuple[Any, ...]
+    mask: BlockMask, key: tuple[str, Kernels | None, Heads, bool], call: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
     """The first call of its shape, in one op. The mask keeps the work list that comes with the results."""
     version = mask._plans.version()
@@ -202,9 +203,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 # `kernels`: whose plan it is, which may be made again under another choice; None: that of the call.
 
 
-def _plan_items(mask: BlockMask, kernels: str | None, shape: Heads, altered: bool) -> tuple[Tensor]:
-    if kernels is not None and kernels != kernel_family():
-        with use_kernels(kernels):
+def _plan_items(mask: BlockMask, kernels: Kernels | None, shape: Heads, altered: bool) -> tuple[Tensor]:
+    if kernels is not None and kernels != kernel_choice():
+        with use_kernels(kernels[0], shared_kilobytes=kernels[1]):
             return _plan_items(mask, None, shape, altered)
     # A forward that alters weights has the tiles of gradients.
     return (ops.plan_items.default(mask._kept_bits(), mask.sequences, mask._rules, mask._layout, shape, altered),)
@@ -212,15 +213,15 @@ def _plan_items(mask: BlockMask, kernels: str | None, shape: Heads, altered: boo
 
 def _plan_backward(
     mask: BlockMask,
-    kernels: str | None,
+    kernels: Kernels | None,
     shape: Heads,
     rows_k: int,
     deterministic: bool,
     needs: tuple[bool, bool, bool],
     altered: bool,
 ) -> tuple[Tensor]:
-    if kernels is not None and kernels != kernel_family():
-        with use_kernels(kernels):
+    if kernels is not None and kernels != kernel_choice():
+        with use_kernels(kernels[0], shared_kilobytes=kernels[1]):
             return _plan_backward(mask, None, shape, rows_k, deterministic, needs, altered)
     arguments = (mask._rules, mask._layout, shape, rows_k, mask.packed, deterministic, needs, altered)
     return (ops.plan_backward.default(mask._kept_bits(), mask.sequences, *arguments),)

@@ -51,7 +51,7 @@ def use_kernels(name: str, *, shared_kilobytes: int | None = None) -> Iterator[N
         name: "auto", on each device the kernels that suit it; or as the names of kernels in `build_info()` begin.
         shared_kilobytes: as if the device had no more shared memory for a CTA, and 1 KB beside for all of a
             multiprocessor: calls whose kernels need more are refused by a ValueError. 99, as GPUs of compute capability
-            8.6, 8.9 and 12.0 have, to what the device has. None: as outside.
+            8.6, 8.9 and 12.0 have, to what the device has; 0: all of it. None: as outside.
 
     Raises:
         ValueError, TypeError: if there are no such kernels, or if the current device or this build cannot run them;
@@ -60,7 +60,7 @@ def use_kernels(name: str, *, shared_kilobytes: int | None = None) -> Iterator[N
     if not isinstance(name, str):
         raise TypeError(f"name is a {type(name).__name__}; expected a str")
     if shared_kilobytes is not None:
-        shared_kilobytes = check_index("shared_kilobytes", shared_kilobytes, 1, BLOCK_LIMIT)
+        shared_kilobytes = check_index("shared_kilobytes", shared_kilobytes, 0, BLOCK_LIMIT)
     before, limit_before = kernel_family(), shared_memory_limit()
     try:
         set_kernel_family(name)

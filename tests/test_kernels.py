@@ -96,8 +96,8 @@ def limit_before() -> int:
 
 def test_shared_kilobytes_that_are_none(limit_before: int):
     with (
-        pytest.raises(ValueError, match="shared_kilobytes is 0; expected 1 to"),
-        use_kernels("auto", shared_kilobytes=0),
+        pytest.raises(ValueError, match="shared_kilobytes is -1; expected 0 to"),
+        use_kernels("auto", shared_kilobytes=-1),
     ):
         pass
     with pytest.raises(TypeError, match="shared_kilobytes is '99'"), use_kernels("auto", shared_kilobytes="99"):
@@ -114,7 +114,8 @@ def test_shared_kilobytes_without_a_device(before: str):
 
 def test_kernels_for_80_fit_all_devices():
     for kernel in hbsattn.build_info()["kernels"]:
-        if kernel["name"].startswith("sm80"):
+        wide = kernel["dtype"] == "float32" and kernel["head_dim"] > 128 and "forward" not in kernel["name"]
+        if kernel["name"].startswith("sm80") and not wide:
             assert kernel["shared_bytes"] <= LEAST * 1024, kernel["name"]
 
 
@@ -171,41 +172,81 @@ def test_keys_of_plans(trains: bool, monkeypatch: pytest.MonkeyPatch):
         q = torch.empty(1, 256, 8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=trains)
         block_mask = torch.empty(1, 2, 4, 4, device="cuda", dtype=torch.bool)
         mask = hbsattn.BlockMask.from_dense(block_mask, 64, 64, seqlen_q=256, seqlen_k=256)
-        for name in ("sm90", "sm80"):
-            monkeypatch.setattr(attention, "kernel_family", lambda name=name: name)
+        choices = [("sm90", 0), ("sm80", 0), ("sm80", LEAST)]
+        for choice in choices:
+            monkeypatch.setattr(attention, "kernel_choice", lambda choice=choice: choice)
             asked.clear()
             hbsattn.block_sparse_attention(q, q, q, mask)
             keys.append([key for key in asked if key[0] in ("items", "backward")])
     assert {key[0] for key in keys[0]} == ({"items", "backward"} if trains else {"items"})
-    for sm90, sm80 in zip(*keys, strict=True):
-        assert sm90[1] == "sm90" and sm80[1] == "sm80"
-        assert (sm90[0], sm90[2:]) == (sm80[0], sm80[2:])
+    for of_choices in zip(*keys, strict=True):
+        assert [key[1] for key in of_choices] == choices
+        assert len({(key[0], *key[2:]) for key in of_choices}) == 1
 
 
 def test_a_plan_is_made_again_for_its_own_kernels(monkeypatch: pytest.MonkeyPatch):
     """Whatever is chosen by then; graphs read it where it is."""
     mask = make_problem(case("again"), "cpu", torch.float32).mask()
-    chosen, made = ["auto"], []
+    auto, small, sm90 = ("auto", 0), ("sm80", LEAST), ("sm90", 0)
+    chosen, made = [auto], []
 
     class Choice:
-        def __init__(self, name: str) -> None:
-            self.name = name
+        def __init__(self, name: str, *, shared_kilobytes: int) -> None:
+            self.choice = (name, shared_kilobytes)
 
         def __enter__(self) -> None:
-            chosen.append(self.name)
+            chosen.append(self.choice)
 
         def __exit__(self, *_: object) -> None:
             chosen.pop()
 
     plan = SimpleNamespace(default=lambda *_: made.append(chosen[-1]))
     monkeypatch.setattr(attention, "ops", SimpleNamespace(plan_items=plan, plan_backward=plan))
-    monkeypatch.setattr(attention, "kernel_family", lambda: chosen[-1])
+    monkeypatch.setattr(attention, "kernel_choice", lambda: chosen[-1])
     monkeypatch.setattr(attention, "use_kernels", Choice)
     heads = (8, 2, 64, 2, True)
-    for kernels in ("auto", "sm80", "sm90", None):
+    for kernels in (auto, small, sm90, None):
         attention._plan_items(mask, kernels, heads, False)
         attention._plan_backward(mask, kernels, heads, 100, False, (True, True, True), False)
-    assert made == ["auto", "auto", "sm80", "sm80", "sm90", "sm90", "auto", "auto"] and chosen == ["auto"]
+    assert made == [auto, auto, small, small, sm90, sm90, auto, auto] and chosen == [auto]
+
+
+@pytest.mark.gpu
+def test_one_mask_for_two_limits():
+    """Gradients of tiles of 128 keys come by another method where shared memory is small, and so by another plan."""
+    spec = case("limits", q_block=128, k_block=128, lens_q=(700, 300), head_dim=128)
+    problem = make_problem(spec, "cuda", torch.bfloat16)
+    mask, methods = problem.mask(), []
+    for limit in (0, LEAST) * 2:
+        with use_kernels("sm80", shared_kilobytes=limit), any_order():
+            methods.append(hbsattn.explain(problem.q, problem.k, problem.v, mask)["backward"]["method"])
+            q, k, v = leaves(problem)
+            out, lse = attend(q, k, v, mask, return_lse=True)
+            judge_gradients(problem, torch.autograd.grad((out, lse), (q, k, v), upstream(problem, lse.detach(), 7)))
+    assert methods == ["by_keys", "by_keys_and_queries"] * 2
+    with use_kernels("sm80"):
+        out = attend(q, k, v, mask)
+    with use_kernels("sm80", shared_kilobytes=LEAST), pytest.raises(ValueError, match="sm80 in 99 KB; expected sm80"):
+        out.sum().backward()
+
+
+@pytest.mark.gpu
+def test_float32_has_one_family():
+    """The same kernels, whatever suits the device; those for 9.0 alone have none."""
+    problem = make_problem(case("float32", head_dim=128), "cuda", torch.float32)
+    out, lse = problem.run()
+    judge(problem, out, lse)
+    with use_kernels("sm80"):
+        assert all(same(x, y) for x, y in zip(problem.run(), (out, lse), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.sm90
+def test_float32_has_no_kernels_for_90():
+    problem = make_problem(case("float32"), "cuda", torch.float32)
+    refused = pytest.raises(ValueError, match="dtype of q is float32; expected float16 or bfloat16 on CUDA")
+    with use_kernels("sm90"), refused:
+        problem.run()
 
 
 @pytest.mark.gpu

@@ -27,8 +27,13 @@ using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using TracedCall = CallArguments<c10::SymIntArrayRef>;
 
 // Plans are for the kernels that were chosen when they were made.
+std::string describe_choice() {
+  const int32_t limit = shared_memory_limit();
+  return used_kernels() + (limit == 0 ? "" : " in " + std::to_string(limit) + " KB");
+}
+
 void check_same_kernels(const std::string& of_forward) {
-  const std::string kernels = used_kernels();
+  const std::string kernels = describe_choice();
   TORCH_CHECK_VALUE(kernels == of_forward, describe("use_kernels is ", kernels, "; expected ", of_forward,
                                                     ", as it was for the forward of these gradients"));
 }
@@ -146,7 +151,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     context->saved_data["dropout_p"] = call.dropout_p.value;
     context->saved_data["softcap"] = call.softcap.value;
     context->saved_data["deterministic"] = deterministic;
-    context->saved_data["kernels"] = used_kernels();
+    context->saved_data["kernels"] = describe_choice();
     context->saved_data["needs"] =
         std::vector<bool>{q.requires_grad(), k.requires_grad(), v.requires_grad(), requires_grad(sinks)};
     context->set_materialize_grads(false);  // log-sum-exps are seldom used: no zeros for their gradients

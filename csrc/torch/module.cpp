@@ -136,6 +136,7 @@ std::pair<py::dict, py::dict> explain(const std::string& dtype, bool packed, std
   return {to_dict(forward), to_dict(backward)};
 }
 
+std::pair<std::string, int32_t> kernel_choice() { return {hbsattn::used_kernels(), hbsattn::shared_memory_limit()}; }
 void set_kernel_family(const std::string& name) { hbsattn::raise_if_error(hbsattn::use_kernels(name)); }
 void limit_shared_memory(int32_t kilobytes) { hbsattn::raise_if_error(hbsattn::limit_shared_memory(kilobytes)); }
 
@@ -147,6 +148,7 @@ PYBIND11_MODULE(_C, m) {
         "build, where cuda is False, they are empty. cpu_dtypes are those of CPU tensors, the same in every build.");
   m.def("set_kernel_family", &set_kernel_family, "Chooses the kernels of all later calls: auto, sm90 or sm80.");
   m.def("kernel_family", &hbsattn::used_kernels, "The name that was set last; auto at first.");
+  m.def("kernel_choice", &kernel_choice, "kernel_family() and shared_memory_limit(): what plans are made for.");
   m.def("limit_shared_memory", &limit_shared_memory, "KB that a CTA of later calls may have; 0: all there are.");
   m.def("shared_memory_limit", &hbsattn::shared_memory_limit, "What was set last; 0 at first.");
   m.def("explain", &explain, "How a call on the current device would be computed: (forward, backward).");

@@ -122,7 +122,7 @@ HBSATTN_API std::string used_kernels();
 // Leaves later calls in this process so many KB of shared memory for a CTA, as if the device had no more, and a
 // multiprocessor 1 KB beside them; 0, as it is at first: all of it. Calls whose kernels need more are refused. From
 // kLeastSharedKilobytes on, the least that a device of compute capability 8.0 or newer has, to what the current one
-// has. Plans stay as they are.
+// has. Lists that were planned under another limit are another call's.
 inline constexpr int32_t kLeastSharedKilobytes = 99;
 HBSATTN_API Status limit_shared_memory(int32_t kilobytes);
 HBSATTN_API int32_t shared_memory_limit();
