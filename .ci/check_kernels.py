@@ -31,6 +31,7 @@ SPILLS_ALLOWED = {
     r"Sm90ForwardI\w+Li96ELi128EEELb1E": 104,
     r"Sm90ForwardShortValues": 16,
     r"Sm80ForwardI\w+Li128ELi128E": 56,
+    r"Sm80\w+DTypeE2E": 200,  # float32, whose numbers are in two parts
 }
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'.*?"
@@ -98,7 +99,7 @@ def main() -> None:
             problems.append(f"{kernel['name']} spills {stores} bytes and reloads {loads}")
     # Two in each file. Of sm90: for any block size or not; of backward_keys, with the gradient of the queries or not.
     # Its forward tiles of 192 rows, of pairs and of short values have one alone, as have tiles of queries that alter
-    # weights. Of sm80: for calls that alter weights or not.
+    # weights. Of sm80: for calls that alter weights or not, and what adds up gradients of queries beside backward_keys.
     expected = Counter()
     for family in KERNELS:
         for instance in read_table(family):
@@ -106,6 +107,8 @@ def main() -> None:
             alone = name in ("forward_pairs", "forward_altered", "forward_short_values", "grad_queries_altered")
             alone = alone or (name, instance.tile_rows) == ("forward", "192")
             expected[family, instance.kernel.function] += 1 if alone and family == "sm90" else 2
+            adds = family == "sm80" and name == "backward_keys" and instance.dtype != "fp32"
+            expected[family, "backward_by_keys"] += adds and int(instance.head_dim) <= 128
     for (family, function), count in expected.items():
         found = sum(is_of(kernel, family, function) for kernel in kernels)
         if found != count:

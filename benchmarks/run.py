@@ -208,9 +208,9 @@ class Bench:
         return entry
 
     def _prepare_rival(self, rival: baselines.Rival, problem: Problem) -> Entry | None:
-        """None for a rival that the task rules out."""
+        """None for a rival that the task or the dtype rules out."""
         workload = problem.workload
-        if workload.task != "forward" and not rival.differentiable:
+        if workload.dtype not in rival.dtypes or (workload.task != "forward" and not rival.differentiable):
             return None
         entry = Entry(workload, rival.name, rival.label, problem.flops, problem=rival.refusal(workload))
         if workload.lengths:
@@ -373,7 +373,7 @@ def _parse() -> argparse.Namespace:
         const="basics",
         choices=(*bars.SETS, *SEVERAL),
         help="the workloads of a set of bars, and the bars (the default: basics; forward: basics and shapes; real: "
-        "masks that people train with, in both directions; heads: heads of every kind in one call)",
+        "masks that people train with, in both directions; heads: heads of every kind in one call; float32)",
     )
     what.add_argument("--grid", choices=tuple(workloads.GRIDS), help="a grid of workloads")
     what.add_argument("--workloads", nargs="+", metavar="NAME", help="workloads by name, with spaces or commas between")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ BETWEEN = (40, 72, 80, 112, 160)  # head dims between the kernels' own
 TILES = ((128, 128), (128, 64), (128, 32), (128, 16))
 NARROW = ((64, 16), (64, 128), (80, 48), (112, 64), (32, 32), (32, 128), (16, 16), (16, 128))
 
+HALF = (torch.float16, torch.bfloat16)  # what most other libraries are timed with
 
 # Key blocks at the begin of a sequence that every row attends to, where a workload does not say otherwise.
 USUAL_SINKS = {"local": 4}
@@ -239,6 +241,7 @@ def _named(kind: str, workload: Workload, mask: str = "") -> Workload:
     parts += [f"heads{work.heads}"] if work.heads != 32 else []
     parts += [f"kv{work.heads_k}"] if work.heads_k != work.heads else []
     parts += [f"dim{work.head_dim}"] if work.head_dim != 128 else []
+    parts += [str(work.dtype).removeprefix("torch.")] if work.dtype != torch.bfloat16 else []
     parts += [f"values{work.value_dim}"] if work.value_dim is not None else []
     parts += [mask] if mask else []
     parts += [f"sinks{work.sinks}"] if work.sinks is not None else []
@@ -532,6 +535,24 @@ def _mixes(seqlen: int, **others: object) -> list[Workload]:
     ]
 
 
+def float32_groups() -> list[Group]:
+    """All true, and sparse, in float32, both directions."""
+    groups = []
+    for head_dim in (64, 128):
+        kind = {"head_dim": head_dim, "heads": 16, "heads_k": 16, "dtype": torch.float32}
+        members = [
+            make(task=task)
+            for task in ("forward", "backward")
+            for make in (
+                functools.partial(_all_true, 8192, False, **kind),
+                functools.partial(_sparse, 128, 128, 8192, 0.1, False, **kind),
+            )
+        ]
+        dense = [work.dense() for work in members[::2]]
+        groups.append(_brief(f"float32-dim{head_dim}", members, dense))
+    return groups
+
+
 def anchor_groups() -> list[Group]:
     """Dense, sparse and small-block problems on which other libraries have been measured."""
     dense = [_all_true(8192, causal, head_dim=dim) for dim in (64, 96, 128, 192, 256) for causal in (False, True)]
@@ -586,6 +607,7 @@ SETS = {
     "backward": backward_groups,
     "real": real_groups,
     "heads": head_groups,
+    "float32": float32_groups,
 }
 GRIDS = {"anchors": anchor_groups, "predecessor": predecessor_groups}
 

@@ -36,6 +36,7 @@ class Rival(Protocol):
     label: for people.
     dense: whether it ignores block masks and computes every pair.
     differentiable: whether PyTorch can differentiate its call; if not, it does not run where gradients are timed.
+    dtypes: of tensors that it is timed with.
     windowed: whether it can hide what the windows of a workload hide; if not, it does not run on those that have some.
     """
 
@@ -43,6 +44,7 @@ class Rival(Protocol):
     label: str
     dense: bool
     differentiable: bool
+    dtypes: tuple[torch.dtype, ...]
     windowed: bool
 
     def refusal(self, workload: Workload) -> str | None:

@@ -9,7 +9,7 @@ from block_sparse_attn import block_sparse_attn_func
 from torch import Tensor
 
 from baselines import expect
-from workloads import Workload
+from workloads import HALF, Workload
 
 
 class BlockSparseAttention:
@@ -17,6 +17,7 @@ class BlockSparseAttention:
     label = "MIT Block-Sparse-Attention"
     dense = False
     differentiable = True
+    dtypes = HALF
     windowed = False
 
     def refusal(self, workload: Workload) -> str | None:

@@ -8,7 +8,7 @@ from cudnn import BSA
 from torch import Tensor
 
 from baselines import expect, index_lists
-from workloads import Workload
+from workloads import HALF, Workload
 
 # Frontends before 1.32 lack it; the attribute loads its module, so that a missing one is noticed here.
 _forward = BSA.block_sparse_attention_forward
@@ -19,6 +19,7 @@ class CudnnFrontend:
     label = "cuDNN frontend, block-sparse"
     dense = False
     differentiable = False
+    dtypes = HALF
     windowed = False
 
     def refusal(self, workload: Workload) -> str | None:

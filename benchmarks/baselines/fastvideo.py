@@ -9,7 +9,7 @@ from fastvideo_kernel import block_sparse_attn_from_indices
 from torch import Tensor
 
 from baselines import expect, index_lists
-from workloads import Workload
+from workloads import HALF, Workload
 
 
 class FastVideo:
@@ -17,6 +17,7 @@ class FastVideo:
     label = "FastVideo VSA"
     dense = False
     differentiable = False
+    dtypes = HALF
     windowed = False
 
     def refusal(self, workload: Workload) -> str | None:

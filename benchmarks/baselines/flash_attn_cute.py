@@ -9,7 +9,7 @@ from flash_attn.cute.interface import _flash_attn_fwd
 from torch import Tensor
 
 from baselines import expect, index_lists, split_blocks
-from workloads import Workload
+from workloads import HALF, Workload
 
 
 class FlashAttentionCute:
@@ -17,6 +17,7 @@ class FlashAttentionCute:
     label = "FlashAttention-4"
     dense = False
     differentiable = False
+    dtypes = HALF
     windowed = False
 
     def refusal(self, workload: Workload) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from flash_attn_interface import flash_attn_func
 from torch import Tensor
 
-from workloads import Workload
+from workloads import HALF, Workload
 
 
 class FlashAttention3:
@@ -15,6 +15,7 @@ class FlashAttention3:
     label = "FlashAttention-3, dense"
     dense = True
     differentiable = True
+    dtypes = HALF
     windowed = False
 
     def refusal(self, workload: Workload) -> str | None:

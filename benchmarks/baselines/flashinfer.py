@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from baselines import expect
-from workloads import Workload
+from workloads import HALF, Workload
 
 
 class FlashInfer:
@@ -17,6 +17,7 @@ class FlashInfer:
     label = "FlashInfer"
     dense = False
     differentiable = False
+    dtypes = HALF
     windowed = False
 
     def refusal(self, workload: Workload) -> str | None:

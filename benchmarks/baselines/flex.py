@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from baselines import index_lists, split_blocks, windows_of_queries
-from workloads import Workload
+from workloads import HALF, Workload
 
 # Every workload is a specialization; past its limit the compiler would fall back to dense eager attention unasked.
 torch._dynamo.config.recompile_limit = 1024
@@ -48,6 +48,7 @@ class Flex:
     label = "FlexAttention"
     dense = False
     differentiable = True
+    dtypes = HALF
     windowed = True
 
     def refusal(self, workload: Workload) -> str | None:

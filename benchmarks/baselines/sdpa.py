@@ -1,14 +1,17 @@
-"""Dense attention by torch.nn.functional.scaled_dot_product_attention: cuDNN and FlashAttention-2."""
+"""Dense attention by torch.nn.functional.scaled_dot_product_attention: cuDNN and FlashAttention-2 and, of float32, what
+is called memory-efficient there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from workloads import Workload
+from workloads import HALF, Workload
 
 
 class Sdpa:
@@ -16,7 +19,8 @@ class Sdpa:
     differentiable = True
     windowed = False
 
-    def __init__(self, name: str, label: str, backend: SDPBackend) -> None:
+    def __init__(self, name: str, label: str, backend: SDPBackend, dtypes: tuple[torch.dtype, ...] = HALF) -> None:
+        self.dtypes = dtypes
         self.name = name
         self.label = label
         self._backend = backend
@@ -39,4 +43,5 @@ class Sdpa:
 RIVALS = (
     Sdpa("cudnn", "cuDNN, dense", SDPBackend.CUDNN_ATTENTION),
     Sdpa("fa2", "FlashAttention-2, dense", SDPBackend.FLASH_ATTENTION),
+    Sdpa("efficient", "memory-efficient, dense", SDPBackend.EFFICIENT_ATTENTION, (torch.float32,)),
 )
