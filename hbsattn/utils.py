@@ -68,5 +68,7 @@ def use_kernels(name: str, *, shared_kilobytes: int | None = None) -> Iterator[N
             limit_shared_memory(shared_kilobytes)
         yield
     finally:
-        limit_shared_memory(limit_before)
-        set_kernel_family(before)
+        try:
+            limit_shared_memory(limit_before)
+        finally:
+            set_kernel_family(before)

@@ -120,3 +120,18 @@ def test_merging_by_lse(device: str):
     torch.testing.assert_close(out.double(), want_out, rtol=0.02, atol=2e-2 if device == "cuda" else 1e-5)
     assert torch.equal(lse == -math.inf, want_lse == -math.inf)
     assert all(bool(grad.isfinite().all()) for grad in grads)
+
+
+@pytest.mark.parametrize("k_block", [64, 128])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("device,dtype", cases.DEVICE_DTYPES)
+def test_rows_beside_keys_of_others(device: str, dtype: torch.dtype, deterministic: bool, k_block: int):
+    """A NaN in a key that later rows of a block see, and its first ones, which see no key, do not."""
+    spec = case("others", lens_q=(128,), lens_k=(88,), q_block=128, k_block=k_block, causal=True, density=1.0)
+    problem = make_problem(spec, device, dtype)
+    problem.k[10] = math.nan
+    q, k, v = leaves(problem)
+    out, lse = attend(q, k, v, problem.mask(), return_lse=True, deterministic=deterministic)
+    grad_q = torch.autograd.grad((out, lse), q, upstream(problem, lse.detach(), 7))[0]
+    assert not out[:40].any() and bool((lse[:, :40] == -math.inf).all()) and not grad_q[:40].any()
+    assert bool(grad_q[50:].isnan().any())

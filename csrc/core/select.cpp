@@ -130,6 +130,20 @@ HeadDims find_backward_head_dims(const BackwardParams& params) {
   }
 }
 
+// Methods are chosen for the head dim of a problem; the kernel of a greater one, in a build without its own, may not
+// add up gradients of queries, or not find the room for that.
+Status check_adding(const BackwardParams& params, const HeadDims& found) {
+  const DevicePolicy policy = kernels::current_policy(params);
+  if (policy.family != KernelFamily::kSm80 || found.chosen == 0) return Status::Ok();
+  if (choose_backward_method(params, policy) != BackwardMethod::kByKeys) return Status::Ok();
+  if (found.chosen <= kSm80AddingHeadDim && policy.has_room_to_add(found.chosen, found.tiles.rows)) return Status::Ok();
+  return Status::NotSupported("head_dim is " + std::to_string(params.problem.head_dim) +
+                              ", for which this build of hbsattn has kernels of head dim " +
+                              std::to_string(found.chosen) +
+                              " alone; expected deterministic gradients of these, or a " +
+                              "build with kernels of head dim " + (params.problem.head_dim <= 64 ? "64" : "96 or 128"));
+}
+
 Status select(const ForwardParams& problem, const HeadDims& found, const char* where, KernelKey* key) {
   if (found.chosen == 0) return refuse_head_dim(problem, found.largest, where);
   const int most = kernels::block_shared_bytes();
@@ -350,7 +364,9 @@ Status select_backward(const BackwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_backward_sizes(params.problem));
   // Tiles of keys take them as they are; those of queries tell consumers where blocks end.
   if (backward_lists(params).items) HBSATTN_RETURN_IF_ERROR(check_keys(params.problem));
-  return select(params.problem, find_backward_head_dims(params), " for the backward pass on CUDA", key);
+  const HeadDims found = find_backward_head_dims(params);
+  HBSATTN_RETURN_IF_ERROR(check_adding(params, found));
+  return select(params.problem, found, " for the backward pass on CUDA", key);
 }
 
 Status select_grad_queries(const BackwardParams& params, KernelKey* key) {

@@ -187,11 +187,18 @@ __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const Ro
   if (chunk >= chunks) return;
   const int64_t stack_row = stack * args.workspace.rows + int64_t{chunk} * kGranule;
   const float* sums = args.grad_q_sum + stack_row * (32 * kParts);
-  Element* rows[2];  // null: the row does not exist
+  Element* rows[2];  // null: the row does not exist, or is done
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const QueryPlace place = locate(args, chunk, lane / 4 + 8 * i);
+    const int row = lane / 4 + 8 * i;
+    const QueryPlace place = locate(args, chunk, row);
     rows[i] = place.exists ? address<Element>(args.grad_q, place, head_of(args, stack, place)) : nullptr;
+    if (rows[i] == nullptr || args.lse[stack_row + row] != INFINITY) continue;
+    // A row with nothing to attend: keys that only other rows of its tiles attend to may have given it NaNs.
+    for (int column = lane % 4 * 8; column < args.grad_q.columns; column += 32) {
+      *reinterpret_cast<uint4*>(rows[i] + column) = make_uint4(0, 0, 0, 0);
+    }
+    rows[i] = nullptr;
   }
 #pragma unroll
   for (int first = 0; first < kParts; first += kAtOnce) {
