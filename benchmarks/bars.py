@@ -628,27 +628,17 @@ HEADS = (
 )
 
 
-def _of_efficient(head_dim: int, mask: str, forward: float, backward: float) -> list[Bar]:
-    return [
-        Bar(
-            f"float32, head dim {head_dim}, {'all true' if mask == 'all-true' else 'density .1'}{what}",
-            _ours(_float32(f"{task}{mask}", head_dim, "-density0.1" if mask != "all-true" else "")),
-            Quantity(_float32(f"{task}dense", head_dim), "efficient", "tflops"),
-            target,
-            "of memory-efficient dense",
-        )
-        for task, what, target in (("", "", forward), ("backward-", ", backward", backward))
-    ]
+def _of_efficient(task: str, kind: str, shape: str, end: str, target: float) -> Bar:
+    reference = Quantity(f"{task}dense-{shape}", "efficient", "tflops")
+    return Bar(f"{task}{kind}-{shape}{end}", _ours(f"{task}{kind}-{shape}{end}"), reference, target, "of dense")
 
 
-def _float32(kind: str, head_dim: int, mask: str = "") -> str:
-    dim = "" if head_dim == 128 else f"-dim{head_dim}"
-    return f"{kind}-s8192-heads16{dim}-float32{mask}"
-
-
-# In float32, s 8192, 16 heads, not causal; rates on active pairs.
+# In float32, beside memory-efficient attention; rates on active pairs.
 FLOAT32 = tuple(
-    bar for head_dim in (64, 128) for mask in ("all-true", "128x128") for bar in _of_efficient(head_dim, mask, 1.5, 1.3)
+    _of_efficient(task, kind, f"s8192-heads16{dim}-float32", end, target)
+    for dim in ("-dim64", "")
+    for kind, end in (("all-true", ""), ("128x128", "-density0.1"))
+    for task, target in (("", 1.5), ("backward-", 1.3))
 )
 
 SETS = {"basics": BASICS, "shapes": SHAPES, "backward": BACKWARD, "real": REAL, "heads": HEADS, "float32": FLOAT32}

@@ -111,7 +111,7 @@ def test_caps_of_every_size(cap: float, device: str, dtype: torch.dtype):
         if device == "cuda" and dtype == torch.float32 and cap < 0.05:
             # The slope of such a cap comes from a log-sum-exp many times as large.
             for got, want in zip(grads, reference(problem, 7, True, torch.float64), strict=True):
-                assert float((got - want).abs().max()) <= 2e-4 * float(want.abs().max())
+                assert float((got - want).abs().max()) <= 1e-3 * float(want.abs().max())
         else:
             judge_gradients(problem, grads)
     if cap == 1e6:
