@@ -466,8 +466,7 @@ def _tokens(what: str, mask: str, rate: float, gib: float) -> list[Bar]:
     return bars
 
 
-# Both directions of masks that people train with. Head dim 128, causal, top-k with a mask for each of 8 key heads,
-# unless it says otherwise; targets are those of an H100 where cards differ.
+# Masks that people train with: head dim 128, causal, top-k of 8 key heads, unless it says otherwise; targets of an H100.
 REAL = (
     Bar(
         "default backward beside deterministic, all masks: the worst",
@@ -628,12 +627,11 @@ HEADS = (
 )
 
 
-def _of_efficient(task: str, kind: str, shape: str, end: str, target: float) -> Bar:
+def _of_efficient(task: str, kind: str, shape: str, end: str, target: float) -> Bar:  # in float32
     reference = Quantity(f"{task}dense-{shape}", "efficient", "tflops")
     return Bar(f"{task}{kind}-{shape}{end}", _ours(f"{task}{kind}-{shape}{end}"), reference, target, "of dense")
 
 
-# In float32, beside memory-efficient attention; rates on active pairs.
 FLOAT32 = tuple(
     _of_efficient(task, kind, f"s8192-heads16{dim}-float32", end, target)
     for dim in ("-dim64", "")
