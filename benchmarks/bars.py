@@ -466,7 +466,7 @@ def _tokens(what: str, mask: str, rate: float, gib: float) -> list[Bar]:
     return bars
 
 
-# Masks that people train with: head dim 128, causal, top-k of 8 key heads, unless it says otherwise; targets of an H100.
+# Masks that people train with: head dim 128, causal, top-k of 8 key heads, unless it says otherwise; an H100's targets.
 REAL = (
     Bar(
         "default backward beside deterministic, all masks: the worst",

@@ -320,12 +320,15 @@ def check_rivals() -> None:
 
     class Rival:
         name, label, dense, differentiable, windowed = "rival", "Rival", False, True, False
+        dtypes = workloads.HALF
 
         def refusal(self, workload: workloads.Workload) -> None:
             """Covers all, but for what others see before."""
 
     problem = types.SimpleNamespace(workload=work, flops=0)
     assert run.Bench._prepare_rival(None, Rival(), problem).problem == "not supported: windows of tokens"
+    problem.workload = dataclasses.replace(work, dtype=torch.float32)
+    assert run.Bench._prepare_rival(None, Rival(), problem) is None
 
 
 def check_gallery() -> None:
