@@ -209,7 +209,7 @@ def run_cases(names: list[str], float32: bool) -> None:
 LIES = [(0, 300, 0, 300), (300, 200, 100, 0), (0, 0, 0, 300)]  # within the tensors
 
 
-def run_lies(spec: Case, deterministic: bool, lies: list[tuple[int, ...]], dtype: torch.dtype = torch.bfloat16) -> None:
+def run_lies(spec: Case, deterministic: bool, lies: list[tuple[int, ...]], dtype: torch.dtype) -> None:
     """Forward and backward of tensors of HOSTILE_ROWS rows, about which the lengths of queries, keys or both lie."""
     generator = torch.Generator().manual_seed(0)
     heads = (spec.heads_q, spec.heads_k, spec.heads_k)

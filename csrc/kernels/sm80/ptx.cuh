@@ -45,7 +45,7 @@ __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t (&words
 }
 
 // A float32 number in two parts with the 11 digits that tensor cores take (TF32), which leave out 2^-22 of it at most.
-// The first of an infinity or NaN is that too, and the second NaN.
+// Of an infinity or a NaN, the second is NaN.
 __device__ __forceinline__ void split_float(uint32_t word, uint32_t& high, uint32_t& low) {
   high = (word + 0x1000u) & 0xffffe000u;
   low = __float_as_uint(__uint_as_float(word) - __uint_as_float(high));

@@ -120,6 +120,16 @@ __device__ __forceinline__ void store_word(uint32_t address, uint32_t word) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
 
+// First operands of products that sum over a stage's queries, which have a step for each granule, as multiply_columns()
+// asks for them.
+template <int kStrips, int kSteps>
+__device__ __forceinline__ auto select_step(const uint32_t (&operands)[kStrips][kSteps][4]) {
+  return [&](int step, uint32_t (&words)[kStrips][4]) {
+    CUTE_UNROLL
+    for (int i = 0; i < 4 * kStrips; ++i) words[i / 4][i % 4] = operands[i / 4][step][i % 4];
+  };
+}
+
 // The weights of a stage, times kWeightScale, and gradients of values.
 template <class Traits, class Sums>
 __device__ __forceinline__ void add_values(const BackwardKeysArguments& args, typename Traits::Storage& storage,
@@ -159,16 +169,7 @@ __device__ __forceinline__ void add_values(const BackwardKeysArguments& args, ty
   wait_copies<0>();
   arrive(kWeightsBarrier + (stage + 1) % 2, Traits::kThreads);
   const PatchReader<Queries, Operand::kByColumns> grad_out(shared_address(storage.grad_out[buffer]), lane);
-  CUTE_UNROLL
-  for (int granule = 0; granule < Traits::kGranules; ++granule) {
-    uint32_t operands[kStrips][4];
-    CUTE_UNROLL
-    for (int i = 0; i < kStrips; ++i) {
-      CUTE_UNROLL
-      for (int j = 0; j < 4; ++j) operands[i][j] = weights[i][granule][j];
-    }
-    multiply_step<Element>(grad_values, operands, grad_out, granule);
-  }
+  multiply_columns<Element>(grad_values, select_step(weights), grad_out);
 }
 
 // The gradients of a stage's scores, which replace the weights, and those of keys.
@@ -213,16 +214,7 @@ __device__ __forceinline__ void add_keys(const BackwardKeysArguments& args, type
   wait_copies<0>();
   arrive(kGradsBarrier, Traits::kThreads);
   const PatchReader<Queries, Operand::kByColumns> queries(shared_address(storage.queries[buffer]), lane);
-  CUTE_UNROLL
-  for (int granule = 0; granule < Traits::kGranules; ++granule) {
-    uint32_t operands[kStrips][4];
-    CUTE_UNROLL
-    for (int i = 0; i < kStrips; ++i) {
-      CUTE_UNROLL
-      for (int j = 0; j < 4; ++j) operands[i][j] = of_scores[i][granule][j];
-    }
-    multiply_step<Element>(grad_keys, operands, queries, granule);
-  }
+  multiply_columns<Element>(grad_keys, select_step(of_scores), queries);
 }
 
 // Adds what a warp has of the gradients of a stage's queries to the sums in global memory.
