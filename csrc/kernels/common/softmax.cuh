@@ -37,6 +37,15 @@ struct OnlineSoftmax {
     offset[row] = maximum == -INFINITY ? 0.f : maximum * scale_log2;
   }
 
+  // A later maximum. Gives what sums and outputs so far have to be multiplied by: they are relative to the offset as it
+  // was rounded, which at logits of 2^17 is half a percent from the product of the maximum and the scale.
+  __device__ __forceinline__ float move_max(int row, float maximum, float scale_log2) {
+    const bool had_any = row_max[row] != -INFINITY;
+    const float before = offset[row];
+    set_max(row, maximum, scale_log2);
+    return had_any ? exp2_approx(before - offset[row]) : 0.f;
+  }
+
   // The first scores of a tile.
   template <class Scores>
   __device__ __forceinline__ void begin(const Scores& scores, float scale_log2) {
@@ -60,9 +69,7 @@ struct OnlineSoftmax {
   __device__ __forceinline__ void join_sink(int row, float sink, float scale_log2, bool mine, Output& output) {
     const float unscaled = __fdividef(sink, scale_log2);
     if (unscaled > row_max[row]) {
-      const float before = row_max[row] * scale_log2;
-      set_max(row, unscaled, scale_log2);
-      const float rescale = exp2_approx(before - offset[row]);
+      const float rescale = move_max(row, unscaled, scale_log2);
       row_sum[row] *= rescale;
 #pragma unroll
       for (int i = 0; i < decltype(cute::size(output))::value; ++i) {
@@ -103,9 +110,7 @@ struct OnlineSoftmax {
     float rescale[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const float before = row_max[row];
-      set_max(row, fmaxf(before, growth.maximum[row]), scale_log2);
-      rescale[row] = exp2_approx(before * scale_log2 - offset[row]);
+      rescale[row] = move_max(row, fmaxf(row_max[row], growth.maximum[row]), scale_log2);
       row_sum[row] *= rescale[row];
     }
 #pragma unroll
