@@ -44,9 +44,11 @@ struct MaskShape {
   int32_t k_block_size = 0;  // keys in a block
   bool causal = false;       // key j counts for query i if j <= i + Sequence::diagonal
   bool ruled = false;        // each mask head also has a rule of its own, in MaskView::rules
+  bool partial = false;      // active blocks may be partial: MaskView::partial
 
   constexpr int64_t words() const { return (cols + 31) / 32; }      // of a bit row
   constexpr int64_t row_words() const { return (rows + 31) / 32; }  // of a column
+  constexpr int64_t granules() const { return (k_block_size + 15) / 16; }  // of 16 keys, in a block
 };
 
 // The element rule of a mask head. On top of the block mask and of causality, key j counts for query i if j < sink or
@@ -58,6 +60,13 @@ struct alignas(16) HeadRule {
   int32_t unused;
 };
 
+// 32 columns of a bit row. Of a block that is active and has its bit here, a matrix says which pairs of a query and a
+// key count: that at place `first` and following of MaskView::matrices, in the order of columns.
+struct alignas(8) PartialWord {
+  uint32_t bits;
+  int32_t first;
+};
+
 // A packed mask. Bit c % 32 of bits[h][row][c / 32] says whether the query block of this row attends to key block
 // c of its own sequence; columns past the sequence's end and, if causal, past the diagonal are 0. Where rules let no
 // query of the block see a key of c, the bit should be 0: results are the same, but such blocks would be streamed.
@@ -66,6 +75,14 @@ struct MaskView {
   const uint32_t* bits = nullptr;       // (heads, rows, words), contiguous
   const Sequence* sequences = nullptr;  // (batch)
   const HeadRule* rules = nullptr;      // (heads), if shape.ruled
+
+  // If shape.partial. Places and numbers of matrices that lie are cut to those that there are.
+  const PartialWord* partial = nullptr;  // (heads, rows, words)
+  const int32_t* matrices = nullptr;     // (num_partial), the number of each partial block's matrix
+  int64_t num_partial = 0;
+  // Bit k % 16 of elements[n][q][k / 16] says whether query q of a block counts for key k of it.
+  const uint16_t* elements = nullptr;  // (num_matrices, q_block_size, ceil(k_block_size / 16))
+  int64_t num_matrices = 0;
 };
 
 // Packed: cu_seqlens_* point to int32 (batch + 1) on the device. Batched: they are null and seqlen_* hold.
