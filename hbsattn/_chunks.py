@@ -87,9 +87,7 @@ def attend_in_chunks(
     return out, lse
 
 
-def make_chunks(
-    lists: Lists, sequences: Tensor, layout: tuple[int, int, int, int], rows: int, packed: bool
-) -> Iterator[Chunk]:
+def make_chunks(lists: Lists, sequences: Tensor, layout: tuple[int, ...], rows: int, packed: bool) -> Iterator[Chunk]:
     """Cuts a mask into chunks, one after another. `rows`: of q, of each batch entry if it is batched."""
     batch, cols = 1 if packed else sequences.shape[0], layout[0]
     row_bytes = max(batch * lists.heads * ceil_div(cols, 32) * INT_BYTES, 1)
@@ -100,7 +98,7 @@ def make_chunks(
 
         def pack(begin: int = begin, end: int = end, bit_rows: int = bit_rows) -> tuple[Tensor, Tensor]:
             table = cut_sequences(sequences, begin, end, packed)
-            return lists.cut(begin, end).pack(table, bit_rows, layout), table
+            return lists.cut(begin, end).pack(table, bit_rows, layout[:4]), table
 
         yield Chunk(begin, end, (lists.heads, bit_rows, ceil_div(cols, 32)), pack)
 

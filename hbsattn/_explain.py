@@ -51,14 +51,15 @@ def explain(
     softcap, dropout_p = check_softcap(softcap), check_dropout_p("dropout_p", dropout_p)
     if mask._lists is None:  # whose bits may take too much memory
         numbers = (mask._layout, True, 1.0, 0.0, softcap)  # whatever the scores are
-        ops.check_forward.default(q, k, v, mask._kept_bits(), mask.sequences, mask._rules, None, None, *numbers)
+        tables = (mask._kept_bits(), mask.sequences, mask._rules, mask._partial, mask._matrices, mask._elements)
+        ops.check_forward.default(q, k, v, *tables, None, None, *numbers)
     elif v.shape[:-1] != k.shape[:-1] or not 0 < v.shape[-1] <= 256:
         raise ValueError(
             f"v has shape {tuple(v.shape)}; expected {tuple(k.shape)}, that of k, but for a head_dim of 1 to 256"
         )
     if q.device.type == "cpu":
         return {"forward": {"kernel": "cpu"}, "backward": {"kernel": "cpu"}}
-    cols, q_block, k_block, causal = mask._layout
+    cols, q_block, k_block, causal, partial = mask._layout
     needs = tuple(x.requires_grad for x in (q, k, v))
     with torch.cuda.device(q.device):
         forward, backward = _C.explain(
@@ -71,6 +72,7 @@ def explain(
             (q_block, k_block),
             bool(causal),
             mask._rules is not None,
+            bool(partial),
             deterministic or torch.are_deterministic_algorithms_enabled(),
             needs if any(needs) else (True, True, True),
             softcap,

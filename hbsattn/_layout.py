@@ -3,6 +3,13 @@
 ``bits`` is int32 (heads, rows, words): bit ``c % 32`` of word ``c // 32`` tells whether the query block of this row
 attends to key block ``c`` of its own sequence. ``sequences`` is int32 (batch, 7) with the columns below. ``rules`` is
 int32 (heads, 4), the windows of the heads, or None: no head has one.
+
+Of partial blocks, which are on in ``bits``, a matrix says which pairs of a query and a key count. ``partial`` is int32
+(heads, rows, words, 2): bit ``c % 32`` of the first number tells whether block ``c`` is partial, if it is on, and the
+second is the place in ``matrices`` of the first partial block of this word; those of a word follow in the order of
+columns. ``matrices`` is int32 (partial blocks), numbers in ``elements``, int16 (matrices, q_block, ceil(k_block / 16)):
+bit ``k % 16`` of ``[n, q, k // 16]`` tells of query ``q`` and key ``k`` of the block. All three are None for a mask
+without partial blocks.
 """
 
 import functools
@@ -29,6 +36,7 @@ class MaskLayout(NamedTuple):
     q_block_size: int
     k_block_size: int
     causal: int  # 0 or 1
+    partial: int = 0  # 0 or 1: whether there are partial blocks; the ops that make bits are not told
 
 
 class CallShape(NamedTuple):
@@ -50,6 +58,9 @@ class Call(NamedTuple):
     bits: Tensor
     sequences: Tensor
     rules: Tensor | None
+    partial: Tensor | None
+    matrices: Tensor | None
+    elements: Tensor | None
     sinks: Tensor | None
     dropout_seed: Tensor | None  # None: no weight is dropped
     layout: Sequence[int]  # a MaskLayout

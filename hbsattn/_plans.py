@@ -94,7 +94,7 @@ class _Made:
 
 
 class Plans:
-    """Plans made from the contents of a mask: `contents`, two or three tensors one of which changes if anything does.
+    """Plans made from the contents of a mask: `contents`, two to four tensors one of which changes if anything does.
 
     A plan is good for the contents of its version, which counts writes to the tensors. Each stream makes its own:
     nothing orders one stream's use after another's making. A plan that is made anew takes the memory of the one before:
@@ -104,6 +104,7 @@ class Plans:
     def __init__(self, contents: tuple[Tensor, ...]) -> None:
         self._first, self._second, *more = contents
         self._third = more[0] if more else self._second
+        self._fourth = more[1] if len(more) > 1 else self._second
         self._device = self._first.device
         on_cuda = self._device.type == "cuda" and type(self._first) is Tensor
         self._stream_device = self._device.index if on_cuda else None
@@ -111,7 +112,10 @@ class Plans:
 
     def _version(self) -> int:
         # Versions only grow, and so does their sum.
-        return self._first._version + self._second._version + self._third._version
+        return self._first._version + self._second._version + self._third._version + self._fourth._version
+
+    def _contents(self) -> tuple[Tensor, ...]:
+        return self._first, self._second, self._third, self._fourth
 
     def _stream(self) -> int:
         return 0 if self._stream_device is None else _raw_stream(self._stream_device)
@@ -125,7 +129,9 @@ class Plans:
         index = self._stream_device
         plans = self._made.get(0 if index is None else _raw_stream(index))
         made = None if plans is None else plans.get(key)
-        if made is not None and made.version == self._first._version + self._second._version + self._third._version:
+        if made is not None and made.version == (
+            self._first._version + self._second._version + self._third._version + self._fourth._version
+        ):
             if made.is_pending:
                 made.settle(self._device)
             return made.tensors
@@ -155,7 +161,7 @@ class Plans:
 
     def version(self) -> int | None:
         """What to tell `keep`, asked before a plan is made. None: what is made now belongs to no version."""
-        if is_compiling() or any(x.is_inference() for x in (self._first, self._second, self._third)):
+        if is_compiling() or any(x.is_inference() for x in self._contents()):
             return None
         return self._version()
 
@@ -167,7 +173,7 @@ class Plans:
         # Captured, a plan has no values yet; one of contents that a graph rewrites has others after each replay.
         if version is None or is_transforming() or mask._replayed or is_capturing(self._device):
             return plan
-        if is_traced(*plan, self._first, self._second, self._third):
+        if is_traced(*plan, *self._contents()):
             return plan
         return self._keep(key, plan, version, make)
 

@@ -13,7 +13,7 @@ from hbsattn._ops import ops
 from hbsattn._placement import Lengths, Place, make_sequences
 
 INTEGERS = (torch.int32, torch.int64)
-Layout = tuple[int, int, int, int]  # a MaskLayout
+Layout = tuple[int, int, int, int]  # a MaskLayout, without partial blocks
 
 
 class _Form:

@@ -149,10 +149,10 @@ def _attend(
     widest = max(head_dim, v.shape[-1]) if v.dim() else head_dim  # the op refuses a v without dimensions
     shape: Heads = (heads_q, k_shape[-2], widest, q.element_size(), pack_heads)
     if mask._lists is not None and not trains and dropout_seed is None and not mask._makes_bits():
-        numbers = (mask._rules, sinks, None, mask._layout, pack_heads, scale, 0.0, softcap)
+        numbers = (mask._rules, None, None, None, sinks, None, mask._layout, pack_heads, scale, 0.0, softcap)
         results = _attend_in_chunks(q, k, v, mask, numbers)
         return results if return_lse else results[0]
-    tables = (mask._kept_bits(), mask.sequences, mask._rules)
+    tables = (mask._kept_bits(), mask.sequences, mask._rules, mask._partial, mask._matrices, mask._elements)
     call = (q, k, v, *tables, sinks, dropout_seed, mask._layout, pack_heads, scale, dropout_p, softcap)  # a Call
     items = backward_plan = None
     if device != "cpu":  # which needs no plans

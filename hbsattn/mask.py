@@ -109,6 +109,9 @@ class BlockMask:
     _indices: Tensor | None = None
     _replayed: bool = False  # whether a CUDA graph writes the contents: they may change with each replay
     _rules: Tensor | None = None  # int32 (heads, 4), if heads have windows: left, right, sink and 0
+    _partial: Tensor | None = None  # where partial blocks are, if there are any: these three as `_layout` has them
+    _matrices: Tensor | None = None
+    _elements: Tensor | None = None
 
     # Takes the fields in their order, or by name. A frozen dataclass's own would set them one by one, which takes as
     # long as all else that a new mask needs in Python.
@@ -127,9 +130,9 @@ class BlockMask:
                     with torch.inference_mode(False):
                         fields[name] = tensor.clone()
         # No field: a copy, or a mask with other fields, plans anew.
-        bits, rules = fields.get("_bits"), fields.get("_rules")
-        contents = (fields.get("_counts") if bits is None else bits, fields["sequences"])
-        fields["_plans"] = Plans(contents if rules is None else (*contents, rules))
+        bits = fields.get("_bits")
+        more = (x for x in (fields.get("_rules"), fields.get("_partial")) if x is not None)
+        fields["_plans"] = Plans((fields.get("_counts") if bits is None else bits, fields["sequences"], *more))
         if is_compiling:
             for name, value in fields.items():
                 object.__setattr__(self, name, value)
@@ -341,7 +344,7 @@ class BlockMask:
             if can_read(*source.tensors, sequences):
                 check_contents(source, self._lead, lengths, place, sequences, self.q_block_size, self.k_block_size)
             if lists is None:
-                self._bits.copy_(source.pack(sequences, place.rows, self._layout))
+                self._bits.copy_(source.pack(sequences, place.rows, self._layout[:4]))
             else:
                 lists.counts.copy_(source.counts)
                 lists.indices.copy_(source.indices)
@@ -485,15 +488,15 @@ class BlockMask:
         return None if self._counts is None else Lists(self._counts, self._indices)
 
     @property
-    def _layout(self) -> tuple[int, int, int, int]:
+    def _layout(self) -> tuple[int, int, int, int, int]:
         """What ops take as `layout`, a MaskLayout. An op's list of symbolic numbers holds no bool."""
-        return self.cols, self._q_block, self._k_block, int(self.causal)
+        return self.cols, self._q_block, self._k_block, int(self.causal), int(self._partial is not None)
 
     @property
     def bits(self) -> Tensor:
         if self._bits is not None:
             return self._bits
-        return self._lists.pack(self.sequences, self.rows, self._layout)
+        return self._lists.pack(self.sequences, self.rows, self._layout[:4])
 
     def _plan(self, key: tuple[Any, ...], make: Maker) -> Plan:
         """What calls share that are alike in `key`, made on the first one.
@@ -535,10 +538,9 @@ class BlockMask:
             sequences = self.sequences.to(device)
             if sequences is self.sequences:
                 return self
-            tensors = {"sequences": sequences}
-            for name in ("_bits", "_counts", "_indices", "_rules"):
-                tensor = getattr(self, name)
-                tensors[name] = None if tensor is None else tensor.to(device)
+            tensors = {name: getattr(self, name) for name in _TENSORS if name != "sequences"}
+            tensors = {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
+            tensors["sequences"] = sequences
         return dataclasses.replace(self, **tensors, _replayed=is_capturing(device))
 
     def cuda(self, device: torch.device | str | int | None = None) -> "BlockMask":
@@ -688,6 +690,6 @@ def _check_fields(given: int, named: dict[str, Any]) -> None:
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(BlockMask))
-_TENSORS = ("_bits", "sequences", "_counts", "_indices", "_rules")
+_TENSORS = ("_bits", "sequences", "_counts", "_indices", "_rules", "_partial", "_matrices", "_elements")
 
 torch.serialization.add_safe_globals([BlockMask])  # for torch.load(weights_only=True)

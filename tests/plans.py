@@ -30,7 +30,7 @@ def uses_sm80() -> bool:
     return name == "sm80" or (name == "auto" and not suits)
 
 
-def layout_of(mask: hbsattn.BlockMask) -> tuple[int, int, int, int]:
+def layout_of(mask: hbsattn.BlockMask) -> tuple[int, int, int, int, int]:
     return mask._layout
 
 
@@ -51,7 +51,8 @@ def call_of(
 ) -> tuple[Any, ...]:
     """What each op of an attention call takes first. `bits` and `rules`: instead of the mask's own."""
     tables = (mask.bits if bits is None else bits, mask.sequences, mask._rules if rules is None else rules)
-    return (q, k, v, *tables, sinks, dropout_seed, layout_of(mask), pack_heads, scale, dropout_p, softcap)
+    partial = (mask._partial, mask._matrices, mask._elements)
+    return (q, k, v, *tables, *partial, sinks, dropout_seed, layout_of(mask), pack_heads, scale, dropout_p, softcap)
 
 
 def plan_items(mask: hbsattn.BlockMask, *call: int, for_backward: bool = False) -> Tensor:

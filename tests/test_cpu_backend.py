@@ -108,7 +108,7 @@ def call_of(problem: Problem) -> Call:
     """Blocks keep their size, which a mask would cut to about the length."""
     mask = problem.mask()
     layout = MaskLayout(mask.cols, mask.q_block_size, mask.k_block_size, mask.causal)
-    tables = (mask.bits, mask.sequences, mask._rules)
+    tables = (mask.bits, mask.sequences, mask._rules, mask._partial, mask._matrices, mask._elements)
     return Call(problem.q, problem.k, problem.v, *tables, None, None, layout, True, 0.125, 0.0, 0.0)
 
 
@@ -374,7 +374,7 @@ def test_agrees_with_cuda(name: str):
     masks = [p.mask() for p in (here, there)]
     assert same(masks[0].bits, masks[1].bits.cpu()) and same(masks[0].sequences, masks[1].sequences.cpu())
     call = (spec.heads_q, spec.heads_k, spec.head_dim, 2, True)
-    want = plan.plan_items(masks[0].bits, masks[0].sequences, *layout_of(masks[0]), *call, uses_sm80())
+    want = plan.plan_items(masks[0].bits, masks[0].sequences, *layout_of(masks[0])[:4], *call, uses_sm80())
     got = plan_items(masks[1], *call).cpu()
     assert same(*(items[items[:, plan.BLOCKS] > 0] for items in (want, got)))
     judge(here, *here.run(masks[0]))

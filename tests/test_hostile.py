@@ -123,7 +123,7 @@ def test_the_diagonal_is_that_of_the_claimed_lengths(spec: Case, windowed: bool,
     got = (out, lse, *torch.autograd.grad(out, leaves, grad_out))
     plain = [x.cpu().float() for x in tensors]
     rules = None if mask._rules is None else mask._rules.cpu()
-    tables = (mask.bits.cpu(), mask.sequences.cpu(), rules)
+    tables = (mask.bits.cpu(), mask.sequences.cpu(), rules, None, None, None)
     call = Call(*plain, *tables, None, None, mask._layout, True, spec.head_dim**-0.5, 0.0, 0.0)
     out, lse = attend_on_cpu(call)
     want = (out, lse, *differentiate_on_cpu(call, grad_out.cpu().float(), None, out, lse)[:3])

@@ -346,7 +346,7 @@ def work_list(
     """The records of a list that are not dead; dead ones end it."""
     call = (heads_q, heads_k, head_dim, 2, pack_heads)
     if not mask.bits.is_cuda:
-        return plan.plan_items(mask.bits, mask.sequences, *layout_of(mask), *call, for_backward)
+        return plan.plan_items(mask.bits, mask.sequences, *layout_of(mask)[:4], *call, for_backward)
     items = plan_items(mask, *call)
     if for_backward:
         rows_k = mask.cols * mask.k_block_size * mask.batch
@@ -516,7 +516,7 @@ def test_list_is_the_oracle_s(spec: Case):
     spec = dataclasses.replace(spec, q_block=128, k_block=128)
     mask = build_mask(spec, block_masks(spec, 0), "cuda")
     call = (spec.heads_q, spec.heads_k, 128, 2, True)
-    want = plan.plan_items(mask.bits.cpu(), mask.sequences.cpu(), *layout_of(mask), *call, uses_sm80())
+    want = plan.plan_items(mask.bits.cpu(), mask.sequences.cpu(), *layout_of(mask)[:4], *call, uses_sm80())
     got = plan_items(mask, *call).cpu()
     assert torch.equal(got[: len(want)], want) and bool((got[len(want) :, 0] == -1).all())
 

@@ -156,9 +156,9 @@ def test_gradients_that_nobody_needs(needs: tuple[bool, bool, bool], needs_sinks
 
 
 # What `backward` takes behind the call, by position.
-GRAD_OUT, GRAD_LSE, OUT, LSE, PLAN = range(13, 18)
-SINKS, DROPOUT_SEED, LAYOUT, _, SCALE, DROPOUT_P, SOFTCAP = range(6, 13)
-ITEMS = 13  # of `forward`
+GRAD_OUT, GRAD_LSE, OUT, LSE, PLAN = range(16, 21)
+SINKS, DROPOUT_SEED, LAYOUT, _, SCALE, DROPOUT_P, SOFTCAP = range(9, 16)
+ITEMS = 16  # of `forward`
 
 # Position among the arguments, what becomes of it, and what the message says.
 BACKWARD_ERRORS: dict[str, tuple[int, Any, str]] = {
@@ -169,7 +169,7 @@ BACKWARD_ERRORS: dict[str, tuple[int, Any, str]] = {
     "out_shape": (OUT, lambda x: x[1:], r"out has shape .*; expected"),
     "lse_shape": (LSE, lambda x: x.T, r"lse has shape .*; expected"),
     "softmax_scale": (SCALE, lambda _: math.nan, r"softmax_scale is nan; expected"),
-    "layout": (LAYOUT, lambda x: x[1:], r"layout has 3 numbers; expected 4"),
+    "layout": (LAYOUT, lambda x: x[1:], r"layout has 4 numbers; expected 5"),
     "sinks_shape": (SINKS, lambda x: x[1:], r"sinks has shape \[3\]; expected \[4\]"),
     "sinks_dtype": (SINKS, lambda x: x.half(), r"sinks has dtype float16; expected float32"),
     "sinks_strides": (SINKS, lambda x: x[:1].expand(4), r"sinks is not contiguous"),

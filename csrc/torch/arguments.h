@@ -27,6 +27,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 inline constexpr int64_t kSequenceInts = sizeof(Sequence) / sizeof(int32_t);
 inline constexpr int64_t kRuleInts = sizeof(HeadRule) / sizeof(int32_t);
+inline constexpr int64_t kPartialInts = sizeof(PartialWord) / sizeof(int32_t);
 inline constexpr int64_t kItemInts = sizeof(WorkItem) / sizeof(int32_t);
 inline constexpr int64_t kKeyItemInts = sizeof(KeyItem) / sizeof(int32_t);
 
@@ -35,12 +36,14 @@ inline constexpr int64_t kKeyItemInts = sizeof(KeyItem) / sizeof(int32_t);
 struct MaskLayout {
   int64_t cols, q_block_size, k_block_size;
   bool causal;
+  bool partial = false;  // of the operators that make bits, which know no partial blocks, never
 };
 
 inline MaskLayout read_layout(at::IntArrayRef values) {
-  TORCH_CHECK_VALUE(values.size() == 4, describe("layout has ", static_cast<int64_t>(values.size()),
-                                                 " numbers; expected 4: cols, q_block_size, k_block_size, causal"));
-  return {values[0], values[1], values[2], values[3] != 0};
+  TORCH_CHECK_VALUE(values.size() == 5,
+                    describe("layout has ", static_cast<int64_t>(values.size()),
+                             " numbers; expected 5: cols, q_block_size, k_block_size, causal, partial"));
+  return {values[0], values[1], values[2], values[3] != 0, values[4] != 0};
 }
 
 // `int[] heads` of the operators that plan: what a call has beside its mask. hbsattn/_layout.py spells it as CallShape.
@@ -71,7 +74,7 @@ struct Required {
 template <class Ints>
 struct CallArguments {
   const Tensor &q, &k, &v, &bits, &sequences;
-  const OptionalTensor &rules, &sinks, &dropout_seed;
+  const OptionalTensor &rules, &partial, &matrices, &elements, &sinks, &dropout_seed;
   Ints layout;
   Required<bool> pack_heads;
   Required<double> softmax_scale, dropout_p, softcap;
@@ -79,8 +82,8 @@ struct CallArguments {
   // `function` of all of them, and of `own` behind them.
   template <class Function, class... Own>
   auto apply(const Function& function, const Own&... own) const {
-    return function(q, k, v, bits, sequences, rules, sinks, dropout_seed, layout, pack_heads, softmax_scale, dropout_p,
-                    softcap, own...);
+    return function(q, k, v, bits, sequences, rules, partial, matrices, elements, sinks, dropout_seed, layout,
+                    pack_heads, softmax_scale, dropout_p, softcap, own...);
   }
 };
 
@@ -113,11 +116,12 @@ struct Operator<f> {
 template <class Result, class Ints, class... Own, Result (*f)(const CallArguments<Ints>&, Own...)>
 struct Operator<f> {
   static Result run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
-                    const OptionalTensor& rules, const OptionalTensor& sinks, const OptionalTensor& dropout_seed,
+                    const OptionalTensor& rules, const OptionalTensor& partial, const OptionalTensor& matrices,
+                    const OptionalTensor& elements, const OptionalTensor& sinks, const OptionalTensor& dropout_seed,
                     Ints layout, bool pack_heads, double softmax_scale, double dropout_p, double softcap, Own... own) {
-    return f(
-        {q, k, v, bits, sequences, rules, sinks, dropout_seed, layout, pack_heads, softmax_scale, dropout_p, softcap},
-        std::forward<Own>(own)...);
+    return f({q, k, v, bits, sequences, rules, partial, matrices, elements, sinks, dropout_seed, layout, pack_heads,
+              softmax_scale, dropout_p, softcap},
+             std::forward<Own>(own)...);
   }
 };
 
@@ -140,6 +144,7 @@ inline MaskShape make_shape(int64_t batch, int64_t heads, const MaskBlocks& bloc
   shape.q_block_size = to_int32("q_block_size", layout.q_block_size);
   shape.k_block_size = to_int32("k_block_size", layout.k_block_size);
   shape.causal = layout.causal;
+  shape.partial = layout.partial;
   return shape;
 }
 
@@ -149,6 +154,7 @@ inline const Sequence* read_sequences(const Tensor& sequences, at::Device device
   return static_cast<const Sequence*>(sequences.const_data_ptr());
 }
 
+// All that plans need: of partial blocks that there are some.
 inline MaskView read_mask(const Tensor& bits, const Tensor& sequences, const OptionalTensor& rules,
                           const MaskLayout& layout, at::Device device) {
   check_table("bits", bits, 3, device);
@@ -165,6 +171,35 @@ inline MaskView read_mask(const Tensor& bits, const Tensor& sequences, const Opt
     mask.rules = static_cast<const HeadRule*>(rules->const_data_ptr());
   }
   return mask;
+}
+
+// The partial blocks of an attention call, if `mask`, its bits, says that it has some.
+inline void read_partial(const Call& call, at::Device device, MaskView& mask) {
+  const MaskShape& shape = mask.shape;
+  const auto check_given = [&](const char* name, const OptionalTensor& tensor) {
+    TORCH_CHECK_VALUE(
+        tensor.has_value() == shape.partial,
+        describe(name, tensor ? " is a tensor" : " is None", "; expected ",
+                 shape.partial ? "a tensor, as layout has partial blocks" : "None, as layout has no partial blocks"));
+  };
+  check_given("partial", call.partial);
+  check_given("matrices", call.matrices);
+  check_given("elements", call.elements);
+  if (!shape.partial) return;
+  const Tensor &partial = *call.partial, &matrices = *call.matrices, &elements = *call.elements;
+  check_table("partial", partial, 4, device);
+  check_shape("partial", partial, {shape.heads, shape.rows, shape.words(), kPartialInts});
+  check_table("matrices", matrices, 1, device);
+  TORCH_CHECK_VALUE(matrices.size(0) > 0, "matrices has shape [0]; expected the number of a matrix, or more");
+  check_table("elements", elements, 3, device, at::kShort);
+  TORCH_CHECK_VALUE(elements.size(0) > 0,
+                    describe("elements has shape ", elements.sizes(), "; expected a matrix, or more"));
+  check_shape("elements", elements, {elements.size(0), shape.q_block_size, shape.granules()});
+  mask.partial = static_cast<const PartialWord*>(partial.const_data_ptr());
+  mask.matrices = matrices.const_data_ptr<int32_t>();
+  mask.num_partial = matrices.size(0);
+  mask.elements = static_cast<const uint16_t*>(elements.const_data_ptr());
+  mask.num_matrices = elements.size(0);
 }
 
 #if HBSATTN_WITH_CUDA
@@ -219,6 +254,7 @@ inline ForwardParams read_problem(const Call& call) {
   TORCH_CHECK_VALUE(head_dim == 0 || std::min(q.size(-1), v.size(-1)) > 0,
                     describe(q.size(-1) == 0 ? "q" : "v", " has a head_dim of 0; expected at least 1"));
   params.mask = read_mask(call.bits, call.sequences, call.rules, read_layout(call.layout), device);
+  read_partial(call, device, params.mask);
   if (!params.packed) {
     const int64_t batch = call.sequences.size(0);
     TORCH_CHECK_VALUE(q.size(0) == batch,

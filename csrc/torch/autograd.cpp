@@ -142,9 +142,10 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
                                const OptionalTensor& backward_plan, bool deterministic) {
     const auto [out, lse] =
         call_below<differentiable_forward>("hbsattn::forward", call, items, backward_plan, deterministic);
-    context->save_for_backward({q, k, v, call.bits, call.sequences, out, lse, backward_plan.value_or(Tensor()),
-                                call.rules.value_or(Tensor()), sinks.value_or(Tensor()),
-                                call.dropout_seed.value_or(Tensor())});
+    const auto keep = [](const OptionalTensor& tensor) { return tensor.value_or(Tensor()); };
+    context->save_for_backward({q, k, v, call.bits, call.sequences, out, lse, keep(backward_plan), keep(call.rules),
+                                keep(call.partial), keep(call.matrices), keep(call.elements), keep(sinks),
+                                keep(call.dropout_seed)});
     context->saved_data["layout"] = call.layout;
     context->saved_data["pack_heads"] = call.pack_heads.value;
     context->saved_data["softmax_scale"] = call.softmax_scale.value;
@@ -166,9 +167,11 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     const bool pack_heads = data["pack_heads"].toBool();
     const double softmax_scale = data["softmax_scale"].toDouble(), dropout_p = data["dropout_p"].toDouble();
     const double softcap = data["softcap"].toDouble();
-    const OptionalTensor rules = if_defined(saved[8]), sinks = if_defined(saved[9]), seed = if_defined(saved[10]);
-    const TracedCall call{saved[0], saved[1], saved[2],   saved[3],      saved[4],  rules,  sinks,
-                          seed,     layout,   pack_heads, softmax_scale, dropout_p, softcap};
+    const OptionalTensor rules = if_defined(saved[8]), partial = if_defined(saved[9]);
+    const OptionalTensor matrices = if_defined(saved[10]), elements = if_defined(saved[11]);
+    const OptionalTensor sinks = if_defined(saved[12]), seed = if_defined(saved[13]);
+    const TracedCall call{saved[0], saved[1], saved[2], saved[3], saved[4],   rules,         partial,   matrices,
+                          elements, sinks,    seed,     layout,   pack_heads, softmax_scale, dropout_p, softcap};
     const Tensor &out = saved[5], &lse = saved[6];
     const c10::List<bool> needed = data["needs"].toBoolList();
     const std::array<bool, 4> needs{needed[0], needed[1], needed[2], needed[3]};

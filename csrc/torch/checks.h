@@ -71,9 +71,10 @@ inline void check_shape(const char* name, const at::Tensor& tensor, at::IntArray
   TORCH_CHECK_VALUE(tensor.sizes() == shape, describe(name, " has shape ", tensor.sizes(), "; expected ", shape));
 }
 
-// An int32 table of the library's own making, or one that looks like it.
-inline void check_table(const char* name, const at::Tensor& tensor, int64_t dims, at::Device device) {
-  check_dtype(name, tensor, at::kInt);
+// A table of the library's own making, or one that looks like it.
+inline void check_table(const char* name, const at::Tensor& tensor, int64_t dims, at::Device device,
+                        at::ScalarType dtype = at::kInt) {
+  check_dtype(name, tensor, dtype);
   check_device(name, tensor, device);
   check_dims(name, tensor, dims);
   TORCH_CHECK_VALUE(tensor.is_contiguous(),

@@ -26,7 +26,7 @@ SequencesParams allocate_sequences(const OptionalTensor& cu_seqlens_q, const Opt
                                    int64_t row_stride, int64_t q_block_size, int64_t k_block_size, Tensor& sequences) {
   TORCH_CHECK_VALUE(batch >= 0, describe("batch is ", batch, "; expected at least 0"));
   SequencesParams params;
-  params.shape = make_shape(batch, 1, {0, {0, q_block_size, k_block_size, false}});
+  params.shape = make_shape(batch, 1, {0, {0, q_block_size, k_block_size, false, false}});
   params.seqlen_q = seqlen_q;
   params.seqlen_k = seqlen_k;
   params.row_stride = row_stride;
@@ -64,7 +64,7 @@ TwoTensors make_dense(const MaskBlocks& blocks, const Tensor& block_mask, const 
                       int64_t row_stride) {
   using Pack = Tensor(const Tensor&, const Tensor&, bool, c10::SymInt, c10::SymInt, int64_t, int64_t, bool);
   static const auto pack = c10::Dispatcher::singleton().findSchemaOrThrow("hbsattn::pack_dense", "").typed<Pack>();
-  const auto [cols, q_block_size, k_block_size, causal] = blocks.layout;
+  const auto [cols, q_block_size, k_block_size, causal, partial] = blocks.layout;
   const Tensor sequences = make_sequences_op(cu_seqlens_q, cu_seqlens_k, block_mask.device(), batch, seqlen_q, seqlen_k,
                                              row_stride, q_block_size, k_block_size);
   const bool flat = block_mask.dim() == 3;

@@ -101,8 +101,8 @@ py::dict to_dict(const hbsattn::Explanation& explanation) {
 std::pair<py::dict, py::dict> explain(const std::string& dtype, bool packed, std::array<int64_t, 2> queries,
                                       std::array<int64_t, 2> keys, std::array<int32_t, 2> head_dims,
                                       std::array<int64_t, 4> mask, std::array<int32_t, 2> blocks, bool causal,
-                                      bool ruled, bool deterministic, std::array<bool, 3> needs, double softcap,
-                                      double dropout_p) {
+                                      bool ruled, bool partial, bool deterministic, std::array<bool, 3> needs,
+                                      double softcap, double dropout_p) {
   hbsattn::BackwardParams params;
   hbsattn::ForwardParams& problem = params.problem;
   problem.dtype = dtype_of(dtype);
@@ -126,6 +126,7 @@ std::pair<py::dict, py::dict> explain(const std::string& dtype, bool packed, std
   shape.k_block_size = blocks[1];
   shape.causal = causal;
   shape.ruled = ruled;
+  shape.partial = partial;
   params.deterministic = deterministic;
   params.needs_q = needs[0];
   params.needs_k = needs[1];

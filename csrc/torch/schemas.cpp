@@ -36,8 +36,9 @@ TORCH_LIBRARY(hbsattn, m) {
 
   // What each operator of an attention call takes first: CallArguments of arguments.h.
   const std::string call =
-      "(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor? rules, Tensor? sinks, "
-      "Tensor? dropout_seed, SymInt[] layout, bool pack_heads, float softmax_scale, float dropout_p, float softcap";
+      "(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor? rules, Tensor? partial, Tensor? matrices, "
+      "Tensor? elements, Tensor? sinks, Tensor? dropout_seed, SymInt[] layout, bool pack_heads, float softmax_scale, "
+      "float dropout_p, float softcap";
   define("check_forward" + call + ") -> ()");
   define("forward" + call +
          ", Tensor? items, Tensor? backward_plan, bool deterministic=False) -> (Tensor out, Tensor lse)");
