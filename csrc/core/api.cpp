@@ -178,7 +178,7 @@ int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int3
                   bool for_backward, int32_t element_size) {
   if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return 0;
   return count_query_items(shape, heads_q, heads_k, head_dim, pack_heads,
-                           for_backward || kernels::current_policy(element_size).shares_lists());
+                           for_backward || kernels::current_policy(element_size, shape.partial).shares_lists());
 }
 
 int64_t item_capacity(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads) {

@@ -61,6 +61,25 @@ Status check_rules(const MaskView& mask) {
   return check_pointer("rules", mask.rules, mask.shape.ruled ? mask.shape.heads : 0);
 }
 
+// What a mask has of partial blocks, for a call that reads them.
+Status check_partial(const MaskView& mask) {
+  if (!mask.shape.partial) {
+    if (mask.partial == nullptr && mask.matrices == nullptr && mask.elements == nullptr) return Status::Ok();
+    return Status::InvalidValue("partial, matrices or elements is a pointer; expected null, as shape.partial is false");
+  }
+  HBSATTN_RETURN_IF_ERROR(check_range("num_partial", mask.num_partial, 0, kInt32Limit));
+  HBSATTN_RETURN_IF_ERROR(check_range("num_matrices", mask.num_matrices, 0, kInt32Limit));
+  if (reinterpret_cast<uintptr_t>(mask.partial) % alignof(PartialWord) != 0) {
+    return Status::InvalidValue("partial is at an address that is no multiple of " +
+                                std::to_string(alignof(PartialWord)) + "; expected one, as words are read whole");
+  }
+  const int64_t words = mask.shape.heads * mask.shape.rows * mask.shape.words();
+  HBSATTN_RETURN_IF_ERROR(check_pointer("partial", mask.partial, words));
+  HBSATTN_RETURN_IF_ERROR(check_pointer("matrices", mask.matrices, mask.num_partial));
+  return check_pointer("elements", mask.elements,
+                       mask.num_matrices * mask.shape.q_block_size * mask.shape.granules());
+}
+
 Status check_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k) {
   HBSATTN_RETURN_IF_ERROR(check_range("heads_q", heads_q, 1, kInt32Limit));
   HBSATTN_RETURN_IF_ERROR(check_range("heads_k", heads_k, 1, kInt32Limit));
@@ -381,6 +400,7 @@ Status check_pointers(const ForwardParams& params) {
   HBSATTN_RETURN_IF_ERROR(check_tensors(params));
   HBSATTN_RETURN_IF_ERROR(check_pointer("bits", params.mask.bits, shape.heads * shape.rows * shape.words()));
   HBSATTN_RETURN_IF_ERROR(check_rules(params.mask));
+  HBSATTN_RETURN_IF_ERROR(check_partial(params.mask));
   HBSATTN_RETURN_IF_ERROR(check_dropout(params));
   HBSATTN_RETURN_IF_ERROR(check_pointer("items", params.items, params.num_items));
   return check_pointer("workspace", params.workspace, static_cast<int64_t>(forward_workspace_size()));
@@ -420,6 +440,7 @@ Status check_pointers(const BackwardParams& params) {
   if (params.needs_v) HBSATTN_RETURN_IF_ERROR(check("grad_v", params.grad_v, keys, "v", problem.v));
   HBSATTN_RETURN_IF_ERROR(check_pointer("sequences", problem.mask.sequences, shape.batch));
   HBSATTN_RETURN_IF_ERROR(check_rules(problem.mask));
+  HBSATTN_RETURN_IF_ERROR(check_partial(problem.mask));
   HBSATTN_RETURN_IF_ERROR(check_dropout(problem));
   const BackwardLists lists = backward_lists(params);
   if (lists.keys) {

@@ -149,7 +149,8 @@ __device__ __forceinline__ void add_values(const BackwardKeysArguments& args, ty
     if (info.masked) {
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) {
-        mask_queries(args, scores[i], info, 0, QueryLimits(args, storage.item, warp_key + 16 * i, lane), lane);
+        const int key = warp_key + 16 * i;
+        mask_scores(args, storage.item, info, 0, QueryLimits(args, storage.item, key, lane), key, lane, scores[i]);
       }
     }
     const PairPlace<Traits> place(storage.grad_scores[stage % Traits::kGradBuffers], warp_key, lane);

@@ -22,16 +22,28 @@ struct QueryStatistics {
   __device__ __forceinline__ float operator[](int i) const { return i & 1 ? of_columns[i / 4].y : of_columns[i / 4].x; }
 };
 
+// Hides what a key of a strip is not seen by, of some granules of a stage that is masked, from `first_granule` on.
+// `key`: the first of the strip, in the tile.
+template <class Info, class Scores>
+__device__ __forceinline__ void mask_scores(const BackwardKeysArguments& args, const KeyItem& item, const Info& info,
+                                            int first_granule, const QueryLimits& limits, int key, int lane,
+                                            Scores& scores) {
+  mask_queries(args, scores, info, first_granule, limits, lane);
+  if (args.partial.words != nullptr) {
+    hide_queries(args, args.partial, item, info, first_granule, key, lane, scores);
+  }
+}
+
 // From the products of some granules of a stage, from `first_granule` on, to weights. Those that are dropped are
 // negative.
 template <bool kAltered, class Info, class Statistics, class Scores>
-__device__ __forceinline__ void weigh(const BackwardKeysArguments& args, const Info& info, int first_granule,
-                                      const QueryLimits& limits, KeyDropout& dropout, const Statistics& lse, int lane,
-                                      Scores& scores) {
+__device__ __forceinline__ void weigh(const BackwardKeysArguments& args, const KeyItem& item, const Info& info,
+                                      int first_granule, const QueryLimits& limits, int key, KeyDropout& dropout,
+                                      const Statistics& lse, int lane, Scores& scores) {
   if constexpr (kAltered) {
     if (args.cap.scale > 0.f) cap_scores(scores, args.cap);
   }
-  if (info.masked) mask_queries(args, scores, info, first_granule, limits, lane);
+  if (info.masked) mask_scores(args, item, info, first_granule, limits, key, lane, scores);
   CUTE_UNROLL
   for (int i = 0; i < cute::size(scores); ++i) scores(i) = exp2_approx(scores(i) * args.scale_log2 - lse[i]);
   if constexpr (kAltered) {
@@ -151,7 +163,8 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
       multiply_rows<Element, true>(weights, keys, 0, PatchReader<Queries, Operand::kByRows>(queries, lane));
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) {
-        weigh<kAltered>(args, info, 0, limits[i], dropouts[i], lse, lane, weights[i]);
+        weigh<kAltered>(args, item, info, 0, limits[i], first_key + warp_key + 16 * i, dropouts[i], lse, lane,
+                        weights[i]);
       }
       multiply_rows<Element, true>(grads, values, 0, PatchReader<Queries, Operand::kByRows>(grad_out, lane));
       const Statistics delta(storage.delta[buffer], lane);

@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
       for (int i = 0; i < Traits::kGranules; ++i) {
         auto weights = granule_of(products, i);
         const Statistics lse(&storage.lse[buffer][kGranule * i], lane);
-        weigh<kAltered>(args, info, i, limits, dropout, lse, lane, weights);
+        weigh<kAltered>(args, item, info, i, limits, warp_key, dropout, lse, lane, weights);
         leave_granule(storage.weights[pair][i], weights, lane);
       }
       reach_partner(1 + pair);

@@ -58,6 +58,7 @@ __device__ __forceinline__ void mask_scores(const KeyStream<Traits>& stream, int
   } else {
     mask_by_limits(scores, code_of, limits, lane);
   }
+  if (stream.has_partial(stage)) stream.hide_partial(stage, limits, lane, scores);
 }
 
 // Drops weights, or what belongs to them.

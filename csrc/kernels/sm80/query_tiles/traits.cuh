@@ -6,6 +6,7 @@
 
 #include "kernels/common/dropout.cuh"
 #include "kernels/common/key_limits.cuh"
+#include "kernels/common/partial_blocks.cuh"
 #include "kernels/common/query_tiles.cuh"
 #include "kernels/sm80/config.h"
 #include "kernels/sm80/shared_rows.cuh"
@@ -41,6 +42,7 @@ struct TensorRows {
 // What kernels get that stream keys and values past tiles of query rows.
 struct QueryTileArguments : QueryTiles {
   TensorRows q, k, v;
+  PartialBlocks partial;
 };
 
 // What all threads look up of a tile. In shared memory, as registers are scarce.
@@ -83,6 +85,9 @@ struct QueryTileTraits {
     typename Blocks::State blocks;
     TileState tile;
     Segment segments[2][32];  // the slots of stages at hand, and of those after them
+    // Where the mask has partial blocks: of each segment, the united blocks that are partial with it, one bit each; and
+    // the segments that have any.
+    uint32_t partial[2][32], with_partial[2];
     KeyLimits<true> limits[kStrips][kThreads];
     DropoutRow dropout_rows[kTileM];  // where weights are dropped
   };
