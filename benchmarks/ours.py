@@ -59,9 +59,9 @@ class Ours:
         shape = (self._layout(), self._call(), work.seqlen, mask.packed, work.deterministic, needs, work.altered)
         return torch.ops.hbsattn.plan_backward(mask.bits, mask.sequences, self._rules, *shape)
 
-    def _layout(self) -> tuple[int, int, int, int]:
+    def _layout(self) -> tuple[int, int, int, int, int]:
         mask = self.mask
-        return mask.cols, mask.q_block_size, mask.k_block_size, int(mask.causal)
+        return mask.cols, mask.q_block_size, mask.k_block_size, int(mask.causal), 0
 
     def _call(self) -> tuple[int, int, int, int, bool]:
         work = self._workload
@@ -111,7 +111,7 @@ class Ours:
     def clocks(self) -> Tensor:
         """The attention kernel alone: int64 (thread blocks, 2), the SM's clock at the begin and the end of each."""
         mask = self.mask
-        tables = (mask.bits, mask.sequences, self._rules)
+        tables = (mask.bits, mask.sequences, self._rules, None, None, None)  # no partial blocks
         work = self._workload
         numbers = (self._layout(), True, work.head_dim**-0.5, work.dropout, work.softcap)
         call = (*self._inputs(), *tables, self._sinks, self._dropout_seed, *numbers)
