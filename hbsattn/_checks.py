@@ -75,11 +75,7 @@ def hint_at_flex(value: object) -> str:
     """What to do with a mask of FlexAttention, for the end of a message; nothing if `value` is none."""
     if not type_name(value).startswith("torch.nn.attention.flex_attention."):
         return ""
-    return (
-        ": hbsattn.BlockMask.from_indices(mask.full_kv_num_blocks, mask.full_kv_indices, *mask.BLOCK_SIZE, "
-        "seqlen_q=..., seqlen_k=...) makes one of the full blocks of FlexAttention's, and leaves out its partial "
-        "ones (mask.kv_num_blocks), such as those of a causal diagonal"
-    )
+    return ": hbsattn.BlockMask.from_flex(mask) makes one of the same pairs"
 
 
 def check_block_sizes(q_block_size: object, k_block_size: object) -> tuple[int, int]:
@@ -112,6 +108,29 @@ def check_tensor(name: str, tensor: object, dims: tuple[int, ...], dtypes: tuple
         raise TypeError(f"{name} has dtype {tensor.dtype}; expected {_join(dtypes)}")
     if tensor.dim() not in dims:
         raise ValueError(f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}; expected {_join(dims)}")
+
+
+def check_dims(name: str, shape: torch.Size, dims: int, form: str) -> None:
+    """Refuses a tensor of another form than the mask is for."""
+    if len(shape) != dims:
+        raise ValueError(
+            f"{name} has {len(shape)} dimensions, shape {tuple(shape)}; expected {dims}, as mask was built for {form} "
+            "tensors"
+        )
+
+
+def check_batched(name: str, shape: torch.Size, seqlen: int, block_size: int) -> None:
+    """Refuses a tensor that is not (batch, seqlen, heads, head_dim)."""
+    if len(shape) == 4 and shape[1] == seqlen:
+        return
+    check_dims(name, shape, 4, "batched")
+    length = shape[1]
+    hint = ""
+    if shape[2] == seqlen:
+        hint = ": heads come after the length, (batch, length, heads, head_dim)"
+    elif -(-length // block_size) == -(-seqlen // block_size):
+        hint = f": for this one, build the mask with seqlen_{name}={length}"
+    raise ValueError(f"{name} has length {length}; expected {seqlen}, the seqlen_{name} that mask has{hint}")
 
 
 def check_same_device(name: str, tensor: Tensor, device: torch.device, whose: str) -> None:

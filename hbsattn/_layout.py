@@ -139,24 +139,33 @@ def count_blocks(sequences: Tensor, column: int, block_size: int) -> Tensor:
     return -(-sequences[:, column].to(torch.int64) // block_size)
 
 
-def pack_bits(mask: Tensor) -> Tensor:
-    """Packs bool (..., cols) into int32 (..., ceil(cols / 32)), lowest bit first."""
-    cols = mask.shape[-1]
-    words = ceil_div(cols, 32)
-    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, words * 32 - cols))
+def pack_bits(mask: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Packs bool (..., cols) into words of a dtype (..., ceil(cols / bits of a word)), lowest bit first."""
+    cols, size = mask.shape[-1], dtype.itemsize
+    words = ceil_div(cols, 8 * size)
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, words * 8 * size - cols))
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
-    octets = (padded.unflatten(-1, (words * 4, 8)) * weights).sum(-1, dtype=torch.uint8)
+    octets = (padded.unflatten(-1, (words * size, 8)) * weights).sum(-1, dtype=torch.uint8)
     with torch.inference_mode(False):  # a mask that is built in inference mode may train later
-        bits = torch.empty((*mask.shape[:-1], words), dtype=torch.int32, device=mask.device)
+        bits = torch.empty((*mask.shape[:-1], words), dtype=dtype, device=mask.device)
     bits.view(torch.uint8).copy_(octets)
     return bits
 
 
 def unpack_bits(bits: Tensor, cols: int) -> Tensor:
-    """Unpacks int32 (..., words) into bool (..., cols)."""
+    """Unpacks words (..., words) of any integers into bool (..., cols)."""
     octets = bits.contiguous().view(torch.uint8).unsqueeze(-1)
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((octets >> shifts) & 1).flatten(-2)[..., :cols].to(torch.bool)
+
+
+def count_bits(bits: Tensor) -> Tensor:
+    """The number of bits of each int32, int64."""
+    x = bits - ((bits >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return ((x + (x >> 16)) & 0x3F).to(torch.int64)
 
 
 def locate_rows(sequences: Tensor, rows: int, q_block_size: int) -> tuple[Tensor, Tensor, Tensor]:

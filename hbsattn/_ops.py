@@ -29,9 +29,9 @@ from hbsattn._layout import (
     ceil_div,
     count_backward_plan,
     count_items,
-    count_pairs,
     takes_call,
 )
+from hbsattn._partial import Partial, count_attending
 
 build_info = _C.build_info
 kernel_family, set_kernel_family = _C.kernel_family, _C.set_kernel_family
@@ -196,7 +196,8 @@ def _count_flops(call: Call, of_q: int, of_v: int) -> int:
     """2 for each column of so many products of q's head dim, and of v's, and each pair of a query and a key that
     attend. A mask without values, as in a traced program, is counted as one of all blocks.
     """
-    pairs = count_pairs(call.bits, call.sequences, MaskLayout(*call.layout), call.rules)
+    partial = None if call.partial is None else Partial(call.partial, call.matrices, call.elements)
+    pairs = count_attending(call.bits, call.sequences, MaskLayout(*call.layout), call.rules, partial)
     columns = of_q * call.q.shape[-1] + of_v * call.v.shape[-1]
     return 2 * columns * pairs * (call.q.shape[-2] // max(call.bits.shape[0], 1))
 

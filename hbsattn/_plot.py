@@ -25,14 +25,17 @@ COLORS = ("#f4f5f7", "#8fb8ea", "#2f7de1")
 
 
 def block_states(mask: "BlockMask", head: int, sequence: int) -> Tensor:
-    """What each block of a sequence is, uint8 (query blocks, key blocks) on the CPU: OFF, PARTLY computed, as causality
-    or a window leaves some of its pairs out, or WHOLLY.
+    """What each block of a sequence is, uint8 (query blocks, key blocks) on the CPU: OFF, PARTLY computed, as it is
+    partial, or causality or a window leaves some of its pairs out, or WHOLLY.
     """
     layout = MaskLayout(*mask._layout)
     window = windows_of_heads(mask.heads, mask._rules)[head]
     pairs, of_block = count_in_blocks(mask.sequences, mask.rows, layout, window)
     on = unpack_bits(mask.bits[head], layout.cols) & (pairs > 0)
-    states = torch.where(on, torch.where(pairs == of_block, WHOLLY, PARTLY), OFF).to(torch.uint8)
+    whole = pairs == of_block
+    if mask._partial is not None:
+        whole &= ~unpack_bits(mask._partial[head, ..., 0], layout.cols)
+    states = torch.where(on, torch.where(whole, WHOLLY, PARTLY), OFF).to(torch.uint8)
     owner, _, used = locate_rows(mask.sequences, mask.rows, layout.q_block_size)
     cols = ceil_div(int(mask.sequences[sequence, K_LEN]), layout.k_block_size)
     return states[used & (owner == sequence), :cols].cpu()

@@ -1,7 +1,10 @@
-"""BlockMask: which key blocks each query block attends to, packed into bits and planned once for many calls."""
+"""BlockMask: which key blocks each query block attends to, packed into bits and planned once for many calls.
+
+This is its front. What is said of it here is done by _sources, _elements, _flex, _update and _reading.
+"""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,18 +12,20 @@ import torch
 from torch import Tensor
 
 from hbsattn._checks import (
+    check_batched,
     check_block_sizes,
     check_bool,
     check_device,
-    check_index,
-    check_same_device,
+    check_dims,
     hint_at_flex,
     type_name,
 )
 from hbsattn._chunks import stays_lists
 from hbsattn._contents import can_read, check_contents, check_total
+from hbsattn._elements import Made, from_elements
+from hbsattn._flex import MaskMod, from_flex, from_mask_mod, to_flex
+from hbsattn._join import join
 from hbsattn._layout import (
-    COL_BEGIN,
     K_BEGIN,
     K_LEN,
     Q_BEGIN,
@@ -29,30 +34,30 @@ from hbsattn._layout import (
     MaskLayout,
     Reach,
     ceil_div,
-    count_blocks,
-    count_pairs,
-    locate_rows,
     reach_of_rows,
     unpack_bits,
 )
 from hbsattn._numbers import Numbers, broadcast_heads, numbers_of_heads
-from hbsattn._placement import Lengths, Place, count_sequences, make_sequences, place_blocks
+from hbsattn._partial import Partial
+from hbsattn._placement import Lengths, Place, make_sequences, place_blocks
 from hbsattn._plans import Maker, Plan, Plans, is_capturing, normal_tensors
 from hbsattn._plot import plot
-from hbsattn._sources import FORMS, Dense, Lists, Rows, Source
+from hbsattn._reading import count_flops, describe, to_dense, to_elements
+from hbsattn._sources import Dense, Lists, Rows, Source
+from hbsattn._update import update
 
-CONSTRUCTORS = "BlockMask.from_dense, BlockMask.from_indices or BlockMask.from_csr"
+CONSTRUCTORS = "BlockMask.from_dense, BlockMask.from_indices or BlockMask.from_csr, or another of its constructors"
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
 class BlockMask:
     """A block mask, ready for any number of `block_sparse_attention` calls; built by `from_dense`, `from_indices` or
-    `from_csr`.
+    `from_csr`, and of any pairs by `from_elements`, `from_mask_mod` or `from_flex`.
 
     Each sequence is cut from its own start into blocks of `q_block_size` queries and `k_block_size` keys; its last
     blocks may be short. Query i attends to key j if the entry of their blocks is on and, with `causal`,
-    `j <= i + k_len - q_len`; `windowed` adds windows of tokens. A mask has 1 head, one for each key head, or one for
-    each query head.
+    `j <= i + k_len - q_len`; `windowed` adds windows of tokens, and partial blocks have a bit for each pair. A mask has
+    1 head, one for each key head, or one for each query head.
 
     The constructors share these keywords:
 
@@ -66,7 +71,8 @@ class BlockMask:
 
     Integers may be whatever has `__index__`, but for bools. What does not fit raises TypeError or ValueError. What the
     tensors hold is checked on a CPU, and on CUDA in debug mode (`set_debug`); the constructors wait for the device only
-    there. Rows of packed tensors past the last sequence are padding.
+    there, but for the last three, which always do and which no trace and no capture takes. Rows of packed tensors past
+    the last sequence are padding.
 
     A mask may be copied, pickled, saved, moved and mapped over its fields; each copy plans its work anew. Copies share
     tensors as Python's own do, and so an `update_` of one; masks that are made from masks do not. `update_`
@@ -76,7 +82,7 @@ class BlockMask:
 
     Attributes:
         bits: int32 (heads, rows, ceil(cols / 32)), trimmed to the blocks that lengths, causality and windows leave
-            visible. Made anew each time by a mask that stays lists (`from_indices`).
+            visible; partial ones are on. Made anew each time by a mask that stays lists (`from_indices`).
         sequences: int32 (batch, 7), where each sequence lies, and its `k_len - q_len`.
         q_block_size, k_block_size, causal: as given. Calls cut blocks far above all lengths to about the length.
         batch: sequences.
@@ -241,6 +247,101 @@ class BlockMask:
         return cls._of(source, q_block_size, k_block_size, lengths, causal)
 
     @classmethod
+    def from_elements(
+        cls,
+        elements: Tensor,
+        q_block_size: int,
+        k_block_size: int,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        batch_size: int | None = None,
+        causal: bool = False,
+    ) -> "BlockMask":
+        """Builds a mask from booleans of single pairs of a query and a key, exactly. Waits for the device.
+
+        Args:
+            elements: bool with any strides, True where attention is computed. Batched: (batch or 1, heads, queries,
+                keys). For packed tensors likewise, of the longest sequence or more, or flat: (heads, queries of all
+                sequences, keys of all sequences), sequences on the diagonal and the rest ignored.
+            max_seqlen_q, max_seqlen_k: by default the longest lengths.
+
+        A block is off, on, or partial: some of its pairs count. See `from_mask_mod` for what partial blocks cost.
+        """
+        sizes = _check_form(q_block_size, k_block_size, causal)
+        lengths = Lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, batch_size)
+        with normal_tensors():
+            return cls._made(from_elements(elements, sizes, lengths.check(), causal), sizes, causal)
+
+    @classmethod
+    def from_mask_mod(
+        cls,
+        mask_mod: MaskMod,
+        q_block_size: int,
+        k_block_size: int,
+        *,
+        heads: int = 1,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        seqlen_q: int | None = None,
+        seqlen_k: int | None = None,
+        batch_size: int | None = None,
+        causal: bool = False,
+        device: torch.device | str | int | None = None,
+    ) -> "BlockMask":
+        """Builds a mask from a function of FlexAttention's, exactly. Waits for the device.
+
+        Args:
+            mask_mod: takes the numbers of the sequence, the mask head, the query and the key in their sequence, integer
+                tensors (), and returns a bool tensor (): True where attention is computed. It is mapped over all pairs
+                that exist, and up to the diagonal with `causal`, by `torch.vmap`, as FlexAttention does; some million
+                pairs at a time, so that memory stays bounded. A table is indexed by all its dimensions at once.
+            heads: mask heads.
+            seqlen_q, seqlen_k: required for batched tensors, of which there are `batch_size`, by default 1.
+            max_seqlen_q, max_seqlen_k: by default the longest lengths.
+            device: by default that of `cu_seqlens_q`, or PyTorch's.
+
+        Of partial blocks, in which some pairs count and others do not, the mask keeps a bit for each pair, equal blocks
+        once. Results and gradients are exact, and whole blocks take what they take in other masks. On CUDA, calls with
+        partial blocks run on the kernels for 8.0 for now, at about half of Hopper's rate. Values of keys in a partial
+        block must be finite: they may reach queries of the block that do not attend to them.
+
+        Raises:
+            ValueError, TypeError: also for a mask_mod that returns no bool, and inside a trace or a capture.
+        """
+        sizes = _check_form(q_block_size, k_block_size, causal)
+        given = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_q, seqlen_k, batch_size)
+        with normal_tensors():
+            made = from_mask_mod(mask_mod, sizes, Lengths(*given).check(), heads, causal, device)
+            return cls._made(made, sizes, causal)
+
+    @classmethod
+    def from_flex(cls, block_mask: Any, *, batch_size: int | None = None) -> "BlockMask":
+        """Builds a mask from FlexAttention's, exactly. Waits for the device.
+
+        Args:
+            block_mask: a torch.nn.attention.flex_attention.BlockMask, of any `BLOCK_SIZE`. Blocks of its full lists are
+                on; its mask_mod is evaluated on the others that it lists, as `from_mask_mod` says, and nowhere else.
+                Where it has 1 head, mask_mod is asked about head 0, and where it has a batch of 1 about sequence 0.
+            batch_size: of the tensors, if the mask's batch of 1 stands for more.
+
+        Returns:
+            A mask for batched tensors of its `seq_lengths`, in blocks of its size: (batch, length, heads, head_dim),
+            unlike FlexAttention's. Causality is in its partial blocks: `causal` is False.
+        """
+        with normal_tensors():
+            return cls._made(*from_flex(block_mask, batch_size), False)
+
+    @classmethod
+    def _made(cls, made: Made, sizes: tuple[int, int], causal: bool) -> "BlockMask":
+        mask = cls._at(made.place, made.bits, made.sequences, *sizes, causal, made.heads)
+        return mask if made.partial is None else dataclasses.replace(mask, **_fields_of(made.partial))
+
+    @classmethod
     def _of(cls, source: Source, q_block_size: int, k_block_size: int, lengths: Lengths, causal: bool) -> "BlockMask":
         q_block_size, k_block_size = check_block_sizes(q_block_size, k_block_size)
         check_bool("causal", causal)
@@ -315,74 +416,18 @@ class BlockMask:
         Returns:
             The mask itself.
         """
-        if not self._form:
-            raise ValueError(
-                "mask was made by a pattern, by windowed or from other masks; expected one from a constructor, as "
-                "update_ rewrites what that took"
-            )
-        kind = FORMS[self._form]
-        if len(contents) != len(kind.names):
-            raise TypeError(
-                f"update_ is called with {len(contents)} tensors; expected {' and '.join(kind.names)}, as mask was "
-                f"built by from_{kind.form}"
-            )
-        source = kind.check(*contents)
-        name = kind.names[0]
-        check_same_device(name, source.main, self.device, "mask")
-        if tuple(source.main.shape) != self._shape:
-            raise ValueError(
-                f"{name} has shape {tuple(source.main.shape)}; expected {self._shape}, that which mask was built from"
-            )
-        lists = self._lists
-        if lists is not None and source.indices.shape != lists.indices.shape:
-            raise ValueError(
-                f"indices has shape {tuple(source.indices.shape)}; expected {tuple(lists.indices.shape)}, as mask "
-                "stays lists"
-            )
-        with normal_tensors(), torch.no_grad():
-            place, lengths, sequences = self._place_again(cu_seqlens_q, cu_seqlens_k)
-            if can_read(*source.tensors, sequences):
-                check_contents(source, self._lead, lengths, place, sequences, self.q_block_size, self.k_block_size)
-            if lists is None:
-                self._bits.copy_(source.pack(sequences, place.rows, self._layout[:4]))
-            else:
-                lists.counts.copy_(source.counts)
-                lists.indices.copy_(source.indices)
-            if lengths.packed:
-                self.sequences.copy_(sequences)
-        if is_capturing(self.device):
-            object.__setattr__(self, "_replayed", True)
-        if not torch.compiler.is_compiling():  # the plans that a compiled program outdates are made anew when next used
-            self._plans.remake(self)
+        update(self, contents, cu_seqlens_q, cu_seqlens_k)
         return self
 
     def __or__(self, other: object) -> "BlockMask":
-        """The blocks that either mask has, of one place; heads as those of the mask that has more. Without windows."""
-        return self._join(other, torch.bitwise_or)
+        """The blocks that either mask has, of one place; heads as those of the mask that has more. Without windows, and
+        without partial blocks.
+        """
+        return join(self, other, torch.bitwise_or) if isinstance(other, BlockMask) else NotImplemented
 
     def __and__(self, other: object) -> "BlockMask":
-        """The blocks that both masks have."""
-        return self._join(other, torch.bitwise_and)
-
-    def _join(self, other: object, join: Callable[[Tensor, Tensor], Tensor]) -> "BlockMask":
-        if not isinstance(other, BlockMask):
-            return NotImplemented
-        self._check_place(other)
-        if self._rules is not None or other._rules is not None:
-            raise ValueError(
-                f"{'the first' if self._rules is not None else 'the other'} mask has windows; expected masks without: "
-                "join those, and call windowed on the result"
-            )
-        heads = max(self.heads, other.heads)
-        if min(self.heads, other.heads) == 0 or heads % self.heads or heads % other.heads:
-            raise ValueError(
-                f"masks have {self.heads} and {other.heads} heads; expected one to be a multiple of the other"
-            )
-        with normal_tensors():
-            bits = (
-                m.bits.repeat_interleave(heads // m.heads, dim=0) if m.heads < heads else m.bits for m in (self, other)
-            )
-            return self._with_bits(join(*bits))
+        """What both masks have, in partial blocks, too. Waits for the device if both have some."""
+        return join(self, other, torch.bitwise_and) if isinstance(other, BlockMask) else NotImplemented
 
     def windowed(self, left: Numbers = UNBOUNDED, right: Numbers = UNBOUNDED, sink: Numbers = 0) -> "BlockMask":
         """Returns the mask within a sliding window of tokens, which each head may have its own of.
@@ -428,64 +473,23 @@ class BlockMask:
             largest = torch.iinfo(torch.int32).max
             rules = torch.cat((*columns, torch.zeros_like(columns[0])), dim=1).clamp(UNBOUNDED, largest).to(torch.int32)
             bits = reach_of_rows(self.sequences, self.rows, MaskLayout(*self._layout), rules).trim(self.bits)
-            return self._with_bits(bits, rules.expand(bits.shape[0], -1).contiguous())
+            partial = self._partial_blocks and self._partial_blocks.of_heads(bits.shape[0])
+            return self._with_bits(bits, partial, rules.expand(bits.shape[0], -1).contiguous())
 
-    def _with_bits(self, bits: Tensor, rules: Tensor | None = None) -> "BlockMask":
+    def _with_bits(self, bits: Tensor, partial: Partial | None, rules: Tensor | None = None) -> "BlockMask":
         """A mask of the same place, which no constructor has made. An `update_` of this one does not change it."""
-        made = {"_form": "", "_shape": (), "_counts": None, "_indices": None, "_replayed": is_capturing(self.device)}
+        made = _fields_of(partial)
+        made |= {"_form": "", "_shape": (), "_counts": None, "_indices": None, "_replayed": is_capturing(self.device)}
         made["sequences"] = self.sequences.clone()
         return dataclasses.replace(self, _bits=bits, _rules=rules, heads=bits.shape[0], **made)
-
-    def _check_place(self, other: "BlockMask") -> None:
-        """Refuses a mask whose bits lie otherwise."""
-        check_same_device("the other mask", other.sequences, self.device, "the first")
-        for name in (
-            "q_block_size",
-            "k_block_size",
-            "causal",
-            "packed",
-            "seqlen_q",
-            "seqlen_k",
-            "batch",
-            "rows",
-            "cols",
-        ):
-            mine, given = getattr(self, name), getattr(other, name)
-            if mine != given:
-                raise ValueError(f"{name} of the other mask is {given}; expected {mine}, that of the first")
-        if can_read(self.sequences, other.sequences) and not torch.equal(self.sequences, other.sequences):
-            raise ValueError("cu_seqlens of the other mask differ; expected those of the first")
-
-    @property
-    def _lead(self) -> tuple[int, ...]:
-        """The shape of what the constructor took, without columns, as `place_blocks` has it."""
-        if self._form == "dense":
-            return self._shape[:-1]
-        if self._form == "indices":
-            return self._shape
-        flat = (self.heads, self.rows)
-        return flat if self.packed else (self.batch, self.heads, self.rows // max(self.batch, 1))
-
-    def _place_again(self, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> tuple[Place, Lengths, Tensor]:
-        """The place of the same blocks over new lengths, or over those that are there, and the table of sequences."""
-        longest = (self.seqlen_q, self.seqlen_k) if self.packed else (None, None)
-        lengths = Lengths(cu_seqlens_q, cu_seqlens_k, *longest, None, None, None)
-        lead = self._lead
-        shape = (self.batch, self.rows, self.cols, self.packed, self.seqlen_q, self.seqlen_k)
-        place = Place(*shape, self._q_block, self._k_block, -1 if len(lead) == 2 else lead[-1])
-        if not lengths.packed:
-            return place, lengths, self.sequences
-        if not self.packed:
-            given = "cu_seqlens_q" if cu_seqlens_q is not None else "cu_seqlens_k"
-            raise ValueError(f"{given} is a Tensor; expected None, as mask was built for batched tensors")
-        batch = count_sequences(cu_seqlens_q, cu_seqlens_k, self.device, "mask")
-        if batch != self.batch:
-            raise ValueError(f"cu_seqlens_q has {batch} sequences; expected {self.batch}, those of mask")
-        return place, lengths, make_sequences(lengths, place, self.device)
 
     @property
     def _lists(self) -> Lists | None:
         return None if self._counts is None else Lists(self._counts, self._indices)
+
+    @property
+    def _partial_blocks(self) -> Partial | None:
+        return None if self._partial is None else Partial(self._partial, self._matrices, self._elements)
 
     @property
     def _layout(self) -> tuple[int, int, int, int, int]:
@@ -524,8 +528,8 @@ class BlockMask:
 
     @property
     def density(self) -> float:
-        """The share of active blocks among those that lengths, causality and windows leave visible. Waits for the
-        device.
+        """The share of active blocks, partial ones included, among those that lengths, causality and windows leave
+        visible. Waits for the device.
         """
         visible = int(self._reach().count().sum()) * (self.heads if self._rules is None else 1)
         active = sum(int(head.sum()) for head in self._heads())
@@ -552,39 +556,40 @@ class BlockMask:
         return self.to("cpu")
 
     def to_dense(self) -> Tensor:
-        """Returns the mask as booleans, trimmed to the visible blocks; for packed tensors this waits for the device.
+        """Returns the mask's blocks as booleans, trimmed to the visible ones; partial blocks are on. For packed tensors
+        this waits for the device.
 
         Packed: (heads, query blocks of all sequences, key blocks of all sequences). Batched: (batch, heads, query
         blocks, key blocks).
         """
-        mask = torch.stack(list(self._heads()))
-        if not self.packed:
-            blocks = ceil_div(self.seqlen_q, self.q_block_size)
-            return mask.view(self.heads, self.batch, blocks, self.cols).transpose(0, 1)
-        sequence, _, used = locate_rows(self.sequences, self.rows, self.q_block_size)
-        key_blocks = count_blocks(self.sequences, K_LEN, self.k_block_size)
-        dense = mask.new_zeros(self.heads, int(used.sum()), int(key_blocks.sum()))
-        column = torch.arange(self.cols, device=self.device)
-        row, col = (column < key_blocks[sequence[used]].unsqueeze(-1)).nonzero(as_tuple=True)
-        begin = self.sequences[:, COL_BEGIN].to(torch.int64)[sequence[used]]
-        dense[:, row, begin[row] + col] = mask[:, used][:, row, col]
-        return dense
+        return to_dense(self)
+
+    def to_elements(self) -> Tensor:
+        """Returns which pairs of a query and a key attend, as `from_elements` takes it: bool (batch, heads, queries,
+        keys), or for packed tensors (heads, queries of all sequences, keys of all sequences). Waits for the device.
+        """
+        return to_elements(self)
+
+    def to_flex(self, num_heads: int | None = None) -> Any:
+        """Returns a torch.nn.attention.flex_attention.BlockMask of the same pairs, for batched tensors. Causality,
+        windows and bits of partial blocks are in its mask_mod, which full blocks do not need. Waits for the device.
+
+        Args:
+            num_heads: of the mask to return, by default as many as this one has: FlexAttention takes 1, or as many as
+                q has.
+        """
+        return to_flex(self, num_heads)
 
     def flops(self, head_dim: int, num_heads: int, value_dim: int | None = None) -> int:
         """Counts the floating-point operations of the forward: 2 * (head_dim + value_dim), that of v, which is head_dim
         by default, for each pair of a query and a key that attend, over all `num_heads` query heads. Exact, with
-        causality, windows and short blocks. Waits for the device.
+        causality, windows, short blocks and partial ones. Waits for the device.
         """
-        head_dim, num_heads = check_index("head_dim", head_dim), check_index("num_heads", num_heads)
-        value_dim = head_dim if value_dim is None else check_index("value_dim", value_dim)
-        if num_heads % max(self.heads, 1) != 0:
-            raise ValueError(f"num_heads is {num_heads}; expected a multiple of the {self.heads} heads of the mask")
-        pairs = count_pairs(self.bits, self.sequences, MaskLayout(*self._layout), self._rules)
-        return 2 * (head_dim + value_dim) * pairs * (num_heads // max(self.heads, 1))
+        return count_flops(self, head_dim, num_heads, value_dim)
 
     def plot(self, head: int = 0, *, sequence: int = 0, ax: Any = None) -> Any:
-        """Draws a head of a sequence with matplotlib, and returns the axes: `ax`, or new ones. Blocks of which
-        causality or a window leaves pairs out are lighter. Waits for the device.
+        """Draws a head of a sequence with matplotlib, and returns the axes: `ax`, or new ones. Partial blocks, and
+        those of which causality or a window leaves pairs out, are lighter. Waits for the device.
 
         Raises:
             ValueError: for a head, or a sequence, that the mask does not have, or a sequence without queries or keys.
@@ -593,21 +598,7 @@ class BlockMask:
         return plot(self, head, sequence, ax)
 
     def __repr__(self) -> str:
-        if self.packed:
-            form, name, blocks = "packed", "max_seqlen", f"rows={self.rows}, cols={self.cols}"
-        else:
-            form, name = "batched", "seqlen"
-            blocks = f"{ceil_div(self.seqlen_q, self.q_block_size)} x {self.cols} in each sequence"
-        sides = (("q", self.seqlen_q), ("k", self.seqlen_k))
-        lengths = "".join(f"{name}_{side}={length}, " for side, length in sides if length is not None)
-        # On another device the density would make whoever prints a mask wait; of lists it would take all bits.
-        known = type(self._bits) is Tensor and self.device.type == "cpu"
-        density = f", density={self.density:.3g}" if known else ""
-        windows = "" if self._rules is None else ", windows=True"
-        return (
-            f"BlockMask({form}, batch={self.batch}, {lengths}heads={self.heads}, blocks of {self.q_block_size} x "
-            f"{self.k_block_size}, {blocks}, causal={self.causal}{windows}{density}, device='{self.device}')"
-        )
+        return describe(self)
 
     def _heads(self) -> Iterator[Tensor]:
         """The booleans of one head after another: of all heads at once they would be eight times the bits.
@@ -626,11 +617,11 @@ class BlockMask:
     def _check_use(self, q: Tensor, k: Tensor, q_shape: torch.Size, k_shape: torch.Size) -> None:
         """Checks tensors against the lengths that the mask was built for, which the op is not told."""
         if not self.packed:
-            _check_batched("q", q_shape, self.seqlen_q, self.q_block_size)
-            _check_batched("k", k_shape, self.seqlen_k, self.k_block_size)
+            check_batched("q", q_shape, self.seqlen_q, self.q_block_size)
+            check_batched("k", k_shape, self.seqlen_k, self.k_block_size)
             return
-        _check_dims("q", q_shape, 3, "packed")
-        _check_dims("k", k_shape, 3, "packed")
+        check_dims("q", q_shape, 3, "packed")
+        check_dims("k", k_shape, 3, "packed")
         keys, rows = self.batch * self.cols * self._k_block, k_shape[0]
         if self.seqlen_k is not None and self.batch and rows > keys:
             raise ValueError(
@@ -651,32 +642,20 @@ def check_is_mask(value: object) -> None:
     raise TypeError(f"mask is a {type_name(value)}; expected a BlockMask of hbsattn{hint}")
 
 
-def _check_dims(name: str, shape: torch.Size, dims: int, form: str) -> None:
-    if len(shape) != dims:
-        raise ValueError(
-            f"{name} has {len(shape)} dimensions, shape {tuple(shape)}; expected {dims}, as mask was built for {form} "
-            "tensors"
-        )
-
-
-def _check_batched(name: str, shape: torch.Size, seqlen: int, block_size: int) -> None:
-    if len(shape) == 4 and shape[1] == seqlen:
-        return
-    _check_dims(name, shape, 4, "batched")
-    length = shape[1]
-    hint = ""
-    if shape[2] == seqlen:
-        hint = ": heads come after the length, (batch, length, heads, head_dim)"
-    elif ceil_div(length, block_size) == ceil_div(seqlen, block_size):
-        hint = f": for this one, build the mask with seqlen_{name}={length}"
-    raise ValueError(f"{name} has length {length}; expected {seqlen}, the seqlen_{name} that mask has{hint}")
-
-
 def _keep_lists(source: Source, place: Place) -> bool:
     """Whether the mask keeps lists instead of bits. Chunks need lists that lie as the rows of tensors do."""
     if not isinstance(source, Lists) or (len(source.lead) == 2) != place.packed:
         return False
     return stays_lists(place.q_block, source.heads, place.rows, place.cols, source.indices.numel())
+
+
+def _check_form(q_block_size: int, k_block_size: int, causal: bool) -> tuple[int, int]:
+    check_bool("causal", causal)
+    return check_block_sizes(q_block_size, k_block_size)
+
+
+def _fields_of(partial: Partial | None) -> dict[str, Any]:
+    return dict(zip(("_partial", "_matrices", "_elements"), partial or (None,) * 3, strict=True))
 
 
 def _check_fields(given: int, named: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from hbsattn._checks import (
     type_name,
 )
 from hbsattn._contents import can_read, check_lengths
+from hbsattn._join import check_place
 from hbsattn._layout import (
     DIAGONAL,
     Q_LEN,
@@ -43,6 +44,7 @@ from hbsattn._layout import (
     words_of,
 )
 from hbsattn._numbers import Numbers, broadcast_heads, common_heads, numbers_of_heads
+from hbsattn._partial import gather_heads
 from hbsattn._placement import Lengths, Place, make_sequences, place_blocks
 from hbsattn._plans import normal_tensors
 from hbsattn._sources import Lists
@@ -357,8 +359,8 @@ def pooled_scores(blocks: Blocks, q: Tensor, k: Tensor) -> Tensor:
 def select_heads(masks: Sequence[BlockMask], choice: Sequence[int]) -> BlockMask:
     """A mask with `len(choice)` heads: head h is that of `masks[choice[h]]`, or its only one.
 
-    All masks have the place of the first: lengths, block sizes, causality. Some may have windows and others not, so one
-    call has heads of every kind: dense, block-sparse, streaming by blocks or by tokens.
+    All masks have the place of the first: lengths, block sizes, causality. Some may have windows or partial blocks and
+    others not, so one call has heads of every kind: dense, block-sparse, streaming by blocks or by tokens, and any.
     """
     if isinstance(masks, BlockMask):
         raise TypeError("masks is a BlockMask; expected a sequence of them")
@@ -366,9 +368,9 @@ def select_heads(masks: Sequence[BlockMask], choice: Sequence[int]) -> BlockMask
         raise ValueError("masks is empty; expected a BlockMask or more")
     for mask in masks:
         check_is_mask(mask)
-        masks[0]._check_place(mask)
+        check_place(masks[0], mask)
     bits_of = [mask.bits for mask in masks]  # which a mask that stays lists makes anew each time
-    bits, rules = [], []
+    bits, rules, partials = [], [], []
     for head, which in enumerate(choice):
         which = check_index(f"choice[{head}]", which, 0, len(masks))
         mask = masks[which]
@@ -377,14 +379,17 @@ def select_heads(masks: Sequence[BlockMask], choice: Sequence[int]) -> BlockMask
         row = head if mask.heads > 1 else 0
         bits.append(bits_of[which][row])
         rules.append(None if mask._rules is None else mask._rules[row])
+        partials.append((mask._partial_blocks, row))
     if not bits:
         raise ValueError("choice is empty; expected an int for each head")
     with normal_tensors():
+        partial = gather_heads(partials)
         if all(rule is None for rule in rules):
-            return masks[0]._with_bits(torch.stack(bits))
+            return masks[0]._with_bits(torch.stack(bits), partial)
         no_window = bits[0].new_zeros(RULE_INTS)
         no_window[:2] = UNBOUNDED
-        return masks[0]._with_bits(torch.stack(bits), torch.stack([no_window if x is None else x for x in rules]))
+        rules = torch.stack([no_window if x is None else x for x in rules])
+        return masks[0]._with_bits(torch.stack(bits), partial, rules)
 
 
 def _check_scores(blocks: Blocks, scores: Tensor) -> Tensor:

@@ -26,12 +26,14 @@ from hbsattn._layout import (
     MaskLayout,
     Reach,
     ceil_div,
+    count_bits,
     locate_rows,
     mask_of_head,
     reach_of_queries,
     reach_of_run,
     unpack_bits,
 )
+from hbsattn._partial import Partial
 
 TILE_ROWS = 256
 
@@ -52,6 +54,7 @@ class _Tiles(NamedTuple):
     """Tiles with something to attend to; int64 each, in one tensor (fields, tiles)."""
 
     bit_row: Tensor  # in the bits of tiles, (mask heads, rows, words), flattened
+    mask_row: Tensor  # likewise, in those of the mask
     mask_head: Tensor
     stream: Tensor  # of the first head: which random numbers dropout takes
     first_query: Tensor  # number of the row, of the first head
@@ -95,19 +98,13 @@ def _find_edges(clear: Tensor) -> tuple[slice, slice]:
     return slice(0, int(other[longest]) + 1), slice(int(other[longest + 1]), clear.shape[0])
 
 
-def _count_bits(bits: Tensor) -> Tensor:
-    """Counts the bits of int32 (..., words): int64 (...)."""
-    x = bits - ((bits >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return x.view(torch.uint8).sum(-1, dtype=torch.int64)
-
-
 class _Tiling:
     """The tiles of a call whose tensors are (batch, rows, heads, columns); batch is 1 for packed ones."""
 
     def __init__(self, call: Call) -> None:
         self.bits, self.sequences, self.rules = call.bits, call.sequences, call.rules
+        partial = (call.partial, call.matrices, call.elements)
+        self.partial = None if call.partial is None else Partial(*partial)
         self.layout = MaskLayout(*call.layout)
         self.batch, self.rows_q, self.heads_q, columns = call.q.shape
         self.columns = columns + call.v.shape[-1]  # of a key and its value
@@ -150,11 +147,12 @@ class _Tiling:
         mask_head = mask_of_head(head, mask_heads, self.heads_q)
         key_head = head // (self.heads_q // self.heads_k)
         member = sequence[row] if self.batch > 1 else torch.zeros_like(row)
-        blocks = torch.stack([_count_bits(of_head) for of_head in bits])
+        blocks = torch.stack([count_bits(of_head).sum(-1) for of_head in bits])
         end = reach.end if reach.sink is None else torch.maximum(reach.end, reach.sink)
         end = end.expand(mask_heads, -1)[mask_head.squeeze(-1)]
         tiles = _Tiles(
             bit_row=mask_head * bits.shape[1] + bit_row,
+            mask_row=mask_head * rows + row,
             mask_head=mask_head.expand(-1, row.shape[0]),
             stream=sequence[row] * self.heads_q + head,
             first_query=(member * self.heads_q + head) * self.rows_q + q_begin[row] + start,
@@ -196,16 +194,39 @@ class _Tiling:
         some = Reach(of_last.end, of_first.begin, of_last.sink)
         each = Reach(of_first.end, of_last.begin, of_first.sink)
         key = key.clamp_(max=KEY_BEYOND).unsqueeze(1)
-        key_numbers = torch.where(some.has(key), tile.first_key.unsqueeze(-1) + key, self.no_key).squeeze(1)
+        any_counts, edges = some.has(key), _find_edges(each.has(key).all(0).flatten())
+        counts = self._read_partial(tile, row, owner[fits], place[fits], block[fits], blocks, width)
+        if counts is not None:  # which may hide any key
+            any_counts, edges = any_counts & counts.any(1, keepdim=True), (slice(0, width),)
+        key_numbers = torch.where(any_counts, tile.first_key.unsqueeze(-1) + key, self.no_key).squeeze(1)
 
-        edges = _find_edges(each.has(key).all(0).flatten())
         # Rows past the tile's last query are like that one.
         reach = reach_of_queries(tile.position + torch.minimum(row, last), tile.length, causal, rule)
         reach, key = reach.map(lambda x: x.to(torch.int32)), key.to(torch.int32)
-        hidden = [(at, ~reach.has(key[..., at]).unsqueeze(1)) for at in edges if at.start < at.stop]
+        hidden = []
+        for at in edges:
+            if at.start < at.stop:
+                seen = reach.has(key[..., at])
+                hidden.append((at, ~(seen if counts is None else seen & counts).unsqueeze(1)))
         of_queries = torch.broadcast_tensors(tile.stream.unsqueeze(-1) + head, tile.start.unsqueeze(-1) + row)
         places = (*(x.flatten(1).unsqueeze(-1) for x in of_queries), key.to(torch.int64))
         return _Batch(numbers.flatten(1), key_numbers, row.shape[0], hidden, places)
+
+    def _read_partial(
+        self, tile: _Tiles, row: Tensor, owner: Tensor, place: Tensor, block: Tensor, blocks: int, width: int
+    ) -> Tensor | None:
+        """Whether partial blocks let the keys of a batch count, bool (tiles, queries, width).
+
+        `block`, at `place` among the `blocks` of the tile `owner`: int64 each.
+        """
+        if self.partial is None:
+            return None
+        layout = self.layout
+        matrix = torch.full((tile.keys.shape[0], 1, blocks), -1, dtype=torch.int64)
+        matrix[owner, 0, place] = self.partial.find(tile.mask_row.squeeze(-1)[owner], block)
+        query = (tile.start % layout.q_block_size + row).clamp(max=layout.q_block_size - 1)
+        counts = self.partial.read(matrix, query.unsqueeze(-1), min(layout.k_block_size, width))
+        return counts.flatten(2)[..., :width]
 
     def of_rows(self, of_heads: Tensor) -> Tensor:
         """A number of each head, (heads_q), for all rows, flat; -inf for those of no sequence, and for one more."""
