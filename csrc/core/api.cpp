@@ -178,7 +178,7 @@ int64_t num_items(const MaskShape& shape, int32_t heads_q, int32_t heads_k, int3
                   bool for_backward, int32_t element_size) {
   if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return 0;
   return count_query_items(shape, heads_q, heads_k, head_dim, pack_heads,
-                           for_backward || kernels::current_policy(element_size, shape.partial).shares_lists());
+                           for_backward || takes_gradient_tiles(shape, kernels::current_policy(element_size)));
 }
 
 int64_t item_capacity(const MaskShape& shape, int32_t heads_q, int32_t heads_k, bool pack_heads) {
@@ -196,7 +196,8 @@ Status plan_items(const PlanParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(validate_plan(params));
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
   PlanParams plan = params;
-  plan.for_backward = plan.for_backward || kernels::current_policy(params).shares_lists();
+  plan.for_backward =
+      plan.for_backward || takes_gradient_tiles(params.mask.shape, kernels::current_policy(params));
   return kernels::plan_items(plan, stream);
 }
 

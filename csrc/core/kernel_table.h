@@ -49,7 +49,7 @@ namespace hbsattn {
 struct KernelTiles {
   int rows;  // queries of a tile; keys of one in the backward pass by keys
   bool pairs = false;
-  bool altered = false;  // of calls that alter weights
+  bool altered = false;  // of calls that are altered (is_altered)
   bool short_values = false;
 
   constexpr bool operator==(const KernelTiles& other) const {
@@ -65,7 +65,7 @@ template <KernelKind kind>
 struct Sm90Kernels {
   static constexpr const char* kFamily = "sm90";
   static constexpr const char* kArch = "sm_90a";
-  static constexpr bool kAlteredApart = true;  // calls that alter weights have kernels of their own
+  static constexpr bool kAlteredApart = true;  // calls that are altered have kernels of their own
 
   template <class Config>
   static constexpr KernelTiles tiles() {

@@ -15,7 +15,7 @@ Status no_cuda() {
 }  // namespace
 
 Status current_device(int*, int*) { return no_cuda(); }
-DevicePolicy current_policy(int32_t, bool) { return {}; }
+DevicePolicy current_policy(int32_t) { return {}; }
 int block_shared_bytes() { return 0; }
 void limit_shared_bytes(int) {}
 int shared_bytes_limit() { return 0; }

@@ -43,12 +43,6 @@ Status check_dtype(DType dtype) {
                               " on CUDA");
 }
 
-// The kernels of kSm90 read no partial blocks: without a choice of the user's, other families have calls with such.
-Status check_partial_blocks(const ForwardParams& problem) {
-  if (!problem.mask.shape.partial || family_of(problem) != KernelFamily::kSm90) return Status::Ok();
-  return Status::NotSupported("the mask has partial blocks and use_kernels is sm90; expected auto or sm80");
-}
-
 // Head dims of the compiled kernels that a problem may use.
 struct HeadDims {
   KernelTiles tiles;
@@ -94,11 +88,11 @@ Status refuse_head_dim(const ForwardParams& problem, int largest, const char* wh
                               std::to_string(problem.head_dim) + "; expected " + expected + where);
 }
 
-// Whether the kernels of a call are those that alter weights alone.
+// Whether the kernels of a call are those of calls that are altered alone.
 bool is_altered_apart(const ForwardParams& problem) {
   const bool apart = with_kernels<KernelKind::kForward>(family_of(problem),
                                                         [](auto kernels) { return decltype(kernels)::kAlteredApart; });
-  return apart && alters_weights(problem);
+  return apart && is_altered(problem);
 }
 
 KernelTiles query_tiles(const ForwardParams& problem, bool for_backward) {
@@ -350,7 +344,6 @@ int32_t shared_memory_limit() { return kernels::shared_bytes_limit() / 1024; }
 Status select_forward(const ForwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_device(kernels::current_policy(params)));
   HBSATTN_RETURN_IF_ERROR(check_dtype(params.dtype));
-  HBSATTN_RETURN_IF_ERROR(check_partial_blocks(params));
   HBSATTN_RETURN_IF_ERROR(check_keys(params));
   const KernelTiles tiles = query_tiles(params, takes_gradient_tiles(params, kernels::current_policy(params)));
   const HeadDims found = needs_general(params) ? find_head_dims<KernelKind::kForward>(params, tiles)
@@ -368,7 +361,6 @@ int choose_backward_head_dim(const BackwardParams& params) { return find_backwar
 Status select_backward(const BackwardParams& params, KernelKey* key) {
   HBSATTN_RETURN_IF_ERROR(check_device(kernels::current_policy(params)));
   HBSATTN_RETURN_IF_ERROR(check_dtype(params.problem.dtype));
-  HBSATTN_RETURN_IF_ERROR(check_partial_blocks(params.problem));
   HBSATTN_RETURN_IF_ERROR(check_backward_sizes(params.problem));
   // Tiles of keys take them as they are; those of queries tell consumers where blocks end.
   if (backward_lists(params).items) HBSATTN_RETURN_IF_ERROR(check_keys(params.problem));

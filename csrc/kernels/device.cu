@@ -75,7 +75,7 @@ Status current_device(int* compute_capability, int* multiprocessors) {
   });
 }
 
-DevicePolicy current_policy(int32_t element_size, bool partial) {
+DevicePolicy current_policy(int32_t element_size) {
   DevicePolicy policy;
   const Status status = with_current_device([&](const Device& device) {
     policy = device.policy;
@@ -86,7 +86,7 @@ DevicePolicy current_policy(int32_t element_size, bool partial) {
   // Multiprocessors have a kilobyte beside what one CTA may take.
   if (const int limit = shared_limit; limit > 0)
     policy.shared_bytes = std::min<int64_t>(policy.shared_bytes, limit + 1024);
-  if (element_size == element_size_of(DType::kFloat32) || partial) policy.family = KernelFamily::kSm80;
+  if (element_size == element_size_of(DType::kFloat32)) policy.family = KernelFamily::kSm80;
   policy.family = forced_family().value_or(policy.family);
   return policy;
 }

@@ -68,19 +68,15 @@ int sm80_grad_queries_shared_bytes();
 // Compute capability (major * 10 + minor) and multiprocessors of the current device.
 Status current_device(int* compute_capability, int* multiprocessors);
 
-// What planning knows of the current device, for tensors with elements of so many bytes, and masks that may have
-// partial blocks; the defaults where there is no device. Its family suits all, unless one is forced.
-DevicePolicy current_policy(int32_t element_size = 2, bool partial = false);
+// What planning knows of the current device, for tensors with elements of so many bytes; the defaults where there is no
+// device. Its family suits both, unless one is forced.
+DevicePolicy current_policy(int32_t element_size = 2);
 inline DevicePolicy current_policy(const ForwardParams& params) {
-  return current_policy(element_size_of(params.dtype), params.mask.shape.partial);
+  return current_policy(element_size_of(params.dtype));
 }
 inline DevicePolicy current_policy(const BackwardParams& params) { return current_policy(params.problem); }
-inline DevicePolicy current_policy(const PlanParams& params) {
-  return current_policy(params.element_size, params.mask.shape.partial);
-}
-inline DevicePolicy current_policy(const KeyPlanParams& params) {
-  return current_policy(params.element_size, params.mask.shape.partial);
-}
+inline DevicePolicy current_policy(const PlanParams& params) { return current_policy(params.element_size); }
+inline DevicePolicy current_policy(const KeyPlanParams& params) { return current_policy(params.element_size); }
 
 // Bytes of shared memory that a CTA may have on the current device, at most what a limit leaves; 0: there is none.
 int block_shared_bytes();

@@ -102,9 +102,16 @@ constexpr TileShape shape_tiles(const MaskShape& shape, int32_t heads_q, int32_t
 // Whether a call alters scores or weights on their way, which kernels of their own do.
 constexpr bool alters_weights(const ForwardParams& params) { return params.dropout_p > 0. || params.softcap > 0.f; }
 
-// Whether a forward has the tiles, and the list, of gradients: of pairs and of 192 rows, no kernel alters weights.
+// Whether a call does, or has a mask with partial blocks: kernels of kSm90 have code for either apart from others.
+constexpr bool is_altered(const ForwardParams& params) { return alters_weights(params) || params.mask.shape.partial; }
+
+// Whether a forward has the tiles, and the list, of gradients, whatever else is asked: of pairs and of 192 rows, no
+// kernel is for altered calls.
+constexpr bool takes_gradient_tiles(const MaskShape& shape, const DevicePolicy& policy) {
+  return shape.partial || policy.shares_lists();
+}
 constexpr bool takes_gradient_tiles(const ForwardParams& params, const DevicePolicy& policy) {
-  return alters_weights(params) || policy.shares_lists();
+  return alters_weights(params) || takes_gradient_tiles(params.mask.shape, policy);
 }
 
 // Rows of the tiles of the backward pass: how the key blocks of a problem are cut, the one place that tells.

@@ -26,7 +26,7 @@ inline constexpr int32_t kSm80AddingHeadDim = 128;
 // Tiles of keys compute scores of whole tiles. Where several key blocks share one, tiles of queries compute only those
 // that are wanted; as many additions to global memory as tiles of 64 keys need make them slower else.
 constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t heads_q, int32_t heads_k,
-                                                int32_t head_dim, bool pack_heads, bool deterministic, bool altered,
+                                                int32_t head_dim, bool pack_heads, bool deterministic, bool alters,
                                                 bool needs_q, bool needs_keys, const DevicePolicy& policy) {
   if (!needs_keys) return BackwardMethod::kQueriesOnly;
   if (!needs_q) return BackwardMethod::kKeysOnly;
@@ -34,7 +34,7 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
   if (policy.family == KernelFamily::kSm80) {
     // No kernel that adds is of float32, or alters weights, and tiles of small blocks are not full.
     const bool adds =
-        policy.element_size == 2 && head_dim <= kSm80AddingHeadDim && !altered && shape.k_block_size >= 64 &&
+        policy.element_size == 2 && head_dim <= kSm80AddingHeadDim && !alters && shape.k_block_size >= 64 &&
         policy.has_room_to_add(head_dim, shape_key_tiles(shape, head_dim).tile_keys) && !has_few_keys(shape, policy);
     return adds ? BackwardMethod::kByKeys : BackwardMethod::kByKeysAndQueries;
   }
@@ -42,8 +42,8 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
   if (heads_k < 1 || heads_q < heads_k || shape.q_block_size < 1) return BackwardMethod::kByKeys;
   const TileShape tiles = shape_tiles(shape, heads_q, heads_k, head_dim, pack_heads, true);
   if (head_dim <= 128 && shape.k_block_size < 64 && tiles.tile_rows == 128) {
-    // Whose kernel alters no weights.
-    return altered ? BackwardMethod::kByKeysAndQueries : BackwardMethod::kByQueries;
+    // Whose kernel is not for altered calls.
+    return alters || shape.partial ? BackwardMethod::kByKeysAndQueries : BackwardMethod::kByQueries;
   }
   // Key blocks that share tiles of 64 with full tiles of queries, too (H200, 64x16: 0.72 to 0.85 of the time).
   const bool shared = shape.k_block_size < 64 && shape.k_block_size % kGranule == 0 && tiles.block_rows >= 64;

@@ -128,4 +128,42 @@ __device__ __forceinline__ void mask_by_limits(Scores& scores, CodeOf&& code_of,
   }
 }
 
+// What partial blocks ask of a warp's rows.
+struct PartialRows {
+  int bit_row;      // of the warp's block, over all mask heads
+  int first_place;  // where the block's first query lies among the keys
+
+  PartialRows() = default;
+  __device__ __forceinline__ PartialRows(const QueryTiles& args, const WorkItem& item, const KeyLimits<true>& limits)
+      : bit_row(item.bit_row + limits.granules),
+        first_place(item.block_row + limits.granules * args.q_block_size.divisor + item.diagonal) {}
+};
+
+// Hides what the matrices of partial blocks say, besides limits. is_partial(i): whether the i-th granule is of a block
+// that is; code_of(i): as above.
+template <class Scores, class IsPartial, class CodeOf>
+__device__ __forceinline__ void mask_partial(const PartialBlocks& partial, const PartialRows& rows,
+                                             const KeyLimits<true>& limits, Scores& scores, IsPartial&& is_partial,
+                                             CodeOf&& code_of, int lane) {
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size(scores) / 8; ++i) {
+    const int code = code_of(i);
+    if (!is_partial(i)) continue;
+    int column, in_block;
+    partial.k_block_size(column, in_block, granule_first_key(code));
+    const uint16_t* matrix = partial.find(rows.bit_row, min(column, partial.columns - 1));
+    if (matrix == nullptr) continue;
+    CUTE_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      const int query = limits.value[row] > limits.kNoRow ? limits.place[row] - rows.first_place : -1;
+      const uint32_t counts = partial.read(matrix, query, in_block / kGranule) >> (2 * (lane & 3));
+      CUTE_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        float& score = scores(8 * i + (j >> 1) * 4 + 2 * row + (j & 1));
+        score = counts >> ((j >> 1) * 8 + (j & 1)) & 1 ? score : -INFINITY;
+      }
+    }
+  }
+}
+
 }  // namespace hbsattn

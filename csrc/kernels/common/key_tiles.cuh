@@ -5,6 +5,7 @@
 #include "hbsattn/params.h"
 #include "kernels/common/bit_row.cuh"
 #include "kernels/common/gaps.cuh"
+#include "kernels/common/partial_blocks.cuh"
 #include "plan/dropout.h"
 #include "plan/layout.h"
 #include "plan/mask_heads.h"
@@ -53,6 +54,7 @@ struct KeyTiles {
   Dropout dropout;
   ScoreCap cap;
   float inverse_scale_log2;  // 1 / scale_log2
+  PartialBlocks partial;
 };
 
 // An item as warps get it: whatever it says, and be it another mask's, nothing that is addressed by it lies outside its
@@ -161,6 +163,18 @@ __device__ __forceinline__ QueryPlan plan_queries(const KeyTiles& args, const Ke
                                    .is_clean(first_query, last_query, item.first_key, last_key);
   }
   return plan;
+}
+
+// Whether the block of a segment is partial with any of the tile's.
+__device__ __forceinline__ bool has_partial(const KeyTiles& args, const KeyItem& item, int stack,
+                                            const QueryPlan& plan) {
+  const int mask_head = mask_of_head(stack * args.chunks.stack.heads, args.heads_of_mask);
+  const int block = args.partial.q_block_size.div(plan.query >> args.chunks.stack.rows_log2);
+  const int row = min(item.row_begin + block, static_cast<int>(args.mask.rows) - 1);
+  for (int column = item.column; column < item.column + item.united; ++column) {
+    if (args.partial.has(mask_head * args.mask.rows + row, column)) return true;
+  }
+  return false;
 }
 
 // A warp writes the keys that belong to no tile.

@@ -56,6 +56,7 @@ inline void fill_key_tiles(const BackwardParams& params, const BackwardWorkspace
   args.scale_log2 = scale.log2;
   args.cap = scale.cap;
   args.inverse_scale_log2 = 1.f / scale.log2;
+  args.partial = partial_blocks_of(problem.mask);
 }
 
 }  // namespace hbsattn::kernels

@@ -98,4 +98,47 @@ __device__ __forceinline__ void mask_queries(const KeyTiles& args, Scores& score
   }
 }
 
+// What partial blocks ask of a warp's 16 keys.
+struct PartialKeys {
+  int first_key;  // in the sequence
+  int row_begin;  // of the sequence
+
+  PartialKeys() = default;
+  __device__ __forceinline__ PartialKeys(const KeyItem& item, int warp_key)
+      : first_key(uniform(item.first_key + warp_key)), row_begin(uniform(item.row_begin)) {}
+};
+
+// Hides what the matrices of partial blocks say, besides what mask_queries does, with `info` as there and stack(), the
+// stage's.
+template <class Scores, class Info>
+__device__ __forceinline__ void mask_partial(const KeyTiles& args, const PartialKeys& keys, Scores& scores,
+                                             const Info& info, int first_granule, int lane) {
+  const PartialBlocks& partial = args.partial;
+  const int rows_log2 = args.chunks.stack.rows_log2;
+  const int mask_head = mask_of_head(info.stack() * args.chunks.stack.heads, args.heads_of_mask);
+  int column, in_block;
+  partial.k_block_size(column, in_block, keys.first_key);
+  column = min(column, partial.columns - 1);  // of keys that do not exist
+  CUTE_UNROLL
+  for (int granule = 0; granule < cute::size(scores) / 8; ++granule) {
+    const int first = info.query(first_granule + granule);
+    if (first < 0) continue;
+    const int block = partial.q_block_size.div(first >> rows_log2);
+    const int row = min(keys.row_begin + block, static_cast<int>(args.mask.rows) - 1);
+    const uint16_t* matrix = partial.find(mask_head * args.mask.rows + row, column);
+    if (matrix == nullptr) continue;
+    CUTE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int query = (first + (j >> 1) * 8 + 2 * (lane & 3) + (j & 1)) >> rows_log2;
+      const int in_matrix = query - block * partial.q_block_size.divisor;
+      const uint32_t counts = partial.read(matrix, in_matrix, in_block / kGranule) >> (lane / 4);
+      CUTE_UNROLL
+      for (int key = 0; key < 2; ++key) {
+        float& score = scores(8 * granule + (j >> 1) * 4 + 2 * key + (j & 1));
+        score = counts >> (8 * key) & 1 ? score : -INFINITY;
+      }
+    }
+  }
+}
+
 }  // namespace hbsattn

@@ -8,6 +8,7 @@
 #include "hbsattn/params.h"
 #include "kernels/common/bit_row.cuh"
 #include "kernels/common/gaps.cuh"
+#include "kernels/common/partial_blocks.cuh"
 #include "kernels/common/sinks.cuh"
 #include "plan/dropout.h"
 #include "plan/layout.h"
@@ -71,6 +72,7 @@ struct QueryTiles {
   const float* sinks;  // (heads_q), natural; null: there are none
   Dropout dropout;     // of kernels that alter weights, as is `cap`
   ScoreCap cap;
+  PartialBlocks partial;
   float scale, scale_log2;  // of scores; of gradients of queries, `scale` is theirs
 };
 
@@ -250,6 +252,18 @@ __device__ __forceinline__ Segment find_segment(const QueryTiles& args, const Wo
     segment.with = item.united > 1 ? rows.with(column) : 1;
   }
   return segment;
+}
+
+// The united blocks that are partial with a segment, one bit each.
+__device__ __forceinline__ uint32_t partial_with(const QueryTiles& args, const WorkItem& item, const Segment& segment) {
+  if (segment.key < 0) return 0;
+  const int column = args.partial.k_block_size.div(segment.key);
+  uint32_t partial = 0;
+  for (int block = 0; block < item.united; ++block) {
+    const bool has = segment.with >> block & 1 && args.partial.has(item.bit_row + block, column);
+    partial |= static_cast<uint32_t>(has) << block;
+  }
+  return partial;
 }
 
 // Records the clock of this multiprocessor, where its first CTA begins or its last one ends. Numbers of multiprocessors

@@ -45,6 +45,7 @@ inline void fill_query_tiles(const ForwardParams& params, bool for_backward, int
   args.dropout = make_dropout(params);
   const ScoreScale scale = make_score_scale(params);
   args.cap = scale.cap;
+  args.partial = partial_blocks_of(params.mask);
   args.scale = scale.natural;
   args.scale_log2 = scale.log2;
 }

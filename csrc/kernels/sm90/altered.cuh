@@ -2,8 +2,8 @@
 
 #include <utility>
 
-// Kernels that alter weights. Their consumers come in two forms, as loops with code for more than a call needs are
-// slower: for calls that drop weights, and for those that cap scores, and may drop weights, too.
+// Kernels of altered calls. Their consumers come in two forms, as loops with code for more than a call needs are slower:
+// one caps scores. Either may drop weights, and have partial blocks.
 
 namespace hbsattn::sm90 {
 
@@ -14,7 +14,11 @@ struct CappingTraits : Traits {
 
 template <class Traits, class Arguments>
 __device__ __forceinline__ bool drops_weights(const Arguments& args) {
-  return Traits::kAltered && (!Traits::kCaps || args.dropout.seed != nullptr);
+  return Traits::kAltered && args.dropout.seed != nullptr;
+}
+template <class Traits, class Arguments>
+__device__ __forceinline__ bool has_partial_blocks(const Arguments& args) {
+  return Traits::kAltered && args.partial.words != nullptr;
 }
 
 // Calls run(Traits{}) with the traits of the consumers that a call needs.

@@ -11,7 +11,7 @@
 namespace hbsattn {
 
 // The kernels. kTileRows: of what a CTA keeps while it streams the rest. kPairs: as in TileShape. kAltered: the kernel
-// is for calls alone that drop weights or cap scores, which would cost the others registers; kShortValues: for those
+// is for altered calls alone, whose code would cost the others registers (is_altered); kShortValues: for those
 // whose values have few columns beside their keys'.
 
 // Whether tiles of query rows need the second, general kernel: for key blocks that are no multiple of a granule, for
@@ -21,9 +21,9 @@ constexpr bool needs_general_kernel(const MaskShape& shape, const TileShape& til
   return ragged || (tiles.packed_heads > 1 && shape.q_block_size % kGranule != 0) || (tiles.united > 1 && !tiles.pairs);
 }
 
-// The same for a call: kernels that alter weights are general ones.
+// The same for a call: kernels of altered calls are general ones.
 constexpr bool needs_general_kernel(const ForwardParams& problem, const TileShape& tiles) {
-  return alters_weights(problem) || needs_general_kernel(problem.mask.shape, tiles);
+  return is_altered(problem) || needs_general_kernel(problem.mask.shape, tiles);
 }
 
 inline constexpr int kShortValueDim = 128;

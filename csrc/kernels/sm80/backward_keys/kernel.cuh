@@ -29,9 +29,7 @@ __device__ __forceinline__ void mask_scores(const BackwardKeysArguments& args, c
                                             int first_granule, const QueryLimits& limits, int key, int lane,
                                             Scores& scores) {
   mask_queries(args, scores, info, first_granule, limits, lane);
-  if (args.partial.words != nullptr) {
-    hide_queries(args, args.partial, item, info, first_granule, key, lane, scores);
-  }
+  if (args.partial.words != nullptr) mask_partial(args, PartialKeys(item, key), scores, info, first_granule, lane);
 }
 
 // From the products of some granules of a stage, from `first_granule` on, to weights. Those that are dropped are

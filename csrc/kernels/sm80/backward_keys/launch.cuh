@@ -33,7 +33,6 @@ void fill_backward_keys(const BackwardParams& params, const BackwardWorkspace& w
   args.grad_out = tensor_rows(problem, params.grad_out);
   args.k = tensor_rows(problem, problem.k);
   args.v = tensor_rows(problem, problem.v);
-  args.partial = partial_blocks(problem.mask);
   // A list may have room for more, which has no tiles.
   args.num_items = static_cast<int>(
       std::min<int64_t>(params.num_key_items,

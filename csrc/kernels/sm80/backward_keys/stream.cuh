@@ -129,17 +129,6 @@ struct QueryStream {
   }
 
  private:
-  // Whether a segment's block is partial with any of the tile's.
-  __device__ __forceinline__ bool has_partial(int stack, const QueryPlan& plan) const {
-    const int mask_head = mask_of_head(stack * args.chunks.stack.heads, args.heads_of_mask);
-    const int block = args.partial.q_block_size.div(plan.query >> args.chunks.stack.rows_log2);
-    const int row = min(item.row_begin + block, static_cast<int>(args.mask.rows) - 1);
-    for (int column = item.column; column < item.column + item.united; ++column) {
-      if (args.partial.has(mask_head * args.mask.rows + row, column)) return true;
-    }
-    return false;
-  }
-
   // Lists the stages of segments up to `last`, but for those without queries that see a key of the tile.
   __device__ __forceinline__ void list_stages(StageCursor& cursor, const ColumnBits& bits,
                                               const typename Traits::Blocks& blocks, int last,
@@ -154,7 +143,9 @@ struct QueryStream {
                           .visible_end(last_row >> args.chunks.stack.rows_log2, item.first_key + item.keys);
       if (end <= item.first_key) plan.query = -1;
     }
-    if (args.partial.words != nullptr && plan.query >= 0 && plan.clean) plan.clean = !has_partial(cursor.stack, plan);
+    if (args.partial.words != nullptr && plan.query >= 0) {
+      plan.clean = plan.clean && !has_partial(args, item, cursor.stack, plan);
+    }
     const uint32_t there = __ballot_sync(0xffffffffu, plan.query >= 0);
     const uint32_t clean = __ballot_sync(0xffffffffu, plan.query >= 0 && plan.clean);
     const int row = lane % Traits::kGranules * kGranule;

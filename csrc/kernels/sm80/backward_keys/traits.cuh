@@ -17,7 +17,6 @@ namespace hbsattn::sm80 {
 // What the kernel gets, by value.
 struct BackwardKeysArguments : KeyTiles {
   TensorRows q, k, v, grad_out;
-  PartialBlocks partial;
 };
 
 // What the warp that lists stages tells of one. Granules have their first query, in the sequence; of stacked heads, row

@@ -24,6 +24,7 @@ struct WideGradQueriesTraits : QueryTileTraits<Config> {
     typename Base::Blocks::State blocks;
     TileState tile;
     Segment segments[2][32];
+    uint32_t partial[2][32], with_partial[2];
     KeyLimits<true> limits[1][32 * kPairs];
     DropoutRow dropout_rows[kTileM];
   };

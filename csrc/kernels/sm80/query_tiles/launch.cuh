@@ -18,23 +18,6 @@ inline sm80::TensorRows tensor_rows(const ForwardParams& params, const TensorVie
           element_bytes * view.head_stride, static_cast<int>(element_bytes * view.row_stride), view.columns};
 }
 
-// What kernels get of a mask's partial blocks.
-inline PartialBlocks partial_blocks(const MaskView& mask) {
-  PartialBlocks partial{};
-  if (!mask.shape.partial || mask.num_partial == 0 || mask.num_matrices == 0) return partial;
-  partial.words = mask.partial;
-  partial.matrices = mask.matrices;
-  partial.elements = mask.elements;
-  partial.num_partial = static_cast<int>(mask.num_partial);
-  partial.num_matrices = static_cast<int>(mask.num_matrices);
-  partial.columns = static_cast<int>(mask.shape.cols);
-  partial.row_words = static_cast<int>(mask.shape.words());
-  partial.granules = static_cast<int>(mask.shape.granules());
-  partial.q_block_size = mask.shape.q_block_size;
-  partial.k_block_size = mask.shape.k_block_size;
-  return partial;
-}
-
 // Fills what a kernel gets that streams keys and values past tiles of query rows.
 template <class Config>
 void fill_arguments(const ForwardParams& params, sm80::QueryTileArguments& args) {
@@ -46,7 +29,6 @@ void fill_arguments(const ForwardParams& params, sm80::QueryTileArguments& args)
   args.q = tensor_rows(params, params.q);
   args.k = tensor_rows(params, params.k);
   args.v = tensor_rows(params, params.v);
-  args.partial = partial_blocks(params.mask);
   if (params.rows_k == 0) args.k.data = args.v.data = args.q.data;  // nothing is read, but an address is asked for
 }
 

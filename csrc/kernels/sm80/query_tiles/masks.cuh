@@ -58,7 +58,9 @@ __device__ __forceinline__ void mask_scores(const KeyStream<Traits>& stream, int
   } else {
     mask_by_limits(scores, code_of, limits, lane);
   }
-  if (stream.has_partial(stage)) stream.hide_partial(stage, limits, lane, scores);
+  if (!stream.has_partial(stage)) return;
+  mask_partial(stream.args.partial, PartialRows(stream.args, stream.storage.tile.item, limits), limits, scores,
+               [&](int granule) { return stream.is_partial(stage, granule, limits.granules); }, code_of, lane);
 }
 
 // Drops weights, or what belongs to them.

@@ -110,7 +110,11 @@ struct KeyStream {
     const Segment segment =
         find_segment<true>(args, item, rows, blocks, first + lane, last, storage.tile.key_end);
     storage.segments[slot & 1][lane] = segment;
-    if (args.partial.words != nullptr) list_partial(slot, segment);
+    if (args.partial.words != nullptr) {
+      const uint32_t partial = partial_with(args, item, segment), any = __ballot_sync(0xffffffffu, partial != 0);
+      storage.partial[slot & 1][lane] = partial;
+      if (lane == 0) storage.with_partial[slot & 1] = any;
+    }
     blocks.leave(storage.blocks);
   }
 
@@ -216,31 +220,11 @@ struct KeyStream {
     return stage < masked || stage >= clean_end || has_partial(stage);
   }
 
-  // Hides what the matrices of partial blocks say from a strip of a stage that has such.
-  template <class Scores>
-  __device__ __forceinline__ void hide_partial(int stage, const KeyLimits<true>& limits, int lane,
-                                               Scores& scores) const {
-    const WorkItem& item = storage.tile.item;
-    const int first_query = item.block_row + limits.granules * args.partial.q_block_size.divisor;
-    int queries[2];
-    CUTE_UNROLL
-    for (int row = 0; row < 2; ++row) {
-      const bool exists = limits.value[row] > limits.kNoRow;
-      queries[row] = exists ? limits.place[row] - item.diagonal - first_query : -1;
-    }
-    const int slot = stage >> slot_stages_log2() & 1,
-              first = (stage & ((1 << slot_stages_log2()) - 1)) << stage_segments_log2();
-    CUTE_UNROLL
-    for (int granule = 0; granule < Traits::kGranules; ++granule) {
-      const int row = granule * kGranule, segment = first + (row >> args.segment_log2);
-      if (!(storage.partial[slot][segment] >> limits.granules & 1)) continue;
-      int column, in_block;
-      args.partial.k_block_size(
-          column, in_block, storage.segments[slot][segment].key + (row & ((1 << args.segment_log2) - 1)));
-      const uint16_t* matrix = args.partial.find(item.bit_row + limits.granules, column);
-      if (matrix == nullptr) continue;
-      hide_keys(args.partial, matrix, queries, in_block / kGranule, 8 * granule, lane, scores);
-    }
+  // Whether a granule of such a stage is of a block that is partial for a block of the tile.
+  __device__ __forceinline__ bool is_partial(int stage, int granule, int block) const {
+    const int slot = stage >> slot_stages_log2() & 1, in_slot = stage & ((1 << slot_stages_log2()) - 1);
+    const int segment = (in_slot << stage_segments_log2()) + (granule * kGranule >> args.segment_log2);
+    return storage.partial[slot][segment] >> block & 1;
   }
 
   // What a granule of a stage holds for a block of the tile, as encode_granule() has it.
@@ -253,21 +237,6 @@ struct KeyStream {
   }
 
  private:
-  // The first warp lists the partial blocks of a slot's segments, of which each lane has one.
-  __device__ __forceinline__ void list_partial(int slot, const Segment& segment) const {
-    uint32_t partial = 0;
-    if (segment.key >= 0) {
-      const int column = args.partial.k_block_size.div(segment.key);
-      for (int block = 0; block < storage.tile.item.united; ++block) {
-        const bool has = segment.with >> block & 1 && args.partial.has(storage.tile.item.bit_row + block, column);
-        partial |= static_cast<uint32_t>(has) << block;
-      }
-    }
-    const uint32_t any = __ballot_sync(0xffffffffu, partial != 0);
-    storage.partial[slot & 1][threadIdx.x] = partial;
-    if (threadIdx.x == 0) storage.with_partial[slot & 1] = any;
-  }
-
   __device__ __forceinline__ KeyStream(const QueryTileArguments& args, typename Traits::Storage& storage,
                                        const WorkItem& item, int key_end, const TileStages& counted)
       : args(args), storage(storage), stages(counted.stages), masked(counted.masked), clean_end(counted.clean_end) {

@@ -6,7 +6,6 @@
 
 #include "kernels/common/dropout.cuh"
 #include "kernels/common/key_limits.cuh"
-#include "kernels/common/partial_blocks.cuh"
 #include "kernels/common/query_tiles.cuh"
 #include "kernels/sm80/config.h"
 #include "kernels/sm80/shared_rows.cuh"
@@ -42,7 +41,6 @@ struct TensorRows {
 // What kernels get that stream keys and values past tiles of query rows.
 struct QueryTileArguments : QueryTiles {
   TensorRows q, k, v;
-  PartialBlocks partial;
 };
 
 // What all threads look up of a tile. In shared memory, as registers are scarce.

@@ -47,6 +47,7 @@ __device__ __forceinline__ void run_key_consumer(const BackwardKeysArguments& ar
     const KeyTileSlot& tile = storage.tiles[slot.index];
     if (uniform(tile.item.column) < 0) break;
     if (drops_weights<Traits>(args)) mainloop.dropout = KeyDropout(tile.item, warp_key);
+    if constexpr (Traits::kAltered) mainloop.partial_keys = PartialKeys(tile.item, warp_key);
     mainloop.run(QueryLimits(args, tile.item, warp_key, lane), uniform(tile.stages));
     if (uniform(tile.item.parts) == 1 ||
         add_parts<Traits>(args, storage, tile.item, unit, warp, lane, mainloop.grad_keys, mainloop.grad_values)) {

@@ -54,7 +54,8 @@ struct BackwardKeysMainloop {
   uint32_t position = 0;  // stages before this one, over all tiles: where all rings are, in one register
   uint32_t tiles = 0;     // with stages, before this one
   GradKeys grad_keys, grad_values;
-  KeyDropout dropout;  // of the tile, if the kernel alters weights
+  KeyDropout dropout;  // of the tile, if the kernel is for altered calls, as is the next
+  PartialKeys partial_keys;
 
   __device__ __forceinline__ BackwardKeysMainloop(const BackwardKeysArguments& args, Storage& storage, int unit,
                                                   int warp, int lane)
@@ -160,6 +161,11 @@ struct BackwardKeysMainloop {
   __device__ __forceinline__ void weigh(Scores& scores, const Statistics& lse, const QueryLimits& limits, bool masked) {
     if constexpr (Traits::kCaps) cap_scores(scores, args.cap);
     if (masked) mask_queries(args, scores, info(), 0, limits, lane);
+    if constexpr (Traits::kAltered) {
+      if (masked && has_partial_blocks<Traits>(args)) {
+        mask_partial(args, partial_keys, scores, info(), 0, lane);
+      }
+    }
     CUTE_UNROLL
     for (int i = 0; i < cute::size(scores); ++i) scores(i) = exp2_approx(scores(i) * args.scale_log2 - lse[i]);
     if (drops_weights<Traits>(args)) dropout.drop(args, scores, info(), 0, lane);

@@ -58,7 +58,8 @@ struct BackwardKeysMainloopWide {
   uint32_t tiles = 0;     // with stages, before this one
   GradKeys grad_keys;
   GradValues grad_values;
-  KeyDropout dropout;  // of the tile, if the kernel alters weights
+  KeyDropout dropout;  // of the tile, if the kernel is for altered calls, as is the next
+  PartialKeys partial_keys;
 
   __device__ __forceinline__ BackwardKeysMainloopWide(const BackwardKeysArguments& args, Storage& storage, int unit,
                                                       int warp, int lane)
@@ -144,6 +145,11 @@ struct BackwardKeysMainloopWide {
     const int first_granule = unit * (Traits::kScoreQueries / kGranule);
     if constexpr (Traits::kCaps) cap_scores(scores, args.cap);
     if (masked) mask_queries(args, scores, info(), first_granule, limits, lane);
+    if constexpr (Traits::kAltered) {
+      if (masked && has_partial_blocks<Traits>(args)) {
+        mask_partial(args, partial_keys, scores, info(), first_granule, lane);
+      }
+    }
     const float* lse = of_columns(storage.lse[stage()]);
     CUTE_UNROLL
     for (int group = 0; group < Traits::kScoreQueries / 8; ++group) {

@@ -264,8 +264,11 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
           const int first_segment = planned << segments_log2;
           const int end_segment = min(min(planned + plan_stages, end_of_head) << segments_log2, segments);
           blocks.expand(args.segments_per_block.div(end_segment + args.segments_per_block.divisor - 1));
-          const QueryPlan plan = plan_queries<Traits::kTileN, kStacked, !kStacked, kRuled>(
+          QueryPlan plan = plan_queries<Traits::kTileN, kStacked, !kStacked, kRuled>(
               args, item, bits, blocks, stack, first_segment + lane, first_segment + lane < end_segment);
+          if (has_partial_blocks<Traits>(args) && plan.query >= 0) {
+            plan.clean = plan.clean && !has_partial(args, item, stack, plan);
+          }
           __syncwarp();
 #pragma unroll 1
           for (int stage = 0; stage < min(plan_stages, end_of_head - planned); ++stage) {

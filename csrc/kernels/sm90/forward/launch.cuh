@@ -31,7 +31,7 @@ Status run_forward(const ForwardParams& params, Stream stream) {
   using Traits = sm90::QueryTileTraits<Config>;
   sm90::QueryTileArguments args{};
   bool general = false;
-  const bool for_backward = alters_weights(params);  // takes_gradient_tiles() of this family
+  const bool for_backward = is_altered(params);  // takes_gradient_tiles() of this family
   HBSATTN_RETURN_IF_ERROR(set_arguments<Config>(params, for_backward, args, general));
   const TileShape tiles =
       shape_tiles(params.mask.shape, params.heads_q, params.heads_k, params.head_dim, params.pack_heads, for_backward);

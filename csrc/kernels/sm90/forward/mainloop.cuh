@@ -83,6 +83,7 @@ struct ForwardMainloop {
   OnlineSoftmax softmax;
   // Where weights are dropped: the codes of the granules of the last stage whose scores are there, one in each lane.
   int granule_code;
+  PartialRows partial_rows;  // where the mask has partial blocks
 
   __device__ __forceinline__ ForwardMainloop(const QueryTileArguments& args, Storage& storage, int unit, int lane)
       : args(args),
@@ -166,6 +167,11 @@ struct ForwardMainloop {
   __device__ __forceinline__ void mask(Scores& scores, const Limits& limits, bool masked) {
     if constexpr (Traits::kCaps) cap_scores(scores, args.cap);
     if (masked) mask_scores<Traits>(args, scores, storage, key_stage.index, limits, lane);
+    if constexpr (Traits::kAltered) {
+      if (has_partial_blocks<Traits>(args)) {
+        mask_partial_blocks<Traits>(args, scores, storage, key_stage.index, limits, partial_rows, lane);
+      }
+    }
     if (!drops_weights<Traits>(args)) return;
     granule_code = storage.granules[key_stage.index][(limits.granules * Traits::kGranules + lane) % 32];
     __syncwarp();  // lane 0 lets the producer overwrite them

@@ -98,7 +98,9 @@ __device__ __forceinline__ void list_segments(const QueryTileArguments& args, ty
     storage.segment_keys[slot.index][lane] = segment.key;
     if (kGeneral) {
       storage.segment_ends[slot.index][lane] = segment.end;
-      storage.segment_with[slot.index][lane] = segment.with;
+      uint32_t with = segment.with;
+      if (has_partial_blocks<Traits>(args)) with |= partial_with(args, item, segment) << kPartialShift;
+      storage.segment_with[slot.index][lane] = with;
     }
     mbarrier_arrive(&storage.segments_full[slot.index]);
     slot.advance();
@@ -216,9 +218,11 @@ struct StagePlan {
   int segment_log2, segments_log2;  // keys of a segment, segments of a stage
   int key;                          // first key of this lane's segment; -1: none
   int end;  // keys of the segment end here: at the last visible key or, where blocks are ragged, their own end
-  // United blocks that are active with it, one bit each; of pairs, the owner of its stage, and kMaskedStage.
+  // United blocks that are active with it, one bit each, and those that are partial, from kPartialShift on; of pairs,
+  // the owner of its stage, and kMaskedStage.
   uint32_t with;
   uint32_t clipped;  // lanes whose segment ends before its rows do, at the latest at key `whole_end`
+  uint32_t partial = 0;  // lanes whose segment is of partial blocks
 
   __device__ __forceinline__ StagePlan(const QueryTileArguments& args, const typename Traits::Storage& storage,
                                        const TileSlot& tile, int whole_end, int slot, int lane)
@@ -232,6 +236,7 @@ struct StagePlan {
     }
     const bool clips = key >= 0 && key + (1 << segment_log2) > min(end, whole_end);
     clipped = args.whole_rows ? __ballot_sync(0xffffffffu, clips) : 0xffffffffu;
+    if (has_partial_blocks<Traits>(args)) partial = __ballot_sync(0xffffffffu, with >> kPartialShift != 0);
   }
 
   // Key in row `row` of stage `stage` of the plan, and the end of its segment; a negative key: none.
@@ -249,8 +254,13 @@ struct StagePlan {
                ? __shfl_sync(0xffffffffu, with, (stage << segments_log2) + (row >> segment_log2))
                : 1;
   }
-  __device__ __forceinline__ bool clips(int stage) const {
-    return clipped >> (stage << segments_log2) & ((1u << (1 << segments_log2)) - 1);
+  __device__ __forceinline__ bool clips(int stage) const { return has(clipped, stage); }
+  __device__ __forceinline__ bool has_partial(int stage) const { return has(partial, stage); }
+
+ private:
+  // Whether a stage has any of some lanes' segments.
+  __device__ __forceinline__ bool has(uint32_t lanes, int stage) const {
+    return lanes >> (stage << segments_log2) & ((1u << (1 << segments_log2)) - 1);
   }
 };
 
@@ -277,6 +287,15 @@ __device__ __forceinline__ void write_granules(const QueryTileArguments& args, c
       if (lane == 0) *reinterpret_cast<int4*>(granules + i) = four;
     }
   }
+}
+
+// Tells them which of the granules, of each united block, are of blocks that are partial.
+template <class Traits, bool kGeneral>
+__device__ __forceinline__ void write_partial(const StagePlan<Traits, kGeneral>& plan, int stage, uint32_t& partial,
+                                              int lane) {
+  const uint32_t with = plan.with_row(stage, lane % Traits::kGranules * kGranule);
+  const uint32_t lanes = __ballot_sync(0xffffffffu, with >> (kPartialShift + lane / Traits::kGranules) & 1);
+  if (lane == 0) partial = lanes;
 }
 
 // Clears the columns of a stage past its tensor's: products would let a NaN or infinity there pass.
@@ -375,9 +394,12 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
           // The block that does not attend to it never reads it.
           if (lane == 0 && owner != kOfBoth) mbarrier_arrive(&empty[ring.index], Traits::kConsumerWarps / 2);
         }
-        const bool drops = drops_weights<CappingTraits<Traits>>(args);  // by where keys lie
-        if (kKeys && (Traits::kAddsKeys || masked || drops)) {
+        const bool drops = drops_weights<Traits>(args);  // by where keys lie
+        if (kKeys && (Traits::kAddsKeys || masked || drops || plan.has_partial(stage))) {
           write_granules(args, plan, stage, storage.granules[ring.index], lane);
+        }
+        if (kKeys && has_partial_blocks<Traits>(args)) {
+          write_partial(plan, stage, storage.partial[ring.index], lane);
         }
         if (lane == 0) {
           mbarrier_arrive_expect(arrived, kStageBytes);

@@ -47,6 +47,8 @@ struct PairStages {
   __device__ __forceinline__ int masked_of(int owner) const { return pick(owner, masked[0], masked[1], masked[2]); }
 };
 
+// Beside the united blocks that are active with a segment: those that are partial with it.
+inline constexpr int kPartialShift = 16;
 // Beside the owner of a stage: it is a masked one.
 inline constexpr uint32_t kMaskedStage = 4;
 
@@ -89,7 +91,7 @@ struct QueryTileTraits {
   // Stages that both blocks of a pair attend to, and those of each alone, have barriers of their own that tell that
   // they are full: so nobody waits for what the other alone gets, and still meets each phase of its barriers.
   static constexpr int kOwners = kPairs ? 3 : 1;
-  static_assert(kUnited * kGranules <= 32, "the granules of a stage, for each united block, are written by a warp");
+  static_assert(kUnited <= kPartialShift && kUnited * kGranules <= 32, "the granules of a stage, for each united block, are written by a warp");
   // In stages. Most of a pair's are computed by one unit, and last half as long.
   static constexpr int kTileLead = kTileLeadKeys / kTileN * (kPairs ? 2 : 1);
   static constexpr int kTileSlots = 4;     // a ring; readers may be some tiles behind
@@ -147,6 +149,7 @@ struct QueryTileTraits {
     uint32_t segment_with[kSegmentSlots][32];
     // encode_granule for those of a key stage, for each united block.
     alignas(16) int32_t granules[kKeyStages][32];
+    uint32_t partial[kAltered ? kKeyStages : 1];  // those of them that are of partial blocks, one bit each
     TileSlot tiles[kTileSlots];
     WorkItem held_items[kQueryBuffers];  // whose queries, or output, the buffers hold
     TileRule rules[kQueryBuffers];       // of the heads of these, where heads have rules
