@@ -20,29 +20,29 @@ from hbsattn._sources import Lists
 if TYPE_CHECKING:
     from hbsattn.mask import BlockMask
 
+NOTHING = -2  # in place of the number of a matrix
+
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class _IndexByTensors(TorchFunctionMode):
-    """Indexing by single numbers as FlexAttention lets a mask_mod do it: `vmap` cannot, as Python asks for the number."""
+    """Lets a mask_mod index tables by single numbers, as FlexAttention does: in `vmap`, Python cannot ask for them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__getitem__:
-            table, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
-            numbers = [isinstance(x, Tensor) and x.dtype != torch.bool for x in index]
-            if any(numbers) and all(of or type(x) is int for of, x in zip(numbers, index, strict=True)):
-                places = (
-                    x if of else torch.tensor(x, device=table.device) for of, x in zip(numbers, index, strict=True)
-                )
-                return torch.ops.aten.index.Tensor(table, list(places))
+            table, index = args
+            index = index if isinstance(index, tuple) else (index,)
+            if all(type(x) is int or (isinstance(x, Tensor) and x.dtype != torch.bool) for x in index):
+                index = [x if isinstance(x, Tensor) else torch.tensor(x, device=table.device) for x in index]
+                return torch.ops.aten.index.Tensor(table, index)
         return func(*args, **(kwargs or {}))
 
 
 def values_of(mask_mod: MaskMod) -> Values:
     """As `torch.nn.attention.flex_attention.create_mask` evaluates one: mapped over single numbers."""
 
-    def checked(*numbers: Tensor) -> Tensor:
-        result = mask_mod(*numbers)
+    def checked(head: Tensor, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        result = mask_mod(sequence, head, query, key)
         if not isinstance(result, Tensor):
             raise TypeError(f"mask_mod returns a {type_name(result)}; expected a Tensor of torch.bool")
         if result.dtype != torch.bool:
@@ -72,9 +72,7 @@ def values_of(mask_mod: MaskMod) -> Values:
 
 def check_mask_mod(mask_mod: object) -> None:
     if isinstance(mask_mod, Tensor) or not callable(mask_mod):
-        raise TypeError(
-            f"mask_mod is a {type_name(mask_mod)}; expected a function of FlexAttention's, mask_mod(b, h, q_idx, kv_idx)"
-        )
+        raise TypeError(f"mask_mod is a {type_name(mask_mod)}; expected a function mask_mod(b, h, q_idx, kv_idx)")
 
 
 def from_mask_mod(
@@ -110,6 +108,7 @@ def from_flex(block_mask: Any, batch_size: int | None) -> tuple[Made, Sizes]:
         raise TypeError(
             f"block_mask is a {type_name(block_mask)}; expected a torch.nn.attention.flex_attention.BlockMask"
         )
+    check_mask_mod(block_mask.mask_mod)
     size = block_mask.BLOCK_SIZE
     sizes = check_block_sizes(*(size if isinstance(size, tuple | list) else (size, size)))
     lists = _check_lists("kv_num_blocks", "kv_indices", block_mask)
@@ -165,14 +164,13 @@ def to_flex(mask: BlockMask, num_heads: int | None) -> Any:
         whole.append(pairs == of_block)
     on = torch.stack(list(mask._heads()))
     whole = on & torch.stack(whole)
-    number = None
+    number = torch.where(on, -1, NOTHING).to(torch.int32)
     if partial is not None:
         of_partial = unpack_bits(partial.partial[..., 0], mask.cols) & on
         whole &= ~of_partial
         head, row, col = of_partial.nonzero(as_tuple=True)
-        number = torch.full(on.shape, -1, dtype=torch.int32, device=on.device)
         number[head, row, col] = partial.find(head * mask.rows + row, col).to(torch.int32)
-        number = number.view(shape)
+    number = number.view(shape)
     lists = (_to_lists(x.view(shape).transpose(0, 1).repeat_interleave(group, dim=1)) for x in (on & ~whole, whole))
     return FlexMask.from_kv_blocks(
         *(x for pair in lists for x in pair),
@@ -188,8 +186,10 @@ def _to_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
-def _mod_of(mask: BlockMask, partial: Partial | None, number: Tensor | None, group: int) -> MaskMod:
-    """Which pairs of blocks that are on count. number: int32 (heads, batch, query blocks, key blocks), of a matrix."""
+def _mod_of(mask: BlockMask, partial: Partial | None, number: Tensor, group: int) -> MaskMod:
+    """Which pairs count. number: int32 (heads, batch, query blocks, key blocks), of each block's matrix; -1: it is
+    whole; NOTHING: off.
+    """
     layout, diagonal = MaskLayout(*mask._layout), mask.sequences[:, DIAGONAL].clone()
     rules = None if mask._rules is None else mask._rules.clone().unbind(1)
     heads = mask.heads
@@ -197,16 +197,18 @@ def _mod_of(mask: BlockMask, partial: Partial | None, number: Tensor | None, gro
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         head = h // group if heads > 1 else h * 0
         position = q_idx + diagonal[b]
-        counts = (kv_idx <= position) if layout.causal else (kv_idx >= 0) & (q_idx >= 0)
+        matrix = number[head, b, q_idx // layout.q_block_size, kv_idx // layout.k_block_size]
+        counts = matrix == -1
+        if partial is not None:
+            query, key = q_idx % layout.q_block_size, kv_idx % layout.k_block_size
+            word = partial.elements[matrix.clamp(min=0), query, key // GRANULE]
+            counts = counts | ((matrix >= 0) & ((word >> (key % GRANULE)) & 1 == 1))
+        if layout.causal:
+            counts = counts & (kv_idx <= position)
         if rules is not None:
             left, right, sink = (column[head] for column in rules[:3])
             inside = ((left < 0) | (kv_idx >= position - left)) & ((right < 0) | (kv_idx <= position + right))
             counts = counts & (inside | (kv_idx < sink))
-        if number is not None:
-            matrix = number[head, b, q_idx // layout.q_block_size, kv_idx // layout.k_block_size]
-            query, key = q_idx % layout.q_block_size, kv_idx % layout.k_block_size
-            word = partial.elements[matrix.clamp(min=0), query, key // GRANULE]
-            counts = counts & ((matrix < 0) | ((word >> (key % GRANULE)) & 1 == 1))
         return counts
 
     return mask_mod
