@@ -23,9 +23,8 @@ def update(
     """What `BlockMask.update_` documents."""
     if not mask._form:
         raise ValueError(
-            "mask was made by a pattern, by windowed or from other masks, or of single pairs (from_elements, "
-            "from_mask_mod, from_flex); expected one from from_dense, from_indices or from_csr, as update_ rewrites "
-            "what that took"
+            "mask was made by a pattern, by windowed, from other masks or of single pairs (from_elements, "
+            "from_mask_mod, from_flex); expected one from another constructor, as update_ rewrites what that took"
         )
     kind = FORMS[mask._form]
     if len(contents) != len(kind.names):

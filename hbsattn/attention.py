@@ -44,9 +44,9 @@ def block_sparse_attention(
             multiple of heads_k, and query head h reads key head h // (heads_q // heads_k). The head dim of v, which is
             that of out, may be another than that of q and k. On CUDA, calls then take about the time of the greater
             one, but for one of 136 to 192 beside up to 128 of v, as in multi-head latent attention: these cost what
-            they compute, unless weights are dropped, scores are capped or, as `explain` tells, the forward is general:
-            for key blocks of no multiple of 16, and for most query blocks below 128 rows, over the heads that share a
-            mask.
+            they compute, unless weights are dropped, scores are capped, blocks are partial or, as `explain` tells, the
+            forward is general: for key blocks of no multiple of 16, and for most query blocks below 128 rows, over the
+            heads that share a mask.
         mask: on the same device; it may serve any number of calls.
         softmax_scale: above 0, 1 / sqrt(head_dim) by default.
         sinks: (heads_q), float16, bfloat16, float32 or float64. A score of each query head that takes part in the

@@ -306,9 +306,10 @@ class BlockMask:
             device: by default that of `cu_seqlens_q`, or PyTorch's.
 
         Of partial blocks, in which some pairs count and others do not, the mask keeps a bit for each pair, equal blocks
-        once. Results and gradients are exact, and whole blocks take what they take in other masks. On CUDA, calls with
-        partial blocks run on the kernels for 8.0 for now, at about half of Hopper's rate. Values of keys in a partial
-        block must be finite: they may reach queries of the block that do not attend to them.
+        once. What they hide is exactly what was asked for, in results and gradients. On CUDA, calls of such a mask run,
+        for now, on the kernels of dropout and softcaps, all blocks below the rate that they have in others: `explain`
+        names them. Keys and values of a partial block must be finite: they may reach queries that do not attend to
+        them.
 
         Raises:
             ValueError, TypeError: also for a mask_mod that returns no bool, and inside a trace or a capture.

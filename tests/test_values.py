@@ -259,11 +259,11 @@ def test_masks_of_others():
     x = torch.randn(1, 256, 2, 8)
     flex = create_block_mask(lambda b, h, i, j: i >= j, 1, 1, 256, 256, device="cpu")
     name = r"torch\.nn\.attention\.flex_attention\.BlockMask"
-    text = rf"^mask is a {name}; expected a BlockMask of hbsattn: hbsattn\.BlockMask\.from_indices\(mask\.full_kv_num"
+    text = rf"^mask is a {name}; expected a BlockMask of hbsattn: hbsattn\.BlockMask\.from_flex\(mask\) makes one"
     refused(TypeError, text, lambda: hbsattn.block_sparse_attention(x, x, x, flex))
     refused(
         TypeError,
-        rf"^block_mask is a {name}; expected a Tensor of torch.bool: .*from_indices",
+        rf"^block_mask is a {name}; expected a Tensor of torch.bool: .*from_flex",
         lambda: BlockMask.from_dense(flex, 32, 32),
     )
     text = "^mask is a Tensor; expected a BlockMask of hbsattn: for booleans, BlockMask.from_dense makes one"
