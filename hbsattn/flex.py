@@ -23,8 +23,7 @@ UNLIMITED = 1 << 30  # FlexAttention's BLOCK_SIZE of a mask that is for any leng
 
 _lock = threading.Lock()  # of whoever adds masks; readers need none
 _dense: collections.OrderedDict[Hashable, BlockMask] = collections.OrderedDict()
-# By the number of the object: FlexAttention's masks compare by identity, but need not be hashable for it.
-_converted: dict[int, tuple[weakref.ref[Any], dict[Hashable, BlockMask]]] = {}
+_converted: dict[int, _Converted] = {}  # by the number of the object
 
 
 def flex_attention(
@@ -62,9 +61,9 @@ def flex_attention(
         return_aux: a torch.nn.attention.flex_attention.AuxRequest, without max_scores: return (out, AuxOutput).
 
     Returns:
-        out: (batch, heads_q, q_len, head_dim of value), a view whose heads come after its length in memory. lse, also of
-        an AuxOutput: natural logarithms, float32 (float64 for float64), (batch, heads_q, q_len). A query with nothing
-        to attend gets 0 and -inf.
+        out: (batch, heads_q, q_len, head_dim of value), a view: in memory heads come after the length. lse, also that
+        of an AuxOutput: natural logarithms, float32 (float64 for float64), (batch, heads_q, q_len). A query with
+        nothing to attend gets 0 and -inf.
 
     Gradients flow from both, also on a CPU.
 
@@ -75,8 +74,8 @@ def flex_attention(
     _check_tensors(query, key, value, check_bool("enable_gqa", enable_gqa))
     if score_mod is not None and not _is_identity(score_mod):
         raise NotImplementedError(
-            f"score_mod is {_name(score_mod)}; expected None: scores are not altered (softcap and sinks are arguments of "
-            "hbsattn.block_sparse_attention)"
+            f"score_mod is {_name(score_mod)}; expected None: scores are not altered, but by the arguments softcap and "
+            "sinks of hbsattn.block_sparse_attention"
         )
     if kernel_options is not None and not isinstance(kernel_options, Mapping):
         raise TypeError(f"kernel_options is a {type_name(kernel_options)}; expected a dict or None")
@@ -134,7 +133,8 @@ def _check_batch(block_mask: Any, batch: int, batch_k: int) -> None:
     own = getattr(getattr(block_mask, "kv_num_blocks", None), "shape", (getattr(block_mask, "batch", None),))[0]
     if batch_k != 1 or own != batch:
         raise ValueError(
-            f"key has a batch of {batch_k}; expected {batch}, that of query, or 1 with a block_mask of a batch of {batch}"
+            f"key has a batch of {batch_k}; expected {batch}, that of query, or 1 beside a block_mask of a batch of "
+            f"{batch}"
         )
 
 
@@ -161,7 +161,7 @@ def _mask_of(block_mask: Any, query: Tensor, key: Tensor) -> BlockMask:
         return _dense_mask(batch, q_len, k_len, query.device)
     if type_name(block_mask) != "torch.nn.attention.flex_attention.BlockMask":
         raise TypeError(
-            f"block_mask is a {type_name(block_mask)}; expected a BlockMask of torch.nn.attention.flex_attention, or None"
+            f"block_mask is a {type_name(block_mask)}; expected a BlockMask of torch.nn.attention.flex_attention or None"
         )
     if set(_sizes(block_mask)) == {UNLIMITED}:
         from torch.nn.attention.flex_attention import noop_mask
@@ -193,32 +193,52 @@ def _sizes(block_mask: Any) -> tuple[int, ...]:
 
 
 def _convert(block_mask: Any, batch: int) -> BlockMask:
-    """The mask of an earlier call with this object, unless its lists were written to since."""
-    name, key = id(block_mask), (batch, *_state(block_mask))
-    owner, masks = _converted.get(name, (None, None))
-    if owner is not None and owner() is block_mask and (mask := masks.get(key)) is not None:
-        return mask
-    mask = BlockMask.from_flex(block_mask, batch_size=batch)
-    with _lock:
-        owner, masks = _converted.get(name, (None, None))
-        if owner is None or owner() is not block_mask:
-            masks = {}
-            _converted[name] = (weakref.ref(block_mask, lambda dead: _forget(name, dead)), masks)
-        for stale in [old for old in masks if old[1:] != key[1:]]:
-            del masks[stale]
-        masks[key] = mask
+    name = id(block_mask)
+    kept = _converted.get(name)
+    if kept is None or not kept.is_of(block_mask):
+        kept = _Converted(block_mask)
+        with _lock:
+            _converted[name] = kept
+    mask = kept.masks.get(batch)
+    if mask is None:
+        mask = kept.masks[batch] = BlockMask.from_flex(block_mask, batch_size=batch)
     return mask
 
 
-def _state(block_mask: Any) -> tuple[Hashable, ...]:
+class _Converted:
+    """The masks of an object, for each batch. It holds neither the object nor its mask_mod, which may hold it."""
+
+    def __init__(self, block_mask: Any) -> None:
+        name = id(block_mask)
+
+        def forget(dead: object) -> None:
+            if _converted.get(name) is self:  # and no later object is at its place
+                del _converted[name]
+
+        self.owner = weakref.ref(block_mask, forget)
+        self.mask_mod = _refer(block_mask.mask_mod)
+        self.lists, self.versions = _lists_of(block_mask)
+        self.masks: dict[int, BlockMask] = {}
+
+    def is_of(self, block_mask: Any) -> bool:
+        """Whether the object is the one, and as it was."""
+        if self.owner() is not block_mask or self.mask_mod() is not block_mask.mask_mod:
+            return False
+        lists, versions = _lists_of(block_mask)
+        return versions == self.versions and all(x is y for x, y in zip(lists, self.lists, strict=True))
+
+
+def _refer(function: Callable[..., Tensor]) -> Callable[[], Any]:
+    try:
+        return weakref.ref(function)
+    except TypeError:  # such as a builtin's
+        return lambda: function
+
+
+def _lists_of(block_mask: Any) -> tuple[tuple[Tensor | None, ...], tuple[Hashable, ...]]:
     lists = (block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-    versions = ((id(x), 0 if x is None or x.is_inference() else x._version) for x in lists)
-    return id(block_mask.mask_mod), tuple(block_mask.seq_lengths), *versions
-
-
-def _forget(name: int, dead: weakref.ref[Any]) -> None:
-    if _converted.get(name, (None,))[0] is dead:  # and not that of a later object at its place
-        del _converted[name]
+    versions = (0 if x is None or x.is_inference() else x._version for x in lists)
+    return lists, (*versions, *block_mask.seq_lengths)
 
 
 def _dense_mask(batch: int, q_len: int, k_len: int, device: torch.device) -> BlockMask:
