@@ -25,17 +25,41 @@ NOTHING = -2  # in place of the number of a matrix
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+_is_mapped, _inside = torch._C._functorch.is_batchedtensor, torch._C._functorch.get_unwrapped
+
+
 class _IndexByTensors(TorchFunctionMode):
-    """Lets a mask_mod index tables by single numbers, as FlexAttention does: in `vmap`, Python cannot ask for them."""
+    """Lets a mask_mod index tables by single numbers, as FlexAttention does: in `vmap`, Python cannot ask for them.
+
+    What is out of range is refused where contents are checked, and else read at the end: a fault of the device would
+    end all that runs there.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__getitem__:
             table, index = args
             index = index if isinstance(index, tuple) else (index,)
             if all(type(x) is int or (isinstance(x, Tensor) and x.dtype != torch.bool) for x in index):
-                index = [x if isinstance(x, Tensor) else torch.tensor(x, device=table.device) for x in index]
-                return torch.ops.aten.index.Tensor(table, index)
+                sizes = table.shape[: len(index)]
+                if len(sizes) == len(index):
+                    index = [_keep_inside(x, size, table.device) for x, size in zip(index, sizes, strict=True)]
+                    return torch.ops.aten.index.Tensor(table, index)
         return func(*args, **(kwargs or {}))
+
+
+def _keep_inside(index: Tensor | int, size: int, device: torch.device) -> Tensor:
+    if not isinstance(index, Tensor):
+        index = torch.tensor(index, device=device)
+    numbers = index
+    while _is_mapped(numbers):
+        numbers = _inside(numbers)
+    if can_read(numbers):
+        wrong = (numbers < -size) | (numbers >= size)
+        if wrong.any():
+            raise ValueError(
+                f"mask_mod reads the entry {int(numbers[wrong][0])} of a dimension of {size}; expected one that it has"
+            )
+    return index.clamp(-size, size - 1)
 
 
 def values_of(mask_mod: MaskMod) -> Values:

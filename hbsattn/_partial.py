@@ -18,6 +18,7 @@ from hbsattn._layout import (
     K_LEN,
     Q_LEN,
     MaskLayout,
+    Reach,
     ceil_div,
     count_bits,
     count_pairs,
@@ -78,9 +79,7 @@ class Grid:
         located = locate_rows(sequences, rows, layout.q_block_size)
         self.sequence, self.block, _ = located
         self.table = sequences.to(torch.int64)
-        self.ends = reach_of_located(
-            sequences, *located, layout
-        ).end  # key blocks with something visible, without rules
+        self.ends = reach_of_located(sequences, *located, layout).end  # of key blocks with something visible
 
     @property
     def device(self) -> torch.device:
@@ -100,17 +99,20 @@ class Grid:
         own = torch.arange(self.layout.k_block_size, device=self.device)
         return (col * self.layout.k_block_size).unsqueeze(-1) + own
 
-    def visible(self, row: Tensor, key: Tensor, rule: Tensor | None = None) -> Tensor:
-        """Bool (rows, q_block, keys). key: int64 (rows or 1, keys); rule: int32 (rows, 4)."""
+    def reach(self, row: Tensor, rule: Tensor | None = None) -> Reach:
+        """What keys the queries of rows, (rows, q_block), may attend to. rule: int32 (rows, 4)."""
         query = self.queries(row)
-        position = query + self.column(row, DIAGONAL)
-        reach = reach_of_queries(position, self.column(row, K_LEN), bool(self.layout.causal), rule)
-        return reach.has(key.unsqueeze(1)) & (query < self.column(row, Q_LEN)).unsqueeze(-1)
+        position, length = query + self.column(row, DIAGONAL), self.column(row, K_LEN)
+        reach = reach_of_queries(position, length, bool(self.layout.causal), rule)
+        return reach.map(lambda x: torch.where(query < self.column(row, Q_LEN), x, 0))
+
+    def visible(self, row: Tensor, key: Tensor, rule: Tensor | None = None) -> Tensor:
+        """Bool (rows, q_block, keys). key: int64 (rows or 1, keys)."""
+        return self.reach(row, rule).has(key.unsqueeze(1))
 
     def existing(self, row: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """The queries of rows that have some, and keys (rows or 1, keys): those that do not exist are the last ones.
-
-        As many rows of keys as are given, if all sequences have as many.
+        """The queries of rows that have some, and keys (rows or 1, keys): instead of those past the end, the last ones.
+        There are as many rows of keys as given, if all sequences have as many keys.
         """
         query = torch.minimum(self.queries(row), self.column(row, Q_LEN) - 1)
         return query, torch.minimum(key, self.column(row if self.ragged else row[:1], K_LEN) - 1)
@@ -136,25 +138,34 @@ class Found(NamedTuple):
         return (Found(*some) for some in zip(*(x.split(size) for x in self), strict=True))
 
 
+def _some_heads(heads: int, blocks: int) -> int:
+    """Heads of which every block is looked at at a time."""
+    return max(min(PAIRS_AT_ONCE // max(blocks, 1), heads), 1)
+
+
 def find_blocks(bits: Tensor, cols: int) -> Found:
     """The blocks that are on. Waits for the device."""
-    found = [unpack_bits(head, cols).nonzero(as_tuple=True) for head in bits]
-    heads = [torch.full_like(row, head) for head, (row, _) in enumerate(found)]
-    if not found:
-        return Found(*bits.new_empty((3, 0), dtype=torch.int64))
-    return Found(torch.cat(heads), *(torch.cat(x) for x in zip(*found, strict=True)))
+    heads, rows, _ = bits.shape
+    step = _some_heads(heads, rows * cols)
+    found = [torch.stack(unpack_bits(some, cols).nonzero(as_tuple=True)) for some in bits.split(step)]
+    for number, some in enumerate(found):
+        some[0] += number * step
+    return Found(*torch.cat(found, dim=1))
 
 
 def pack_blocks(found: Found, on: Tensor, shape: tuple[int, int, int], cols: int) -> Tensor:
     """The bits (heads, rows, words) of those of the blocks that are `on`."""
-    heads, rows, _ = shape
-    bits = []
-    for head in range(heads):
-        mask = torch.zeros(rows * cols, dtype=torch.bool, device=on.device)
-        own = (found.head == head) & on
-        mask[(found.row * cols + found.col)[own]] = True
-        bits.append(pack_bits(mask.view(rows, cols)))
-    return torch.stack(bits) if bits else torch.empty(shape, dtype=torch.int32, device=on.device)
+    heads, rows, words = shape
+    step = _some_heads(heads, rows * cols)
+    bits = [torch.empty((0, rows, words), dtype=torch.int32, device=on.device)]
+    for begin in range(0, heads, step):
+        some = min(step, heads - begin)
+        blocks = torch.zeros(some * rows * cols + 1, dtype=torch.bool, device=on.device)
+        place = ((found.head - begin) * rows + found.row) * cols + found.col
+        inside = (found.head >= begin) & (found.head < begin + some)
+        blocks[torch.where(inside, place, some * rows * cols)] = on  # the last one takes those of other heads
+        bits.append(pack_bits(blocks[:-1].view(some, rows, cols)))
+    return torch.cat(bits)
 
 
 # Finding them
@@ -168,6 +179,7 @@ def classify(values: Values, grid: Grid, heads: int) -> tuple[Tensor, Tensor]:
     live = grid.ends.nonzero().squeeze(-1)
     for of_heads, of_rows, width, step in _cut(grid.ends[live].tolist(), heads, grid.at_once()):
         row, head = live[of_rows], torch.arange(heads, device=device)[of_heads]
+        reach = grid.reach(row)
         found = []
         for begin in range(0, width, step):
             col = torch.arange(begin, min(begin + step, width), device=device)
@@ -175,9 +187,10 @@ def classify(values: Values, grid: Grid, heads: int) -> tuple[Tensor, Tensor]:
             query, existing = grid.existing(row, key)
             sequence = grid.sequence[row].view(1, -1, 1, 1)
             counts = values(head.view(-1, 1, 1, 1), sequence, query.view(1, *query.shape, 1), existing[:, None])
-            seen = grid.visible(row, key).expand(head.shape[0], -1, -1, -1)
-            some, hidden = (x.unflatten(-1, (col.shape[0], -1)).any(-1).any(2) for x in (seen & counts, seen & ~counts))
-            found.append(torch.stack((some, some & hidden)))
+            counts = (counts & reach.has(key.unsqueeze(1))).expand(head.shape[0], -1, -1, -1)
+            number = counts.unflatten(-1, (col.shape[0], -1)).sum((2, 4), dtype=torch.int32)
+            visible = (reach.end.unsqueeze(-1) - col * layout.k_block_size).clamp_(0, layout.k_block_size).sum(1)
+            found.append(torch.stack((number > 0, (number > 0) & (number < visible))))
         blocks = torch.nn.functional.pad(torch.cat(found, dim=-1), (0, layout.cols - width))
         bits[:, of_heads, row] = pack_bits(blocks)
     return bits[0], bits[1]

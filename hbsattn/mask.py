@@ -299,7 +299,7 @@ class BlockMask:
             mask_mod: takes the numbers of the sequence, the mask head, the query and the key in their sequence, integer
                 tensors (), and returns a bool tensor (): True where attention is computed. It is mapped over all pairs
                 that exist, and up to the diagonal with `causal`, by `torch.vmap`, as FlexAttention does; some million
-                pairs at a time, so that memory stays bounded. A table is indexed by all its dimensions at once.
+                pairs at a time, so that memory stays bounded. What it indexes tables by is cut to what they have.
             heads: mask heads.
             seqlen_q, seqlen_k: required for batched tensors, of which there are `batch_size`, by default 1.
             max_seqlen_q, max_seqlen_k: by default the longest lengths.
@@ -312,7 +312,8 @@ class BlockMask:
         them.
 
         Raises:
-            ValueError, TypeError: also for a mask_mod that returns no bool, and inside a trace or a capture.
+            ValueError, TypeError: also for a mask_mod that returns no bool, or, where contents are checked, reads out
+                of range, and inside a trace or a capture.
         """
         sizes = _check_form(q_block_size, k_block_size, causal)
         given = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqlen_q, seqlen_k, batch_size)

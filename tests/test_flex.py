@@ -99,6 +99,15 @@ def test_mask_mod_of_packed_sequences(device: str):
     assert both.to_elements().sum() < mask.to_elements().sum() and both.heads == 3
 
 
+@pytest.mark.gpu
+def test_mask_mod_out_of_range():
+    """It reads what is there."""
+    table = torch.arange(10, device="cuda")
+    mask = BlockMask.from_mask_mod(lambda b, h, q, k: table[q] >= k, 16, 16, **LENGTHS, device="cuda")
+    want = torch.arange(40, device="cuda").clamp(max=9)[:, None] >= torch.arange(30, device="cuda")
+    assert torch.equal(mask.to_elements()[0, 0], want)
+
+
 # FlexAttention's masks
 
 
@@ -122,6 +131,7 @@ def test_from_flex(name: str, shape: tuple[int, ...], device: str):
         assert torch.equal(back.to_dense(), made.to_dense()) and full >= int(made.full_kv_num_blocks.sum())
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("device,dtype", DEVICE_DTYPES)
 def test_flex_attention(device: str, dtype: torch.dtype):
     """The same results and gradients, through masks that went there and back."""
@@ -246,6 +256,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "mod_of_shape": (
         lambda: BlockMask.from_mask_mod(lambda b, h, q, k: ELEMENTS, 16, 16, **LENGTHS),
         r"mask_mod returns a Tensor of shape \(1, 2, 40, 30\); expected \(\)",
+    ),
+    "mod_out_of_range": (
+        lambda: BlockMask.from_mask_mod(lambda b, h, q, k: CU[q] > k, 16, 16, **LENGTHS),
+        r"mask_mod reads the entry \d+ of a dimension of 2; expected one that it has",
     ),
     "mod_tensor": (lambda: BlockMask.from_mask_mod(ELEMENTS, 16, 16, **LENGTHS), r"mask_mod is a Tensor; expected"),
     "mod_none": (lambda: BlockMask.from_mask_mod(None, 16, 16, **LENGTHS), r"mask_mod is a NoneType; expected"),
