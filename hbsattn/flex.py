@@ -88,7 +88,9 @@ def flex_attention(
     if key.shape[0] != batch:
         _check_batch(block_mask, batch, key.shape[0])
         key, value = (x.expand(batch, -1, -1, -1) for x in (key, value))
-    mask = block_mask if isinstance(block_mask, BlockMask) else _mask_of(block_mask, query, key)
+    mask = block_mask
+    if not isinstance(block_mask, BlockMask):
+        mask = (_mask_outside if torch.compiler.is_compiling() else _mask_of)(block_mask, query, key)
     q, k, v = (x.transpose(1, 2) if x.stride(-1) == 1 else x.contiguous().transpose(1, 2) for x in (query, key, value))
     result = block_sparse_attention(q, k, v, mask, softmax_scale=scale, return_lse=wants_lse)
     out, lse = result if wants_lse else (result, None)
@@ -153,15 +155,13 @@ def _name(function: object) -> str:
     return getattr(function, "__name__", None) or type_name(function)
 
 
-# Conversions read the device, which no compiled program can.
-@torch.compiler.disable
 def _mask_of(block_mask: Any, query: Tensor, key: Tensor) -> BlockMask:
     batch, heads, q_len, k_len = *query.shape[:3], key.shape[2]
     if block_mask is None:
         return _dense_mask(batch, q_len, k_len, query.device)
     if type_name(block_mask) != "torch.nn.attention.flex_attention.BlockMask":
         raise TypeError(
-            f"block_mask is a {type_name(block_mask)}; expected a BlockMask of torch.nn.attention.flex_attention or None"
+            f"block_mask is a {type_name(block_mask)}; expected a torch.nn.attention.flex_attention.BlockMask or None"
         )
     if set(_sizes(block_mask)) == {UNLIMITED}:
         from torch.nn.attention.flex_attention import noop_mask
@@ -185,6 +185,9 @@ def _mask_of(block_mask: Any, query: Tensor, key: Tensor) -> BlockMask:
             f"{heads}, as query has"
         )
     return _convert(block_mask, batch)
+
+
+_mask_outside = torch.compiler.disable(_mask_of)  # conversions read the device, which no compiled program can
 
 
 def _sizes(block_mask: Any) -> tuple[int, ...]:
