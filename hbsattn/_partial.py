@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hbsattn._checks import LENGTH_LIMIT
 from hbsattn._layout import (
     DIAGONAL,
     K_LEN,
@@ -268,6 +269,10 @@ def fill(values: Values, grid: Grid, bits: Tensor, candidates: Tensor) -> tuple[
     Returns the bits without the blocks of which no pair counts, and the partial ones among those that are left.
     """
     found = find_blocks(candidates, grid.layout.cols)
+    if found.head.shape[0] >= LENGTH_LIMIT:
+        raise ValueError(
+            f"the mask has {found.head.shape[0]} partial blocks; expected less than 2^31: take larger blocks"
+        )
     some, partial, numbers, elements = _with_any_hash(lambda seed: _look(values, grid, found, seed))
     bits = bits & ~pack_blocks(found, ~some, bits.shape, grid.layout.cols)
     if numbers.shape[0] == 0:

@@ -293,6 +293,24 @@ def test_contents_that_lie(device: str, dtype: torch.dtype):
             assert bool(torch.isfinite(out).all())
 
 
+@pytest.mark.gpu
+def test_cuda_graph():
+    """It reads the tables where they are."""
+    problem = make_partial(SPECS[1], "cuda", torch.bfloat16)
+    mask = build(SPECS[1], problem.block_masks, "cuda")
+    problem.run(mask)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = problem.run(mask)
+    graph.replay()
+    judge(problem, *result)
+    elements = torch.ones(1, 1, 64, 64, dtype=torch.bool, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        elements = elements.clone()
+        with pytest.raises(ValueError, match="from_elements is called while a CUDA graph is captured"):
+            BlockMask.from_elements(elements, 16, 16)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled(backend: str, device: str):

@@ -197,9 +197,9 @@ inline void read_partial(const Call& call, at::Device device, MaskView& mask) {
   check_shape("elements", elements, {elements.size(0), shape.q_block_size, shape.granules()});
   mask.partial = static_cast<const PartialWord*>(partial.const_data_ptr());
   mask.matrices = matrices.const_data_ptr<int32_t>();
-  mask.num_partial = matrices.size(0);
+  mask.num_partial = to_int32("the length of matrices", matrices.size(0));
   mask.elements = static_cast<const uint16_t*>(elements.const_data_ptr());
-  mask.num_matrices = elements.size(0);
+  mask.num_matrices = to_int32("the number of matrices in elements", elements.size(0));
 }
 
 #if HBSATTN_WITH_CUDA

@@ -44,6 +44,7 @@ SETS = ("tests/test_head_sets.py", "-k", "test_sets_of_heads and dtype1 and (sha
 WINDOWS = ("tests/test_head_sets.py", "-k", "test_windows_of_queries and dtype1 and tokens")
 RULES = ("tests/test_windows.py", "-k", f"test_cases and {HALF} and (batched or longer or of_heads or of_key_heads)")
 
+PARTIAL = ("tests/test_partial.py", "-k", f"test_cases and {HALF} and (packed or batched or groups or windows)")
 SINKS = ("tests/test_sinks.py", "-k", f"test_cases and {HALF} and (groups or alike or stacks or empty_rows)")
 DROPOUT = ("tests/test_dropout.py", "-k", f"test_cases and {HALF} and (128x128 or 100x100 or 7x128 or tokens)")
 SOFTCAP = (
@@ -55,6 +56,20 @@ SOFTCAP = (
 VALUE_DIM = ("tests/test_value_dim.py", "-k", f"(test_forward or test_backward) and {HALF} and (128-64 or 64-128)")
 
 MUTANTS = [
+    Mutant(
+        "partial_blocks_of_a_word_share_a_matrix",
+        COMMON,
+        "first + __popc(bits & (bit - 1))",
+        "first",
+        PARTIAL,
+    ),
+    Mutant(
+        "partial_blocks_are_whole",
+        COMMON,
+        "if (!(bits & bit)) return kWhole;",
+        "if (bits & bit) return kWhole;",
+        PARTIAL,
+    ),
     Mutant(
         "values_as_wide_as_the_kernel",
         "kernels/sm90/*.cpp",
