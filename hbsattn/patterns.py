@@ -6,8 +6,8 @@ mask = patterns.streaming(blocks, sink=1, local=4) | patterns.top_k(blocks, patt
 A query block lies at the key blocks of its own positions, counted from the end where lengths differ: query i is at key
 i + k_len - q_len. Numbers of blocks, or of tokens, are ints, or one for each mask head: a sequence of ints, or an int
 tensor (heads) on the device. Masks of one place are joined and cut with `|` and `&`, unless they have windows of tokens
-(`BlockMask.windowed`, `sliding_window`, `token_streaming`), and `select_heads` puts heads of several into one, of every
-kind. They are not rewritten with `update_`.
+(`BlockMask.windowed`, `sliding_window`, `token_streaming`); those with partial blocks with `&` alone. `select_heads`
+puts heads of several into one, of every kind. They are not rewritten with `update_`.
 """
 
 import functools
