@@ -89,7 +89,7 @@ def make(values: Values, place: Place, sequences: Tensor, heads: int, causal: bo
 def make_grid(place: Place, sequences: Tensor, causal: bool, shared: bool) -> Grid:
     """That of the first sequence, if they are `shared`."""
     rows = place.rows // max(place.batch, 1) if shared else place.rows
-    return Grid(sequences[:1] if shared else sequences, rows, MaskLayout(*place.layout(causal)))
+    return Grid(sequences[:1] if shared else sequences, rows, MaskLayout(*place.layout(causal)), place.packed)
 
 
 def finish(place: Place, sequences: Tensor, bits: Tensor, partial: Partial | None, shared: bool) -> Made:

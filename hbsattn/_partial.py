@@ -6,7 +6,6 @@ mask, it looks at some blocks at a time, and keeps nothing of the size of all pa
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -75,8 +74,10 @@ class Partial(NamedTuple):
 class Grid:
     """Where the blocks of a mask lie, and which of their pairs lengths and causality, or a window, let count."""
 
-    def __init__(self, sequences: Tensor, rows: int, layout: MaskLayout) -> None:
+    def __init__(self, sequences: Tensor, rows: int, layout: MaskLayout, ragged: bool = True) -> None:
+        """ragged: whether sequences may have different numbers of keys."""
         self.rows, self.layout = rows, layout
+        self.ragged = ragged and sequences.shape[0] > 1
         located = locate_rows(sequences, rows, layout.q_block_size)
         self.sequence, self.block, _ = located
         self.table = sequences.to(torch.int64)
@@ -113,15 +114,10 @@ class Grid:
 
     def existing(self, row: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """The queries of rows that have some, and keys (rows or 1, keys): instead of those past the end, the last ones.
-        There are as many rows of keys as given, if all sequences have as many keys.
+        Unless sequences are ragged, there are as many rows of keys as given.
         """
         query = torch.minimum(self.queries(row), self.column(row, Q_LEN) - 1)
         return query, torch.minimum(key, self.column(row if self.ragged else row[:1], K_LEN) - 1)
-
-    @functools.cached_property
-    def ragged(self) -> bool:
-        """Whether sequences have different numbers of keys. Waits for the device."""
-        return bool((self.table[:, K_LEN] != self.table[:1, K_LEN]).any())
 
     def at_once(self) -> int:
         """Blocks that are looked at at a time."""
@@ -227,14 +223,11 @@ class Matrices:
         """The number of each, int64. None: different ones have the same hash."""
         before, total = self.count, self.count + matrices.shape[0]
         own = torch.arange(before, total, device=matrices.device)
-        if self.factors is None:  # each is its own
+        if self.factors is None or before == total:  # each is its own
             self._keep(matrices)
             return own
         hashes = (matrices.flatten(1) * self.factors).sum(-1)
-        every = torch.cat((self.hashes, hashes))
-        _, kind = every.unique(return_inverse=True)
-        first = torch.full_like(every, total).scatter_reduce_(0, kind, torch.arange(total, device=own.device), "amin")
-        first = first[kind[before:]]
+        first = _find_first(torch.cat((self.hashes, hashes)))[before:]
         is_new = first == own
         numbers = before + is_new.cumsum(0) - 1
         numbers = torch.where(first < before, first, numbers[(first - before).clamp(min=0)])
@@ -254,6 +247,16 @@ class Matrices:
             self.kept = kept
         self.kept[self.count : end] = matrices
         self.count = end
+
+
+def _find_first(values: Tensor) -> Tensor:
+    """The place of the first number that is the same as each, int64."""
+    ordered, order = values.sort(stable=True)
+    place = torch.arange(values.shape[0], device=values.device)
+    begins = torch.where(ordered.roll(1) != ordered, place, 0).cummax(0).values
+    first = torch.empty_like(order)
+    first[order] = order[begins]
+    return first
 
 
 def _factors(count: int, seed: int) -> Tensor:
