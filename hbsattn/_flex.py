@@ -77,6 +77,7 @@ def values_of(mask_mod: MaskMod) -> Values:
             )
         return result
 
+    @torch.no_grad()
     def values(*numbers: Tensor) -> Tensor:
         dims = max(x.dim() for x in numbers)
         numbers = [x[(None,) * (dims - x.dim())] for x in numbers]

@@ -126,6 +126,40 @@ def test_any_small_mask(device: str, dtype: torch.dtype):
     check()
 
 
+def by_seed(seed: int, max_len: int) -> Case:
+    """Scores of the usual size: how many digits large ones have is no matter of masks."""
+    spec = cases.random_case(seed, any_block_size=seed % 2 == 0, max_len=max_len, windowed=seed % 3 == 0)
+    return dataclasses.replace(spec, scale=None)
+
+
+def has_many_numbers(spec: Case) -> bool:
+    """Whether the largest of a few rounding errors says something: the judge compares it with the formula's."""
+    return min(sum(spec.lens_q), sum(spec.lens_k)) >= 32 and spec.head_dim >= 16
+
+
+def run_random(spec: Case, device: str, dtype: torch.dtype, seed: int) -> None:
+    problem = make_partial(spec, device, dtype, seed)
+    try:
+        mask = build(spec, problem.block_masks, device)
+        assert_elements(spec, mask, problem.block_masks)
+        judge(problem, *problem.run(mask))
+        judge_gradients(problem, differentiate(problem, mask=mask, deterministic=seed % 2 == 0))
+    except Exception as error:
+        raise AssertionError(f"seed {seed}, {dtype}, {spec}: {error}") from error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5000, 5030))
+def test_random(seed: int):
+    run_random(by_seed(seed, 250), "cpu", (torch.float32, torch.float64)[seed % 2], seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", [seed for seed in range(5100, 5300) if has_many_numbers(by_seed(seed, 700))])
+def test_random_on_gpu(seed: int):
+    run_random(by_seed(seed, 700), "cuda", (torch.bfloat16, torch.float16)[seed // 2 % 2], seed)
+
+
 # Blocks that are whole, and matrices that are alike
 
 
