@@ -139,31 +139,45 @@ struct PartialRows {
         first_place(item.block_row + limits.granules * args.q_block_size.divisor + item.diagonal) {}
 };
 
-// Hides what the matrices of partial blocks say, besides limits. is_partial(i): whether the i-th granule is of a block
-// that is; code_of(i): as above.
-template <class Scores, class IsPartial, class CodeOf>
-__device__ __forceinline__ void mask_partial(const PartialBlocks& partial, const PartialRows& rows,
-                                             const KeyLimits<true>& limits, Scores& scores, IsPartial&& is_partial,
-                                             CodeOf&& code_of, int lane) {
-  CUTE_UNROLL
-  for (int i = 0; i < cute::size(scores) / 8; ++i) {
-    const int code = code_of(i);
-    if (!is_partial(i)) continue;
-    int column, in_block;
-    partial.k_block_size(column, in_block, granule_first_key(code));
-    const uint16_t* matrix = partial.find(rows.bit_row, min(column, partial.columns - 1));
-    if (matrix == nullptr) continue;
+// Which keys of a stage count for a thread's two rows by the matrices of partial blocks.
+template <int kGranules>
+struct PartialStage {
+  uint32_t counts[kGranules];  // of a granule's 16 keys, one bit each, for the first row and, 16 bits on, for the second
+
+  PartialStage() = default;
+  // What matrices are there is looked up by a lane for each granule, and all their rows are read before any is used.
+  // `partial`: the granules that are of partial blocks, one bit each; `code`: that of granule lane % kGranules.
+  __device__ __forceinline__ PartialStage(const PartialBlocks& blocks, const PartialRows& rows,
+                                          const KeyLimits<true>& limits, uint32_t partial, int code, int lane) {
+    int column, in_block, matrix = PartialBlocks::kWhole;
+    blocks.k_block_size(column, in_block, granule_first_key(code));
+    if (partial >> (lane % kGranules) & 1) matrix = blocks.find(rows.bit_row, min(column, blocks.columns - 1));
     CUTE_UNROLL
-    for (int row = 0; row < 2; ++row) {
-      const int query = limits.value[row] > limits.kNoRow ? limits.place[row] - rows.first_place : -1;
-      const uint32_t counts = partial.read(matrix, query, in_block / kGranule) >> (2 * (lane & 3));
+    for (int i = 0; i < kGranules; ++i) {
+      const int of_granule = __shfl_sync(0xffffffffu, matrix, i);
+      const int granule = __shfl_sync(0xffffffffu, in_block, i) / kGranule;
+      counts[i] = 0;
       CUTE_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        float& score = scores(8 * i + (j >> 1) * 4 + 2 * row + (j & 1));
-        score = counts >> ((j >> 1) * 8 + (j & 1)) & 1 ? score : -INFINITY;
+      for (int row = 0; row < 2; ++row) {
+        const int query = limits.value[row] > limits.kNoRow ? limits.place[row] - rows.first_place : -1;
+        counts[i] |= blocks.read(of_granule, query, granule) << (16 * row);
       }
     }
   }
-}
+
+  // Hides the others, besides limits.
+  template <class Scores>
+  __device__ __forceinline__ void mask(Scores& scores, int lane) const {
+    CUTE_UNROLL
+    for (int i = 0; i < kGranules; ++i) {
+      const uint32_t mine = counts[i] >> (2 * (lane & 3));
+      CUTE_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        float& score = scores(8 * i + j);
+        score = mine >> ((j >> 1 & 1) * 16 + (j >> 2) * 8 + (j & 1)) & 1 ? score : -INFINITY;
+      }
+    }
+  }
+};
 
 }  // namespace hbsattn

@@ -22,20 +22,23 @@ struct PartialBlocks {
     return __ldg(&words[bit_row * row_words + column / 32].bits) >> (column % 32) & 1;
   }
 
-  // The matrix of such a block; null: the block is whole.
-  __device__ __forceinline__ const uint16_t* find(int64_t bit_row, int column) const {
+  // The number of such a block's matrix; kWhole: the block is not partial.
+  static constexpr int kWhole = -1;
+  __device__ __forceinline__ int find(int64_t bit_row, int column) const {
     const auto [bits, first] = __ldg(reinterpret_cast<const int2*>(words + bit_row * row_words + column / 32));
     const uint32_t bit = 1u << (column % 32);
-    if (!(bits & bit)) return nullptr;
+    if (!(bits & bit)) return kWhole;
     const int place = min(max(first + __popc(bits & (bit - 1)), 0), num_partial - 1);
-    const int number = min(max(__ldg(matrices + place), 0), num_matrices - 1);
-    return elements + int64_t{number} * q_block_size.divisor * granules;
+    return min(max(__ldg(matrices + place), 0), num_matrices - 1);
   }
 
-  // 16 keys of a matrix's row. A query outside of the block counts for none.
-  __device__ __forceinline__ uint32_t read(const uint16_t* matrix, int query, int granule) const {
+  // 16 keys of a matrix's row, one bit each. A query outside of the block counts for none.
+  __device__ __forceinline__ uint32_t read(int matrix, int query, int granule) const {
     const bool inside = query >= 0 && query < q_block_size.divisor && granule < granules;
-    return inside ? __ldg(matrix + query * granules + granule) : 0;
+    // Not in a branch, which would let one wait for another.
+    const int64_t row = inside && matrix >= 0 ? int64_t{matrix} * q_block_size.divisor + query : 0;
+    const uint32_t bits = __ldg(elements + row * granules + (inside ? granule : 0));
+    return matrix < 0 ? 0xffffu : inside ? bits : 0;
   }
 };
 

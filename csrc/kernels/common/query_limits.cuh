@@ -117,26 +117,40 @@ __device__ __forceinline__ void mask_partial(const KeyTiles& args, const Partial
   const int rows_log2 = args.chunks.stack.rows_log2;
   const int mask_head = mask_of_head(info.stack() * args.chunks.stack.heads, args.heads_of_mask);
   int column, in_block;
-  partial.k_block_size(column, in_block, keys.first_key);
+  // Opaque, or all that follows from it would be kept in registers over all stages.
+  partial.k_block_size(column, in_block, static_cast<int>(opaque(static_cast<uint32_t>(keys.first_key))));
   column = min(column, partial.columns - 1);  // of keys that do not exist
+  constexpr int kGranules = decltype(cute::size(scores))::value / 8;
+  // A lane for each granule looks up its matrix, and all of their rows are read before any is used.
+  int of_lane = 0;
   CUTE_UNROLL
-  for (int granule = 0; granule < cute::size(scores) / 8; ++granule) {
+  for (int granule = 0; granule < kGranules; ++granule) {
     const int first = info.query(first_granule + granule);
-    if (first < 0) continue;
-    const int block = partial.q_block_size.div(first >> rows_log2);
-    const int row = min(keys.row_begin + block, static_cast<int>(args.mask.rows) - 1);
-    const uint16_t* matrix = partial.find(mask_head * args.mask.rows + row, column);
-    if (matrix == nullptr) continue;
+    if (lane == granule) of_lane = first;
+  }
+  const int block = partial.q_block_size.div(max(of_lane, 0) >> rows_log2);
+  const int row = min(keys.row_begin + block, static_cast<int>(args.mask.rows) - 1);
+  const int found = lane < kGranules ? partial.find(mask_head * args.mask.rows + row, column) : PartialBlocks::kWhole;
+  uint32_t counts[kGranules];  // for the thread's four queries, its two keys, one bit each
+  CUTE_UNROLL
+  for (int granule = 0; granule < kGranules; ++granule) {
+    const int matrix = __shfl_sync(0xffffffffu, found, granule);
+    const int first_query = __shfl_sync(0xffffffffu, block, granule) * partial.q_block_size.divisor;
+    const int first = __shfl_sync(0xffffffffu, of_lane, granule);
+    counts[granule] = 0;
     CUTE_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int query = (first + (j >> 1) * 8 + 2 * (lane & 3) + (j & 1)) >> rows_log2;
-      const int in_matrix = query - block * partial.q_block_size.divisor;
-      const uint32_t counts = partial.read(matrix, in_matrix, in_block / kGranule) >> (lane / 4);
-      CUTE_UNROLL
-      for (int key = 0; key < 2; ++key) {
-        float& score = scores(8 * granule + (j >> 1) * 4 + 2 * key + (j & 1));
-        score = counts >> (8 * key) & 1 ? score : -INFINITY;
-      }
+      const uint32_t of_query = partial.read(matrix, query - first_query, in_block / kGranule) >> (lane / 4);
+      counts[granule] |= (of_query & 0x101) << j;
+    }
+  }
+  CUTE_UNROLL
+  for (int granule = 0; granule < kGranules; ++granule) {
+    CUTE_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      float& score = scores(8 * granule + j);
+      score = counts[granule] >> ((j >> 1 & 1) * 8 + (j >> 2) * 2 + (j & 1)) & 1 ? score : -INFINITY;
     }
   }
 }

@@ -59,8 +59,12 @@ __device__ __forceinline__ void mask_scores(const KeyStream<Traits>& stream, int
     mask_by_limits(scores, code_of, limits, lane);
   }
   if (!stream.has_partial(stage)) return;
-  mask_partial(stream.args.partial, PartialRows(stream.args, stream.storage.tile.item, limits), limits, scores,
-               [&](int granule) { return stream.is_partial(stage, granule, limits.granules); }, code_of, lane);
+  const int granule = lane % Traits::kGranules;
+  const uint32_t partial = __ballot_sync(0xffffffffu, stream.is_partial(stage, granule, limits.granules));
+  const PartialRows rows(stream.args, stream.storage.tile.item, limits);
+  PartialStage<Traits::kGranules>(stream.args.partial, rows, limits, partial,
+                                  stream.code_of(stage, granule, limits.granules), lane)
+      .mask(scores, lane);
 }
 
 // Drops weights, or what belongs to them.

@@ -83,7 +83,7 @@ struct ForwardMainloop {
   OnlineSoftmax softmax;
   // Where weights are dropped: the codes of the granules of the last stage whose scores are there, one in each lane.
   int granule_code;
-  PartialRows partial_rows;  // where the mask has partial blocks
+  PartialLimits<Traits> partial;  // where the mask has partial blocks
 
   __device__ __forceinline__ ForwardMainloop(const QueryTileArguments& args, Storage& storage, int unit, int lane)
       : args(args),
@@ -163,15 +163,18 @@ struct ForwardMainloop {
     fence_operand(probabilities);
   }
 
+  // Behind the issue of the current stage's products.
+  __device__ __forceinline__ void read_partial(const Limits& limits) {
+    if constexpr (Traits::kAltered) {
+      if (has_partial_blocks<Traits>(args)) partial.read(args, storage, key_stage.index, limits, lane);
+    }
+  }
+
   // `masked`: whether the stage needs it. Where weights are altered, others come here, too.
   __device__ __forceinline__ void mask(Scores& scores, const Limits& limits, bool masked) {
     if constexpr (Traits::kCaps) cap_scores(scores, args.cap);
     if (masked) mask_scores<Traits>(args, scores, storage, key_stage.index, limits, lane);
-    if constexpr (Traits::kAltered) {
-      if (has_partial_blocks<Traits>(args)) {
-        mask_partial_blocks<Traits>(args, scores, storage, key_stage.index, limits, partial_rows, lane);
-      }
-    }
+    if (has_partial_blocks<Traits>(args)) partial.mask(scores, lane);
     if (!drops_weights<Traits>(args)) return;
     granule_code = storage.granules[key_stage.index][(limits.granules * Traits::kGranules + lane) % 32];
     __syncwarp();  // lane 0 lets the producer overwrite them
@@ -232,6 +235,7 @@ struct ForwardMainloop {
     mbarrier_wait(values_full(), value_stage.parity);
     issue_values(probabilities, accumulate);
     turn.pass();
+    read_partial(limits);
 
     cute::warpgroup_wait<1>();
     cute::warpgroup_fence_operand(scores);
@@ -274,6 +278,7 @@ struct ForwardMainloop {
   __device__ __forceinline__ void begin(Scores& scores, const Limits& limits, const WorkItem& item, int query_index) {
     mbarrier_wait(keys_full(), key_stage.parity);
     issue_scores(scores, query_index);
+    read_partial(limits);
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
     mask(scores, limits, true);

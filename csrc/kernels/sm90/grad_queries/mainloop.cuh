@@ -40,7 +40,7 @@ struct GradQueriesMainloop {
   RingPosition<Traits::kKeyStages> key_stage{0};
   RingPosition<Traits::kValueStages> value_stage{0};
   int last_key_stage = 0;  // whose product for dQ is still to be issued
-  PartialRows partial_rows;  // where the mask has partial blocks
+  PartialLimits<Traits> partial;  // where the mask has partial blocks
   GradQueries grad_queries;
 
   __device__ __forceinline__ GradQueriesMainloop(const GradQueriesArguments& args, Storage& storage, int lane)
@@ -105,11 +105,7 @@ struct GradQueriesMainloop {
                                         bool masked) const {
     if constexpr (Traits::kCaps) cap_scores(scores, args.cap);
     if (masked) mask_scores<Traits>(args, scores, storage, key_stage.index, limits, lane);
-    if constexpr (Traits::kAltered) {
-      if (has_partial_blocks<Traits>(args)) {
-        mask_partial_blocks<Traits>(args, scores, storage, key_stage.index, limits, partial_rows, lane);
-      }
-    }
+    if (has_partial_blocks<Traits>(args)) partial.mask(scores, lane);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(scores); ++i) {
       const float weight = exp2_approx(scores(i) * args.scale_log2 - rows.lse[(i >> 1) & 1]);
@@ -164,6 +160,9 @@ struct GradQueriesMainloop {
     issue_scores<typename Traits::SmemLayoutGradOut, typename Traits::SmemLayoutV>(
         grad_weights, &storage.grad_out[0][0][0], query_index, &storage.values[0][0], value_stage.index);
     if constexpr (!kFirst) issue_queries(grads, accumulate);
+    if constexpr (Traits::kAltered) {
+      if (has_partial_blocks<Traits>(args)) partial.read(args, storage, key_stage.index, limits, lane);
+    }
 
     cute::warpgroup_wait<kFirst ? 1 : 2>();
     cute::warpgroup_fence_operand(scores);

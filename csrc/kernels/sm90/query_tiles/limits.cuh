@@ -5,20 +5,29 @@
 
 namespace hbsattn::sm90 {
 
-// Hides of the scores of a stage of keys what its partial blocks say.
-template <class Traits, class Scores, class Storage>
-__device__ __forceinline__ void mask_partial_blocks(const QueryTileArguments& args, Scores& scores,
-                                                    const Storage& storage, int stage, const KeyLimits<true>& limits,
-                                                    const PartialRows& rows, int lane) {
-  // Lane 0 alone reads, as below.
-  const uint32_t of_stage = __shfl_sync(0xffffffffu, lane == 0 ? storage.partial[stage] : 0, 0);
-  const uint32_t partial = of_stage >> (limits.granules * Traits::kGranules) & ((1u << Traits::kGranules) - 1);
-  if (partial == 0) return;
-  const int32_t* granules = storage.granules[stage] + limits.granules * Traits::kGranules;
-  mask_partial(
-      args.partial, rows, limits, scores, [&](int i) { return partial >> i & 1; },
-      [&](int i) { return __shfl_sync(0xffffffffu, lane == 0 ? granules[i] : 0, 0); }, lane);
-}
+// What partial blocks say of a stage of keys.
+template <class Traits>
+struct PartialLimits {
+  PartialRows rows;  // of the tile
+  bool any = false;  // of the stage's granules is of such a block
+  PartialStage<Traits::kGranules> stage;
+
+  // Looks it up. Keys of the stage are there, and have not been released.
+  template <class Storage>
+  __device__ __forceinline__ void read(const QueryTileArguments& args, const Storage& storage, int index,
+                                       const KeyLimits<true>& limits, int lane) {
+    const uint32_t partial = storage.partial[index] >> (limits.granules * Traits::kGranules);
+    const int code = storage.granules[index][limits.granules * Traits::kGranules + lane % Traits::kGranules];
+    __syncwarp();  // lane 0 lets the producer overwrite them
+    const uint32_t mine = uniform(partial) & ((1u << Traits::kGranules) - 1);
+    any = mine != 0;
+    if (any) stage = PartialStage<Traits::kGranules>(args.partial, rows, limits, mine, code, lane);
+  }
+  template <class Scores>
+  __device__ __forceinline__ void mask(Scores& scores, int lane) const {
+    if (any) stage.mask(scores, lane);
+  }
+};
 
 // Masks the scores of a stage of keys.
 template <class Traits, bool kGeneral, bool kPairs, class Scores, class Storage>
