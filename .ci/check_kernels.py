@@ -21,7 +21,8 @@ SECONDS_ALLOWED = 180
 # Bytes, stores and loads, by what is in a kernel's name; others may not spill. Those of backward_keys are counted in
 # each of the four forms of the warp that streams queries, of which a call runs one. The general forward of head dim 96
 # reloads addresses at the start and the end of a tile, outside of all loops. Kernels that alter weights have two forms
-# of consumers, and loops for weights that are drawn one by one. 16 is a word or two; 56 for sm80's widest output.
+# of consumers, and loops for weights that are drawn one by one. 16 is a word or two. sm80's forward of head dim 128 has
+# all registers that its CTAs leave: it reloads a few words at the start and the end of a tile, and where weights alter.
 SPILLS_ALLOWED = {
     r"\d+backward_keys_kernel": 450,
     r"Sm90BackwardKeysAltered": 800,
@@ -30,7 +31,7 @@ SPILLS_ALLOWED = {
     r"Sm90ForwardI\w+Li64ELi192E": 64,
     r"Sm90ForwardI\w+Li96ELi128EEELb1E": 104,
     r"Sm90ForwardShortValues": 16,
-    r"Sm80ForwardI\w+Li128ELi128E": 56,
+    r"Sm80ForwardI\w+Li128ELi(64|128)E": 80,
     r"Sm80BackwardByKeys": 24,
     r"Sm80\w+DTypeE2E": 200,  # float32, whose numbers are in two parts
 }
@@ -100,14 +101,17 @@ def main() -> None:
             problems.append(f"{kernel['name']} spills {stores} bytes and reloads {loads}")
     # Two in each file. Of sm90: for any block size or not; of backward_keys, with the gradient of the queries or not.
     # Its forward tiles of 192 rows, of pairs and of short values have one alone, as have tiles of queries that alter
-    # weights. Of sm80: for calls that alter weights or not, and what adds up gradients of queries beside backward_keys.
+    # weights. Of sm80: for calls that alter weights or not, and what adds up gradients of queries beside backward_keys;
+    # the forward of some tiles has two forms, for much shared memory and for little (kHasSmallForward).
     expected = Counter()
     for family in KERNELS:
         for instance in read_table(family):
             name = instance.name
             alone = name in ("forward_pairs", "forward_altered", "forward_short_values", "grad_queries_altered")
             alone = alone or (name, instance.tile_rows) == ("forward", "192")
-            expected[family, instance.kernel.function] += 1 if alone and family == "sm90" else 2
+            small = name == "forward" and instance.tile_rows == "128" and instance.head_dim in ("96", "128", "192")
+            forms = 2 if family == "sm80" and small and instance.dtype != "fp32" else 1
+            expected[family, instance.kernel.function] += 1 if alone and family == "sm90" else 2 * forms
             adds = family == "sm80" and name == "backward_keys" and instance.dtype != "fp32"
             expected[family, "backward_by_keys"] += adds and int(instance.head_dim) <= 128
     for (family, function), count in expected.items():

@@ -24,6 +24,7 @@ struct KeyLimits {
   // The limit of a row that does not exist. What its queries are is not known.
   static constexpr int kNoRow = INT_MIN / 2;
 
+  KeyLimits() = default;
   __device__ __forceinline__ KeyLimits(const QueryTiles& args, const WorkItem& item,
                                        [[maybe_unused]] const TileRule& rule, int buffer, int warp_row, int lane)
       : granules(0), buffer(buffer) {

@@ -22,11 +22,9 @@ namespace hbsattn {
 // warp has one strip.
 constexpr bool is_float32(DType dtype) { return dtype == DType::kFloat32; }
 
-// A forward kernel. A CTA streams the keys of the active blocks in stages of kTileN. One stage of keys and one of
-// values let two CTAs share the 164 KB of an 8.0 device, and one have the 99 KB of smaller ones. With two of each,
-// tiles of 128 rows took 0.94 of the time on an H200, which has room for them. Swept at head dim 128 (H200, 2026-11),
-// elsewhere guessed. For 99 KB alone eight warps of one strip would be better there: 0.9 of the time (H200 with as few
-// CTAs as would have room, 2026-11).
+// A forward kernel. A CTA streams the keys of the active blocks in stages of kTileN, two of keys and of values where
+// that costs no CTA (run_sm80_forward), else one. Tiles of 64 rows have three CTAs up to head dim 128, as registers
+// hold their queries. Swept at head dims 128, 192 and 256 (H200, 2026-11), elsewhere guessed.
 template <DType kDType_, int kHeadDim_, int kTileRows_>
 struct Sm80Forward {
   static constexpr DType kDType = kDType_;
@@ -38,11 +36,30 @@ struct Sm80Forward {
                                                                        : kTileRows;
   // With eight warps of one strip, which read keys and values from shared memory twice as often, tiles of 128 rows took
   // 1.3 of the time (H200).
-  static constexpr int kWarps = kTileM < 64 ? 2 : 4, kShare = 1, kHeldColumns = 0;
+  static constexpr int kWarps = kTileM < 64 ? 2 : 4, kShare = 1;
   static constexpr int kStrips = kTileM / (16 * kWarps);
+  // As many as there are registers for. At head dim 64, for two stages in 99 KB.
+  static constexpr int kHeldColumns = is_float32(kDType) ? 0
+                                      : kStrips == 1     ? (kHeadDim > 192    ? 192
+                                                            : kHeadDim == 128 ? 96
+                                                                              : kHeadDim)
+                                      : kHeadDim == 64   ? 32
+                                                         : 0;
   static constexpr int kTileN = (kHeadDim > 192 ? 32 : 64) / (is_float32(kDType) && kHeadDim > 64 ? 2 : 1);
-  static constexpr int kStages = 1;  // of keys, and of values
-  static constexpr int kCtasPerSm = 2;
+  static constexpr int kStages = is_float32(kDType) ? 1 : 2;  // at most
+  static constexpr int kCtasPerSm = !is_float32(kDType) && kStrips == 1 && kHeadDim <= 128 ? 3 : 2;
+};
+
+// Whether less shared memory than 8.0 has takes a kernel of its own, as the other would have one CTA.
+template <class Config>
+constexpr bool kHasSmallForward =
+    !is_float32(Config::kDType) && (Config::kHeadDim == 192 || (Config::kStrips == 2 && Config::kHeadDim > 64));
+
+// Two CTAs of it have 99 KB. At head dim 96 it has room for two stages.
+template <class Config>
+struct Sm80SmallForward : Config {
+  static constexpr int kTileN = 32;
+  static constexpr int kHeldColumns = Config::kStrips == 2 ? 32 : Config::kHeldColumns;
 };
 
 // A kernel that computes the gradient of the queries, with tiles as the forward's. Up to head dim 128 guessed.
@@ -135,14 +152,18 @@ inline constexpr Sm80SharedClass kSm80Shared163{163 << 10, 164 << 10};  // 8.0, 
 inline constexpr Sm80SharedClass kSm80Shared227{227 << 10, 228 << 10};  // 9.0, 10.0
 
 // What a CTA of a kernel takes. All devices run all kernels but those of float32 gradients above head dim 128.
-template <class Config, class Storage>
-constexpr int sm80_shared_bytes() {
-  constexpr int kBytes = sizeof(Storage);
+template <class Config, int kBytes>
+constexpr int sm80_least_shared_bytes() {
   constexpr Sm80SharedClass kLeast =
       is_float32(Config::kDType) && Config::kHeadDim > 128 ? kSm80Shared163 : kSm80Shared99;
   static_assert(kLeast.count(kBytes) >= 1, "a CTA's shared memory, where there is least");
   static_assert(kSm80Shared227.count(kBytes) >= Config::kCtasPerSm, "of CTAs that share a multiprocessor's registers");
   return kBytes;
+}
+
+template <class Config, class Storage>
+constexpr int sm80_shared_bytes() {
+  return sm80_least_shared_bytes<Config, static_cast<int>(sizeof(Storage))>();
 }
 
 }  // namespace hbsattn

@@ -163,8 +163,8 @@ __device__ __forceinline__ void add_to(Sum& sum, const Sum& part) {
 }
 
 // As multiply_rows(), of kSplitSteps steps of float32 numbers.
-template <bool kTransposed, int kStrips, class RowsA, class RowsB, class Sum>
-__device__ __forceinline__ void multiply_split_rows(Sum (&sums)[kStrips], const PatchReader<RowsA>& a, int first_row,
+template <bool kTransposed, int kStrips, class ReadRows, class RowsB, class Sum>
+__device__ __forceinline__ void multiply_split_rows(Sum (&sums)[kStrips], ReadRows&& read_rows,
                                                     const PatchReader<RowsB, Operand::kByRows>& b, int first_step) {
   constexpr int kPatches = RowsB::kRows / 16, kTogether = kPatches % 2 == 0 ? 2 : 1;
   Sum lesser[kStrips];
@@ -177,8 +177,7 @@ __device__ __forceinline__ void multiply_split_rows(Sum (&sums)[kStrips], const 
   for (int step = first_step; step < first_step + kSplitSteps; ++step) {
     SplitFactors<kStrips, kTogether> factors;
     uint32_t of_a[kStrips][4];
-    CUTE_UNROLL
-    for (int strip = 0; strip < kStrips; ++strip) a.read(first_row + 16 * strip, step, of_a[strip]);
+    read_rows(step, of_a);
     factors.set_a(of_a);
     CUTE_UNROLL
     for (int patch = 0; patch < kPatches; patch += kTogether) {
@@ -195,26 +194,25 @@ __device__ __forceinline__ void multiply_split_rows(Sum (&sums)[kStrips], const 
   for (int strip = 0; strip < kStrips; ++strip) add_to(sums[strip], lesser[strip]);
 }
 
-// sums[strip] = rows of the strips x rows of `b`, over all columns: 16 * kStrips rows from `first_row` on, and all of
-// `b`. kTransposed: the rows of `b` are queries.
-template <class Element, bool kTransposed = false, int kStrips, class RowsA, class RowsB, class Sum>
-__device__ __forceinline__ void multiply_rows(Sum (&sums)[kStrips], const PatchReader<RowsA>& a, int first_row,
+// sums[strip] = rows of the strips x rows of `b`, over all columns. `read_rows(step, words)` gives what the strips have
+// of columns `step`. kTransposed: the rows of `b` are queries.
+template <class Element, bool kTransposed = false, int kStrips, class ReadRows, class RowsB, class Sum>
+__device__ __forceinline__ void multiply_rows(Sum (&sums)[kStrips], ReadRows&& read_rows,
                                               const PatchReader<RowsB, Operand::kByRows>& b) {
-  constexpr int kSteps = RowsA::kColumns / RowsA::kStepColumns;
+  constexpr int kSteps = RowsB::kColumns / RowsB::kStepColumns;
   if constexpr (std::is_same_v<Element, float>) {
-    multiply_split_rows<kTransposed>(sums, a, first_row, b, 0);
+    multiply_split_rows<kTransposed>(sums, read_rows, b, 0);
 #pragma unroll 1
     for (int step = kSplitSteps; step < kSteps; step += kSplitSteps) {
       Sum parts[kStrips];
-      multiply_split_rows<kTransposed>(parts, a, first_row, b, step);
+      multiply_split_rows<kTransposed>(parts, read_rows, b, step);
       CUTE_UNROLL
       for (int strip = 0; strip < kStrips; ++strip) add_to(sums[strip], parts[strip]);
     }
   } else {
     const auto multiply = [&](auto first, int step) {
       uint32_t of_a[kStrips][4];
-      CUTE_UNROLL
-      for (int strip = 0; strip < kStrips; ++strip) a.read(first_row + 16 * strip, step, of_a[strip]);
+      read_rows(step, of_a);
       CUTE_UNROLL
       for (int patch = 0; patch < RowsB::kRows / 16; ++patch) {
         uint32_t of_b[4];
@@ -230,6 +228,17 @@ __device__ __forceinline__ void multiply_rows(Sum (&sums)[kStrips], const PatchR
     CUTE_UNROLL
     for (int step = 1; step < kSteps; ++step) multiply(std::false_type{}, step);
   }
+}
+
+// The same of rows of a matrix: 16 * kStrips from `first_row` on.
+template <class Element, bool kTransposed = false, int kStrips, class RowsA, class RowsB, class Sum>
+__device__ __forceinline__ void multiply_rows(Sum (&sums)[kStrips], const PatchReader<RowsA>& a, int first_row,
+                                              const PatchReader<RowsB, Operand::kByRows>& b) {
+  const auto read_rows = [&](int step, uint32_t (&words)[kStrips][4]) {
+    CUTE_UNROLL
+    for (int strip = 0; strip < kStrips; ++strip) a.read(first_row + 16 * strip, step, words[strip]);
+  };
+  multiply_rows<Element, kTransposed>(sums, read_rows, b);
 }
 
 // sums[strip] += the strips' operands, which are columns `step`, x the rows of `b` of the same number, for all columns

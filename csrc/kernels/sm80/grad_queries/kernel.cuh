@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     return;
   }
   using Held = SharedRows<Element, Traits::kTileM, kHolds ? Traits::kHeldColumns : 64>;
-  stream.begin_pairs([&] {
+  stream.begin([&] {
     // What registers hold comes through a stage that is not loaded yet.
     if constexpr (kHolds) load_rows<Traits, Held>(args, item, args.q, first_row, storage.values[1]);
     load_rows<Traits, ReadQueries>(args, item, args.q.from<Element>(Traits::kHeldColumns), first_row, storage.queries);
@@ -117,12 +117,10 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
 
 #pragma unroll 1
   for (int stage = 0; stage < stream.stages; ++stage) {
-    const int buffer = stage % Traits::kStages;
     stream.wait_pair(stage);
-    const PatchReader<typename Traits::Keys, Operand::kByRows> keys(shared_address(storage.keys[buffer]), lane);
-    const PatchReader<typename Traits::Keys, Operand::kByRows> values(shared_address(storage.values[buffer]), lane);
-    const PatchReader<typename Traits::Keys, Operand::kByColumns> transposed_keys(shared_address(storage.keys[buffer]),
-                                                                                  lane);
+    const PatchReader<typename Traits::Keys, Operand::kByRows> keys(stream.keys_of(stage), lane);
+    const PatchReader<typename Traits::Keys, Operand::kByRows> values(stream.values_of(stage), lane);
+    const PatchReader<typename Traits::Keys, Operand::kByColumns> transposed_keys(stream.keys_of(stage), lane);
     Accumulator<Traits::kTileN> weights[kStrips], grad_scores[kStrips];
     if constexpr (kHolds) {
       multiply_held<Element>(weights[0], held, keys,

@@ -23,9 +23,9 @@ struct WideGradQueriesTraits : QueryTileTraits<Config> {
     int32_t columns[Base::kColumnEntries];       // as in QueryTileTraits
     typename Base::Blocks::State blocks;
     TileState tile;
-    Segment segments[2][32];
-    uint32_t partial[2][32], with_partial[2];
-    KeyLimits<true> limits[1][32 * kPairs];
+    StageSegment segments[2][32];
+    uint32_t with_partial[2];
+    StripLimits limits[kPairs][1];
     DropoutRow dropout_rows[kTileM];
   };
 };
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   const bool weighs = half == 0;
   uint32_t held[Traits::kHeadDim / 16][4];
   hold_rows(PatchReader<Queries>(shared_address(weighs ? storage.keys[0] : storage.values[0]), lane), matrix_row, held);
-  stream.begin_pairs([] {});
+  stream.begin([] {});
   if (weighs) open_strip<Traits>(args, storage, item, 0, row, matrix_row, kAltered);
   const RowStatistics statistics = RowStatistics::load<true>(args, item, row, lane);
   Accumulator<Traits::kHeadDim / 2> grads[1];
@@ -77,9 +77,8 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
 
 #pragma unroll 1
   for (int stage = 0; stage < stream.stages; ++stage) {
-    const int buffer = stage % Traits::kStages;
     stream.wait_pair(stage);
-    const uint32_t keys = shared_address(storage.keys[buffer]), values = shared_address(storage.values[buffer]);
+    const uint32_t keys = stream.keys_of(stage), values = stream.values_of(stage);
     const PatchReader<Keys, Operand::kByRows> rows(weighs ? keys : values, lane);
     Accumulator<Traits::kTileN> products;
     multiply_held<Element>(products, held, rows, [](auto...) {});

@@ -29,6 +29,7 @@ void fill_arguments(const ForwardParams& params, sm80::QueryTileArguments& args)
   args.q = tensor_rows(params, params.q);
   args.k = tensor_rows(params, params.k);
   args.v = tensor_rows(params, params.v);
+  args.two_stages = true;
   if (params.rows_k == 0) args.k.data = args.v.data = args.q.data;  // nothing is read, but an address is asked for
 }
 

@@ -42,7 +42,7 @@ template <class Traits>
 __device__ __forceinline__ void open_strip(const QueryTileArguments& args, typename Traits::Storage& storage,
                                            const WorkItem& item, int strip, int row, int matrix_row, bool altered) {
   const int lane = threadIdx.x % 32;
-  storage.limits[strip][threadIdx.x] = KeyLimits<true>(args, item, storage.tile.rule, 0, row, lane);
+  storage.limits[threadIdx.x / 32][strip].leave(KeyLimits<true>(args, item, storage.tile.rule, 0, row, lane), lane);
   if (altered && args.dropout.seed != nullptr) {
     leave_rows(args, item, row, lane, &storage.dropout_rows[matrix_row]);
   }
@@ -51,7 +51,7 @@ __device__ __forceinline__ void open_strip(const QueryTileArguments& args, typen
 template <class Traits, class Scores>
 __device__ __forceinline__ void mask_scores(const KeyStream<Traits>& stream, int strip, int stage, Scores& scores) {
   const int lane = threadIdx.x % 32;
-  const KeyLimits<true> limits = stream.storage.limits[strip][threadIdx.x];
+  const KeyLimits<true> limits = stream.storage.limits[threadIdx.x / 32][strip].of_lane(lane);
   const auto code_of = [&](int granule) { return uniform(stream.code_of(stage, granule, limits.granules)); };
   if (stream.args.mask.ruled) {
     mask_by_rule(stream.args, scores, code_of, limits, stream.storage.tile.rule, lane);
@@ -71,7 +71,7 @@ __device__ __forceinline__ void mask_scores(const KeyStream<Traits>& stream, int
 template <DropAs kAs, class Traits, class Weights>
 __device__ __forceinline__ void drop_strip(const KeyStream<Traits>& stream, int strip, int matrix_row, int stage,
                                            Weights& weights) {
-  const int block = stream.storage.limits[strip][threadIdx.x].granules;
+  const int block = stream.storage.limits[threadIdx.x / 32][strip].granules;
   drop_weights<kAs>(stream.args.dropout, &stream.storage.dropout_rows[matrix_row], weights, threadIdx.x % 32,
                     [&](int granule) { return uniform(stream.code_of(stage, granule, block)); });
 }

@@ -24,11 +24,17 @@ struct RowLoader {
   // `source`: the row, if it exists.
   __device__ __forceinline__ void load(uint32_t matrix, int pass, const uint8_t* source, bool exists,
                                        int columns) const {
+    load_vectors(matrix, pass, source + vector * 16, exists, columns);
+  }
+
+  // `source`: of the row, this thread's first vector.
+  __device__ __forceinline__ void load_vectors(uint32_t matrix, int pass, const uint8_t* source, bool exists,
+                                               int columns) const {
     CUTE_UNROLL
     for (int chunk = 0; chunk < Rows::kChunks; ++chunk) {
       const int in_row = chunk * kRowThreads + vector;
-      copy_async(matrix + offset + pass * kPassRows * Rows::kRowBytes + chunk * Rows::kChunkBytes, source + in_row * 16,
-                 exists && in_row * Rows::kVectorColumns < columns);
+      copy_async(matrix + offset + pass * kPassRows * Rows::kRowBytes + chunk * Rows::kChunkBytes,
+                 source + chunk * Rows::kRowBytes, exists && in_row * Rows::kVectorColumns < columns);
     }
   }
 };
@@ -76,6 +82,8 @@ template <class Traits>
 struct KeyStream {
   using Element = typename Traits::Element;
   using Loader = RowLoader<typename Traits::Keys, Traits::kThreads>;
+  static constexpr uint32_t kStageBytes = Traits::Keys::kBytes;  // of keys, or of values
+  static_assert(Traits::kStages <= 2);
 
   const QueryTileArguments& args;
   typename Traits::Storage& storage;
@@ -107,14 +115,14 @@ struct KeyStream {
     const int first = (first_stage << stage_segments_log2()) - padding;
     const int last = min(first + 32, (stages << stage_segments_log2()) - padding);
     blocks.expand(args.segments_per_block.div(last + args.segments_per_block.divisor - 1));
-    const Segment segment =
-        find_segment<true>(args, item, rows, blocks, first + lane, last, storage.tile.key_end);
-    storage.segments[slot & 1][lane] = segment;
+    StageSegment segment{find_segment<true>(args, item, rows, blocks, first + lane, last, storage.tile.key_end)};
     if (args.partial.words != nullptr) {
-      const uint32_t partial = partial_with(args, item, segment), any = __ballot_sync(0xffffffffu, partial != 0);
-      storage.partial[slot & 1][lane] = partial;
+      segment.partial = partial_with(args, item, segment);
+      const uint32_t any = __ballot_sync(0xffffffffu, segment.partial != 0);
       if (lane == 0) storage.with_partial[slot & 1] = any;
     }
+    if (segment.key < 0) segment.end = segment.key;
+    storage.segments[slot & 1][lane] = segment;
     blocks.leave(storage.blocks);
   }
 
@@ -124,87 +132,91 @@ struct KeyStream {
   }
 
   // Of a stage, the segment of a row.
-  __device__ __forceinline__ const Segment& segment_of(int stage, int row) const {
+  __device__ __forceinline__ const StageSegment& segment_of(int stage, int row) const {
     const int slot = stage >> slot_stages_log2() & 1, in_slot = stage & ((1 << slot_stages_log2()) - 1);
     return storage.segments[slot][(in_slot << stage_segments_log2()) + (row >> args.segment_log2)];
   }
 
-  // Starts copies of the keys, or the values, of a stage.
-  template <bool kKeys>
+  // With two stages the keys and the values of the next one come while one is computed.
+  __device__ __forceinline__ bool has_two_stages() const { return Traits::kStages == 2 && args.two_stages; }
+
+  // Where keys and values of a stage lie. Those of one stage take the first half of the room for two.
+  __device__ __forceinline__ uint32_t keys_of(int stage) const {
+    return shared_address(storage.keys) + (has_two_stages() ? (stage & 1) * kStageBytes : 0);
+  }
+  __device__ __forceinline__ uint32_t values_of(int stage) const {
+    return shared_address(storage.keys) + (has_two_stages() ? (2 + (stage & 1)) * kStageBytes : kStageBytes);
+  }
+
+  enum class Part { kKeys, kValues, kBoth };
+
+  // Starts copies of the keys, or the values, of a stage, or of both.
+  template <Part kPart>
   __device__ __forceinline__ void load(int stage) const {
     if (stage < stages) {
       const Loader loader(threadIdx.x);
-      const int buffer = stage % Traits::kStages;
-      const uint32_t matrix = shared_address(kKeys ? storage.keys[buffer] : storage.values[buffer]);
-      const TensorRows& tensor = kKeys ? args.k : args.v;
-      const uint8_t* first = kKeys ? storage.tile.keys : storage.tile.values;
       // All that is looked up comes before the copies, which it would wait for else.
+      const uint8_t* of_keys = storage.tile.keys + loader.vector * 16;
+      const uint8_t* of_values = storage.tile.values + loader.vector * 16;
+      // Or the compiler would add them up once for each row.
+      asm("" : "+l"(of_keys), "+l"(of_values));
       int keys[Loader::kPasses];
       bool exists[Loader::kPasses];
       CUTE_UNROLL
       for (int pass = 0; pass < Loader::kPasses; ++pass) {
         const int row = pass * Loader::kPassRows + loader.row;
-        const Segment& segment = segment_of(stage, row);
+        const StageSegment segment = segment_of(stage, row);
         keys[pass] = segment.key + (row & ((1 << args.segment_log2) - 1));
-        exists[pass] = segment.key >= 0 && keys[pass] < segment.end;
+        exists[pass] = keys[pass] < segment.end;
       }
-      CUTE_UNROLL
-      for (int pass = 0; pass < Loader::kPasses; ++pass) {
-        loader.load(matrix, pass, first + int64_t{keys[pass]} * tensor.row_stride, exists[pass], tensor.columns);
-      }
+      const auto copy = [&](uint32_t matrix, const TensorRows& tensor, const uint8_t* first) {
+        CUTE_UNROLL
+        for (int pass = 0; pass < Loader::kPasses; ++pass) {
+          loader.load_vectors(matrix, pass, first + int64_t{keys[pass]} * tensor.row_stride, exists[pass],
+                              tensor.columns);
+        }
+      };
+      if (kPart != Part::kValues) copy(keys_of(stage), args.k, of_keys);
+      if (kPart != Part::kKeys) copy(values_of(stage), args.v, of_values);
     }
     commit_copies();
   }
 
-  // Before the first stage: the first slot, and the stages that are loaded ahead. `load_queries` belongs to the first
-  // group of copies.
+  // Before the first stage: the first slot, and what is loaded ahead. `load_queries` belongs to the first group of
+  // copies.
   template <class LoadQueries>
   __device__ __forceinline__ void begin(LoadQueries&& load_queries) const {
     __syncthreads();
     list(0);
     load_queries();
     __syncthreads();
-    CUTE_UNROLL
-    for (int stage = 0; stage < Traits::kStages; ++stage) {
-      load<true>(stage);
-      if (stage < Traits::kStages - 1) load<false>(stage);
+    if (has_two_stages()) {
+      load<Part::kBoth>(0);
+    } else {
+      load<Part::kKeys>(0);
     }
   }
 
-  // The keys of a stage are there, and nobody reads the values of the stage before any more.
-  __device__ __forceinline__ void wait_keys(int stage) const {
-    wait_copies<2 * (Traits::kStages - 1)>();
-    __syncthreads();
-    load<false>(stage + Traits::kStages - 1);
-  }
-
-  // The values of a stage are there, and nobody reads its keys any more.
-  __device__ __forceinline__ void wait_values(int stage) const {
-    wait_copies<2 * (Traits::kStages - 1)>();
-    __syncthreads();
-    const int next = stage + Traits::kStages;
-    load<true>(next);
-    list_before(next + 1);
-  }
-
-  // The same where keys are needed to the end of a stage: they come with the values, to a second buffer, while the
-  // stage before is computed.
-  template <class LoadQueries>
-  __device__ __forceinline__ void begin_pairs(LoadQueries&& load_queries) const {
-    static_assert(Traits::kStages == 2);
-    __syncthreads();
-    list(0);
-    load_queries();
-    __syncthreads();
-    load<true>(0);
-    load<false>(0);
-  }
-
+  // Of two stages: keys and values of one are there, and nobody reads those of the one before any more.
   __device__ __forceinline__ void wait_pair(int stage) const {
     wait_copies<0>();
     __syncthreads();
-    load<true>(stage + 1);
-    load<false>(stage + 1);
+    load<Part::kBoth>(stage + 1);
+    list_before(stage + 2);
+  }
+
+  // Of one: the keys of a stage are there, and nobody reads the values of the stage before any more.
+  __device__ __forceinline__ void wait_keys(int stage) const {
+    wait_copies<0>();
+    __syncthreads();
+    load<Part::kValues>(stage);
+  }
+
+  // Of one: the values of a stage are there, and nobody reads its keys any more.
+  __device__ __forceinline__ void wait_values(int stage) const {
+    wait_copies<0>();
+    __syncthreads();
+    load<Part::kKeys>(stage + 1);
     list_before(stage + 2);
   }
 
@@ -222,15 +234,13 @@ struct KeyStream {
 
   // Whether a granule of such a stage is of a block that is partial for a block of the tile.
   __device__ __forceinline__ bool is_partial(int stage, int granule, int block) const {
-    const int slot = stage >> slot_stages_log2() & 1, in_slot = stage & ((1 << slot_stages_log2()) - 1);
-    const int segment = (in_slot << stage_segments_log2()) + (granule * kGranule >> args.segment_log2);
-    return storage.partial[slot][segment] >> block & 1;
+    return segment_of(stage, granule * kGranule).partial >> block & 1;
   }
 
   // What a granule of a stage holds for a block of the tile, as encode_granule() has it.
   __device__ __forceinline__ int code_of(int stage, int granule, int block) const {
     const int row = granule * kGranule;
-    const Segment segment = segment_of(stage, row);
+    const StageSegment segment = segment_of(stage, row);
     const int key = segment.key + (row & ((1 << args.segment_log2) - 1));
     if (segment.key < 0 || !(segment.with >> block & 1)) return kNoKey;
     return args.ragged_blocks ? encode_granule(key, segment.end) : key;

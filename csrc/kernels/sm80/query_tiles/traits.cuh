@@ -41,6 +41,7 @@ struct TensorRows {
 // What kernels get that stream keys and values past tiles of query rows.
 struct QueryTileArguments : QueryTiles {
   TensorRows q, k, v;
+  bool two_stages;  // of keys and values have room; of kernels that may have two
 };
 
 // What all threads look up of a tile. In shared memory, as registers are scarce.
@@ -50,6 +51,44 @@ struct TileState {
   int key_end;                   // keys from here on, in the sequence, are visible to no row of the CTA
   TileRule rule;                 // where heads have rules
   const uint8_t *keys, *values;  // the first rows of the sequence, of the key head
+};
+
+// A segment as all threads look it up. Of one without keys, `end` is `key`.
+struct alignas(16) StageSegment : Segment {
+  uint32_t partial;  // united blocks that are partial with it, one bit each; where the mask has such
+};
+
+// What masks ask of a warp's strip of 16 rows, as KeyLimits has it for each lane.
+struct StripLimits {
+  int value[16], place[16];
+  int least, granules, last_place;
+
+  // By all lanes of a warp; there for them behind the next barrier.
+  __device__ __forceinline__ void leave(const KeyLimits<true>& limits, int lane) {
+    CUTE_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      if (lane % 4 > 0) break;
+      value[lane / 4 + 8 * row] = limits.value[row];
+      place[lane / 4 + 8 * row] = limits.place[row];
+    }
+    if (lane > 0) return;
+    least = limits.least;
+    granules = limits.granules;
+    last_place = limits.last_place;
+  }
+  __device__ __forceinline__ KeyLimits<true> of_lane(int lane) const {
+    KeyLimits<true> limits;
+    CUTE_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      limits.value[row] = value[lane / 4 + 8 * row] - 2 * (lane & 3);
+      limits.place[row] = place[lane / 4 + 8 * row];
+    }
+    limits.least = least;
+    limits.granules = granules;
+    limits.last_place = last_place;
+    limits.buffer = 0;
+    return limits;
+  }
 };
 
 template <class Config_>
@@ -76,18 +115,17 @@ struct QueryTileTraits {
   static_assert(kTileM * Config::kShare == 16 * kStrips * kWarps && kTileN <= 32 * kGranule);
 
   struct alignas(128) Storage {
-    Element queries[kTileM * ReadQueries::kColumns];  // the output leaves from here too
-    Element keys[kStages][kTileN * kHeadDim];
-    Element values[kStages][kTileN * kHeadDim];
     int32_t columns[kColumnEntries];  // active blocks, as the first warp expands them
     typename Blocks::State blocks;
     TileState tile;
-    Segment segments[2][32];  // the slots of stages at hand, and of those after them
-    // Where the mask has partial blocks: of each segment, the united blocks that are partial with it, one bit each; and
-    // the segments that have any.
-    uint32_t partial[2][32], with_partial[2];
-    KeyLimits<true> limits[kStrips][kThreads];
+    StageSegment segments[2][32];  // the slots of stages at hand, and of those after them
+    uint32_t with_partial[2];      // those of them with partial blocks, one bit each; where the mask has such
+    StripLimits limits[kWarps][kStrips];
     DropoutRow dropout_rows[kTileM];  // where weights are dropped
+    // What all rows are copied to and leave from, as if there were no stages behind.
+    alignas(128) Element queries[ReadQueries::kColumns == 0 ? 64 : kTileM * ReadQueries::kColumns];
+    Element keys[kStages][kTileN * kHeadDim];
+    Element values[kStages][kTileN * kHeadDim];  // last, as some launches leave room for one stage
   };
 };
 
