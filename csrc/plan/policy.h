@@ -35,7 +35,8 @@ struct DevicePolicy {
   // Whether the kernels of kSm80 that add up gradients of queries by tiles of keys find the shared memory for their
   // stages: the largest take that of 8.0, the others have room everywhere.
   constexpr bool has_room_to_add(int32_t head_dim, int32_t tile_keys) const {
-    return head_dim <= 64 || tile_keys <= 64 || shared_bytes >= int64_t{164} << 10;
+    const bool fits = head_dim <= 64 || (tile_keys <= 64 && element_size == 2);
+    return fits || shared_bytes >= int64_t{164} << 10;
   }
 
   // Whether tiles of keys with far more to do than others are cut into parts.

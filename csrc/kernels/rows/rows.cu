@@ -160,15 +160,17 @@ __global__ void __launch_bounds__(kSinkThreads)
 }
 
 // Queries that belong to no chunk, as no tile has them.
+template <class Element>
 __device__ void write_gaps(const RowArguments& args, int stack, int lane) {
   const int heads = args.workspace.chunks.stack.heads;
-  auto* grad_q = static_cast<uint16_t*>(args.grad_q.data) + int64_t{stack} * heads * args.grad_q.head_stride;
+  auto* grad_q = static_cast<Element*>(args.grad_q.data) + int64_t{stack} * heads * args.grad_q.head_stride;
   const auto rows = static_cast<int32_t>(args.rows_q);
   visit_gaps(
       args.shape.batch, static_cast<int>(blockIdx.x), mask::smaller<int>(gridDim.x, kGapCtas), lane,
       [&](int index) { return find_query_gap(args.shape, args.sequences, index, rows); },
       [&](int row) {
-        clear_row(grad_q, row, args.grad_q.row_stride, args.grad_q.head_stride, heads, args.grad_q.columns, 2, lane);
+        clear_row(grad_q, row, args.grad_q.row_stride, args.grad_q.head_stride, heads, args.grad_q.columns,
+                  sizeof(Element), lane);
       });
 }
 
@@ -183,7 +185,7 @@ __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const Ro
   const auto chunk = static_cast<int>(blockIdx.x * kFinishWarps + threadIdx.x / 32);
   // The last heads first, whose sums are still in the L2 cache.
   const int stack = static_cast<int>(gridDim.y - 1 - blockIdx.y), lane = threadIdx.x % 32;
-  if (args.packed && blockIdx.x < kGapCtas && threadIdx.x < 32) write_gaps(args, stack, lane);
+  if (args.packed && blockIdx.x < kGapCtas && threadIdx.x < 32) write_gaps<Element>(args, stack, lane);
   if (chunk >= chunks) return;
   const int64_t stack_row = stack * args.workspace.rows + int64_t{chunk} * kGranule;
   const float* sums = args.grad_q_sum + stack_row * (32 * kParts);
@@ -195,7 +197,8 @@ __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const Ro
     rows[i] = place.exists ? address<Element>(args.grad_q, place, head_of(args, stack, place)) : nullptr;
     if (rows[i] == nullptr || args.lse[stack_row + row] != INFINITY) continue;
     // A row with nothing to attend: keys that only other rows of its tiles attend to may have given it NaNs.
-    for (int column = lane % 4 * 8; column < args.grad_q.columns; column += 32) {
+    constexpr int kColumns = 16 / sizeof(Element);
+    for (int column = lane % 4 * kColumns; column < args.grad_q.columns; column += 4 * kColumns) {
       *reinterpret_cast<uint4*>(rows[i] + column) = make_uint4(0, 0, 0, 0);
     }
     rows[i] = nullptr;
@@ -207,6 +210,21 @@ __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const Ro
     for (int i = 0; i < 4 * kAtOnce; ++i) held[i / 4][i % 4] = read_group(sums + (4 * first + i) * 128, lane);
 #pragma unroll
     for (int part = 0; part < kAtOnce; ++part) {
+      if constexpr (std::is_same_v<Element, float>) {
+#pragma unroll
+        for (int group = 0; group < 4; ++group) {
+          const float4& sum = held[part][group];
+          const int column = (first + part) * 32 + 8 * group + lane % 4 * 2;
+          if (column >= args.grad_q.columns) continue;
+          if (rows[0] != nullptr) {
+            *reinterpret_cast<float2*>(rows[0] + column) = make_float2(args.scale * sum.x, args.scale * sum.y);
+          }
+          if (rows[1] != nullptr) {
+            *reinterpret_cast<float2*>(rows[1] + column) = make_float2(args.scale * sum.z, args.scale * sum.w);
+          }
+        }
+        continue;
+      }
       uint32_t columns[2][4];
 #pragma unroll
       for (int group = 0; group < 4; ++group) {
@@ -356,7 +374,7 @@ Status finish_rows(const BackwardParams& params, const BackwardWorkspace& worksp
   const RowArguments args = row_arguments(params, workspace);
   const int64_t chunks = workspace.chunks.count;
   const dim3 grid(static_cast<unsigned>(mask::ceil_div(chunks, kFinishWarps)), static_cast<unsigned>(workspace.stacks));
-  return visit_dtype(params.problem.dtype, [&](auto element) {
+  return visit_dtype<true>(params.problem.dtype, [&](auto element) {
     using Element = decltype(element);
     auto* kernel = padded_head_dim == 64    ? finish_rows_kernel<Element, 2>
                    : padded_head_dim == 96  ? finish_rows_kernel<Element, 3>

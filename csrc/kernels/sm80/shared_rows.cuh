@@ -113,8 +113,10 @@ __device__ __forceinline__ void to_operand(const Sum& sum, int step, uint32_t (&
   }
 }
 
-// Of a step of a product of float32 numbers, the factors of some patches in two parts each.
-template <int kStrips_, int kPatches_>
+// Of a step of a product of float32 numbers, the factors of some patches in two parts each. Those of keys and values
+// are cut (kCuts), which takes an instruction less, those of queries rounded: what both parts of two numbers leave out
+// of their product is then as often above it as below.
+template <int kStrips_, int kPatches_, bool kCutsA>
 struct SplitFactors {
   static constexpr int kStrips = kStrips_;
   static constexpr int kPatches = kPatches_;
@@ -122,11 +124,13 @@ struct SplitFactors {
 
   __device__ __forceinline__ void set_a(const uint32_t (&words)[kStrips][4]) {
     CUTE_UNROLL
-    for (int i = 0; i < 4 * kStrips; ++i) split_float(words[i / 4][i % 4], a_high[i / 4][i % 4], a_low[i / 4][i % 4]);
+    for (int i = 0; i < 4 * kStrips; ++i) {
+      split_float<kCutsA>(words[i / 4][i % 4], a_high[i / 4][i % 4], a_low[i / 4][i % 4]);
+    }
   }
   __device__ __forceinline__ void set_b(int patch, const uint32_t (&words)[4]) {
     CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) split_float(words[i], b_high[patch][i], b_low[patch][i]);
+    for (int i = 0; i < 4; ++i) split_float<!kCutsA>(words[i], b_high[patch][i], b_low[patch][i]);
   }
 };
 
@@ -162,20 +166,17 @@ __device__ __forceinline__ void add_to(Sum& sum, const Sum& part) {
   for (int i = 0; i < cute::size(sum); ++i) sum(i) += part(i);
 }
 
-// As multiply_rows(), of kSplitSteps steps of float32 numbers.
+// Of multiply_rows(), kSplitSteps steps of float32 numbers; lesser products are added to `lesser`.
 template <bool kTransposed, int kStrips, class ReadRows, class RowsB, class Sum>
-__device__ __forceinline__ void multiply_split_rows(Sum (&sums)[kStrips], ReadRows&& read_rows,
+__device__ __forceinline__ void multiply_split_rows(Sum (&sums)[kStrips], Sum (&lesser)[kStrips],
+                                                    ReadRows&& read_rows,
                                                     const PatchReader<RowsB, Operand::kByRows>& b, int first_step) {
   constexpr int kPatches = RowsB::kRows / 16, kTogether = kPatches % 2 == 0 ? 2 : 1;
-  Sum lesser[kStrips];
   CUTE_UNROLL
-  for (int strip = 0; strip < kStrips; ++strip) {
-    cute::clear(sums[strip]);
-    cute::clear(lesser[strip]);
-  }
+  for (int strip = 0; strip < kStrips; ++strip) cute::clear(sums[strip]);
   CUTE_UNROLL
   for (int step = first_step; step < first_step + kSplitSteps; ++step) {
-    SplitFactors<kStrips, kTogether> factors;
+    SplitFactors<kStrips, kTogether, kTransposed> factors;
     uint32_t of_a[kStrips][4];
     read_rows(step, of_a);
     factors.set_a(of_a);
@@ -190,8 +191,6 @@ __device__ __forceinline__ void multiply_split_rows(Sum (&sums)[kStrips], ReadRo
       multiply_split<kTransposed>(sums, lesser, patch, factors);
     }
   }
-  CUTE_UNROLL
-  for (int strip = 0; strip < kStrips; ++strip) add_to(sums[strip], lesser[strip]);
 }
 
 // sums[strip] = rows of the strips x rows of `b`, over all columns. `read_rows(step, words)` gives what the strips have
@@ -201,14 +200,19 @@ __device__ __forceinline__ void multiply_rows(Sum (&sums)[kStrips], ReadRows&& r
                                               const PatchReader<RowsB, Operand::kByRows>& b) {
   constexpr int kSteps = RowsB::kColumns / RowsB::kStepColumns;
   if constexpr (std::is_same_v<Element, float>) {
-    multiply_split_rows<kTransposed>(sums, read_rows, b, 0);
+    Sum lesser[kStrips];
+    CUTE_UNROLL
+    for (int strip = 0; strip < kStrips; ++strip) cute::clear(lesser[strip]);
+    multiply_split_rows<kTransposed>(sums, lesser, read_rows, b, 0);
 #pragma unroll 1
     for (int step = kSplitSteps; step < kSteps; step += kSplitSteps) {
       Sum parts[kStrips];
-      multiply_split_rows<kTransposed>(parts, read_rows, b, step);
+      multiply_split_rows<kTransposed>(parts, lesser, read_rows, b, step);
       CUTE_UNROLL
       for (int strip = 0; strip < kStrips; ++strip) add_to(sums[strip], parts[strip]);
     }
+    CUTE_UNROLL
+    for (int strip = 0; strip < kStrips; ++strip) add_to(sums[strip], lesser[strip]);
   } else {
     const auto multiply = [&](auto first, int step) {
       uint32_t of_a[kStrips][4];
@@ -258,6 +262,71 @@ __device__ __forceinline__ void multiply_step(Sum (&sums)[kStrips], const uint32
   }
 }
 
+// The first operands of some steps of float32, in two parts.
+template <int kSteps, int kStrips>
+struct SplitOperands {
+  uint32_t high[kSteps][kStrips][4], low[kSteps][kStrips][4];
+
+  __device__ __forceinline__ void set(int step, const uint32_t (&words)[kStrips][4]) {
+    CUTE_UNROLL
+    for (int i = 0; i < 4 * kStrips; ++i) {
+      split_float<false>(words[i / 4][i % 4], high[step][i / 4][i % 4], low[step][i / 4][i % 4]);
+    }
+  }
+};
+
+// The same of float32: operands of some steps x rows of `b` from `first_row` on, for as many columns of it as there are
+// sums. What the lesser products of some steps add up to is what the greater ones are added to.
+template <int kSteps, int kStrips, class RowsB, class Sum>
+__device__ __forceinline__ void multiply_split_columns(Sum (&sums)[kStrips], const SplitOperands<kSteps, kStrips>& a,
+                                                       const PatchReader<RowsB, Operand::kByColumns>& b,
+                                                       int first_row) {
+  constexpr int kTogether = kSteps < kSplitSteps ? kSteps : kSplitSteps;
+  constexpr int kAllPatches = decltype(cute::size(sums[0]))::value / 8;
+  // At a time, as products that add to the same sum wait for each other.
+  constexpr int kPatches = kAllPatches % 2 == 0 ? 2 : 1;
+  CUTE_UNROLL
+  for (int patch = 0; patch < kAllPatches; patch += kPatches) {
+    CUTE_UNROLL
+    for (int first_step = 0; first_step < kSteps; first_step += kTogether) {
+      Accumulator<16 * kPatches> part[kStrips];
+      CUTE_UNROLL
+      for (int strip = 0; strip < kStrips; ++strip) cute::clear(part[strip]);
+      const auto multiply = [&](const uint32_t (&of_a)[kStrips][4], const uint32_t (&of_b)[kPatches][4]) {
+        CUTE_UNROLL
+        for (int group = 0; group < 2 * kPatches; ++group) {
+          const uint32_t* words = of_b[group / 2] + group % 2 * 2;
+          CUTE_UNROLL
+          for (int strip = 0; strip < kStrips; ++strip) {
+            multiply_add_tf32(part[strip], group, of_a[strip], words[0], words[1]);
+          }
+        }
+      };
+      uint32_t b_high[kTogether][kPatches][4];
+      CUTE_UNROLL
+      for (int i = 0; i < kTogether; ++i) {
+        uint32_t b_low[kPatches][4];
+        CUTE_UNROLL
+        for (int j = 0; j < kPatches; ++j) {
+          uint32_t of_b[4];
+          b.read(first_row + RowsB::kStepColumns * (first_step + i), patch + j, of_b);
+          CUTE_UNROLL
+          for (int k = 0; k < 4; ++k) split_float<true>(of_b[k], b_high[i][j][k], b_low[j][k]);
+        }
+        multiply(a.low[first_step + i], b_high[i]);
+        multiply(a.high[first_step + i], b_low);
+      }
+      CUTE_UNROLL
+      for (int i = 0; i < kTogether; ++i) multiply(a.high[first_step + i], b_high[i]);
+      CUTE_UNROLL
+      for (int strip = 0; strip < kStrips; ++strip) {
+        CUTE_UNROLL
+        for (int i = 0; i < 8 * kPatches; ++i) sums[strip](8 * patch + i) += part[strip](i);
+      }
+    }
+  }
+}
+
 // sums[strip] += operands x rows of `b`, for all columns of it. `read_operands(step, words)` gives what the strips have
 // of columns `step`, which belong to rows `step`.
 template <class Element, int kStrips, class RowsB, class Sum, class ReadOperands>
@@ -265,31 +334,14 @@ __device__ __forceinline__ void multiply_columns(Sum (&sums)[kStrips], ReadOpera
                                                  const PatchReader<RowsB, Operand::kByColumns>& b) {
   constexpr int kSteps = RowsB::kRows / RowsB::kStepColumns;
   if constexpr (std::is_same_v<Element, float>) {
-    uint32_t of_a[kSteps][kStrips][4];
+    SplitOperands<kSteps, kStrips> a;
     CUTE_UNROLL
-    for (int step = 0; step < kSteps; ++step) read_operands(step, of_a[step]);
-    CUTE_UNROLL
-    for (int patch = 0; patch < RowsB::kColumns / 16; ++patch) {
-      Accumulator<16> greater[kStrips], lesser[kStrips];
-      CUTE_UNROLL
-      for (int strip = 0; strip < kStrips; ++strip) {
-        cute::clear(greater[strip]);
-        cute::clear(lesser[strip]);
-      }
-      cute::for_each(cute::make_seq<kSteps>{}, [&](auto step) {
-        SplitFactors<kStrips, 1> factors;
-        factors.set_a(of_a[step]);
-        uint32_t of_b[4];
-        b.read(RowsB::kStepColumns * step, patch, of_b);
-        factors.set_b(0, of_b);
-        multiply_split<false>(greater, lesser, 0, factors);
-      });
-      CUTE_UNROLL
-      for (int strip = 0; strip < kStrips; ++strip) {
-        CUTE_UNROLL
-        for (int i = 0; i < 8; ++i) sums[strip](8 * patch + i) += greater[strip](i) + lesser[strip](i);
-      }
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t of_a[kStrips][4];
+      read_operands(step, of_a);
+      a.set(step, of_a);
     }
+    multiply_split_columns(sums, a, b, 0);
   } else {
     CUTE_UNROLL
     for (int step = 0; step < kSteps; ++step) {

@@ -1,7 +1,6 @@
 #pragma once
 
 #include "kernels/common/row_sums.cuh"
-#include "kernels/common/seen_keys.cuh"
 #include "kernels/sm80/backward_keys/by_keys_traits.cuh"
 #include "kernels/sm80/backward_keys/kernel.cuh"
 
@@ -20,23 +19,6 @@ __device__ __forceinline__ void arrive(int barrier, int threads) {
 }
 __device__ __forceinline__ void wait_for(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-// Starts copies of a tile's keys. Those that no query sees are zeros: gradients of scores that are 0 do not silence a
-// NaN in a product over keys.
-template <class Traits>
-__device__ __forceinline__ void load_seen_keys(const BackwardKeysArguments& args, const KeyItem& item, const int* seen,
-                                               typename Traits::Element* matrix) {
-  const RowLoader<typename Traits::Keys, Traits::kThreads> loader(threadIdx.x);
-  const uint8_t* first = args.k.head_of(item.sequence, key_head_of(args, item), item.k_begin + item.first_key);
-  CUTE_UNROLL
-  for (int pass = 0; pass < loader.kPasses; ++pass) {
-    const int row = pass * loader.kPassRows + loader.row;
-    const int block = item.united > 1 ? min(row / args.mask.k_block_size, item.united - 1) : 0;
-    const bool exists = row < seen[block];
-    const int copied = exists ? row : 0;
-    loader.load(shared_address(matrix), pass, first + int64_t{copied} * args.k.row_stride, exists, args.k.columns);
-  }
 }
 
 // Half the threads of a CTA start copies of one of a stage's tensors, rows that do not exist being zeros, and of the
@@ -301,15 +283,10 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   __syncthreads();
   if (item.column < 0) return;
   load_keys<Traits>(args, item, 0, args.v, storage.values);
-  if (warp == Traits::kWarps - 1) {
-    for (int block = 0; block < item.united; ++block) {
-      const int seen = count_seen_keys(args, item, block, threadIdx.x % 32);
-      if (threadIdx.x % 32 == 0) storage.seen[block] = seen;
-    }
-  }
+  if (warp == Traits::kWarps - 1) leave_seen_keys(args, item, storage.seen, threadIdx.x % 32);
   stream.list(Traits::kStages + 1);
   __syncthreads();
-  load_seen_keys<Traits>(args, item, storage.seen, storage.keys);
+  load_seen_keys<Traits>(args, item, 0, storage.seen, storage.keys);
 
   const int group = warp % Traits::kGroups;
   const bool of_values = warp < Traits::kGroups;

@@ -4,11 +4,6 @@
 
 namespace hbsattn::sm80 {
 
-// What the kernel gets that adds up gradients of queries.
-struct BackwardByKeysArguments : BackwardKeysArguments {
-  float* grad_q;  // unscaled: (stacks, chunks) of 16 x kHeadDim floats, in the order of accumulators
-};
-
 template <class Config_>
 struct BackwardByKeysTraits {
   using Config = Config_;

@@ -2,6 +2,7 @@
 
 #include "kernels/common/launch.cuh"
 #include "kernels/common/softcap.cuh"
+#include "kernels/sm80/backward_keys/add_queries.cuh"
 #include "kernels/sm80/backward_keys/store.cuh"
 #include "kernels/sm80/backward_keys/stream.cuh"
 #include "kernels/sm80/pairs.cuh"
@@ -105,10 +106,13 @@ __device__ __forceinline__ void round_operand(const Sum& sum, int step, uint32_t
 // Each warp has strips of 16 keys; P and dS are first operands out of registers. One warp sums what a key gets, stage
 // after stage: the same in every run. No product sums over keys, so whatever keys hold that nobody sees, others do not
 // meet it. kAltered: for calls that drop weights or cap scores.
-template <class Config, bool kAltered>
+//
+// kAdds, of float32: it also adds up gradients of queries, dQ += dS^T K, in global memory.
+template <class Config, bool kAltered, bool kAdds = false>
 __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
-    backward_keys_kernel(const __grid_constant__ BackwardKeysArguments args) {
-  using Traits = BackwardKeysTraits<Config>;
+    backward_keys_kernel(
+        const __grid_constant__ std::conditional_t<kAdds, BackwardByKeysArguments, BackwardKeysArguments> args) {
+  using Traits = typename std::conditional_t<kAdds, AddingBackwardKeysTraits<Config>, BackwardKeysTraits<Config>>;
   using Element = typename Traits::Element;
   using Keys = typename Traits::Keys;
   using Queries = typename Traits::Queries;
@@ -130,8 +134,14 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   __syncthreads();
   const int first_key = static_cast<int>(blockIdx.x) % Traits::kCtasOfTile * Traits::kTileN;  // of the tile
   if (item.column < 0 || first_key >= item.keys) return;
-  load_keys<Traits>(args, item, first_key, args.k, storage.keys);
   load_keys<Traits>(args, item, first_key, args.v, storage.values);
+  if constexpr (kAdds) {
+    if (warp == Traits::kWarps - 1) leave_seen_keys(args, item, storage.seen, lane);
+    __syncthreads();
+    load_seen_keys<Traits>(args, item, first_key, storage.seen, storage.keys);
+  } else {
+    load_keys<Traits>(args, item, first_key, args.k, storage.keys);
+  }
   stream.begin();
 
   constexpr int kGroups = Traits::kWarps / Traits::kShare;
@@ -168,6 +178,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
       const Statistics delta(storage.delta[buffer], lane);
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) differentiate<kAltered>(args, info.masked, weights[i], lse, delta, grads[i]);
+      if constexpr (kAdds) leave_grad_scores<Traits>(storage.grad_scores, warp_key, grads[0], lane);
     }
     using Columns = std::conditional_t<Traits::kShare == 1, Queries, HalfColumns<Queries>>;
     PatchReader<Columns, Operand::kByColumns> rows(queries, lane), grad_rows(grad_out, lane);
@@ -185,6 +196,10 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     };
     multiply_columns<Element>(grad_values, read_weights, grad_rows);
     multiply_columns<Element>(grad_keys, read_grads, rows);
+    if constexpr (kAdds) {
+      __syncthreads();
+      add_split_queries<Traits>(args, storage, info, warp, lane);
+    }
   }
 
   CUTE_UNROLL

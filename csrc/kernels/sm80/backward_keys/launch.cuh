@@ -51,11 +51,20 @@ Status launch_key_tiles(const char* what, void (*kernel)(Arguments), const Argum
 template <class Config>
 Status run_sm80_backward_by_keys(const BackwardParams& params, const BackwardWorkspace& workspace,
                                  const DevicePolicy& policy, Stream stream) {
+  constexpr bool kSplits = is_float32(Config::kDType);
+  using ByKeys = std::conditional_t<kSplits, Config,
+                                    Sm80BackwardByKeys<Config::kDType, Config::kHeadDim, Config::kTileRows>>;
   sm80::BackwardByKeysArguments args{};
-  fill_backward_keys<Config>(params, workspace, policy, args);
+  fill_backward_keys<ByKeys>(params, workspace, policy, args);
   args.grad_q = reinterpret_cast<float*>(static_cast<uint8_t*>(params.workspace) + workspace.sums);
-  HBSATTN_RETURN_IF_ERROR(launch_key_tiles<sm80::BackwardByKeysTraits<Config>>(
-      "the launch of the backward kernel", sm80::backward_by_keys_kernel<Config>, args, stream));
+  constexpr const char* kWhat = "the launch of the backward kernel";
+  if constexpr (kSplits) {
+    HBSATTN_RETURN_IF_ERROR(launch_key_tiles<sm80::AddingBackwardKeysTraits<Config>>(
+        kWhat, sm80::backward_keys_kernel<Config, false, true>, args, stream));
+  } else {
+    HBSATTN_RETURN_IF_ERROR(launch_key_tiles<sm80::BackwardByKeysTraits<ByKeys>>(
+        kWhat, sm80::backward_by_keys_kernel<ByKeys>, args, stream));
+  }
   return finish_rows(params, workspace, Config::kHeadDim, stream);
 }
 
@@ -66,10 +75,9 @@ Status run_sm80_backward_keys(const BackwardParams& params, Stream stream) {
   const BackwardMethod method = choose_backward_method(params, policy);
   const BackwardWorkspace workspace = lay_out_backward(params, Config::kHeadDim, method, policy);
   HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, stream));
-  if constexpr (Config::kHeadDim <= kSm80AddingHeadDim && !is_float32(Config::kDType)) {
+  if constexpr (Config::kHeadDim <= kSm80AddingHeadDim) {
     if (method == BackwardMethod::kByKeys) {
-      using ByKeys = Sm80BackwardByKeys<Config::kDType, Config::kHeadDim, Config::kTileRows>;
-      return run_sm80_backward_by_keys<ByKeys>(params, workspace, policy, stream);
+      return run_sm80_backward_by_keys<Config>(params, workspace, policy, stream);
     }
   }
   sm80::BackwardKeysArguments args{};

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "kernels/common/seen_keys.cuh"
 #include "kernels/sm80/backward_keys/traits.cuh"
 #include "kernels/sm80/query_tiles/stream.cuh"
 
@@ -30,6 +31,32 @@ template <class Traits>
 __device__ __forceinline__ void load_keys(const BackwardKeysArguments& args, const KeyItem& item, int first_row,
                                           const TensorRows& tensor, typename Traits::Element* matrix) {
   load_key_rows<typename Traits::Keys, Traits::kThreads>(args, item, first_row, tensor, shared_address(matrix));
+}
+
+// A warp leaves, of each united block, how many keys of the tile there are up to the last one that some query sees.
+__device__ __forceinline__ void leave_seen_keys(const BackwardKeysArguments& args, const KeyItem& item, int* seen,
+                                                int lane) {
+  for (int block = 0; block < item.united; ++block) {
+    const int count = count_seen_keys(args, item, block, lane);
+    if (lane == 0) seen[block] = count;
+  }
+}
+
+// Starts copies of a tile's keys, from `first_row` on. Those that no query sees are zeros: gradients of scores that are
+// 0 do not silence a NaN in a product over keys.
+template <class Traits>
+__device__ __forceinline__ void load_seen_keys(const BackwardKeysArguments& args, const KeyItem& item, int first_row,
+                                               const int* seen, typename Traits::Element* matrix) {
+  const RowLoader<typename Traits::Keys, Traits::kThreads> loader(threadIdx.x);
+  const uint8_t* first = args.k.head_of(item.sequence, key_head_of(args, item), item.k_begin + item.first_key);
+  CUTE_UNROLL
+  for (int pass = 0; pass < loader.kPasses; ++pass) {
+    const int row = first_row + pass * loader.kPassRows + loader.row;
+    const int block = item.united > 1 ? min(row / args.mask.k_block_size, item.united - 1) : 0;
+    const bool exists = row < seen[block];
+    const int copied = exists ? row : 0;
+    loader.load(shared_address(matrix), pass, first + int64_t{copied} * args.k.row_stride, exists, args.k.columns);
+  }
 }
 
 // Leaves what a warp has of the gradients of 16 keys where their keys, or values, were.

@@ -92,4 +92,24 @@ struct BackwardKeysTraits {
   };
 };
 
+// What kernels get that add up gradients of queries.
+struct BackwardByKeysArguments : BackwardKeysArguments {
+  float* grad_q;  // unscaled: (stacks, chunks) of 16 x kHeadDim floats, in the order of accumulators
+};
+
+// The same kernel of float32 where it adds those up.
+template <class Config>
+struct AddingBackwardKeysTraits : BackwardKeysTraits<Config> {
+  using Base = BackwardKeysTraits<Config>;
+  using GradScores = SharedRows<typename Base::Element, Base::kTileM, Base::kTileN>;
+  static constexpr int kQueryColumns = Base::kHeadDim / Base::kWarps;  // of gradients of a stage's queries, of a warp
+  static_assert(Base::kShare == 1 && Base::kStrips == 1 && kQueryColumns % 16 == 0);
+  struct alignas(128) Storage : Base::Storage {
+    alignas(128) typename Base::Element grad_scores[Base::kTileM * Base::kTileN];
+    int seen[Base::kTileRows / kGranule];  // as in BackwardByKeysTraits
+  };
+  static_assert((Base::kHeadDim > 64 ? kSm80Shared163 : kSm80Shared99).count(sizeof(Storage)) >= 1, "a CTA's");
+  static_assert(kSm80Shared163.count(sizeof(Storage)) >= Config::kCtasPerSm, "a multiprocessor's, on 8.0");
+};
+
 }  // namespace hbsattn::sm80
