@@ -113,7 +113,7 @@ class Ours:
         mask = self.mask
         tables = (mask.bits, mask.sequences, self._rules, None, None, None)  # no partial blocks
         work = self._workload
-        numbers = (self._layout(), True, work.head_dim**-0.5, work.dropout, work.softcap)
+        numbers = (self._layout(), True, work.head_dim**-0.5, work.dropout, work.softcap, False)
         call = (*self._inputs(), *tables, self._sinks, self._dropout_seed, *numbers)
         return torch.ops.hbsattn.profile_forward(*call, self.items)[2]
 

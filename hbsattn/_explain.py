@@ -50,7 +50,7 @@ def explain(
     check_bool("deterministic", deterministic)
     softcap, dropout_p = check_softcap(softcap), check_dropout_p("dropout_p", dropout_p)
     if mask._lists is None:  # whose bits may take too much memory
-        numbers = (mask._layout, True, 1.0, 0.0, softcap)  # whatever the scores are
+        numbers = (mask._layout, True, 1.0, 0.0, softcap, False)  # whatever the scores are
         tables = (mask._kept_bits(), mask.sequences, mask._rules, mask._partial, mask._matrices, mask._elements)
         ops.check_forward.default(q, k, v, *tables, None, None, *numbers)
     elif v.shape[:-1] != k.shape[:-1] or not 0 < v.shape[-1] <= 256:

@@ -68,6 +68,7 @@ class Call(NamedTuple):
     softmax_scale: float
     dropout_p: float
     softcap: float  # 0: none
+    allow_tf32: bool  # single products of TF32 for float32, on CUDA
 
 
 def takes_call(function: Callable[..., Any]) -> Callable[..., Any]:

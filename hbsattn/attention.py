@@ -14,6 +14,7 @@ from hbsattn.utils import use_kernels
 
 NO_GRADIENTS = (False, False, False)  # of q, k and v
 DEVICES = ("cpu", "cuda")
+HAS_PRECISION = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # from PyTorch 2.9 on
 
 Heads = tuple[int, int, int, int, bool]  # the fields of a CallShape, which takes longer to make
 Kernels = tuple[str, int]  # a choice of `use_kernels`: what plans are made for
@@ -39,7 +40,11 @@ def block_sparse_attention(
         q: packed (total_q, heads_q, head_dim) or batched (batch, seqlen_q, heads_q, head_dim), as the mask is.
             float16, bfloat16 or float32, on a CPU also float64; any strides with a contiguous last dimension. On CUDA,
             head dims that are no multiple of 8 cost padded copies of q, k, v and out; products of float32 are sums of
-            three of TF32, about as exact as float32's own, and an infinity counts as NaN in them.
+            three of TF32, about as exact as float32's own, and an infinity counts as NaN in them. Where PyTorch may
+            compute products of float32 in TF32 (`torch.backends.cuda.matmul.fp32_precision = "tf32"`, or what sets the
+            same: `allow_tf32`, `torch.set_float32_matmul_precision`), they are single ones of TF32, which take less
+            time and have 11 digits. A call reads that setting, and its backward goes by what the call found; a CUDA
+            graph keeps what was found at its capture, torch.compile compiles again. A CPU does not read it.
         k, v: (total_k, heads_k, head_dim) or (batch, seqlen_k, heads_k, head_dim), dtype and device of q. heads_q is a
             multiple of heads_k, and query head h reads key head h // (heads_q // heads_k). The head dim of v, which is
             that of out, may be another than that of q and k. On CUDA, calls then take about the time of the greater
@@ -148,12 +153,14 @@ def _attend(
         trains = needs != NO_GRADIENTS or (sinks is not None and sinks.requires_grad)
     widest = max(head_dim, v.shape[-1]) if v.dim() else head_dim  # the op refuses a v without dimensions
     shape: Heads = (heads_q, k_shape[-2], widest, q.element_size(), pack_heads)
+    allow_tf32 = device != "cpu" and q.dtype == torch.float32 and allows_tf32()
     if mask._lists is not None and not trains and dropout_seed is None and not mask._makes_bits():
-        numbers = (mask._rules, None, None, None, sinks, None, mask._layout, pack_heads, scale, 0.0, softcap)
-        results = _attend_in_chunks(q, k, v, mask, numbers)
+        numbers = (mask._layout, pack_heads, scale, 0.0, softcap, allow_tf32)
+        results = _attend_in_chunks(q, k, v, mask, (mask._rules, None, None, None, sinks, None, *numbers))
         return results if return_lse else results[0]
     tables = (mask._kept_bits(), mask.sequences, mask._rules, mask._partial, mask._matrices, mask._elements)
-    call = (q, k, v, *tables, sinks, dropout_seed, mask._layout, pack_heads, scale, dropout_p, softcap)  # a Call
+    numbers = (mask._layout, pack_heads, scale, dropout_p, softcap, allow_tf32)
+    call = (q, k, v, *tables, sinks, dropout_seed, *numbers)  # a Call
     items = backward_plan = None
     if device != "cpu":  # which needs no plans
         # A compiled program keeps no plans, and cannot ask.
@@ -174,6 +181,13 @@ def _attend(
             backward_plan = mask._plan(("backward", *backward), lambda mask: _plan_backward(mask, *backward))[0]
     results = ops.forward.default(*call, items, backward_plan, deterministic)
     return results if return_lse else results[0]
+
+
+@torch.compiler.assume_constant_result  # of which a compiled program is guarded, with PyTorch's other global settings
+def allows_tf32() -> bool:
+    """Whether PyTorch may compute products of float32 on CUDA in TF32."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if HAS_PRECISION else matmul.allow_tf32
 
 
 def _plan_and_attend(

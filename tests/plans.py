@@ -48,11 +48,13 @@ def call_of(
     scale: float = 0.125,
     dropout_p: float = 0.0,
     softcap: float = 0.0,
+    allow_tf32: bool = False,
 ) -> tuple[Any, ...]:
     """What each op of an attention call takes first. `bits` and `rules`: instead of the mask's own."""
     tables = (mask.bits if bits is None else bits, mask.sequences, mask._rules if rules is None else rules)
     partial = (mask._partial, mask._matrices, mask._elements)
-    return (q, k, v, *tables, *partial, sinks, dropout_seed, layout_of(mask), pack_heads, scale, dropout_p, softcap)
+    numbers = (pack_heads, scale, dropout_p, softcap, allow_tf32)
+    return (q, k, v, *tables, *partial, sinks, dropout_seed, layout_of(mask), *numbers)
 
 
 def plan_items(mask: hbsattn.BlockMask, *call: int, for_backward: bool = False) -> Tensor:

@@ -78,12 +78,13 @@ struct CallArguments {
   Ints layout;
   Required<bool> pack_heads;
   Required<double> softmax_scale, dropout_p, softcap;
+  Required<bool> allow_tf32;
 
   // `function` of all of them, and of `own` behind them.
   template <class Function, class... Own>
   auto apply(const Function& function, const Own&... own) const {
     return function(q, k, v, bits, sequences, rules, partial, matrices, elements, sinks, dropout_seed, layout,
-                    pack_heads, softmax_scale, dropout_p, softcap, own...);
+                    pack_heads, softmax_scale, dropout_p, softcap, allow_tf32, own...);
   }
 };
 
@@ -118,9 +119,10 @@ struct Operator<f> {
   static Result run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& sequences,
                     const OptionalTensor& rules, const OptionalTensor& partial, const OptionalTensor& matrices,
                     const OptionalTensor& elements, const OptionalTensor& sinks, const OptionalTensor& dropout_seed,
-                    Ints layout, bool pack_heads, double softmax_scale, double dropout_p, double softcap, Own... own) {
+                    Ints layout, bool pack_heads, double softmax_scale, double dropout_p, double softcap,
+                    bool allow_tf32, Own... own) {
     return f({q, k, v, bits, sequences, rules, partial, matrices, elements, sinks, dropout_seed, layout, pack_heads,
-              softmax_scale, dropout_p, softcap},
+              softmax_scale, dropout_p, softcap, allow_tf32},
              std::forward<Own>(own)...);
   }
 };
@@ -284,6 +286,7 @@ inline ForwardParams read_problem(const Call& call) {
   TORCH_CHECK_VALUE(
       params.softcap != 0.f || call.softcap == 0.,
       describe("softcap is ", c10::str(call.softcap.value), "; expected 0, or a number from 0.01 to 1e6"));
+  params.allow_tf32 = call.allow_tf32;
   params.dropout_p = call.dropout_p;
   TORCH_CHECK_VALUE(
       call.dropout_p == 0. || call.dropout_seed,

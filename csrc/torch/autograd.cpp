@@ -151,6 +151,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     context->saved_data["softmax_scale"] = call.softmax_scale.value;
     context->saved_data["dropout_p"] = call.dropout_p.value;
     context->saved_data["softcap"] = call.softcap.value;
+    context->saved_data["allow_tf32"] = call.allow_tf32.value;
     context->saved_data["deterministic"] = deterministic;
     context->saved_data["kernels"] = describe_choice();
     context->saved_data["needs"] =
@@ -167,11 +168,13 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     const bool pack_heads = data["pack_heads"].toBool();
     const double softmax_scale = data["softmax_scale"].toDouble(), dropout_p = data["dropout_p"].toDouble();
     const double softcap = data["softcap"].toDouble();
+    const bool allow_tf32 = data["allow_tf32"].toBool();
     const OptionalTensor rules = if_defined(saved[8]), partial = if_defined(saved[9]);
     const OptionalTensor matrices = if_defined(saved[10]), elements = if_defined(saved[11]);
     const OptionalTensor sinks = if_defined(saved[12]), seed = if_defined(saved[13]);
-    const TracedCall call{saved[0], saved[1], saved[2], saved[3], saved[4],   rules,         partial,   matrices,
-                          elements, sinks,    seed,     layout,   pack_heads, softmax_scale, dropout_p, softcap};
+    const TracedCall call{saved[0],  saved[1],  saved[2], saved[3], saved[4],   rules,         partial,   matrices,
+                          elements,  sinks,     seed,     layout,   pack_heads, softmax_scale, dropout_p, softcap,
+                          allow_tf32};
     const Tensor &out = saved[5], &lse = saved[6];
     const c10::List<bool> needed = data["needs"].toBoolList();
     const std::array<bool, 4> needs{needed[0], needed[1], needed[2], needed[3]};

@@ -38,7 +38,7 @@ TORCH_LIBRARY(hbsattn, m) {
   const std::string call =
       "(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor sequences, Tensor? rules, Tensor? partial, Tensor? matrices, "
       "Tensor? elements, Tensor? sinks, Tensor? dropout_seed, SymInt[] layout, bool pack_heads, float softmax_scale, "
-      "float dropout_p, float softcap";
+      "float dropout_p, float softcap, bool allow_tf32";
   define("check_forward" + call + ") -> ()");
   define("forward" + call +
          ", Tensor? items, Tensor? backward_plan, bool deterministic=False) -> (Tensor out, Tensor lse)");

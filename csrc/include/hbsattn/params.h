@@ -275,6 +275,9 @@ struct ForwardParams {
   // Where a scaled score s ends: it becomes softcap * tanh(s / softcap). 0: nowhere; else kLeastSoftcap to
   // kMostSoftcap. Sinks are not capped.
   float softcap = 0.f;
+  // Of float32: products may be those of single numbers in TF32, which has 11 digits, instead of sums of three that are
+  // about as exact as float32's own. A backward call takes what the forward took, whose weights it computes again.
+  bool allow_tf32 = false;
 
   MaskView mask;
   bool pack_heads = true;           // as in PlanParams

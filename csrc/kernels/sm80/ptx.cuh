@@ -53,6 +53,11 @@ __device__ __forceinline__ void split_float(uint32_t word, uint32_t& high, uint3
   low = __float_as_uint(__uint_as_float(word) - __uint_as_float(high & 0xffffe000u));
 }
 
+// A float32 number rounded to TF32.
+__device__ __forceinline__ uint32_t round_to_tf32(uint32_t word) {
+  return fabsf(__uint_as_float(word)) < INFINITY ? word + 0x1000u : word;
+}
+
 // A word of shared memory.
 __device__ __forceinline__ uint32_t load_word(uint32_t address) {
   uint32_t word;

@@ -193,13 +193,55 @@ __device__ __forceinline__ void multiply_split_rows(Sum (&sums)[kStrips], Sum (&
   }
 }
 
+template <int kNumbers>
+__device__ __forceinline__ void round_to_tf32(uint32_t (&words)[kNumbers]) {
+  CUTE_UNROLL
+  for (int i = 0; i < kNumbers; ++i) words[i] = round_to_tf32(words[i]);
+}
+
+// sum += a first operand x two second ones, of `patch`.
+template <class Sum>
+__device__ __forceinline__ void multiply_rounded(Sum& sum, int patch, const uint32_t (&of_a)[4],
+                                                 const uint32_t (&of_b)[4]) {
+  multiply_add_tf32(sum, 2 * patch, of_a, of_b[0], of_b[1]);
+  multiply_add_tf32(sum, 2 * patch + 1, of_a, of_b[2], of_b[3]);
+}
+
+// As multiply_rows(), of float32 numbers rounded to TF32.
+template <int kStrips, class ReadRows, class RowsB, class Sum>
+__device__ __forceinline__ void multiply_rounded_rows(Sum (&sums)[kStrips], ReadRows&& read_rows,
+                                                      const PatchReader<RowsB, Operand::kByRows>& b) {
+  CUTE_UNROLL
+  for (int strip = 0; strip < kStrips; ++strip) cute::clear(sums[strip]);
+#pragma unroll 2
+  for (int step = 0; step < RowsB::kColumns / RowsB::kStepColumns; ++step) {
+    uint32_t of_a[kStrips][4];
+    read_rows(step, of_a);
+    CUTE_UNROLL
+    for (int strip = 0; strip < kStrips; ++strip) round_to_tf32(of_a[strip]);
+    CUTE_UNROLL
+    for (int patch = 0; patch < RowsB::kRows / 16; ++patch) {
+      uint32_t of_b[4];
+      b.read(16 * patch, step, of_b);
+      round_to_tf32(of_b);
+      CUTE_UNROLL
+      for (int strip = 0; strip < kStrips; ++strip) multiply_rounded(sums[strip], patch, of_a[strip], of_b);
+    }
+  }
+}
+
 // sums[strip] = rows of the strips x rows of `b`, over all columns. `read_rows(step, words)` gives what the strips have
-// of columns `step`. kTransposed: the rows of `b` are queries.
+// of columns `step`. kTransposed: the rows of `b` are queries. allow_tf32: of float32, whether numbers may be rounded
+// to TF32.
 template <class Element, bool kTransposed = false, int kStrips, class ReadRows, class RowsB, class Sum>
 __device__ __forceinline__ void multiply_rows(Sum (&sums)[kStrips], ReadRows&& read_rows,
-                                              const PatchReader<RowsB, Operand::kByRows>& b) {
+                                              const PatchReader<RowsB, Operand::kByRows>& b, bool allow_tf32 = false) {
   constexpr int kSteps = RowsB::kColumns / RowsB::kStepColumns;
   if constexpr (std::is_same_v<Element, float>) {
+    if (allow_tf32) {
+      multiply_rounded_rows(sums, a, first_row, b);
+      return;
+    }
     Sum lesser[kStrips];
     CUTE_UNROLL
     for (int strip = 0; strip < kStrips; ++strip) cute::clear(lesser[strip]);
@@ -262,6 +304,23 @@ __device__ __forceinline__ void multiply_step(Sum (&sums)[kStrips], const uint32
   }
 }
 
+// The same of float32 numbers rounded to TF32: `step` of the operands x the rows of `b` from `first_row` on, for as
+// many columns of it as there are sums.
+template <int kStrips, class RowsB, class Sum>
+__device__ __forceinline__ void multiply_rounded_step(Sum (&sums)[kStrips], uint32_t (&of_a)[kStrips][4],
+                                                      const PatchReader<RowsB, Operand::kByColumns>& b, int first_row) {
+  CUTE_UNROLL
+  for (int strip = 0; strip < kStrips; ++strip) round_to_tf32(of_a[strip]);
+  CUTE_UNROLL
+  for (int patch = 0; patch < decltype(cute::size(sums[0]))::value / 8; ++patch) {
+    uint32_t of_b[4];
+    b.read(first_row, patch, of_b);
+    round_to_tf32(of_b);
+    CUTE_UNROLL
+    for (int strip = 0; strip < kStrips; ++strip) multiply_rounded(sums[strip], patch, of_a[strip], of_b);
+  }
+}
+
 // The first operands of some steps of float32, in two parts.
 template <int kSteps, int kStrips>
 struct SplitOperands {
@@ -275,8 +334,8 @@ struct SplitOperands {
   }
 };
 
-// The same of float32: operands of some steps x rows of `b` from `first_row` on, for as many columns of it as there are
-// sums. What the lesser products of some steps add up to is what the greater ones are added to.
+// multiply_columns() of float32: operands of some steps x rows of `b` from `first_row` on, for as many columns of it as
+// there are sums. What the lesser products of some steps add up to is what the greater ones are added to.
 template <int kSteps, int kStrips, class RowsB, class Sum>
 __device__ __forceinline__ void multiply_split_columns(Sum (&sums)[kStrips], const SplitOperands<kSteps, kStrips>& a,
                                                        const PatchReader<RowsB, Operand::kByColumns>& b,
@@ -331,9 +390,19 @@ __device__ __forceinline__ void multiply_split_columns(Sum (&sums)[kStrips], con
 // of columns `step`, which belong to rows `step`.
 template <class Element, int kStrips, class RowsB, class Sum, class ReadOperands>
 __device__ __forceinline__ void multiply_columns(Sum (&sums)[kStrips], ReadOperands&& read_operands,
-                                                 const PatchReader<RowsB, Operand::kByColumns>& b) {
+                                                 const PatchReader<RowsB, Operand::kByColumns>& b,
+                                                 bool allow_tf32 = false) {
   constexpr int kSteps = RowsB::kRows / RowsB::kStepColumns;
   if constexpr (std::is_same_v<Element, float>) {
+    if (allow_tf32) {
+      CUTE_UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t of_a[kStrips][4];
+        read_operands(step, of_a);
+        multiply_rounded_step(sums, of_a, b, RowsB::kStepColumns * step);
+      }
+      return;
+    }
     SplitOperands<kSteps, kStrips> a;
     CUTE_UNROLL
     for (int step = 0; step < kSteps; ++step) {

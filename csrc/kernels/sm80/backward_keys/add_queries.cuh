@@ -39,17 +39,27 @@ __device__ __forceinline__ void add_split_queries(const BackwardByKeysArguments&
   CUTE_UNROLL
   for (int i = 0; i < kStrips; ++i) cute::clear(sums[i]);
   constexpr int kSteps = kSplitSteps;
-  CUTE_UNROLL
-  for (int first_step = 0; first_step < Traits::kTileN / Keys::kStepColumns; first_step += kSteps) {
-    SplitOperands<kSteps, kStrips> of_grads;
-    CUTE_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
+  if (args.allow_tf32) {
+#pragma unroll 2
+    for (int step = 0; step < Traits::kTileN / Keys::kStepColumns; ++step) {
       uint32_t words[kStrips][4];
       CUTE_UNROLL
-      for (int i = 0; i < kStrips; ++i) grads.read(16 * i, first_step + step, words[i]);
-      of_grads.set(step, words);
+      for (int i = 0; i < kStrips; ++i) grads.read(16 * i, step, words[i]);
+      multiply_rounded_step(sums, words, keys, Keys::kStepColumns * step);
     }
-    multiply_split_columns(sums, of_grads, keys, Keys::kStepColumns * first_step);
+  } else {
+    CUTE_UNROLL
+    for (int first_step = 0; first_step < Traits::kTileN / Keys::kStepColumns; first_step += kSteps) {
+      SplitOperands<kSteps, kStrips> of_grads;
+      CUTE_UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t words[kStrips][4];
+        CUTE_UNROLL
+        for (int i = 0; i < kStrips; ++i) grads.read(16 * i, first_step + step, words[i]);
+        of_grads.set(step, words);
+      }
+      multiply_split_columns(sums, of_grads, keys, Keys::kStepColumns * first_step);
+    }
   }
   CUTE_UNROLL
   for (int i = 0; i < kStrips; ++i) {

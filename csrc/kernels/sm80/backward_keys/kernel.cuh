@@ -109,9 +109,8 @@ __device__ __forceinline__ void round_operand(const Sum& sum, int step, uint32_t
 //
 // kAdds, of float32: it also adds up gradients of queries, dQ += dS^T K, in global memory.
 template <class Config, bool kAltered, bool kAdds = false>
-__global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
-    backward_keys_kernel(
-        const __grid_constant__ std::conditional_t<kAdds, BackwardByKeysArguments, BackwardKeysArguments> args) {
+__global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm) backward_keys_kernel(
+    const __grid_constant__ std::conditional_t<kAdds, BackwardByKeysArguments, BackwardKeysArguments> args) {
   using Traits = typename std::conditional_t<kAdds, AddingBackwardKeysTraits<Config>, BackwardKeysTraits<Config>>;
   using Element = typename Traits::Element;
   using Keys = typename Traits::Keys;
@@ -168,13 +167,15 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     Scores weights[kStrips], grads[kStrips];
     {
       const Statistics lse(storage.lse[buffer], lane);
-      multiply_rows<Element, true>(weights, keys, 0, PatchReader<Queries, Operand::kByRows>(queries, lane));
+      multiply_rows<Element, true>(weights, keys, 0, PatchReader<Queries, Operand::kByRows>(queries, lane),
+                                   args.allow_tf32);
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) {
         weigh<kAltered>(args, item, info, 0, limits[i], first_key + warp_key + 16 * i, dropouts[i], lse, lane,
                         weights[i]);
       }
-      multiply_rows<Element, true>(grads, values, 0, PatchReader<Queries, Operand::kByRows>(grad_out, lane));
+      multiply_rows<Element, true>(grads, values, 0, PatchReader<Queries, Operand::kByRows>(grad_out, lane),
+                                   args.allow_tf32);
       const Statistics delta(storage.delta[buffer], lane);
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) differentiate<kAltered>(args, info.masked, weights[i], lse, delta, grads[i]);
@@ -194,8 +195,8 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) round_operand<Element, false>(grads[i], step, words[i]);
     };
-    multiply_columns<Element>(grad_values, read_weights, grad_rows);
-    multiply_columns<Element>(grad_keys, read_grads, rows);
+    multiply_columns<Element>(grad_values, read_weights, grad_rows, args.allow_tf32);
+    multiply_columns<Element>(grad_keys, read_grads, rows, args.allow_tf32);
     if constexpr (kAdds) {
       __syncthreads();
       add_split_queries<Traits>(args, storage, info, warp, lane);

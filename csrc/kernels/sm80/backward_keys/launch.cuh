@@ -33,6 +33,7 @@ void fill_backward_keys(const BackwardParams& params, const BackwardWorkspace& w
   args.grad_out = tensor_rows(problem, params.grad_out);
   args.k = tensor_rows(problem, problem.k);
   args.v = tensor_rows(problem, problem.v);
+  args.allow_tf32 = problem.allow_tf32;
   // A list may have room for more, which has no tiles.
   args.num_items = static_cast<int>(
       std::min<int64_t>(params.num_key_items,
@@ -52,8 +53,8 @@ template <class Config>
 Status run_sm80_backward_by_keys(const BackwardParams& params, const BackwardWorkspace& workspace,
                                  const DevicePolicy& policy, Stream stream) {
   constexpr bool kSplits = is_float32(Config::kDType);
-  using ByKeys = std::conditional_t<kSplits, Config,
-                                    Sm80BackwardByKeys<Config::kDType, Config::kHeadDim, Config::kTileRows>>;
+  using ByKeys =
+      std::conditional_t<kSplits, Config, Sm80BackwardByKeys<Config::kDType, Config::kHeadDim, Config::kTileRows>>;
   sm80::BackwardByKeysArguments args{};
   fill_backward_keys<ByKeys>(params, workspace, policy, args);
   args.grad_q = reinterpret_cast<float*>(static_cast<uint8_t*>(params.workspace) + workspace.sums);

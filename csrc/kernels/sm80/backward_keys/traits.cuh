@@ -17,6 +17,7 @@ namespace hbsattn::sm80 {
 // What the kernel gets, by value.
 struct BackwardKeysArguments : KeyTiles {
   TensorRows q, k, v, grad_out;
+  bool allow_tf32;  // of float32
 };
 
 // What the warp that lists stages tells of one. Granules have their first query, in the sequence; of stacked heads, row

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     }
     Accumulator<Traits::kTileN> scores[kStrips];
     const PatchReader<typename Traits::Keys, Operand::kByRows> keys(stream.keys_of(stage), lane);
-    multiply_rows<Element>(scores, read_queries, keys);
+    multiply_rows<Element>(scores, read_queries, keys, args.allow_tf32);
     if constexpr (kAltered) {
       if (args.cap.scale > 0.f) {
         CUTE_UNROLL
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) to_operand<Element>(scores[i], step, words[i]);
     };
-    multiply_columns<Element>(outputs, read_weights, values);
+    multiply_columns<Element>(outputs, read_weights, values, args.allow_tf32);
   }
 
   // Rows leave through stages, too, if there is less room for queries.

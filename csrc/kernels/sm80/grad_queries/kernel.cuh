@@ -126,20 +126,20 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
       multiply_held<Element>(weights[0], held, keys,
                              [&](int step, uint32_t (&words)[4]) { queries.read(matrix_row, step, words); });
     } else {
-      multiply_rows<Element>(weights, queries, matrix_row, keys);
+      multiply_rows<Element>(weights, queries, matrix_row, keys, args.allow_tf32);
     }
     CUTE_UNROLL
     for (int i = 0; i < kStrips; ++i) {
       weigh<kAltered>(stream, i, matrix_row + 16 * i, stage, rows[i], weights[i]);
     }
-    multiply_rows<Element>(grad_scores, grad_out, matrix_row, values);
+    multiply_rows<Element>(grad_scores, grad_out, matrix_row, values, args.allow_tf32);
     CUTE_UNROLL
     for (int i = 0; i < kStrips; ++i) differentiate<kAltered>(weights[i], rows[i], grad_scores[i]);
     const auto read_grads = [&](int step, uint32_t (&words)[kStrips][4]) {
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) to_operand<Element>(grad_scores[i], step, words[i]);
     };
-    multiply_columns<Element>(grads, read_grads, transposed_keys);
+    multiply_columns<Element>(grads, read_grads, transposed_keys, args.allow_tf32);
   }
 
   CUTE_UNROLL

@@ -30,6 +30,7 @@ void fill_arguments(const ForwardParams& params, sm80::QueryTileArguments& args)
   args.k = tensor_rows(params, params.k);
   args.v = tensor_rows(params, params.v);
   args.two_stages = true;
+  args.allow_tf32 = params.allow_tf32;
   if (params.rows_k == 0) args.k.data = args.v.data = args.q.data;  // nothing is read, but an address is asked for
 }
 

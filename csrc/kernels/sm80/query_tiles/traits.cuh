@@ -42,6 +42,7 @@ struct TensorRows {
 struct QueryTileArguments : QueryTiles {
   TensorRows q, k, v;
   bool two_stages;  // of keys and values have room; of kernels that may have two
+  bool allow_tf32;  // of float32
 };
 
 // What all threads look up of a tile. In shared memory, as registers are scarce.
