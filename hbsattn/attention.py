@@ -78,11 +78,11 @@ def block_sparse_attention(
     backward takes less time. A NaN in a gradient of out reaches that of its head's sink. On CUDA, backward allocates
     float32 sums, of about the size of q, or of out, if that is greater, besides up to 10 MB, or of several times that
     where blocks of few queries, over the heads that share a mask, are padded to 16 rows; for key blocks below 64, in
-    most shapes, of the size of k and v instead; for those of 64 on Hopper, in most shapes, and for float32 none; and of
-    k and v, too, where several query heads read a key head of long sequences. The first call with gradients plans the
-    work of backward, and later ones with that mask share the plan. Weights come from the log-sum-exp in float32: at
-    scores beyond 2^16 gradients lose digits, as they do on CUDA at softcaps near 0.01. A NaN or infinity in q or in a
-    gradient of out may reach gradients of all keys in active blocks.
+    most shapes, of the size of k and v instead; for those of 64 on Hopper, in most shapes, and of float32 for those
+    below 64 none; and of k and v, too, where several query heads read a key head of long sequences. The first call with
+    gradients plans the work of backward, and later ones with that mask share the plan. Weights come from the
+    log-sum-exp in float32: at scores beyond 2^16 gradients lose digits, as they do on CUDA at softcaps near 0.01. A NaN
+    or infinity in q or in a gradient of out may reach gradients of all keys in active blocks.
 
     Rows of packed tensors that no sequence covers get 0, here as in the result, and -inf in lse. Results of a sequence
     do not depend on what lies beside it, but in their last bits where blocks are longer than the mask's longest

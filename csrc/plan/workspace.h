@@ -33,9 +33,9 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
   if (deterministic) return BackwardMethod::kByKeysAndQueries;
   if (policy.family == KernelFamily::kSm80) {
     // No kernel that adds alters weights, and tiles of small blocks are not full.
-    const bool adds =
-        head_dim <= kSm80AddingHeadDim && !alters && shape.k_block_size >= 64 &&
-        policy.has_room_to_add(head_dim, shape_key_tiles(shape, head_dim).tile_keys) && !has_few_keys(shape, policy);
+    const bool adds = head_dim <= kSm80AddingHeadDim && !alters && shape.k_block_size >= 64 &&
+                      policy.has_room_to_add(head_dim, shape_key_tiles(shape, head_dim).tile_keys) &&
+                      !has_few_keys(shape, policy);
     return adds ? BackwardMethod::kByKeys : BackwardMethod::kByKeysAndQueries;
   }
   // Sizes yet to be checked.
