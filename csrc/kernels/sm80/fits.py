@@ -4,7 +4,8 @@ own storage.
     python csrc/kernels/sm80/fits.py [--head-dims 64,128] [--kernels forward,grad_queries,backward_keys]
 
 Of each kernel: what config.h has, marked, and the same with stages of other lengths and numbers; the bytes of a CTA;
-and how many CTAs a multiprocessor has room for, by class (Sm80SharedClass). Registers may allow fewer, as
+and how many CTAs a multiprocessor has room for, by class (Sm80SharedClass). The forward has one stage where two would
+cost a CTA, and where that does, too, Sm80SmallForward, which is not listed. Registers may allow fewer, as
 `-Xptxas=-v` tells. Needs nvcc and the CUTLASS headers, no GPU.
 """
 
