@@ -178,7 +178,8 @@ __device__ void write_gaps(const RowArguments& args, int stack, int lane) {
 // of the row 8 further on. kParts: 32 columns each.
 template <class Element, int kParts>
 __global__ void __launch_bounds__(32 * kFinishWarps) finish_rows_kernel(const RowArguments args, int chunks) {
-  constexpr int kAtOnce = kParts % 4 == 0 ? 4 : kParts % 3 == 0 ? 3 : 2;  // parts that a lane holds
+  // Parts that a lane holds. Of float32 fewer, by registers: its rows are not put together from quads.
+  constexpr int kAtOnce = kParts % 4 == 0 && sizeof(Element) == 2 ? 4 : kParts % 3 == 0 ? 3 : 2;
   static_assert(kParts % kAtOnce == 0);
   let_next_kernel_start();
   wait_for_earlier_kernels();
