@@ -156,9 +156,9 @@ def test_gradients_that_nobody_needs(needs: tuple[bool, bool, bool], needs_sinks
 
 
 # What `backward` takes behind the call, by position.
-GRAD_OUT, GRAD_LSE, OUT, LSE, PLAN = range(16, 21)
+GRAD_OUT, GRAD_LSE, OUT, LSE, PLAN = range(17, 22)
 SINKS, DROPOUT_SEED, LAYOUT, _, SCALE, DROPOUT_P, SOFTCAP = range(9, 16)
-ITEMS = 16  # of `forward`
+ITEMS = 17  # of `forward`
 
 # Position among the arguments, what becomes of it, and what the message says.
 BACKWARD_ERRORS: dict[str, tuple[int, Any, str]] = {
