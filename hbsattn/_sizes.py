@@ -125,7 +125,7 @@ class Side(NamedTuple):
 
     def find(self, sequence: Tensor, head: Tensor, token: Tensor) -> Tensor:
         """The block of each token. The numbers broadcast."""
-        return _pick(self.owner, sequence, head, token)
+        return pick(self.owner, sequence, head, token)
 
 
 def from_sizes(
@@ -175,7 +175,7 @@ def from_sizes(
     ops.check_mask.default(place.batch, heads, place.rows, *place.layout(causal))
     shared = not packed and all(x.shape[0] == 1 for x in tables.values())
     grid = make_grid(place, sequences, causal, shared)
-    sides = tuple(_own(x, length) for x, length in zip((q_sizes, k_sizes), longest, strict=True))
+    sides = tuple(side_of(x, length) for x, length in zip((q_sizes, k_sizes), longest, strict=True))
     bits, candidates = _classify(block_mask, sides, lens, grid, heads)
     return finish(place, sequences, *fill(_values_of(block_mask, sides), grid, bits, candidates), shared), blocks
 
@@ -223,13 +223,13 @@ def _check_sums(name: str, sizes: Tensor, lengths: list[int]) -> None:
                 )
 
 
-def _own(sizes: Tensor, longest: int) -> Side:
+def side_of(sizes: Tensor, longest: int) -> Side:
     token = torch.arange(longest, device=sizes.device).expand(*sizes.shape[:2], -1).contiguous()
     owner = torch.searchsorted(sizes.cumsum(-1), token, right=True)
     return Side(sizes, owner.clamp_(0, max(sizes.shape[-1] - 1, 0)))
 
 
-def _pick(table: Tensor, sequence: Tensor, head: Tensor, *numbers: Tensor) -> Tensor:
+def pick(table: Tensor, sequence: Tensor, head: Tensor, *numbers: Tensor) -> Tensor:
     """Entries of a table (batch or 1, heads or 1, ...)."""
     batch, heads = table.shape[:2]
     return table[(sequence.clamp(max=batch - 1), head.clamp(max=heads - 1), *numbers)]
@@ -238,7 +238,7 @@ def _pick(table: Tensor, sequence: Tensor, head: Tensor, *numbers: Tensor) -> Te
 def _values_of(block_mask: Tensor, sides: tuple[Side, Side]) -> Values:
     def values(head: Tensor, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
         blocks = (side.find(sequence, head, token) for side, token in zip(sides, (query, key), strict=True))
-        return _pick(block_mask, sequence, head, *blocks)
+        return pick(block_mask, sequence, head, *blocks)
 
     return values
 
@@ -395,7 +395,7 @@ def _cut_padding(
     if q_valid is not None:
         sizes[0] = q_valid[found.head.clamp(max=q_valid.shape[0] - 1), found.row]
     if k_valid is not None:
-        sizes[1] = _pick(k_valid, sequence[found.row], found.head, found.col)
+        sizes[1] = pick(k_valid, sequence[found.row], found.head, found.col)
     pairs, numbers = (sizes[0] * (layout.k_block_size + 1) + sizes[1]).unique(return_inverse=True)
     queries = torch.div(pairs, layout.k_block_size + 1, rounding_mode="floor").unsqueeze(-1)
     own = torch.arange(layout.q_block_size, device=bits.device)

@@ -98,8 +98,8 @@ def video_sparse_attn(
         raise ValueError(f"k and v have shapes {tuple(k.shape)} and {tuple(v.shape)}; expected as many heads as q")
     if own != size:
         raise ValueError(
-            f"variable_block_sizes has {variable_block_sizes.shape[0]} blocks; expected {k.shape[2] / size:g}, of {size} "
-            "keys each"
+            f"variable_block_sizes has {variable_block_sizes.shape[0]} blocks; expected {k.shape[2] / size:g}, of "
+            f"{size} keys each"
         )
     _check_sizes("q_variable_block_sizes", q_variable_block_sizes, blocks, q)
     topk = check_index("topk", topk, 0, variable_block_sizes.shape[0] + 1)
