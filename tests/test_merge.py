@@ -23,7 +23,7 @@ def halves(device: str, packed: bool) -> tuple[BlockMask, BlockMask, BlockMask]:
     none = torch.empty((1, 0), dtype=torch.int32, device=device)
     far = patterns.vertical_slash(blocks, torch.ones((1, 1), dtype=torch.int32, device=device), none)
     near = patterns.streaming(blocks, 0, [1, 0])
-    return far, near._with_bits(near.bits & ~far.bits), far | near
+    return far, near._with_bits(near.bits & ~far.bits, None), far | near
 
 
 def tensors(mask: BlockMask, dtype: torch.dtype) -> list[Tensor]:
