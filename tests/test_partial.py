@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import cases
 from cases import DEVICE_DTYPES, DEVICES, Case, case
 from gradients import differentiate, judge_gradients
-from hbsattn import BlockMask, _partial, block_sparse_attention, patterns
+from hbsattn import BlockMask, _partial, block_sparse_attention, explain, patterns
 from masks import counted, mapped
 from partial import SPECS, assert_elements, build, by_name, draw_elements, lengths_of, make_partial
 from plans import call_of
@@ -204,6 +206,49 @@ def test_hashes_that_are_the_same(at_once: int, device: str, monkeypatch: pytest
     assert same(mask.to_elements(), want.to_elements())
 
 
+class LargestResult(TorchDispatchMode):
+    """The bytes of the largest result of an op, `known` memory aside."""
+
+    def __init__(self, known: Tensor) -> None:
+        super().__init__()
+        self.known, self.bytes = known.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() != self.known:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_is_as_large_as_all_pairs(device: str, monkeypatch: pytest.MonkeyPatch):
+    at_once = 1 << 14
+    monkeypatch.setattr(_partial, "PAIRS_AT_ONCE", at_once)
+    elements = (torch.rand((2, 2, 512, 512), generator=torch.Generator().manual_seed(0)) < 0.5).to(device)
+    documents = torch.arange(512, device=device) // 100
+    made = [
+        lambda: BlockMask.from_elements(elements, 16, 16),
+        lambda: BlockMask.from_mask_mod(
+            lambda b, h, q, k: (documents[q] == documents[k]) & (q >= k),
+            16,
+            16,
+            heads=2,
+            seqlen_q=512,
+            seqlen_k=512,
+            batch_size=2,
+            device=device,
+        ),
+    ]
+    for make in made:
+        with LargestResult(elements) as largest:
+            mask = make()
+        assert largest.bytes <= max(8 * at_once, mask._elements.nbytes) < elements.nbytes / 4
+        with LargestResult(elements) as largest:
+            mask.flops(64, 2)
+        assert largest.bytes <= max(8 * at_once, mask._elements.nbytes)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", ["padded", "one_for_all", "transposed", "expanded"])
 def test_forms_of_elements(form: str, device: str):
@@ -387,6 +432,13 @@ def test_flop_counter():
     with FlopCounterMode(display=False) as counter:
         problem.run(mask)
     assert counter.get_total_flops() == mask.flops(SPECS[1].head_dim, SPECS[1].heads_q)
+
+
+@pytest.mark.parametrize("device,dtype", DEVICE_DTYPES[:2])
+def test_explain(device: str, dtype: torch.dtype):
+    problem = make_partial(SPECS[1], device, dtype)
+    plans = explain(problem.q, problem.k, problem.v, build(SPECS[1], problem.block_masks, device))
+    assert set(plans) == {"forward", "backward"} and all(plan["kernel"] for plan in plans.values())
 
 
 def test_plot():
