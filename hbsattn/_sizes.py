@@ -24,7 +24,19 @@ from hbsattn._layout import (
     pack_bits,
 )
 from hbsattn._ops import ops
-from hbsattn._partial import PAIRS_AT_ONCE, Grid, Partial, Values, fill, find_blocks, intersect, point_at
+from hbsattn._partial import (
+    GRANULE,
+    PAIRS_AT_ONCE,
+    Grid,
+    Matrices,
+    Partial,
+    Values,
+    _with_any_hash,
+    fill,
+    find_blocks,
+    intersect,
+    point_at,
+)
 from hbsattn._placement import Lengths, make_sequences, place_blocks
 from hbsattn._plans import normal_tensors
 from hbsattn._sources import INTEGERS
@@ -70,8 +82,7 @@ class OfSizes:
             seqlen_q, seqlen_k: by default what the sizes add up to.
             max_seqlen_q, max_seqlen_k: by default the longest lengths.
 
-        See `from_mask_mod` for what partial blocks cost. Of the pairs in blocks that are neither on nor off as a whole
-        each is looked at.
+        See `from_mask_mod` for what partial blocks cost.
 
         Raises:
             ValueError, TypeError: also for sizes that are negative or do not add up, and inside a trace or a capture.
@@ -177,7 +188,10 @@ def from_sizes(
     grid = make_grid(place, sequences, causal, shared)
     sides = tuple(side_of(x, length) for x, length in zip((q_sizes, k_sizes), longest, strict=True))
     bits, candidates = _classify(block_mask, sides, lens, grid, heads)
-    return finish(place, sequences, *fill(_values_of(block_mask, sides), grid, bits, candidates), shared), blocks
+    partial = None
+    if bool(candidates.any()):
+        partial = _with_any_hash(lambda seed: _make_matrices(block_mask, sides, grid, candidates, seed))
+    return finish(place, sequences, bits, partial, shared), blocks
 
 
 def choose_blocks(
@@ -233,14 +247,6 @@ def pick(table: Tensor, sequence: Tensor, head: Tensor, *numbers: Tensor) -> Ten
     """Entries of a table (batch or 1, heads or 1, ...)."""
     batch, heads = table.shape[:2]
     return table[(sequence.clamp(max=batch - 1), head.clamp(max=heads - 1), *numbers)]
-
-
-def _values_of(block_mask: Tensor, sides: tuple[Side, Side]) -> Values:
-    def values(head: Tensor, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        blocks = (side.find(sequence, head, token) for side, token in zip(sides, (query, key), strict=True))
-        return pick(block_mask, sequence, head, *blocks)
-
-    return values
 
 
 def _classify(
@@ -307,6 +313,50 @@ def _count_touched(on: Tensor, heads: Tensor, q: _Spans, k: _Spans) -> tuple[Ten
     strips = (before[own, q.end] - before[own, q.begin]).transpose(1, 2)
     count = (strips[own, k.end] - strips[own, k.begin]).transpose(1, 2)
     return count > 0, count == q.number.unsqueeze(-1) * k.number.unsqueeze(1)
+
+
+def _make_matrices(
+    block_mask: Tensor, sides: tuple[Side, Side], grid: Grid, candidates: Tensor, seed: int | None
+) -> Partial | None:
+    """What `candidates` have of blocks of their own sizes. None: different matrices have the same hash.
+
+    A query sees of a block of the grid what all queries of its own block see: its words are those of that block.
+    """
+    q, k = sides
+    layout, granules = grid.layout, ceil_div(grid.layout.k_block_size, GRANULE)
+    kept = Matrices((layout.q_block_size, granules), grid.device, seed)
+    numbers = [torch.empty(0, dtype=torch.int64, device=grid.device)]
+    for head in range(candidates.shape[0]):
+        own = find_blocks(candidates[head : head + 1], layout.cols)
+        if own.row.shape[0] == 0:
+            continue
+        words = _words_of(block_mask, k, layout, head)
+        for part in own.split(max(PAIRS_AT_ONCE // (layout.q_block_size * granules), 1)):
+            sequence = grid.sequence[part.row].unsqueeze(-1)
+            query = torch.minimum(grid.queries(part.row), grid.column(part.row, Q_LEN) - 1)
+            block = q.find(sequence, torch.full_like(query, head), query)
+            number = kept.add(words[sequence.clamp(max=words.shape[0] - 1), block, part.col.unsqueeze(-1)])
+            if number is None:
+                return None
+            numbers.append(number)
+    return Partial(point_at(candidates), torch.cat(numbers).to(torch.int32), kept.all())
+
+
+def _words_of(block_mask: Tensor, k: Side, layout: MaskLayout, head: int) -> Tensor:
+    """Which keys the queries of each block of their own sizes attend to: int16 (batch or 1, own blocks, key blocks of
+    the grid, granules).
+    """
+    on, owner = (x[:, min(head, x.shape[1] - 1)] for x in (block_mask, k.owner))
+    keys = layout.cols * layout.k_block_size
+    batch = max(on.shape[0], owner.shape[0])
+    owner = torch.nn.functional.pad(owner, (0, keys - owner.shape[1]), value=on.shape[2])  # of no block
+    on = torch.nn.functional.pad(on, (0, 1)).expand(batch, -1, -1)
+    index = owner.expand(batch, -1).unsqueeze(1)
+    words = []
+    for some in on.split(max(PAIRS_AT_ONCE // max(batch * keys, 1), 1), dim=1):
+        pairs = some.gather(2, index.expand(-1, some.shape[1], -1))
+        words.append(pack_bits(pairs.unflatten(2, (layout.cols, layout.k_block_size)), torch.int16))
+    return torch.cat(words, dim=1)
 
 
 # Padding
