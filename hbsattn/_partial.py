@@ -174,6 +174,7 @@ def classify(values: Values, grid: Grid, heads: int) -> tuple[Tensor, Tensor]:
     shape = (heads, grid.rows, ceil_div(layout.cols, 32))
     bits = torch.zeros((2, *shape), dtype=torch.int32, device=device)
     live = grid.ends.nonzero().squeeze(-1)
+    seen_by_all = grid.reach(live).end.amin(1).tolist()  # keys
     for of_heads, of_rows, width, step in _cut(grid.ends[live].tolist(), heads, grid.at_once()):
         row, head = live[of_rows], torch.arange(heads, device=device)[of_heads]
         reach = grid.reach(row)
@@ -184,7 +185,9 @@ def classify(values: Values, grid: Grid, heads: int) -> tuple[Tensor, Tensor]:
             query, existing = grid.existing(row, key)
             sequence = grid.sequence[row].view(1, -1, 1, 1)
             counts = values(head.view(-1, 1, 1, 1), sequence, query.view(1, *query.shape, 1), existing[:, None])
-            counts = (counts & reach.has(key.unsqueeze(1))).expand(head.shape[0], -1, -1, -1)
+            if key.shape[1] + begin * layout.k_block_size > min(seen_by_all[of_rows]):
+                counts = counts & reach.has(key.unsqueeze(1))
+            counts = counts.expand(head.shape[0], *query.shape, key.shape[1])
             number = counts.unflatten(-1, (col.shape[0], -1)).sum((2, 4), dtype=torch.int32)
             visible = (reach.end.unsqueeze(-1) - col * layout.k_block_size).clamp_(0, layout.k_block_size).sum(1)
             found.append(torch.stack((number > 0, (number > 0) & (number < visible))))
