@@ -172,6 +172,23 @@ CASES += [
     case("192_rows_of_a_padded_head", q_block=192, k_block=128, lens_q=(300,), head_dim=100),
 ]
 
+# By causality, 64 rows of a tile, or of a stage, see nothing of a block that the others see a part of.
+HALVES = {"causal": True, "density": 1.0, "head_dim": 128, "q_block": 128}
+CASES += [
+    case("halves_of_keys", **HALVES, k_block=128, lens_q=(256, 128, 300, 60)),
+    case("halves_of_keys_that_begin_later", **HALVES, k_block=128, lens_q=(256, 130), lens_k=(384, 321)),
+    case("halves_of_keys_that_end_later", **HALVES, k_block=128, lens_q=(500, 390), lens_k=(372, 129)),
+    case("halves_of_keys_of_a_group", **HALVES, k_block=128, lens_q=(300, 256), heads_q=8, mask_heads=2),
+    case("halves_of_a_diagonal", **(HALVES | {"q_block": 64}), k_block=128, lens_q=(300, 256), pattern="diagonal"),
+    case("halves_of_head_dim_64", **(HALVES | {"head_dim": 64}), k_block=128, lens_q=(384, 200)),
+    case("halves_of_head_dim_96", **(HALVES | {"head_dim": 96}), k_block=128, lens_q=(384, 200)),
+    case("stages_of_64_keys", **HALVES, lens_q=(256, 300), lens_k=(256, 340)),
+    case("stages_of_a_long_block", **(HALVES | {"q_block": 320}), lens_q=(700, 310), lens_k=(700, 290)),
+    case("stages_of_a_window", **HALVES, lens_q=(300,), heads_q=2, mask_heads=2, windows=((100, 0, 0), (30, -1, 70))),
+    case("stages_of_wide_rows", **(HALVES | {"head_dim": 192}), k_block=128, lens_q=(256, 200)),
+    case("stages_of_united_blocks", **(HALVES | {"q_block": 192}), k_block=32, lens_q=(400, 230), lens_k=(420, 230)),
+]
+
 # Blocks off the fast path: rows of several heads in one box, blocks that end inside a granule.
 CASES += [
     case("token_rows", q_block=1, k_block=128, heads_q=16, heads_k=1, mask_heads=1, lens_q=(70, 33), causal=True),

@@ -38,6 +38,7 @@ CASES = (
     f"test_cases and {HALF} and (packed or tails or density or gqa or alike) and not wide",
 )
 GRADIENTS = ("tests/test_backward.py", "-k", f"test_cases and {HALF} and (packed or tails or zero_length or gqa)")
+HALVES = ("tests/test_backward.py", "-k", f"test_cases and {HALF} and (halves or stages_of)")
 HOSTILE = ("tests/test_hostile.py", "-k", "lengths_are_cut and not wide")
 PAIRS = ("tests/test_pairs.py", "-k", "test_kinds and cuda")
 SETS = ("tests/test_head_sets.py", "-k", "test_sets_of_heads and dtype1 and (shared or own_masks or two_key_heads)")
@@ -371,14 +372,14 @@ MUTANTS = [
     Mutant(
         "statistics_of_empty_rows",
         "kernels/rows/rows.cu",
-        "lse == -INFINITY ? INFINITY : lse * static_cast<float>(M_LOG2E)",
-        "lse * static_cast<float>(M_LOG2E)",
+        "empty ? INFINITY : lse[of_cta] * static_cast<float>(M_LOG2E)",
+        "lse[of_cta] * static_cast<float>(M_LOG2E)",
         ("tests/test_empty_rows.py", "tests/test_backward.py", "-k", f"test_cases and {HALF} and empty"),
     ),
     Mutant(
         "gradient_of_lse_forgotten",
         "kernels/rows/rows.cu",
-        "args.kept * (delta - grad_lse);",
+        "args.kept * (delta - grad_lse[of_cta]);",
         "args.kept * delta;",
         GRADIENTS,
     ),
@@ -453,6 +454,27 @@ MUTANTS = [
         "grads(i) = weights(i) == 0.f ? 0.f : grads(i);",
         "grads(i) = weights(i) == 2.f ? 0.f : grads(i);",
         ("tests/test_backward.py", "-k", f"values_that_others_attend_to and 32-16-128 and {HALF}"),
+    ),
+    Mutant(
+        "hidden_segments_are_one_more",
+        BACKWARD_KEYS,
+        "args.segments_per_block(row, count, query >> args.segment_log2);",
+        "args.segments_per_block(row, count, (query >> args.segment_log2) + 1);",
+        HALVES,
+    ),
+    Mutant(
+        "half_a_tile_skips_what_it_sees",
+        BACKWARD_KEYS,
+        "skips = found && segments.per_stage_log2 == 0;",
+        "skips = segments.per_stage_log2 == 0;",
+        HALVES,
+    ),
+    Mutant(
+        "a_skipped_stage_leaves_what_lay_there",
+        BACKWARD_KEYS,
+        "cute::clear(none);",
+        "",
+        HALVES,
     ),
     Mutant(
         "columns_past_the_head_dim",

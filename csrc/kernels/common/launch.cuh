@@ -13,7 +13,8 @@ namespace hbsattn {
 // kernel that `launch` starts call this, and none touches global memory before: neither reads, as what it reads may
 // still be written, nor writes, as what it overwrites may still be read. What needs no global memory, such as barriers
 // and prefetches of tensor maps in the arguments, comes before. A kernel that never waited would be complete before
-// those before it are, and the next would not wait for these.
+// those before it are, and the next would not wait for these. A kernel that depends on nothing of the one before it may
+// call this at its end, if that one calls let_next_kernel_start() behind its own wait: what that waited for is there.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // before, a kernel starts when those before it are complete
   asm volatile("griddepcontrol.wait;" ::: "memory");

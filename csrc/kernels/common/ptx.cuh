@@ -24,6 +24,14 @@ __device__ __forceinline__ uint32_t opaque(uint32_t value) {
   return copy;
 }
 
+// The lane of a thread, in a register of the caller's own: ptxas would compute it anew wherever a loop needs it, as
+// other warps of the kernel are to do, which have no register for it.
+__device__ __forceinline__ int own_lane() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // Keeps ptxas from moving a later wait for the tensor cores above the computation of `value`: a store to `address`
 // that depends on it and hardly ever happens (only for -inf, rows that a stage has no key for); nobody reads what it
 // stores.

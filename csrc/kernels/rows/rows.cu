@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kRowThreads = 8;  // that share a row
 constexpr int kPrepareThreads = kGranule * kRowThreads;
+constexpr int kStacksTogether = 4;  // in a CTA of prepare_rows
 constexpr int kFinishWarps = 4;
 constexpr int kSinkThreads = 1024;
 constexpr int64_t kFewBytes = int64_t{1} << 20;  // that prepare_rows clears among its reads
@@ -76,8 +77,9 @@ __device__ float dot(const uint4& a, const uint4& b) {
   return sum;
 }
 
-// A CTA has a chunk of 16 rows of one stack of heads, a thread up to kVectors vectors of 16 bytes of a row.
-template <class Element, int kVectors>
+// A CTA has a chunk of 16 rows of kStacks stacks of heads, one behind the other, a thread up to kVectors vectors of 16
+// bytes of a row.
+template <class Element, int kVectors, int kStacks>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const RowArguments args) {
   let_next_kernel_start();
   wait_for_earlier_kernels();
@@ -86,40 +88,48 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows_kernel(const Row
     args.cleared[i] = make_uint4(0, 0, 0, 0);
   }
   // The first heads last, which find their rows in the L2 cache then.
-  const int chunk = blockIdx.x, stack = static_cast<int>(gridDim.y - 1 - blockIdx.y);
+  const int chunk = blockIdx.x, first_stack = static_cast<int>(gridDim.y - 1 - blockIdx.y) * kStacks;
   const int row = threadIdx.x / kRowThreads, lane = threadIdx.x % kRowThreads;
-  const int64_t stack_row = stack * args.workspace.rows + int64_t{chunk} * kGranule;
   const QueryPlace place = locate(args, chunk, row);
-  const int head = head_of(args, stack, place);
-  uint4 out[kVectors] = {}, grad_out[kVectors] = {};
-  float lse = -INFINITY, grad_lse = 0.f;
-  if (place.exists) {
+  uint4 out[kStacks][kVectors] = {}, grad_out[kStacks][kVectors] = {};
+  float lse[kStacks], grad_lse[kStacks];
+#pragma unroll
+  for (int of_cta = 0; of_cta < kStacks; ++of_cta) {
+    lse[of_cta] = -INFINITY;
+    grad_lse[of_cta] = 0.f;
+    if (!place.exists) continue;
+    const int head = head_of(args, first_stack + of_cta, place);
     const auto* out_row = reinterpret_cast<const uint4*>(address<Element>(args.out, place, head));
     const auto* grad_out_row = reinterpret_cast<const uint4*>(address<Element>(args.grad_out, place, head));
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int vector = lane + i * kRowThreads;
       if (static_cast<int>(16 / sizeof(Element)) * vector >= args.out.columns) continue;
-      out[i] = __ldcs(out_row + vector);
-      grad_out[i] = grad_out_row[vector];
+      out[of_cta][i] = __ldcs(out_row + vector);
+      grad_out[of_cta][i] = grad_out_row[vector];
     }
     const int64_t entry = args.packed ? 0 : int64_t{place.sequence} * args.heads_q;
     const int64_t position = (entry + head) * args.rows_q + place.row;
-    lse = args.lse_in[position];
-    if (args.grad_lse != nullptr) grad_lse = args.grad_lse[position];
+    lse[of_cta] = args.lse_in[position];
+    if (args.grad_lse != nullptr) grad_lse[of_cta] = args.grad_lse[position];
   }
 
-  float delta = 0.f;
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) delta += dot<Element>(out[i], grad_out[i]);
+  for (int of_cta = 0; of_cta < kStacks; ++of_cta) {
+    float delta = 0.f;
 #pragma unroll
-  for (int step = kRowThreads / 2; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
-  if (lane == 0) {
-    // The weights of a row with nothing to attend become exp(s - inf) = 0.
-    args.lse[stack_row + row] = lse == -INFINITY ? INFINITY : lse * static_cast<float>(M_LOG2E);
-    args.delta[stack_row + row] = lse == -INFINITY ? 0.f : args.kept * (delta - grad_lse);
+    for (int i = 0; i < kVectors; ++i) delta += dot<Element>(out[of_cta][i], grad_out[of_cta][i]);
+#pragma unroll
+    for (int step = kRowThreads / 2; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+    if (lane == 0) {
+      const int64_t to = (first_stack + of_cta) * args.workspace.rows + int64_t{chunk} * kGranule + row;
+      const bool empty = lse[of_cta] == -INFINITY;
+      // The weights of a row with nothing to attend become exp(s - inf) = 0.
+      args.lse[to] = empty ? INFINITY : lse[of_cta] * static_cast<float>(M_LOG2E);
+      args.delta[to] = empty ? 0.f : args.kept * (delta - grad_lse[of_cta]);
+    }
   }
-  if (chunk == 0 && stack == 0 && threadIdx.x < BackwardWorkspace::kPaddingRows) {
+  if (chunk == 0 && first_stack == 0 && threadIdx.x < BackwardWorkspace::kPaddingRows) {
     const int64_t padding = args.workspace.stacks * args.workspace.rows + threadIdx.x;
     args.lse[padding] = INFINITY;
     args.delta[padding] = 0.f;
@@ -332,13 +342,20 @@ Status prepare_rows(const BackwardParams& params, const BackwardWorkspace& works
     // The memory is faster at writing that many by themselves than among the reads of the kernel.
     HBSATTN_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(args.cleared, 0, workspace.zeroed, stream), "cudaMemsetAsync"));
   }
-  const dim3 grid(static_cast<unsigned>(workspace.chunks.count), static_cast<unsigned>(workspace.stacks));
   return visit_dtype<true>(params.problem.dtype, [&](auto element) {
     using Element = decltype(element);
     constexpr int kOf64 = 64 * sizeof(Element) / (16 * kRowThreads);  // vectors of a thread, of 64 columns
-    auto* kernel = args.out.columns <= 64    ? prepare_rows_kernel<Element, kOf64>
-                   : args.out.columns <= 128 ? prepare_rows_kernel<Element, 2 * kOf64>
-                                             : prepare_rows_kernel<Element, 4 * kOf64>;
+    // What is found for a row serves as many stacks as there are registers for.
+    constexpr int kTogether = kOf64 == 1 ? kStacksTogether : 1;
+    const bool together = workspace.stacks % kTogether == 0 && args.out.columns <= 128;
+    auto* of_64 = together ? prepare_rows_kernel<Element, kOf64, kTogether> : prepare_rows_kernel<Element, kOf64, 1>;
+    auto* of_128 =
+        together ? prepare_rows_kernel<Element, 2 * kOf64, kTogether> : prepare_rows_kernel<Element, 2 * kOf64, 1>;
+    auto* kernel = args.out.columns <= 64    ? of_64
+                   : args.out.columns <= 128 ? of_128
+                                             : prepare_rows_kernel<Element, 4 * kOf64, 1>;
+    const dim3 grid(static_cast<unsigned>(workspace.chunks.count),
+                    static_cast<unsigned>(workspace.stacks / (together ? kTogether : 1)));
     return launch("the launch of prepare_rows", kernel, grid, kPrepareThreads, 0, stream, args);
   });
 }

@@ -48,7 +48,12 @@ __device__ __forceinline__ void run_key_consumer(const BackwardKeysArguments& ar
     if (uniform(tile.item.column) < 0) break;
     if (drops_weights<Traits>(args)) mainloop.dropout = KeyDropout(tile.item, warp_key);
     if constexpr (Traits::kAltered) mainloop.partial_keys = PartialKeys(tile.item, warp_key);
-    mainloop.run(QueryLimits(args, tile.item, warp_key, lane), uniform(tile.stages));
+    const QueryLimits limits(args, tile.item, warp_key, lane);
+    if constexpr (Traits::kSkips) {
+      mainloop.run(limits, uniform(tile.stages), unit == 1 && uniform(tile.skips));
+    } else {
+      mainloop.run(limits, uniform(tile.stages));
+    }
     if (uniform(tile.item.parts) == 1 ||
         add_parts<Traits>(args, storage, tile.item, unit, warp, lane, mainloop.grad_keys, mainloop.grad_values)) {
       leave_keys<Traits>(args, storage, tile.item, unit, warp, lane, mainloop.grad_keys, mainloop.grad_values);

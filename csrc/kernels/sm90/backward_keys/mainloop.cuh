@@ -272,10 +272,10 @@ struct BackwardKeysMainloop {
   }
 
   // The products of the current stage and, with kNext, the scores of the one behind it, which become `scores` and
-  // `grad_weights`. `late_chunk` is the stage before's, whose dQ comes with this one.
+  // `grad_weights`. `late_chunk` is the stage before's, whose dQ comes with this one. `skips`: skip_last() follows.
   template <bool kNext>
   __device__ __forceinline__ void step(Scores& scores, Scores& grad_weights, bool& masked, int& late_chunk,
-                                       const QueryLimits& limits, bool first) {
+                                       const QueryLimits& limits, bool first, bool skips = false) {
     const int this_stage = stage(), part = Traits::kJoint ? unit : 0;
     const int chunk = lane == 0 ? storage.infos[this_stage].chunks[warp] : -1;
     Operand weights, grads;
@@ -339,7 +339,7 @@ struct BackwardKeysMainloop {
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(more_grad_queries);
         release_shared(position - 1);
-        if (lane == 0) mbarrier_arrive(&storage.keys_empty);
+        if (lane == 0 && !skips) mbarrier_arrive(&storage.keys_empty);
         put_queries(more_grad_queries, part, 0);
         send_queries(chunk, part, 0);
       }
@@ -369,10 +369,34 @@ struct BackwardKeysMainloop {
     }
   }
 
-  __device__ __forceinline__ void run(const QueryLimits& limits, int stages) {
+  // What is left of a last stage none of whose queries sees a key of this warpgroup: its columns of dQ.
+  __device__ __forceinline__ void skip_last() {
+    const int part = Traits::kJoint ? unit : 0;
+    wait_stage();
+    const int chunk = lane == 0 ? storage.infos[stage()].chunks[warp] : -1;
+    release_stage(stage());
+    Operand none;
+    cute::clear(none);
+    share(none);
+    GradQueries grad_queries;
+    turn.take();
+    wait_shared(position);
+    issue_queries(grad_queries, position, part);
+    turn.pass();
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(grad_queries);
+    release_shared(position);
+    if (lane == 0) mbarrier_arrive(&storage.keys_empty);
+    put_queries(grad_queries, part, 0);
+    send_queries(chunk, part, 0);
+    ++position;
+  }
+
+  __device__ __forceinline__ void run(const QueryLimits& limits, int stages, bool skips = false) {
     cute::clear(grad_keys);
     cute::clear(grad_values);
     if (stages == 0) return;
+    stages -= skips;
     Scores scores, grad_weights;
     bool masked = start(scores, grad_weights, limits);
     int late_chunk = -1;
@@ -385,7 +409,10 @@ struct BackwardKeysMainloop {
     }
     if (lane == 0) mbarrier_arrive(&storage.values_empty);
     unit = uniform(opaque(unit));
-    step<false>(scores, grad_weights, masked, late_chunk, limits, first);
+    step<false>(scores, grad_weights, masked, late_chunk, limits, first, skips);
+    if constexpr (Traits::kSkips) {
+      if (skips) skip_last();
+    }
     ++tiles;
   }
 };

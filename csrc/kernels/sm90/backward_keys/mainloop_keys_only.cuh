@@ -59,10 +59,12 @@ struct KeysOnlyMainloop : BackwardKeysMainloop<Traits> {
     }
   }
 
-  __device__ __forceinline__ void run(const QueryLimits& limits, int stages) {
+  // `skips`: the last stage is left out.
+  __device__ __forceinline__ void run(const QueryLimits& limits, int stages, bool skips = false) {
     cute::clear(grad_keys);
     cute::clear(grad_values);
     if (stages == 0) return;
+    stages -= skips;
     Scores scores, grad_weights;
     bool masked = this->start(scores, grad_weights, limits);
 #pragma unroll 1
@@ -76,6 +78,11 @@ struct KeysOnlyMainloop : BackwardKeysMainloop<Traits> {
       mbarrier_arrive(&storage.keys_empty);
     }
     step<false>(scores, grad_weights, masked, limits);
+    if (skips) {
+      this->wait_stage();
+      this->release_stage(stage());
+      ++position;
+    }
     ++this->tiles;
   }
 };

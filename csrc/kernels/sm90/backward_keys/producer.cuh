@@ -187,6 +187,26 @@ struct Segments {
   }
 };
 
+// By causality no query before the place of a tile's first key sees any of its keys. The block that has this query
+// comes last in the list of a head that is active with it, and the segments before that of the query last of all.
+struct HiddenSegments {
+  int row;    // of the block, in the mask; negative: it is not looked for
+  int count;  // of the segments
+
+  __device__ __forceinline__ HiddenSegments(const BackwardKeysArguments& args, const KeyItem& item)
+      : row(-1), count(0) {
+    const int query = item.first_key - item.diagonal, per_block = args.segments_per_block.divisor;
+    const bool known = args.mask.causal && query >= 0 && args.chunks.stack.heads == 1 && args.sets.tile_heads <= 32 &&
+                       args.mask.q_block_size == per_block << args.segment_log2;
+    if (!known) return;
+    args.segments_per_block(row, count, query >> args.segment_log2);
+    row += item.row_begin;
+  }
+  __device__ __forceinline__ bool found(const ColumnBits& bits) const {
+    return row >= bits.blocks.begin && row < bits.blocks.end && bits.rows.word(row / 32) >> (row % 32) & 1;
+  }
+};
+
 // Takes tiles off the work list and announces them, with the stages that each has.
 template <class Traits>
 __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args, typename Traits::Storage& storage,
@@ -199,9 +219,18 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
     const KeyItem item = read_key_item<Traits::kTileN>(args, work);
     const bool last = item.column < 0;
     int stages = 0;  // over all heads
+    const HiddenSegments hidden(args, item);
+    uint32_t hiding_heads = 0;
+    bool skips = false;
     const int first_head = args.sets.first_head(item.query_set), end_head = first_head + args.sets.tile_heads;
     for (int head = first_head; !last && head < end_head; head += args.chunks.stack.heads) {
-      stages += segments.count_stages(segments.count(ColumnBits(args, item, head), lane));
+      const ColumnBits bits(args, item, head);
+      const bool found = hidden.found(bits);
+      hiding_heads |= uint32_t{found} << (head & 31);
+      stages += segments.count_stages(segments.count(bits, lane) - (found ? hidden.count : 0));
+      // The last stage, if it is one segment, begins no later than with the query at the first key's place, so it ends
+      // before that at the place of the second warpgroup's.
+      skips = found && segments.per_stage_log2 == 0;
     }
     mbarrier_wait(&storage.tile_empty[slot.index], slot.parity);
     if (lane == 0) {
@@ -213,6 +242,9 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
       tile.first_stage = parts > 1 ? static_cast<int>(stages * part / parts) : 0;
       const int end = parts > 1 ? static_cast<int>(stages * (part + 1) / parts) : stages;
       tile.stages = end - tile.first_stage;
+      tile.hidden_segments = hidden.count;
+      tile.hiding_heads = hiding_heads;
+      tile.skips = Traits::kSkips && skips && part == parts - 1 && tile.stages > 1;
       mbarrier_arrive(&storage.tile_full[slot.index]);
     }
     slot.advance();
@@ -232,6 +264,7 @@ __device__ __forceinline__ void run_tile_warp(const BackwardKeysArguments& args,
 template <class Traits, bool kStacked, bool kRuled>
 __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args, typename Traits::Storage& storage,
                                                int lane) {
+  if constexpr (Traits::kSkips) lane = own_lane();  // others have no register for it
   const Segments<Traits> all_segments(args);
   const int segments_log2 = all_segments.per_stage_log2;
   const int plan_stages = min(32 >> segments_log2, Traits::kMaxPlanStages);
@@ -251,7 +284,8 @@ __device__ __forceinline__ void run_query_warp(const BackwardKeysArguments& args
     const int last_stack = first_stack + args.sets.tile_heads / heads - 1;
     for (int stack = first_stack; end > 0; ++stack) {
       const ColumnBits bits(args, item, stack * heads);
-      const int segments = all_segments.count(bits, lane);
+      int segments = all_segments.count(bits, lane);
+      if (!kStacked && tile.hiding_heads >> (stack & 31) & 1) segments = max(segments - tile.hidden_segments, 0);
       int stages = all_segments.count_stages(segments);
       // As many as were announced: what is missing, as bits were changed since, comes as padding behind the last head.
       if (stack == last_stack) stages = max(stages, end);

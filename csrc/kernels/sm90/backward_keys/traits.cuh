@@ -55,6 +55,9 @@ struct KeyTileSlot {
   KeyItem item;     // column < 0: no more tiles
   int first_stage;  // of those of the whole tile
   int stages;
+  int hidden_segments;    // that the lists of some heads have at their end, whose queries see no key of the tile
+  uint32_t hiding_heads;  // those heads, the bit head % 32 each
+  bool skips;  // the last of several stages has no query that sees a key of the second warpgroup, which leaves it out
 };
 
 // A CTA takes its next tile off the work list when this many queries of the current one are still to be loaded: enough
@@ -111,6 +114,8 @@ struct BackwardKeysTraits {
   static constexpr bool kLate = kUnits == 2;
   // Warpgroups that share keys have two, and two for weights.
   static constexpr int kGradBuffers = kWide ? 4 : kLate ? 3 : 1;
+  // Whether the second warpgroup may leave out a stage. Not measured at other head dims.
+  static constexpr bool kSkips = kUnits == 2 && kHeadDim == 128 && !kAltered;
   static constexpr int kScoreQueries = kWide ? kTileM / 2 : kTileM;  // whose scores a warpgroup computes
 
   // 8 rows x kChunkColumns columns, and the same bytes transposed.

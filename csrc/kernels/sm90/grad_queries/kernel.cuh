@@ -55,13 +55,14 @@ __global__ void __launch_bounds__(GradQueriesTraits<Config>::kThreads, Config::k
     prefetch_tensor_maps(args);
     cute::prefetch_tma_descriptor(&args.map_grad_out);
   }
-  wait_for_earlier_kernels();
+  if (!args.beside_keys) wait_for_earlier_kernels();
   __syncthreads();
 
   const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     run_producer<Traits, kGeneral>(args, storage, warp, lane);
+    if (args.beside_keys) wait_for_earlier_kernels();
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
     choose_consumer<Traits>(args, [&](auto traits) __attribute__((always_inline)) {

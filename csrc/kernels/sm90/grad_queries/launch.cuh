@@ -53,6 +53,8 @@ Status run_grad_queries(const BackwardParams& params, Stream stream) {
     if (!general) kernel = sm90::grad_queries_kernel<Config, false>;
   }
   ++args.ticket;  // the other kernel has the first
+  // Two CTAs to a multiprocessor, which share it with the other kernel's last ones, gain nothing.
+  args.beside_keys = !alone && Config::kCtasPerSm == 1 && Config::kHeadDim <= 128;
   if (alone) HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, stream));
   return launch_tiles(kernel, args, Traits::kThreads, Config::kCtasPerSm, grad_queries_shared_bytes<Config>(),
                       "the launch of the kernel for grad_q", stream);

@@ -53,6 +53,9 @@ struct GradQueriesArguments : QueryTileArguments {
   const float* statistics_lse;  // times log2(e); +inf: the row attends to nothing
   const float* delta;           // what each row of P o dP sums to
   QueryChunks chunks;
+  // Whether CTAs start while the last ones of the kernel before, that of gradients of keys, still run. They read
+  // nothing that it writes, and what it waited for is complete when it lets them start; they end when it has.
+  bool beside_keys;
 };
 
 }  // namespace hbsattn::sm90
