@@ -258,6 +258,24 @@ def test_example():
     wrapper.end_forward()
 
 
+def test_workspaces():
+    """As programs that use FlashInfer's of several versions set them; the device is that of the last one."""
+    wrapper = VariableBlockSparseAttentionWrapper(torch.empty(1, device="meta"), backend="auto")
+    assert wrapper.device.type == "meta"
+    wrapper.reset_workspace_buffer(
+        float_workspace_buffer=torch.empty(1),
+        int_workspace_buffer=wrapper._int_workspace_buffer,
+        vector_sparse_indices_buffer=torch.empty(8),
+        vector_sparse_indptr_buffer=wrapper._vector_sparse_indptr_buffer,
+    )
+    wrapper.plan(**MAPS, q_data_type="float32")
+    assert wrapper.run(torch.randn(4, 30, 8), *torch.randn(2, 2, 30, 8)).device.type == "cpu"
+    with pytest.raises(TypeError, match="float_workspace_buffer is a int; expected a Tensor"):
+        VariableBlockSparseAttentionWrapper(1)
+    with pytest.raises(TypeError, match="backend is 3; expected a str"):
+        VariableBlockSparseAttentionWrapper(torch.empty(1), 3)
+
+
 SIZES = {"M": 32, "N": 48, "R": 16, "C": 16, "num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 LISTS = {"indptr": torch.tensor([0, 2, 3]), "indices": torch.tensor([2, 0, 1])}
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hbsattn._checks import FLOATS, check_bool, check_index, check_number, check_tensor
+from hbsattn._checks import FLOATS, check_bool, check_index, check_is_tensor, check_number, check_tensor
 from hbsattn._layout import ceil_div
 from hbsattn._partial import Values
 from hbsattn._sizes import pick, side_of, within
@@ -52,13 +52,20 @@ class _Wrapper:
             raise TypeError(f"backend is {backend!r}; expected a str")
         self._planned: Planned | None = None
         self.reset_workspace_buffer(float_workspace_buffer)
+        # Programs hand these to `reset_workspace_buffer` again.
+        self._int_workspace_buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._vector_sparse_indices_buffer = self._vector_sparse_indptr_buffer = self._int_workspace_buffer
 
     def reset_workspace_buffer(
-        self, float_workspace_buffer: Tensor, int_workspace_buffer: Tensor | None = None
+        self,
+        float_workspace_buffer: Tensor,
+        int_workspace_buffer: Tensor | None = None,
+        vector_sparse_indices_buffer: Tensor | None = None,
+        vector_sparse_indptr_buffer: Tensor | None = None,
     ) -> None:
         """Takes the device of the first one."""
-        if not isinstance(float_workspace_buffer, Tensor):
-            raise TypeError(f"float_workspace_buffer is {float_workspace_buffer!r}; expected a Tensor")
+        check_is_tensor("float_workspace_buffer", float_workspace_buffer)
+        self._float_workspace_buffer = float_workspace_buffer
         self.device = float_workspace_buffer.device
 
     def end_forward(self) -> None:
