@@ -115,12 +115,25 @@ class OfSizes:
             return pad(self, q_valid, k_valid)
 
 
-def within(mask: BlockMask, values: Values) -> BlockMask:
-    """The mask without the pairs that `values` does not let count."""
-    grid = Grid(mask.sequences, mask.rows, MaskLayout(*mask._layout))
+def within(mask: BlockMask, values: Values, candidates: Tensor | None = None) -> BlockMask:
+    """The mask without the pairs that `values` does not let count. In blocks that are not among `candidates`, which are
+    bits, it lets all count.
+    """
     bits = mask.bits
-    bits, partial = fill(values, grid, bits, bits)
+    bits, partial = fill(values, _grid_of(mask), bits, bits if candidates is None else bits & candidates)
     return mask._with_bits(*intersect(bits, mask.cols, partial, mask._partial_blocks), mask._rules)
+
+
+def touched(mask: BlockMask, block_mask: Tensor, sides: tuple[Side, Side]) -> Tensor:
+    """The bits of the blocks of a mask that touch a block of their own sizes that is on: bool (batch or 1, heads or 1,
+    query blocks, key blocks). For batched tensors.
+    """
+    lens = [mask.seqlen_q] * mask.batch, [mask.seqlen_k] * mask.batch
+    return _classify(block_mask, sides, lens, _grid_of(mask), mask.heads)[0]
+
+
+def _grid_of(mask: BlockMask) -> Grid:
+    return Grid(mask.sequences, mask.rows, MaskLayout(*mask._layout))
 
 
 # Sizes

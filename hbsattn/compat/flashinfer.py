@@ -18,7 +18,7 @@ from torch import Tensor
 from hbsattn._checks import FLOATS, check_bool, check_index, check_is_tensor, check_number, check_tensor
 from hbsattn._layout import ceil_div
 from hbsattn._partial import Values
-from hbsattn._sizes import pick, side_of, within
+from hbsattn._sizes import pick, side_of, touched, within
 from hbsattn._sources import INTEGERS
 from hbsattn.attention import block_sparse_attention
 from hbsattn.mask import BlockMask
@@ -260,7 +260,10 @@ class BlockSparseAttentionWrapper(_Wrapper):
             return within(made, rows.of_bits(self._to_device("packed_mask", packed_mask, (1,), (torch.uint8,))))
         if mask is not None:
             return within(made, rows.of_mask(self._to_device("mask", mask, (3,), BOOLS)))
-        return within(made, rows.of_order()) if causal else made
+        if not causal:
+            return made
+        late = BlockMask.from_csr(*rows.late(indices), *sizes, seqlen_q=lengths[0], seqlen_k=lengths[1])
+        return within(made, rows.of_order(), late.bits)
 
 
 class VariableBlockSparseAttentionWrapper(_Wrapper):
@@ -314,7 +317,7 @@ class VariableBlockSparseAttentionWrapper(_Wrapper):
         mask = BlockMask.from_sizes(block_map, *sizes)
         lengths = mask.seqlen_q, mask.seqlen_k
         if causal:
-            mask = within(mask, _in_order(block_map, sizes, lengths))
+            mask = _in_order(mask, block_map, sizes)
         self._planned = Planned(mask, common[0], common[1], lengths, *dtypes, *common[2:])
 
     begin_forward = plan
@@ -420,6 +423,14 @@ class _Rows(NamedTuple):
 
         return values
 
+    def late(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of the blocks that causality may cut: those of as many keys, the last of their row, as queries."""
+        number = self.indptr.diff().clamp(max=ceil_div(self.sizes[0], self.sizes[1]))
+        ends = torch.nn.functional.pad(number.cumsum(0), (1, 0))
+        row = torch.repeat_interleave(torch.arange(number.shape[0], device=ends.device), number)
+        place = torch.arange(row.shape[0], device=ends.device) - ends[row] + self.indptr[row + 1] - number[row]
+        return ends.unsqueeze(0), indices[place]
+
     def _queries(self) -> Tensor:
         """Of each row."""
         first = torch.arange(self.indptr.shape[0] - 1, device=self.indptr.device) * self.sizes[0]
@@ -439,21 +450,24 @@ class _Rows(NamedTuple):
         return (self._entry(query, key) - self.indptr[self._row(query)]) * self.sizes[1] + key % self.sizes[1]
 
 
-def _in_order(block_map: Tensor, sizes: list[Tensor], lengths: tuple[int, int]) -> Values:
-    """Causality over the keys of the blocks that are on, in their order, for blocks of their own sizes."""
+def _in_order(mask: BlockMask, block_map: Tensor, sizes: list[Tensor]) -> BlockMask:
+    """The mask of blocks of their own sizes with causality over the keys of the blocks that are on, in their order."""
     q_sizes, k_sizes = (x.to(torch.int64).unsqueeze(0) for x in sizes)
-    q, k = (side_of(x, length) for x, length in zip((q_sizes, k_sizes), lengths, strict=True))
+    sides = side_of(q_sizes, mask.seqlen_q), side_of(k_sizes, mask.seqlen_k)
     begins = [x.cumsum(-1) - x for x in (q_sizes, k_sizes)]
-    ends = (block_map * k_sizes[0].unsqueeze(1)).cumsum(-1).unsqueeze(0)
-    # From the keys before a block to its own number, from that of a query to the diagonal.
-    before = ends - (block_map * k_sizes[0].unsqueeze(1)) - begins[1].unsqueeze(2)
-    ahead = ends[..., -1] - q_sizes - begins[0]
+    own = block_map * k_sizes.unsqueeze(2)
+    ends = own.cumsum(-1)
+    # From the number of a key to what it is among those that are on, and from that of a query to its last one.
+    places = ends - own - begins[1].unsqueeze(2)
+    total = ends[..., -1] if ends.shape[-1] else torch.zeros_like(q_sizes)
+    ahead = total - q_sizes - begins[0]
 
     def values(head: Tensor, sequence: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        row, col = q.find(sequence, head, query), k.find(sequence, head, key)
-        return key + pick(before, sequence, head, row, col) <= query + pick(ahead, sequence, head, row)
+        row, col = (side.find(sequence, head, token) for side, token in zip(sides, (query, key), strict=True))
+        return key + pick(places, sequence, head, row, col) <= query + pick(ahead, sequence, head, row)
 
-    return values
+    late = block_map & (ends > (total - q_sizes).unsqueeze(-1))
+    return within(mask, values, touched(mask, late, sides))
 
 
 # Arguments
