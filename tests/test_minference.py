@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hbsattn.compat.minference import _convert, sparse_attn_func, vertical_slash_sparse_attention
+from hbsattn.compat.minference import _convert, _mask_of, sparse_attn_func, vertical_slash_sparse_attention
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 HEADS, HEADS_K, DIM = 4, 2, 32
@@ -132,6 +132,16 @@ def test_vertical_slash(length: int, device: str):
         *(x.transpose(1, 2) for x in leaves), v_idx.to(device), s_idx.reshape(2, HEADS, 1, -1).to(device)
     )
     judge(on.tril(), leaves, out.transpose(1, 2), None)
+
+
+def test_whole_blocks_stay_whole():
+    """Blocks whose keys are all listed, also the last one, which is short."""
+    q, k, _ = (torch.randn(1, 70, 1, 16), *torch.randn(2, 1, 84, 1, 16))
+    counts, none = torch.ones((1, 1, 2), dtype=torch.int32), torch.zeros((1, 1, 2), dtype=torch.int32)
+    first = torch.tensor([[[[0], [20]]]])
+    mask = _mask_of((counts, first), (none, first), q, k, False)
+    assert mask._matrices.shape[0] == 1  # of 16 to 32 in the second row
+    assert mask.to_elements().sum().item() == 64 * 64 + 6 * 64
 
 
 BASE = {
