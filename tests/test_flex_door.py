@@ -249,6 +249,9 @@ def test_compiled():
     compiled = torch.compile(flex_attention, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v, block_mask=mask), want)
     torch.testing.assert_close(compiled(q, k, v, block_mask=mask), want)
+    whole = torch.compile(flex_attention, backend="aot_eager", fullgraph=True)
+    ours = BlockMask.from_flex(mask, batch_size=2)
+    torch.testing.assert_close(whole(q, k, v, lambda score, b, h, i, j: score, ours), want)
 
 
 def test_inference_mode():
