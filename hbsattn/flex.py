@@ -53,8 +53,8 @@ def flex_attention(
             query and 1 head or heads_q; None: everything attends. The first call with it, on which the device is waited
             for, makes a BlockMask of the same pairs by `BlockMask.from_flex`, which later calls use with all that was
             planned for it, as long as block_mask lives. What block_mask's lists hold may change, what its mask_mod
-            reads may not: make another one then. Or a BlockMask of this library, for batched tensors, with which compiled
-            programs do not break here.
+            reads may not: make another one then. Or a BlockMask of this library, for batched tensors, with which a
+            compiled program does not break here.
         scale: above 0, 1 / sqrt(head_dim) by default.
         enable_gqa: lets heads_q be a multiple of heads_k.
         return_lse: return (out, lse).
