@@ -11,6 +11,7 @@ from hbsattn._explain import explain
 from hbsattn._merge import merge
 from hbsattn._ops import build_info
 from hbsattn.attention import block_sparse_attention
+from hbsattn.flex import flex_attention
 from hbsattn.hbsa_interface import HBSAttention
 from hbsattn.mask import BlockMask
 
@@ -23,6 +24,7 @@ __all__ = [
     "build_info",
     "dropout_mask",
     "explain",
+    "flex_attention",
     "merge",
     "patterns",
     "set_debug",

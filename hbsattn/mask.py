@@ -43,6 +43,7 @@ from hbsattn._placement import Lengths, Place, make_sequences, place_blocks
 from hbsattn._plans import Maker, Plan, Plans, is_capturing, normal_tensors
 from hbsattn._plot import plot
 from hbsattn._reading import count_flops, describe, to_dense, to_elements
+from hbsattn._sizes import OfSizes
 from hbsattn._sources import Dense, Lists, Rows, Source
 from hbsattn._update import update
 
@@ -50,9 +51,10 @@ CONSTRUCTORS = "BlockMask.from_dense, BlockMask.from_indices or BlockMask.from_c
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
-class BlockMask:
+class BlockMask(OfSizes):
     """A block mask, ready for any number of `block_sparse_attention` calls; built by `from_dense`, `from_indices` or
-    `from_csr`, and of any pairs by `from_elements`, `from_mask_mod` or `from_flex`.
+    `from_csr`, of any pairs by `from_elements`, `from_mask_mod` or `from_flex`, and of blocks of any sizes by
+    `from_sizes`.
 
     Each sequence is cut from its own start into blocks of `q_block_size` queries and `k_block_size` keys; its last
     blocks may be short. Query i attends to key j if the entry of their blocks is on and, with `causal`,
@@ -71,7 +73,7 @@ class BlockMask:
 
     Integers may be whatever has `__index__`, but for bools. What does not fit raises TypeError or ValueError. What the
     tensors hold is checked on a CPU, and on CUDA in debug mode (`set_debug`); the constructors wait for the device only
-    there, but for the last three, which always do and which no trace and no capture takes. Rows of packed tensors past
+    there, but for the last four, which always do and which no trace and no capture takes. Rows of packed tensors past
     the last sequence are padding.
 
     A mask may be copied, pickled, saved, moved and mapped over its fields; each copy plans its work anew. Copies share
