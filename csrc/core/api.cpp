@@ -196,8 +196,7 @@ Status plan_items(const PlanParams& params, Stream stream) {
   HBSATTN_RETURN_IF_ERROR(validate_plan(params));
   HBSATTN_RETURN_IF_ERROR(check_pointers(params));
   PlanParams plan = params;
-  plan.for_backward =
-      plan.for_backward || takes_gradient_tiles(params.mask.shape, kernels::current_policy(params));
+  plan.for_backward = plan.for_backward || takes_gradient_tiles(params.mask.shape, kernels::current_policy(params));
   return kernels::plan_items(plan, stream);
 }
 

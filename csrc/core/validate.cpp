@@ -76,8 +76,7 @@ Status check_partial(const MaskView& mask) {
   const int64_t words = mask.shape.heads * mask.shape.rows * mask.shape.words();
   HBSATTN_RETURN_IF_ERROR(check_pointer("partial", mask.partial, words));
   HBSATTN_RETURN_IF_ERROR(check_pointer("matrices", mask.matrices, mask.num_partial));
-  return check_pointer("elements", mask.elements,
-                       mask.num_matrices * mask.shape.q_block_size * mask.shape.granules());
+  return check_pointer("elements", mask.elements, mask.num_matrices * mask.shape.q_block_size * mask.shape.granules());
 }
 
 Status check_heads(const MaskShape& shape, int32_t heads_q, int32_t heads_k) {

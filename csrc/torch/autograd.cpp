@@ -172,9 +172,9 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
     const OptionalTensor rules = if_defined(saved[8]), partial = if_defined(saved[9]);
     const OptionalTensor matrices = if_defined(saved[10]), elements = if_defined(saved[11]);
     const OptionalTensor sinks = if_defined(saved[12]), seed = if_defined(saved[13]);
-    const TracedCall call{saved[0],  saved[1],  saved[2], saved[3], saved[4],   rules,         partial,   matrices,
-                          elements,  sinks,     seed,     layout,   pack_heads, softmax_scale, dropout_p, softcap,
-                          allow_tf32};
+    const TracedCall call{saved[0],   saved[1],      saved[2],  saved[3], saved[4],  rules,
+                          partial,    matrices,      elements,  sinks,    seed,      layout,
+                          pack_heads, softmax_scale, dropout_p, softcap,  allow_tf32};
     const Tensor &out = saved[5], &lse = saved[6];
     const c10::List<bool> needed = data["needs"].toBoolList();
     const std::array<bool, 4> needs{needed[0], needed[1], needed[2], needed[3]};

@@ -46,8 +46,8 @@ struct MaskShape {
   bool ruled = false;        // each mask head also has a rule of its own, in MaskView::rules
   bool partial = false;      // active blocks may be partial: MaskView::partial
 
-  constexpr int64_t words() const { return (cols + 31) / 32; }      // of a bit row
-  constexpr int64_t row_words() const { return (rows + 31) / 32; }  // of a column
+  constexpr int64_t words() const { return (cols + 31) / 32; }             // of a bit row
+  constexpr int64_t row_words() const { return (rows + 31) / 32; }         // of a column
   constexpr int64_t granules() const { return (k_block_size + 15) / 16; }  // of 16 keys, in a block
 };
 

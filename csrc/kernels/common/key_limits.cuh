@@ -143,7 +143,8 @@ struct PartialRows {
 // Which keys of a stage count for a thread's two rows by the matrices of partial blocks.
 template <int kGranules>
 struct PartialStage {
-  uint32_t counts[kGranules];  // of a granule's 16 keys, one bit each, for the first row and, 16 bits on, for the second
+  // Of a granule's 16 keys, one bit each, for the first row and, 16 bits on, for the second.
+  uint32_t counts[kGranules];
 
   PartialStage() = default;
   // What matrices are there is looked up by a lane for each granule, and all their rows are read before any is used.

@@ -168,8 +168,7 @@ __device__ __forceinline__ void add_to(Sum& sum, const Sum& part) {
 
 // Of multiply_rows(), kSplitSteps steps of float32 numbers; lesser products are added to `lesser`.
 template <bool kTransposed, int kStrips, class ReadRows, class RowsB, class Sum>
-__device__ __forceinline__ void multiply_split_rows(Sum (&sums)[kStrips], Sum (&lesser)[kStrips],
-                                                    ReadRows&& read_rows,
+__device__ __forceinline__ void multiply_split_rows(Sum (&sums)[kStrips], Sum (&lesser)[kStrips], ReadRows&& read_rows,
                                                     const PatchReader<RowsB, Operand::kByRows>& b, int first_step) {
   constexpr int kPatches = RowsB::kRows / 16, kTogether = kPatches % 2 == 0 ? 2 : 1;
   CUTE_UNROLL

@@ -2,8 +2,8 @@
 
 #include <utility>
 
-// Kernels of altered calls. Their consumers come in two forms, as loops with code for more than a call needs are slower:
-// one caps scores. Either may drop weights, and have partial blocks.
+// Kernels of altered calls. Their consumers come in two forms, as loops with code for more than a call needs are
+// slower: one caps scores. Either may drop weights, and have partial blocks.
 
 namespace hbsattn::sm90 {
 

@@ -39,7 +39,7 @@ struct GradQueriesMainloop {
   const uint32_t unread;  // address of what hold_back_waits stores to
   RingPosition<Traits::kKeyStages> key_stage{0};
   RingPosition<Traits::kValueStages> value_stage{0};
-  int last_key_stage = 0;  // whose product for dQ is still to be issued
+  int last_key_stage = 0;         // whose product for dQ is still to be issued
   PartialLimits<Traits> partial;  // where the mask has partial blocks
   GradQueries grad_queries;
 

@@ -221,7 +221,7 @@ struct StagePlan {
   // United blocks that are active with it, one bit each, and those that are partial, from kPartialShift on; of pairs,
   // the owner of its stage, and kMaskedStage.
   uint32_t with;
-  uint32_t clipped;  // lanes whose segment ends before its rows do, at the latest at key `whole_end`
+  uint32_t clipped;      // lanes whose segment ends before its rows do, at the latest at key `whole_end`
   uint32_t partial = 0;  // lanes whose segment is of partial blocks
 
   __device__ __forceinline__ StagePlan(const QueryTileArguments& args, const typename Traits::Storage& storage,

@@ -91,7 +91,8 @@ struct QueryTileTraits {
   // Stages that both blocks of a pair attend to, and those of each alone, have barriers of their own that tell that
   // they are full: so nobody waits for what the other alone gets, and still meets each phase of its barriers.
   static constexpr int kOwners = kPairs ? 3 : 1;
-  static_assert(kUnited <= kPartialShift && kUnited * kGranules <= 32, "the granules of a stage, for each united block, are written by a warp");
+  static_assert(kUnited <= kPartialShift && kUnited * kGranules <= 32,
+                "the granules of a stage, for each united block, are written by a warp");
   // In stages. Most of a pair's are computed by one unit, and last half as long.
   static constexpr int kTileLead = kTileLeadKeys / kTileN * (kPairs ? 2 : 1);
   static constexpr int kTileSlots = 4;     // a ring; readers may be some tiles behind
