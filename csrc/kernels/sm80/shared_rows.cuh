@@ -238,7 +238,7 @@ __device__ __forceinline__ void multiply_rows(Sum (&sums)[kStrips], ReadRows&& r
   constexpr int kSteps = RowsB::kColumns / RowsB::kStepColumns;
   if constexpr (std::is_same_v<Element, float>) {
     if (allow_tf32) {
-      multiply_rounded_rows(sums, a, first_row, b);
+      multiply_rounded_rows(sums, read_rows, b);
       return;
     }
     Sum lesser[kStrips];
