@@ -278,12 +278,12 @@ __device__ __forceinline__ void multiply_rows(Sum (&sums)[kStrips], ReadRows&& r
 // The same of rows of a matrix: 16 * kStrips from `first_row` on.
 template <class Element, bool kTransposed = false, int kStrips, class RowsA, class RowsB, class Sum>
 __device__ __forceinline__ void multiply_rows(Sum (&sums)[kStrips], const PatchReader<RowsA>& a, int first_row,
-                                              const PatchReader<RowsB, Operand::kByRows>& b) {
+                                              const PatchReader<RowsB, Operand::kByRows>& b, bool allow_tf32 = false) {
   const auto read_rows = [&](int step, uint32_t (&words)[kStrips][4]) {
     CUTE_UNROLL
     for (int strip = 0; strip < kStrips; ++strip) a.read(first_row + 16 * strip, step, words[strip]);
   };
-  multiply_rows<Element, kTransposed>(sums, read_rows, b);
+  multiply_rows<Element, kTransposed>(sums, read_rows, b, allow_tf32);
 }
 
 // sums[strip] += the strips' operands, which are columns `step`, x the rows of `b` of the same number, for all columns
