@@ -109,7 +109,7 @@ def call_of(problem: Problem) -> Call:
     mask = problem.mask()
     layout = MaskLayout(mask.cols, mask.q_block_size, mask.k_block_size, mask.causal)
     tables = (mask.bits, mask.sequences, mask._rules, mask._partial, mask._matrices, mask._elements)
-    return Call(problem.q, problem.k, problem.v, *tables, None, None, layout, True, 0.125, 0.0, 0.0)
+    return Call(problem.q, problem.k, problem.v, *tables, None, None, layout, True, 0.125, 0.0, 0.0, False)
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)

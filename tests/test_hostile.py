@@ -124,7 +124,7 @@ def test_the_diagonal_is_that_of_the_claimed_lengths(spec: Case, windowed: bool,
     plain = [x.cpu().float() for x in tensors]
     rules = None if mask._rules is None else mask._rules.cpu()
     tables = (mask.bits.cpu(), mask.sequences.cpu(), rules, None, None, None)
-    call = Call(*plain, *tables, None, None, mask._layout, True, spec.head_dim**-0.5, 0.0, 0.0)
+    call = Call(*plain, *tables, None, None, mask._layout, True, spec.head_dim**-0.5, 0.0, 0.0, False)
     out, lse = attend_on_cpu(call)
     want = (out, lse, *differentiate_on_cpu(call, grad_out.cpu().float(), None, out, lse)[:3])
     for name, x, y in zip(("out", "lse", "grad_q", "grad_k", "grad_v"), got, want, strict=True):
