@@ -32,8 +32,8 @@ constexpr BackwardMethod choose_backward_method(const MaskShape& shape, int32_t 
   if (!needs_q) return BackwardMethod::kKeysOnly;
   if (deterministic) return BackwardMethod::kByKeysAndQueries;
   if (policy.family == KernelFamily::kSm80) {
-    // No kernel that adds alters weights, and tiles of small blocks are not full.
-    const bool adds = head_dim <= kSm80AddingHeadDim && !alters && shape.k_block_size >= 64 &&
+    // No kernel that adds is for altered calls, and tiles of small blocks are not full.
+    const bool adds = head_dim <= kSm80AddingHeadDim && !alters && !shape.partial && shape.k_block_size >= 64 &&
                       policy.has_room_to_add(head_dim, shape_key_tiles(shape, head_dim).tile_keys) &&
                       !has_few_keys(shape, policy);
     return adds ? BackwardMethod::kByKeys : BackwardMethod::kByKeysAndQueries;

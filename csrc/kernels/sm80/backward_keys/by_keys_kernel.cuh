@@ -132,7 +132,7 @@ __device__ __forceinline__ void add_values(const BackwardKeysArguments& args, ty
       CUTE_UNROLL
       for (int i = 0; i < kStrips; ++i) {
         const int key = warp_key + 16 * i;
-        mask_scores(args, storage.item, info, 0, QueryLimits(args, storage.item, key, lane), key, lane, scores[i]);
+        mask_queries(args, scores[i], info, 0, QueryLimits(args, storage.item, key, lane), lane);
       }
     }
     const PairPlace<Traits> place(storage.grad_scores[stage % Traits::kGradBuffers], warp_key, lane);

@@ -25,12 +25,14 @@ struct QueryStatistics {
 
 // Hides what a key of a strip is not seen by, of some granules of a stage that is masked, from `first_granule` on.
 // `key`: the first of the strip, in the tile.
-template <class Info, class Scores>
+template <bool kPartial, class Info, class Scores>
 __device__ __forceinline__ void mask_scores(const BackwardKeysArguments& args, const KeyItem& item, const Info& info,
                                             int first_granule, const QueryLimits& limits, int key, int lane,
                                             Scores& scores) {
   mask_queries(args, scores, info, first_granule, limits, lane);
-  if (args.partial.words != nullptr) mask_partial(args, PartialKeys(item, key), scores, info, first_granule, lane);
+  if constexpr (kPartial) {
+    if (args.partial.words != nullptr) mask_partial(args, PartialKeys(item, key), scores, info, first_granule, lane);
+  }
 }
 
 // From the products of some granules of a stage, from `first_granule` on, to weights. Those that are dropped are
@@ -42,7 +44,7 @@ __device__ __forceinline__ void weigh(const BackwardKeysArguments& args, const K
   if constexpr (kAltered) {
     if (args.cap.scale > 0.f) cap_scores(scores, args.cap);
   }
-  if (info.masked) mask_scores(args, item, info, first_granule, limits, key, lane, scores);
+  if (info.masked) mask_scores<kAltered>(args, item, info, first_granule, limits, key, lane, scores);
   CUTE_UNROLL
   for (int i = 0; i < cute::size(scores); ++i) scores(i) = exp2_approx(scores(i) * args.scale_log2 - lse[i]);
   if constexpr (kAltered) {
@@ -105,7 +107,7 @@ __device__ __forceinline__ void round_operand(const Sum& sum, int step, uint32_t
 //
 // Each warp has strips of 16 keys; P and dS are first operands out of registers. One warp sums what a key gets, stage
 // after stage: the same in every run. No product sums over keys, so whatever keys hold that nobody sees, others do not
-// meet it. kAltered: for calls that drop weights or cap scores.
+// meet it. kAltered: for altered calls (is_altered).
 //
 // kAdds, of float32: it also adds up gradients of queries, dQ += dS^T K, in global memory.
 template <class Config, bool kAltered, bool kAdds = false>

@@ -83,7 +83,7 @@ Status run_sm80_backward_keys(const BackwardParams& params, Stream stream) {
   }
   sm80::BackwardKeysArguments args{};
   fill_backward_keys<Config>(params, workspace, policy, args);
-  const bool altered = alters_weights(params.problem);
+  const bool altered = is_altered(params.problem);
   void (*kernel)(sm80::BackwardKeysArguments) = nullptr;
   if constexpr (Config::kHeldColumns > 0) {
     kernel = altered ? sm80::wide_backward_keys_kernel<Config, true> : sm80::wide_backward_keys_kernel<Config, false>;

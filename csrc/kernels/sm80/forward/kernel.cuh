@@ -13,7 +13,7 @@ namespace hbsattn::sm80 {
 //
 //   S = Q K^T      P = exp(S - max)      O += P V
 //
-// kAltered: for calls that drop weights or cap scores.
+// kAltered: for altered calls (is_altered).
 template <class Config, bool kAltered>
 __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
     forward_kernel(const __grid_constant__ QueryTileArguments args) {
@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   WorkItem item;
   int first_row;
   if (!find_part<Traits>(args, item, first_row)) return;
-  const KeyStream<Traits> stream(args, storage, item, key_end_of_tile<true>(args, item, first_row + Traits::kTileM));
+  const KeyStream<Traits, kAltered> stream(args, storage, item,
+                                           key_end_of_tile<true>(args, item, first_row + Traits::kTileM));
   if (stream.stages == 0) {
     write_empty_rows<Traits, true>(args, item, first_row);
     return;

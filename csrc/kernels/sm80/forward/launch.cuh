@@ -26,7 +26,7 @@ Status launch_sm80_forward(const ForwardParams& params, Sm80SharedClass device, 
   fill_arguments<Config>(params, args);
   args.two_stages = Config::kStages == 2 && ctas(kTwo) == ctas(kOne);
   HBSATTN_RETURN_IF_ERROR(record_cycles_of(params, args));
-  auto* kernel = alters_weights(params) ? sm80::forward_kernel<Config, true> : sm80::forward_kernel<Config, false>;
+  auto* kernel = is_altered(params) ? sm80::forward_kernel<Config, true> : sm80::forward_kernel<Config, false>;
   return launch_query_tiles<Config>("the launch of the forward kernel", kernel, args, args.two_stages ? kTwo : kOne,
                                     stream);
 }

@@ -27,7 +27,7 @@ struct GradQueriesArguments : QueryTileArguments {
 
 // From the products of a strip and a stage to its weights. Those that are dropped are negative.
 template <bool kAltered, class Traits, class Scores>
-__device__ __forceinline__ void weigh(const KeyStream<Traits>& stream, int strip, int matrix_row, int stage,
+__device__ __forceinline__ void weigh(const KeyStream<Traits, kAltered>& stream, int strip, int matrix_row, int stage,
                                       const RowStatistics& rows, Scores& scores) {
   const QueryTileArguments& args = stream.args;
   const bool caps = kAltered && args.cap.scale > 0.f;
@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   WorkItem item;
   int first_row;
   if (!find_part<Traits>(args, item, first_row)) return;
-  const KeyStream<Traits> stream(args, storage, item, key_end_of_tile<true>(args, item, first_row + Traits::kTileM));
+  const KeyStream<Traits, kAltered> stream(args, storage, item,
+                                           key_end_of_tile<true>(args, item, first_row + Traits::kTileM));
   if (stream.stages == 0) {
     write_empty_rows<Traits, false>(args, item, first_row);
     return;

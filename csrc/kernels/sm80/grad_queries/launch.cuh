@@ -37,11 +37,10 @@ Status run_sm80_grad_queries(const BackwardParams& params, Stream stream) {
   if (method == BackwardMethod::kQueriesOnly) HBSATTN_RETURN_IF_ERROR(prepare_rows(params, workspace, stream));
   void (*kernel)(sm80::GradQueriesArguments) = nullptr;
   if constexpr (Config::kShare > 1) {
-    kernel = alters_weights(problem) ? sm80::wide_grad_queries_kernel<Config, true>
-                                     : sm80::wide_grad_queries_kernel<Config, false>;
+    kernel = is_altered(problem) ? sm80::wide_grad_queries_kernel<Config, true>
+                                 : sm80::wide_grad_queries_kernel<Config, false>;
   } else {
-    kernel =
-        alters_weights(problem) ? sm80::grad_queries_kernel<Config, true> : sm80::grad_queries_kernel<Config, false>;
+    kernel = is_altered(problem) ? sm80::grad_queries_kernel<Config, true> : sm80::grad_queries_kernel<Config, false>;
   }
   return launch_query_tiles<Config>("the launch of the kernel for grad_q", kernel, args,
                                     sm80_grad_queries_shared_bytes<Config>(), stream);

@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(32 * Config::kWarps, Config::kCtasPerSm)
   WorkItem item;
   int first_row;
   if (!find_part<Traits>(args, item, first_row)) return;
-  const KeyStream<Traits> stream(args, storage, item, key_end_of_tile<true>(args, item, first_row + Traits::kTileM));
+  const KeyStream<Traits, kAltered> stream(args, storage, item,
+                                           key_end_of_tile<true>(args, item, first_row + Traits::kTileM));
   if (stream.stages == 0) {
     write_empty_rows<Traits, false>(args, item, first_row);
     return;

@@ -48,8 +48,9 @@ __device__ __forceinline__ void open_strip(const QueryTileArguments& args, typen
   }
 }
 
-template <class Traits, class Scores>
-__device__ __forceinline__ void mask_scores(const KeyStream<Traits>& stream, int strip, int stage, Scores& scores) {
+template <class Traits, bool kPartial, class Scores>
+__device__ __forceinline__ void mask_scores(const KeyStream<Traits, kPartial>& stream, int strip, int stage,
+                                            Scores& scores) {
   const int lane = threadIdx.x % 32;
   const KeyLimits<true> limits = stream.storage.limits[threadIdx.x / 32][strip].of_lane(lane);
   const auto code_of = [&](int granule) { return uniform(stream.code_of(stage, granule, limits.granules)); };
@@ -58,19 +59,21 @@ __device__ __forceinline__ void mask_scores(const KeyStream<Traits>& stream, int
   } else {
     mask_by_limits(scores, code_of, limits, lane);
   }
-  if (!stream.has_partial(stage)) return;
-  const int granule = lane % Traits::kGranules;
-  const uint32_t partial = __ballot_sync(0xffffffffu, stream.is_partial(stage, granule, limits.granules));
-  const PartialRows rows(stream.args, stream.storage.tile.item, limits);
-  PartialStage<Traits::kGranules>(stream.args.partial, rows, limits, partial,
-                                  stream.code_of(stage, granule, limits.granules), lane)
-      .mask(scores, lane);
+  if constexpr (kPartial) {
+    if (!stream.has_partial(stage)) return;
+    const int granule = lane % Traits::kGranules;
+    const uint32_t partial = __ballot_sync(0xffffffffu, stream.is_partial(stage, granule, limits.granules));
+    const PartialRows rows(stream.args, stream.storage.tile.item, limits);
+    PartialStage<Traits::kGranules>(stream.args.partial, rows, limits, partial,
+                                    stream.code_of(stage, granule, limits.granules), lane)
+        .mask(scores, lane);
+  }
 }
 
 // Drops weights, or what belongs to them.
-template <DropAs kAs, class Traits, class Weights>
-__device__ __forceinline__ void drop_strip(const KeyStream<Traits>& stream, int strip, int matrix_row, int stage,
-                                           Weights& weights) {
+template <DropAs kAs, class Traits, bool kPartial, class Weights>
+__device__ __forceinline__ void drop_strip(const KeyStream<Traits, kPartial>& stream, int strip, int matrix_row,
+                                           int stage, Weights& weights) {
   const int block = stream.storage.limits[threadIdx.x / 32][strip].granules;
   drop_weights<kAs>(stream.args.dropout, &stream.storage.dropout_rows[matrix_row], weights, threadIdx.x % 32,
                     [&](int granule) { return uniform(stream.code_of(stage, granule, block)); });

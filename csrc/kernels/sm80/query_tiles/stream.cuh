@@ -78,7 +78,8 @@ __device__ __forceinline__ void leave_strip(typename Rows::Element* matrix, int 
 
 // The stages of a tile. The first warp lists their segments, a slot of 32 after another, while those of the slot before
 // are in use; slots have more stages than are loaded ahead.
-template <class Traits>
+// kPartial: blocks may be partial.
+template <class Traits, bool kPartial>
 struct KeyStream {
   using Element = typename Traits::Element;
   using Loader = RowLoader<typename Traits::Keys, Traits::kThreads>;
@@ -116,7 +117,7 @@ struct KeyStream {
     const int last = min(first + 32, (stages << stage_segments_log2()) - padding);
     blocks.expand(args.segments_per_block.div(last + args.segments_per_block.divisor - 1));
     StageSegment segment{find_segment<true>(args, item, rows, blocks, first + lane, last, storage.tile.key_end)};
-    if (args.partial.words != nullptr) {
+    if (kPartial && args.partial.words != nullptr) {
       segment.partial = partial_with(args, item, segment);
       const uint32_t any = __ballot_sync(0xffffffffu, segment.partial != 0);
       if (lane == 0) storage.with_partial[slot & 1] = any;
@@ -222,7 +223,7 @@ struct KeyStream {
 
   // Whether a stage has keys of a block that is partial.
   __device__ __forceinline__ bool has_partial(int stage) const {
-    if (args.partial.words == nullptr) return false;
+    if (!kPartial || args.partial.words == nullptr) return false;
     const int first = (stage & ((1 << slot_stages_log2()) - 1)) << stage_segments_log2();
     const uint32_t segments = storage.with_partial[stage >> slot_stages_log2() & 1] >> first;
     return (segments & ((1u << (1 << stage_segments_log2())) - 1)) != 0;

@@ -47,7 +47,7 @@ __device__ __forceinline__ void run_key_consumer(const BackwardKeysArguments& ar
     const KeyTileSlot& tile = storage.tiles[slot.index];
     if (uniform(tile.item.column) < 0) break;
     if (drops_weights<Traits>(args)) mainloop.dropout = KeyDropout(tile.item, warp_key);
-    if constexpr (Traits::kAltered) mainloop.partial_keys = PartialKeys(tile.item, warp_key);
+    if constexpr (Traits::kPartial) mainloop.partial_keys = PartialKeys(tile.item, warp_key);
     const QueryLimits limits(args, tile.item, warp_key, lane);
     if constexpr (Traits::kSkips) {
       mainloop.run(limits, uniform(tile.stages), unit == 1 && uniform(tile.skips));

@@ -159,12 +159,10 @@ struct BackwardKeysMainloop {
 
   // From the products of the current stage to its weights. Those that are dropped are negative.
   __device__ __forceinline__ void weigh(Scores& scores, const Statistics& lse, const QueryLimits& limits, bool masked) {
-    if constexpr (Traits::kCaps) cap_scores(scores, args.cap);
+    if (caps_scores<Traits>(args)) cap_scores(scores, args.cap);
     if (masked) mask_queries(args, scores, info(), 0, limits, lane);
-    if constexpr (Traits::kAltered) {
-      if (masked && has_partial_blocks<Traits>(args)) {
-        mask_partial(args, partial_keys, scores, info(), 0, lane);
-      }
+    if constexpr (Traits::kPartial) {
+      if (masked) mask_partial(args, partial_keys, scores, info(), 0, lane);
     }
     CUTE_UNROLL
     for (int i = 0; i < cute::size(scores); ++i) scores(i) = exp2_approx(scores(i) * args.scale_log2 - lse[i]);
@@ -180,7 +178,7 @@ struct BackwardKeysMainloop {
       const bool dropped = Traits::kAltered && signbit(weights(i));
       grads(i) = weights(i) * (dropped ? delta[i] : grads(i) - delta[i]);
     }
-    if constexpr (Traits::kCaps) {
+    if (caps_scores<Traits>(args)) {
       const Statistics lse(storage.lse[stage()], lane);
       CUTE_UNROLL
       for (int i = 0; i < cute::size(grads); ++i) {

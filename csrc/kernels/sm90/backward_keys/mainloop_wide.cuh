@@ -143,12 +143,10 @@ struct BackwardKeysMainloopWide {
   // From the products of the current stage to its weights. Those that are dropped are negative.
   __device__ __forceinline__ void weigh(Scores& scores, const QueryLimits& limits, bool masked) {
     const int first_granule = unit * (Traits::kScoreQueries / kGranule);
-    if constexpr (Traits::kCaps) cap_scores(scores, args.cap);
+    if (caps_scores<Traits>(args)) cap_scores(scores, args.cap);
     if (masked) mask_queries(args, scores, info(), first_granule, limits, lane);
-    if constexpr (Traits::kAltered) {
-      if (masked && has_partial_blocks<Traits>(args)) {
-        mask_partial(args, partial_keys, scores, info(), first_granule, lane);
-      }
+    if constexpr (Traits::kPartial) {
+      if (masked) mask_partial(args, partial_keys, scores, info(), first_granule, lane);
     }
     const float* lse = of_columns(storage.lse[stage()]);
     CUTE_UNROLL
@@ -177,7 +175,7 @@ struct BackwardKeysMainloopWide {
         grad = weight * (Traits::kAltered && signbit(weight) ? of_row : grad - of_row);
       }
     }
-    if constexpr (Traits::kCaps) {
+    if (caps_scores<Traits>(args)) {
       const float* lse = of_columns(storage.lse[stage()]);
       CUTE_UNROLL
       for (int group = 0; group < Traits::kScoreQueries / 8; ++group) {

@@ -75,7 +75,7 @@ struct BackwardKeysTraits {
   static constexpr int kStages = Config::kStages;
   static constexpr bool kWide = Config::kWide;
   static constexpr bool kAltered = Config::kAltered;
-  static constexpr bool kCaps = false;                           // of consumers, see altered.cuh
+  static constexpr bool kCaps = false, kPartial = false;         // of consumers, see altered.cuh
   static constexpr int kUnits = kWide ? 2 : kTileN / kUnitKeys;  // consumer warpgroups
   static constexpr int kConsumerWarps = 4 * kUnits;
   static constexpr int kThreads = 128 * (1 + kUnits);

@@ -70,7 +70,7 @@ __device__ __forceinline__ void run_consumer(const QueryTileArguments& args, typ
       const int warp_row = unit * kUnitRows + warp * 16;
       leave_rows(args, item, warp_row, lane, &storage.dropout_rows[warp_row]);
     }
-    if constexpr (Traits::kAltered) mainloop.partial.rows = PartialRows(args, item, limits);
+    if constexpr (Traits::kPartial) mainloop.partial.rows = PartialRows(args, item, limits);
     mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
     if constexpr (Traits::kPairs) {
       mainloop.run_pair(limits, item, pair, ring_begin, buffer.index * Traits::kUnits + unit);

@@ -165,16 +165,14 @@ struct ForwardMainloop {
 
   // Behind the issue of the current stage's products.
   __device__ __forceinline__ void read_partial(const Limits& limits) {
-    if constexpr (Traits::kAltered) {
-      if (has_partial_blocks<Traits>(args)) partial.read(args, storage, key_stage.index, limits, lane);
-    }
+    if constexpr (Traits::kPartial) partial.read(args, storage, key_stage.index, limits, lane);
   }
 
   // `masked`: whether the stage needs it. Where weights are altered, others come here, too.
   __device__ __forceinline__ void mask(Scores& scores, const Limits& limits, bool masked) {
-    if constexpr (Traits::kCaps) cap_scores(scores, args.cap);
+    if (caps_scores<Traits>(args)) cap_scores(scores, args.cap);
     if (masked) mask_scores<Traits>(args, scores, storage, key_stage.index, limits, lane);
-    if (has_partial_blocks<Traits>(args)) partial.mask(scores, lane);
+    if constexpr (Traits::kPartial) partial.mask(scores, lane);
     if (!drops_weights<Traits>(args)) return;
     granule_code = storage.granules[key_stage.index][(limits.granules * Traits::kGranules + lane) % 32];
     __syncwarp();  // lane 0 lets the producer overwrite them

@@ -33,7 +33,7 @@ __device__ __forceinline__ void run_query_consumer(const GradQueriesArguments& a
     if (drops_weights<Traits>(args)) {
       leave_rows(args, item, warp_row, lane, &storage.dropout_rows[warp_row]);
     }
-    if constexpr (Traits::kAltered) mainloop.partial.rows = PartialRows(args, item, limits);
+    if constexpr (Traits::kPartial) mainloop.partial.rows = PartialRows(args, item, limits);
     mbarrier_wait(&storage.queries_full[buffer.index][unit], buffer.parity);
     mainloop.run(limits, rows, stages, masked_stages, clean_end, buffer.index * Traits::kUnits + unit);
     mainloop.scale(rows);

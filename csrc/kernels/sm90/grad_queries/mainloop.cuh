@@ -103,13 +103,14 @@ struct GradQueriesMainloop {
   // one. Those that are dropped are negative.
   __device__ __forceinline__ void weigh(Scores& scores, const RowStatistics& rows, const KeyLimits<kGeneral>& limits,
                                         bool masked) const {
-    if constexpr (Traits::kCaps) cap_scores(scores, args.cap);
+    const bool caps = caps_scores<Traits>(args);
+    if (caps) cap_scores(scores, args.cap);
     if (masked) mask_scores<Traits>(args, scores, storage, key_stage.index, limits, lane);
-    if (has_partial_blocks<Traits>(args)) partial.mask(scores, lane);
+    if constexpr (Traits::kPartial) partial.mask(scores, lane);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(scores); ++i) {
       const float weight = exp2_approx(scores(i) * args.scale_log2 - rows.lse[(i >> 1) & 1]);
-      if constexpr (Traits::kCaps) {
+      if (caps) {
         // The score of a key that a query must not see is -inf, and its weight 0.
         scores(i) = weight == 0.f ? 0.f : weight * (1.f - scores(i) * scores(i));
       } else {
@@ -160,9 +161,7 @@ struct GradQueriesMainloop {
     issue_scores<typename Traits::SmemLayoutGradOut, typename Traits::SmemLayoutV>(
         grad_weights, &storage.grad_out[0][0][0], query_index, &storage.values[0][0], value_stage.index);
     if constexpr (!kFirst) issue_queries(grads, accumulate);
-    if constexpr (Traits::kAltered) {
-      if (has_partial_blocks<Traits>(args)) partial.read(args, storage, key_stage.index, limits, lane);
-    }
+    if constexpr (Traits::kPartial) partial.read(args, storage, key_stage.index, limits, lane);
 
     cute::warpgroup_wait<kFirst ? 1 : 2>();
     cute::warpgroup_fence_operand(scores);

@@ -394,7 +394,7 @@ __device__ __forceinline__ void run_stream_warp(const QueryTileArguments& args, 
           // The block that does not attend to it never reads it.
           if (lane == 0 && owner != kOfBoth) mbarrier_arrive(&empty[ring.index], Traits::kConsumerWarps / 2);
         }
-        const bool drops = drops_weights<Traits>(args);  // by where keys lie
+        const bool drops = drops_weights<CappingTraits<Traits>>(args);  // by where keys lie
         if (kKeys && (Traits::kAddsKeys || masked || drops || plan.has_partial(stage))) {
           write_granules(args, plan, stage, storage.granules[ring.index], lane);
         }

@@ -87,7 +87,7 @@ struct QueryTileTraits {
   static constexpr int kUnited = kTileM >= 128 && kHeadDim <= 128 ? 1 : std::min(kTileM / kGranule, 32 / kGranules);
   static constexpr bool kPairs = Config::kPairs;
   static constexpr bool kAltered = Config::kAltered;
-  static constexpr bool kCaps = false;  // of consumers, see altered.cuh
+  static constexpr bool kCaps = false, kPartial = false;  // of consumers, see altered.cuh
   // Stages that both blocks of a pair attend to, and those of each alone, have barriers of their own that tell that
   // they are full: so nobody waits for what the other alone gets, and still meets each phase of its barriers.
   static constexpr int kOwners = kPairs ? 3 : 1;
