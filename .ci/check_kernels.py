@@ -20,22 +20,20 @@ from generate_instances import KERNELS, read_table  # noqa: E402
 SECONDS_ALLOWED = 180
 # Bytes, stores and loads, by what is in a kernel's name; others may not spill. Those of backward_keys are counted in
 # each of the four forms of the warp that streams queries, of which a call runs one. The general forward of head dim 96
-# reloads addresses at the start and the end of a tile, outside of all loops. Kernels of altered calls have two forms
-# of consumers, loops for weights that are drawn one by one, and what partial blocks ask, mostly where these are looked
-# up. 16 is a word or two. sm80's forward of head dims 128 and 256, and its kernels by keys, have all registers that
-# their CTAs leave: they reload a few words at the start and the end of a tile, where weights alter, and where blocks
-# are partial.
+# reloads addresses at the start and the end of a tile, outside of all loops. Kernels of altered calls have three forms
+# of consumers, of which one reads partial blocks and takes most of it, and loops for weights that are drawn one by one.
+# 16 is a word or two. sm80's forward of head dim 128 has all registers that its CTAs leave: it reloads a few words at
+# the start and the end of a tile, and in altered calls.
 SPILLS_ALLOWED = {
     r"\d+backward_keys_kernel": 450,
     r"Sm90BackwardKeysAltered": 1300,
-    r"Sm90GradQueriesAltered": 370,
-    r"Sm90ForwardAltered": 640,
+    r"Sm90GradQueriesAltered": 720,
+    r"Sm90ForwardAltered": 780,
     r"Sm90ForwardI\w+Li64ELi192E": 64,
     r"Sm90ForwardI\w+Li96ELi128EEELb1E": 104,
     r"Sm90ForwardShortValues": 16,
-    r"Sm80ForwardI\w+Li128ELi(64|128)E": 104,
-    r"Sm80ForwardI\w+Li256ELi128E": 40,
-    r"Sm80BackwardByKeys": 148,
+    r"Sm80ForwardI\w+Li128ELi(64|128)E": 80,
+    r"Sm80BackwardByKeys": 24,
     r"Sm80\w+DTypeE2E": 200,  # float32, whose numbers are in two parts
 }
 ENTRY = re.compile(
