@@ -126,11 +126,12 @@ def test_build_defaults_are_those_of_the_sources(tmp_path: Path):
 
 
 def test_a_kernel_file_holds_all_chosen_dtypes(tmp_path: Path):
-    """Those of its row; a build of one of them has the same files, each with that one. The list names every kernel
-    once."""
+    """Those of its row, of which its name tells one that is alone; a build of one has the files of rows with it, each
+    with that one. The list names every kernel once."""
     script = str(ROOT / "csrc/kernels/generate_instances.py")
     names = {}
-    for chosen, dtypes in {"": ["kBFloat16", "kFloat16"], "fp16": ["kFloat16"], "fp32": []}.items():
+    alone = {"bf16": ["kBFloat16"], "fp16": ["kFloat16"], "fp32": ["kFloat32"]}
+    for chosen, dtypes in {"": alone["bf16"] + alone["fp16"], **alone}.items():
         command = [sys.executable, script, str(tmp_path), f"--dtypes={chosen}"]
         files = [
             Path(file) for file in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
@@ -138,12 +139,12 @@ def test_a_kernel_file_holds_all_chosen_dtypes(tmp_path: Path):
         names[chosen] = [file.name for file in files]
         instances = [re.findall(r"run_\w+<(.*)>\(", file.read_text()) for file in files]
         for file, held in zip(files, instances, strict=True):
-            expected = ["kFloat32"] if "_fp32_" in file.name else dtypes
+            expected = next((held for name, held in alone.items() if f"_{name}_" in file.name), dtypes)
             assert re.findall(r"DType::(\w+)", " ".join(held)) == expected
         lists = [(tmp_path / f"instances/{family}_kernels.h").read_text() for family in ("sm90", "sm80")]
         table = re.findall(r"Sm[89]0\w+<[^<>]*>", "".join(lists))
         assert sorted(table) == sorted(config for held in instances for config in held)
-    assert sorted(names[""]) == sorted(names["fp16"] + names["fp32"])
+    assert sorted(names[""]) == sorted({name for chosen in alone for name in names[chosen]})
 
 
 def test_version():
