@@ -279,7 +279,7 @@ def fill(values: Values, grid: Grid, bits: Tensor, candidates: Tensor) -> tuple[
         raise ValueError(
             f"the mask has {found.head.shape[0]} partial blocks; expected less than 2^31: take larger blocks"
         )
-    some, partial, numbers, elements = _with_any_hash(lambda seed: _look(values, grid, found, seed))
+    some, partial, numbers, elements = with_any_hash(lambda seed: _look(values, grid, found, seed))
     bits = bits & ~pack_blocks(found, ~some, bits.shape, grid.layout.cols)
     if numbers.shape[0] == 0:
         return bits, None
@@ -312,7 +312,7 @@ def _look(values: Values, grid: Grid, found: Found, seed: int | None) -> tuple[T
     return *torch.cat(states, dim=1), torch.cat(numbers).to(torch.int32), kept.all()
 
 
-def _with_any_hash(make: Callable[[int | None], Any]) -> Any:
+def with_any_hash(make: Callable[[int | None], Any]) -> Any:
     """The first result. Without a hash there is one."""
     for seed in HASH_SEEDS:
         result = make(seed)
@@ -360,7 +360,7 @@ def intersect(bits: Tensor, cols: int, mine: Partial | None, other: Partial | No
     row = found.head * bits.shape[1] + found.row
     numbers = torch.stack([part.find(row, found.col) for part in (mine, other)])
     pairs, kind = numbers.unique(dim=1, return_inverse=True)
-    matrices, elements = _with_any_hash(lambda seed: _join(mine, other, pairs, seed))
+    matrices, elements = with_any_hash(lambda seed: _join(mine, other, pairs, seed))
     numbers = matrices[kind]
     on = elements.flatten(1).any(-1)[numbers]
     bits = bits & ~pack_blocks(found, ~on, bits.shape, cols)

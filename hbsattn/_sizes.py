@@ -31,11 +31,11 @@ from hbsattn._partial import (
     Matrices,
     Partial,
     Values,
-    _with_any_hash,
     fill,
     find_blocks,
     intersect,
     point_at,
+    with_any_hash,
 )
 from hbsattn._placement import Lengths, make_sequences, place_blocks
 from hbsattn._plans import normal_tensors
@@ -203,7 +203,7 @@ def from_sizes(
     bits, candidates = _classify(block_mask, sides, lens, grid, heads)
     partial = None
     if bool(candidates.any()):
-        partial = _with_any_hash(lambda seed: _make_matrices(block_mask, sides, grid, candidates, seed))
+        partial = with_any_hash(lambda seed: _make_matrices(block_mask, sides, grid, candidates, seed))
     return finish(place, sequences, bits, partial, shared), blocks
 
 
